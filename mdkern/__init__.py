@@ -1,0 +1,24 @@
+"""mdkern: sampling from masked diffusion language models."""
+
+from mdkern.decoders import Ancestral
+from mdkern.models import Denoiser, DiT, DiTConfig, adapt
+from mdkern.plan import RevealPlan
+from mdkern.pretrained import load_pair
+from mdkern.sampling import History, SampleOutput, sample
+from mdkern.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ancestral",
+    "Denoiser",
+    "DiT",
+    "DiTConfig",
+    "History",
+    "RevealPlan",
+    "SampleOutput",
+    "Schedule",
+    "adapt",
+    "load_pair",
+    "sample",
+]

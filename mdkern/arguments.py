@@ -1,0 +1,251 @@
+"""Resolving and refusing the arguments of `mdkern.sample`: everything that can be wrong is told before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.decoders import Ancestral
+from mdkern.models import Denoiser, adapt
+from mdkern.schedule import Schedule, Segment
+
+DEFAULT_BATCH_SIZE = 16
+DECODERS = {"ancestral": Ancestral}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of `sample`, resolved: nothing left to check."""
+
+    denoisers: dict[str, Denoiser]  # by the schedule's names, only those that it uses
+    schedule: Schedule
+    segments: list[Segment]
+    decoder: Ancestral
+    steps: int
+    input_ids: Tensor  # int64 [N, L] on the denoisers' device
+    attention_mask: Tensor | None  # bool [N, L]; None: no padding
+    sample_ids: Tensor  # int64 [N]
+    batch_size: int
+    temperature: float
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def mask_id(self) -> int:
+        return next(iter(self.denoisers.values())).mask_id
+
+
+def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
+    """The denoisers by upper-case name, and the schedule over them."""
+    if isinstance(heavy, Mapping):
+        if schedule is None and isinstance(light, str | Schedule):
+            light, schedule = None, light
+        if light is not None:
+            raise ValueError("light must not be given when the first argument is a mapping of models: put it in there")
+        if not heavy or not all(isinstance(name, str) for name in heavy):
+            raise ValueError("models must map at least one name to a model")
+        models = {name.upper(): model for name, model in heavy.items()}
+        if len(models) < len(heavy):
+            raise ValueError(f"model names must differ in more than their case: {', '.join(heavy)}")
+    else:
+        if isinstance(light, str | Schedule):
+            raise ValueError("light must be a model: with one model and a schedule write sample({'H': model}, schedule)")
+        models = {"H": heavy} | ({"L": light} if light is not None else {})
+    if schedule is None:
+        if len(models) > 1:
+            raise ValueError(f"schedule must be given to say when each of {', '.join(models)} runs, e.g. 'L32 H192 L32'")
+        schedule = Schedule.constant(next(iter(models)))
+    elif isinstance(schedule, str):
+        schedule = Schedule(schedule)
+    elif not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule or a text such as 'L32 H192 L32', not {type(schedule).__name__}")
+    unknown = [name for name in schedule.models if name not in models]
+    if unknown:
+        raise ValueError(f"schedule {schedule} names {', '.join(unknown)}, but the models are {', '.join(models)}")
+    denoisers = {name: adapt(models[name]) for name in schedule.models}
+    check_models(denoisers)
+    return denoisers, schedule
+
+
+def check_models(denoisers: Mapping[str, Denoiser]) -> None:
+    """One vocabulary, one mask, one device; floating heads; finite weights."""
+    first_name, first = next(iter(denoisers.items()))
+    for name, denoiser in denoisers.items():
+        for what in ("vocab_size", "mask_id", "device"):
+            ours, theirs = getattr(denoiser, what), getattr(first, what)
+            if ours != theirs:
+                raise ValueError(
+                    f"models must share their {what}: {name} has {ours}, {first_name} has {theirs}"
+                    + (": move one of them" if what == "device" else ": their tokenizers differ")
+                )
+        if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():
+            raise ValueError(f"model {name} has a head of {denoiser.head.weight.dtype}: a floating dtype is needed")
+        not_finite = [key for key, weight in denoiser.named_weights() if not bool(weight.isfinite().all())]
+        if not_finite:
+            raise ValueError(f"model {name} has NaN or infinite weights in {', '.join(not_finite[:3])}")
+
+
+def check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def resolve_input(
+    denoiser: Denoiser,
+    input_ids: Any,
+    attention_mask: Any,
+    num_samples: int | None,
+    length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The start: given ids and mask ids ``[N, L]``, and the attention mask if there is any padding."""
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
+    if length is not None:
+        check_count("length", length)
+    if input_ids is None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask needs input_ids: without a prompt there is nothing to pad")
+        if length is None:
+            length = denoiser.max_length
+        if length is None:
+            raise ValueError("length must be given: the model has no longest length to take instead")
+        check_length(denoiser, length)
+        shape = (num_samples or 1, length)
+        return torch.full(shape, denoiser.mask_id, dtype=torch.int64, device=denoiser.device), None
+
+    if length is not None:
+        raise ValueError(f"length={length} must not be given together with input_ids, whose second dimension it is")
+    check_ids("input_ids", input_ids, denoiser)
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [N, L] with N and L at least 1, not {tuple(input_ids.shape)}")
+    check_length(denoiser, input_ids.shape[1])
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= denoiser.vocab_size:
+        raise ValueError(f"input_ids must lie in 0..{denoiser.vocab_size - 1}, but run from {low} to {high}")
+    if attention_mask is not None:
+        attention_mask = check_mask(attention_mask, input_ids)
+    if num_samples is not None and num_samples != input_ids.shape[0]:
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"num_samples={num_samples} does not fit the {input_ids.shape[0]} rows of input_ids")
+        input_ids = input_ids.expand(num_samples, -1)
+        attention_mask = None if attention_mask is None else attention_mask.expand(num_samples, -1)
+    masked = input_ids == denoiser.mask_id
+    if attention_mask is not None:
+        masked = masked & attention_mask
+    without = (~masked.any(-1)).nonzero()[:, 0]
+    if len(without):
+        raise ValueError(
+            f"input_ids row {int(without[0])} has no masked position: put the mask id {denoiser.mask_id} where text is wanted"
+        )
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    return input_ids.to(torch.int64).clone(), attention_mask
+
+
+def check_ids(name: str, ids: Any, denoiser: Denoiser) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor, not {kind}")
+    if ids.device != denoiser.device:
+        raise ValueError(f"{name} is on {ids.device}, the model on {denoiser.device}: move one of them")
+
+
+def check_length(denoiser: Denoiser, length: int) -> None:
+    if denoiser.max_length is not None and length > denoiser.max_length:
+        raise ValueError(f"length {length} is beyond the {denoiser.max_length} positions of {denoiser.name}")
+
+
+def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, not {shape}")
+    if attention_mask.device != input_ids.device:
+        raise ValueError(f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them")
+    if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("attention_mask must hold 0 (padding) and 1 only")
+    return attention_mask.bool()
+
+
+def resolve_seed(seed: Any, generator: torch.Generator | None) -> int:
+    if seed is None:
+        device = generator.device if generator is not None else "cpu"
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    if generator is not None:
+        raise ValueError("seed and generator must not both be given")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
+    return seed
+
+
+def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Tensor:
+    if sample_ids is None:
+        return torch.arange(count, device=device)
+    numbers = torch.as_tensor(sample_ids, device=device)
+    if numbers.is_floating_point() or tuple(numbers.shape) != (count,):
+        raise ValueError(f"sample_ids must be {count} whole numbers, not {numbers.dtype} {tuple(numbers.shape)}")
+    if int(numbers.min()) < 0 or int(numbers.max()) >= 2**32:
+        raise ValueError(f"sample_ids must lie in 0..{2**32 - 1}")
+    return numbers.long()
+
+
+def resolve_decoder(decoder: Any) -> Ancestral:
+    if isinstance(decoder, str):
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder {decoder!r} is not known: there is {', '.join(DECODERS)}")
+        return DECODERS[decoder]()
+    if not isinstance(decoder, tuple(DECODERS.values())):
+        raise TypeError(f"decoder must be a decoder or its name ({', '.join(DECODERS)}), not {type(decoder).__name__}")
+    return decoder
+
+
+def resolve(
+    heavy: Any,
+    light: Any,
+    schedule: Any,
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    num_samples: int | None,
+    length: int | None,
+    steps: int | None,
+    batch_size: int | None,
+    temperature: float,
+    decoder: Any,
+    seed: int | None,
+    generator: torch.Generator | None,
+    sample_ids: Sequence[int] | Tensor | None,
+) -> Request:
+    """Check every argument of `mdkern.sample` and fill in what is left open."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
+    batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
+    if steps is not None:
+        check_count("steps", steps)
+    resolved_decoder = resolve_decoder(decoder)
+    denoisers, schedule = resolve_models(heavy, light, schedule)
+    first = next(iter(denoisers.values()))
+    ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
+    for denoiser in denoisers.values():
+        check_length(denoiser, ids.shape[1])
+    steps = steps or schedule.total or ids.shape[1]
+    return Request(
+        denoisers=denoisers,
+        schedule=schedule,
+        segments=schedule.segments(steps),
+        decoder=resolved_decoder,
+        steps=steps,
+        input_ids=ids,
+        attention_mask=mask,
+        sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
+        batch_size=batch_size,
+        temperature=float(temperature),
+        seed=resolve_seed(seed, generator),
+    )

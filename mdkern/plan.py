@@ -1,0 +1,151 @@
+"""The reveal plan: every position's reveal step, drawn before the first forward pass.
+
+The ancestral sampler reveals a masked position at step t -> s with probability (t - s) / t whatever the model says, so
+the order of the reveals can be drawn first. Only *events*, the steps of a sequence at which at least one of its
+positions is revealed, then need a forward pass, and that pass needs its head only at the revealed rows. The samples'
+distribution is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels import noise
+
+GIVEN = -1  # reveal step of a position that is not masked
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """The events of one segment, packed into batches: what each tick of the sampler works on.
+
+    A tick runs one event of each of up to B sequences. Slots ``0..batch[k]-1`` of tick k are in use. There are no idle
+    slots otherwise: a segment costs exactly as many sequence-forward-passes as it has events.
+    """
+
+    sequence: Tensor  # int64 [K, B], row of the state's input_ids; unused slots: the scratch row
+    step: Tensor  # int64 [K, B]
+    position: Tensor  # int64 [K, B, R], positions to reveal, ascending; unused: 0
+    row: Tensor  # int64 [K, M], the used entries of position[k].view(-1), ascending; unused: 0
+    row_count: Tensor  # int64 [K]
+    batch: list[int]  # [K], on the host: slots in use, at most two different values
+    rows: list[int]  # [K], on the host: row_count
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
+class RevealPlan:
+    """When each position is revealed."""
+
+    step: Tensor  # int64 [N, L]: reveal step in 0..T-1, T for the closing pass, GIVEN where not masked
+    steps: int  # T
+
+    @staticmethod
+    def draw(masked: Tensor, alpha: Tensor, seed: Tensor, sample: Tensor, position: Tensor) -> RevealPlan:
+        """Draw the reveal step of every masked position.
+
+        Args:
+            masked: bool ``[N, L]``.
+            alpha: float64 ``[T + 1]``, non-decreasing from 0: the probability of being revealed before each step, and
+                by the end. A position is revealed at step i with probability ``alpha[i + 1] - alpha[i]`` and left to
+                the closing pass with probability ``1 - alpha[T]``.
+            seed: int64 scalar tensor.
+            sample: int64 ``[N]``, the sample numbers that key the draw.
+            position: int64 ``[N, L]``, the positions that key it.
+        """
+        zero = torch.zeros((), dtype=torch.int64, device=masked.device)
+        bits = noise.random_bits(seed, sample[:, None], position, zero, zero, noise.PLAN)
+        step = torch.searchsorted(alpha[1:].contiguous(), noise.uniform(*bits), right=True)
+        return RevealPlan(torch.where(masked, step, GIVEN), alpha.shape[0] - 1)
+
+    def events(self, first: int = 0, stop: int | None = None) -> Tensor:
+        """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; all of them by default."""
+        stop = self.steps + 1 if stop is None else stop
+        ordered = self.step.sort(-1).values
+        new = torch.ones_like(ordered, dtype=torch.bool)
+        new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        return (new & (ordered >= first) & (ordered < stop)).sum(-1)
+
+    def ticks(self, first: int, stop: int, batch_size: int) -> Ticks | None:
+        """Pack the events of steps ``first <= i < stop`` into ticks of at most `batch_size` sequences.
+
+        The events of all sequences are laid end to end and the line is cut into as many slots as are needed, each as
+        long as the segment has ticks (McNaughton's wrap-around rule): no slot idles, and a sequence whose events fall
+        into two slots has its early ones in the second slot's start and its late ones in the first slot's end, which
+        never overlap because no sequence has more events than there are ticks.
+
+        Returns:
+            None if there are no events.
+        """
+        device = self.step.device
+        inside = (self.step >= first) & (self.step < stop)
+        sequence, position = inside.nonzero(as_tuple=True)
+        if sequence.numel() == 0:
+            return None
+        step = self.step[sequence, position]
+        order = torch.argsort(sequence * (self.steps + 1) + step, stable=True)  # by sequence, step, position
+        sequence, position, step = sequence[order], position[order], step[order]
+
+        event_key, event, event_rows = torch.unique_consecutive(
+            sequence * (self.steps + 1) + step, return_inverse=True, return_counts=True
+        )
+        event_sequence, event_step = event_key // (self.steps + 1), event_key % (self.steps + 1)
+        per_sequence = torch.bincount(event_sequence, minlength=self.step.shape[0])
+        total, longest = event_key.numel(), int(per_sequence.max())
+        ticks = max(-(-total // batch_size), longest)
+        start = per_sequence.cumsum(0) - per_sequence
+        tick, slot = wrap_around(start, per_sequence, event_sequence, ticks)
+
+        event_start = event_rows.cumsum(0) - event_rows
+        rank = torch.arange(event.numel(), device=device) - event_start[event]  # of the row within its event
+        width, slots = int(event_rows.max()), -(-total // ticks)
+        sequences = torch.full((ticks, slots), self.step.shape[0], dtype=torch.int64, device=device)
+        steps = torch.zeros_like(sequences)
+        positions = torch.zeros((ticks, slots, width), dtype=torch.int64, device=device)
+        used = torch.zeros_like(positions, dtype=torch.bool)
+        sequences[tick, slot], steps[tick, slot] = event_sequence, event_step
+        positions[tick[event], slot[event], rank] = position
+        used[tick[event], slot[event], rank] = True
+
+        row_count = used.sum((1, 2))
+        capacity = int(row_count.max())
+        used_first = torch.sort(~used.view(ticks, -1), dim=-1, stable=True).indices[:, :capacity]
+        row = torch.where(torch.arange(capacity, device=device) < row_count[:, None], used_first, 0)
+        full = total - (slots - 1) * ticks  # ticks in which the last slot is in use
+        batch = [slots] * full + [slots - 1] * (ticks - full)
+        return Ticks(sequences, steps, positions, row, row_count, batch, row_count.tolist())
+
+
+def wrap_around(start: Tensor, count: Tensor, owner: Tensor, ticks: int) -> tuple[Tensor, Tensor]:
+    """Tick and slot of every event, events laid end to end and the line cut every `ticks`.
+
+    Args:
+        start, count: int64 ``[N]``, each sequence's first place on the line and its number of events.
+        owner: int64 ``[E]``, the sequence of each event, events of a sequence adjacent and in the order of their steps.
+    """
+    place = torch.arange(owner.numel(), device=owner.device)
+    cut = (start // ticks + 1) * ticks  # where the slot that a sequence starts in ends
+    beyond = (start + count - cut).clamp(min=0)[owner]  # events of the sequence that fall into the next slot
+    # The places past the cut come first in time: turn the sequence's events so that the earliest take them.
+    index = place - start[owner]
+    kept = count[owner] - beyond
+    turned = torch.where(index < beyond, index + kept, index - beyond)
+    place = torch.where(beyond > 0, start[owner] + turned, place)
+    return place % ticks, place // ticks
+
+
+def positions_in_text(attention_mask: Tensor) -> Tensor:
+    """Positions counted over attended tokens, int64 ``[N, L]``: the draw's key, the same whatever the padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover ``range(count)``."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

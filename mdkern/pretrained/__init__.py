@@ -1,0 +1,49 @@
+"""The heavy and the light denoiser that ship with the package, and their tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from mdkern.models import DiT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).parent
+
+
+class Pair(NamedTuple):
+    """Two denoisers with one tokenizer."""
+
+    heavy: DiT
+    light: DiT
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_pair(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pair:
+    """The shipped pair: 12 and 4 blocks of width 192, 256 positions, trained on public-domain English prose.
+
+    Args:
+        device: where to put the models. Default: the GPU if there is one, else the CPU.
+        dtype: floating dtype. Default: bfloat16 on a GPU, float32 on the CPU.
+
+    Returns:
+        ``(heavy, light, tokenizer)``. Nothing is downloaded.
+
+    Raises:
+        ValueError: a GPU asked for where there is none.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {chosen} was asked for, but PyTorch finds no GPU here")
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, not {dtype}")
+    heavy, light = (DiT.from_pretrained(FOLDER / name, dtype, chosen) for name in ("heavy", "light"))
+    return Pair(heavy, light, PreTrainedTokenizerFast.from_pretrained(FOLDER / "tokenizer"))

@@ -1,0 +1,170 @@
+"""Model schedules: which denoiser runs at each step (Sedykh et al., 2604.02340)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+PART = re.compile(r"([A-Za-z_]+)\s*[:=x*]?\s*(\d+)")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A maximal run of steps with one denoiser: steps ``first <= i < stop``."""
+
+    model: str
+    first: int
+    stop: int
+
+    @property
+    def steps(self) -> int:
+        return self.stop - self.first
+
+
+class Schedule:
+    """Which denoiser runs at each step, step 0 being the fully masked end.
+
+    A schedule either counts steps (``Schedule("L125 H750 L125")``) or gives shares of them
+    (``Schedule.sandwich(0.25)``), and then fits itself to any number of steps.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Parse the paper's text form: names and step counts, separated by spaces or commas, in either case.
+
+        Raises:
+            ValueError: nothing to parse, a part that is not a name and a count, or a count of 0.
+        """
+        parts = []
+        rest = PART.sub(lambda match: parts.append((match[1].upper(), int(match[2]))) or "", text)
+        if rest.strip(" ,;\t\n") or not parts:
+            raise ValueError(f"schedule {text!r} is not a list of names and step counts such as 'L125 H750 L125'")
+        if any(count == 0 for _, count in parts):
+            raise ValueError(f"schedule {text!r} has a part of 0 steps: leave it out")
+        self.parts: tuple[tuple[str, Fraction], ...] = merge([(name, Fraction(count)) for name, count in parts])
+        self.fixed = True
+
+    @classmethod
+    def from_shares(cls, shares: Sequence[tuple[str, Fraction | float]]) -> Schedule:
+        """Parts as shares of the steps, which sum to 1; parts of share 0 are left out."""
+        exact = [(name.upper(), Fraction(share).limit_denominator(10**9)) for name, share in shares]
+        if any(share < 0 for _, share in exact) or abs(sum(share for _, share in exact) - 1) > Fraction(1, 10**6):
+            raise ValueError(f"shares {shares} must be non-negative and sum to 1")
+        schedule = cls.__new__(cls)
+        schedule.parts = merge([(name, share) for name, share in exact if share])
+        schedule.fixed = False
+        return schedule
+
+    @classmethod
+    def constant(cls, model: str = "H") -> Schedule:
+        """One denoiser at every step."""
+        return cls.from_shares([(model, Fraction(1))])
+
+    @classmethod
+    def sandwich(cls, light_share: float, heavy: str = "H", light: str = "L") -> Schedule:
+        """Light at both ends, half of `light_share` each, heavy between: the paper's best."""
+        if not 0 <= light_share <= 1:
+            raise ValueError(f"light_share must lie in 0..1, not {light_share}")
+        share = Fraction(light_share).limit_denominator(10**9)
+        return cls.from_shares([(light, share / 2), (heavy, 1 - share), (light, share / 2)])
+
+    @classmethod
+    def quarter(cls, which: int, heavy: str = "H", light: str = "L") -> Schedule:
+        """Light in quarter `which` (1 to 4) of the steps, heavy in the others."""
+        if which not in (1, 2, 3, 4):
+            raise ValueError(f"which must be 1, 2, 3 or 4, not {which!r}")
+        return cls.from_segments([light if index == which else heavy for index in (1, 2, 3, 4)])
+
+    @classmethod
+    def from_segments(cls, models: Sequence[str]) -> Schedule:
+        """Equal shares, one per entry: a list of names, or a string of one-letter names such as ``"LHHHHHHHLL"``."""
+        if not models:
+            raise ValueError("models must name at least one segment")
+        return cls.from_shares([(model, Fraction(1, len(models))) for model in models])
+
+    @property
+    def total(self) -> int | None:
+        """Number of steps, None if the schedule fits itself to any."""
+        return int(sum(count for _, count in self.parts)) if self.fixed else None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names used, upper case, in the order of their first step."""
+        return tuple(dict.fromkeys(name for name, _ in self.parts))
+
+    def segments(self, steps: int | None = None) -> list[Segment]:
+        """The segments over `steps` steps. Shares are rounded at their boundaries; empty segments fall away.
+
+        Raises:
+            ValueError: `steps` missing for a schedule of shares, or not the sum of a schedule of counts.
+        """
+        if self.total is not None and steps is not None and self.total != steps:
+            raise ValueError(f"schedule {self} has {self.total} steps, but steps={steps}: make the two agree")
+        steps = self.total if steps is None else steps
+        if steps is None or steps < 1:
+            raise ValueError(f"steps must be at least 1 to fit {self!r}, not {steps}")
+        unit = Fraction(1) if self.fixed else Fraction(steps)
+        segments: list[Segment] = []
+        done = Fraction(0)
+        for name, share in self.parts:
+            first, stop = (int(edge * unit + Fraction(1, 2)) for edge in (done, done + share))
+            done += share
+            if stop > first and segments and segments[-1].model == name:
+                segments[-1] = Segment(name, segments[-1].first, stop)
+            elif stop > first:
+                segments.append(Segment(name, first, stop))
+        return segments
+
+    def shares(self) -> dict[str, Fraction]:
+        """Share of the steps that each denoiser runs."""
+        whole = sum(count for _, count in self.parts)
+        shares = dict.fromkeys(self.models, Fraction(0))
+        for name, count in self.parts:
+            shares[name] += count / whole
+        return shares
+
+    def saved(self, cost: Mapping[str, float]) -> float:
+        """Share of the cost saved against running the dearest denoiser at every step.
+
+        With ``cost`` the number of blocks this is equation (3) of 2604.02340, ``p (B_H - B_L) / B_H``, for any number
+        of denoisers; with ``cost`` the counted FLOPs of a forward pass it is the exact figure.
+
+        Args:
+            cost: by name, in either case; every denoiser of the schedule, and possibly others.
+        """
+        costs = {name.upper(): value for name, value in cost.items()}
+        missing = [name for name in self.models if name not in costs]
+        if missing:
+            raise ValueError(f"cost must name {', '.join(missing)}; it names {', '.join(costs) or 'nothing'}")
+        dearest = max(costs.values())
+        return 1.0 - sum(float(share) * costs[name] for name, share in self.shares().items()) / dearest
+
+    def fit(self, steps: int) -> Schedule:
+        """The same schedule as step counts."""
+        return Schedule(" ".join(f"{segment.model}{segment.steps}" for segment in self.segments(steps)))
+
+    def __str__(self) -> str:
+        if self.fixed:
+            return " ".join(f"{name}{count}" for name, count in self.parts)
+        return " ".join(f"{name}:{float(100 * share):g}%" for name, share in self.parts)
+
+    def __repr__(self) -> str:
+        return f"<Schedule {self}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and (self.fixed, self.parts) == (other.fixed, other.parts)
+
+    def __hash__(self) -> int:
+        return hash((self.fixed, self.parts))
+
+
+def merge(parts: Sequence[tuple[str, Fraction]]) -> tuple[tuple[str, Fraction], ...]:
+    """Adjacent parts of one denoiser as one."""
+    merged: list[tuple[str, Fraction]] = []
+    for name, count in parts:
+        if merged and merged[-1][0] == name:
+            merged[-1] = (name, merged[-1][1] + count)
+        else:
+            merged.append((name, count))
+    return tuple(merged)

@@ -1,0 +1,1 @@
+"""Training of the denoisers and of the autoregressive judge: a plain PyTorch loop, no framework."""

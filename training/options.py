@@ -1,0 +1,78 @@
+"""Command-line arguments that training a denoiser and training the judge have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from training.loop import LoopOptions
+from training.optim import lr_schedule
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimiser (defaults of MDLM)")
+    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    group.add_argument("--lr", type=float, default=3e-4, help="peak rate of AdamW")
+    group.add_argument("--muon-lr", type=float, help="peak rate of Muon (default: --lr)")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    group.add_argument("--lr-floor", type=float, default=0.0, help="last rate of the cosine, as a fraction of the peak")
+    group.add_argument("--warmup", type=int, default=2500, help="steps of linear warm-up")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    group.add_argument("--ema-decay", type=float, default=0.9999)
+
+
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--no-compile", action="store_true", help="no torch.compile (used on CUDA only)")
+    group.add_argument("--workers", type=int, default=3, help="threads that prepare batches")
+    group.add_argument("--log-every", type=int, default=20, help="steps between two readings of the loss")
+    group.add_argument("--checkpoint-every", type=float, default=120.0, help="seconds")
+    group.add_argument("--stop-after", type=float, help="seconds after which to checkpoint and stop")
+    group.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError on the first argument that cannot work, before any file is read or written."""
+    positive = ["blocks", "width", "heads", "mlp_ratio", "length", "tokens", "batch_size", "grad_accum", "workers",
+                "log_every", "lr", "muon_lr", "clip", "eval_samples", "eval_batch_size", "stop_after"]  # fmt: skip
+    for name in positive:
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+    for name, low, high in (("eps", 0.0, 0.5), ("lr_floor", -1e-9, 1.0), ("ema_decay", -1e-9, 1.0)):
+        value = getattr(args, name, None)
+        if value is not None and not low < value < high:
+            raise ValueError(f"--{name.replace('_', '-')} must lie between {max(low, 0):g} and {high:g}, got {value}")
+    for name in ("warmup", "weight_decay", "checkpoint_every", "seed"):
+        value = getattr(args, name, None)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device here")
+
+
+def run_config(args: argparse.Namespace, names: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The settings that make a run what it is: resuming with other ones is refused."""
+    optimizer = ["optimizer", "lr", "muon_lr", "weight_decay", "schedule", "lr_floor", "warmup", "clip", "ema_decay"]
+    return {name: getattr(args, name) for name in [*names, *optimizer]} | more
+
+
+def loop_options(args: argparse.Namespace, total_steps: int, tokens_per_step: int, started: float) -> LoopOptions:
+    """The loop's options; `started` is the `time.monotonic()` from which --stop-after counts."""
+    return LoopOptions(
+        out=args.out,
+        total_steps=total_steps,
+        tokens_per_step=tokens_per_step,
+        schedule=lr_schedule(args.schedule, args.warmup, total_steps, args.lr_floor),
+        clip=args.clip,
+        checkpoint_every=args.checkpoint_every,
+        log_every=args.log_every,
+        deadline=None if args.stop_after is None else started + args.stop_after,
+        resume=args.resume,
+        workers=args.workers,
+    )

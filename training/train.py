@@ -1,0 +1,191 @@
+"""Train a masked diffusion denoiser with the objective of MD4 (2406.04329) and MDLM (2406.07524).
+
+    python -m training.train --data train.bin --valid test.bin --out runs/heavy --blocks 12 --tokens 2e9
+    torchrun --nproc-per-node 8 -m training.train ...        # the same run on eight GPUs
+
+t is uniform in [eps, 1] (stratified over the global batch), each token is masked with probability t, and the loss is
+the sum over masked tokens of -log p / t, divided by the number of tokens. The run's folder holds checkpoints,
+log.jsonl, loss.png, and at the end final/ (float32), final-bf16/ and eval.json, all three of the averaged weights.
+Starting the same command again goes on where it stopped; the pieces give the same run as one piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mdkern.models import DiT, DiTConfig, load_dit, save_dit
+from training.batches import MaskedBatches
+from training.checkpoint import load_checkpoint
+from training.data import atomic_open, open_tokens
+from training.evaluate import MaskedLoss, held_out_nelbo
+from training.loop import Trainer, World, joined_world
+from training.optim import WeightAverage, make_optimizers
+from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, loop_options, run_config
+
+log = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, help="training token file (.bin, see training.data)")
+    parser.add_argument("--valid", type=Path, required=True, help="held-out token file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    model = parser.add_argument_group("model")
+    model.add_argument("--blocks", type=int, default=12)
+    model.add_argument("--width", type=int, default=768)
+    model.add_argument("--heads", type=int, default=12)
+    model.add_argument("--mlp-ratio", type=int, default=4)
+    model.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    model.add_argument("--time-conditioning", action="store_true")
+    model.add_argument("--untied-head", action="store_true", help="a head of its own instead of the embedding")
+    run = parser.add_argument_group("run")
+    run.add_argument("--tokens", type=float, default=2e9, help="tokens to train on, rounded up to whole steps")
+    run.add_argument("--batch-size", type=int, default=512, help="sequences a step, all processes together")
+    run.add_argument("--grad-accum", type=int, default=1, help="micro-batches a step and process")
+    run.add_argument("--eps", type=float, default=1e-3, help="smallest diffusion time")
+    run.add_argument("--seed", type=int, default=0)
+    add_optimizer_arguments(parser)
+    add_loop_arguments(parser)
+    end = parser.add_argument_group("evaluation")
+    end.add_argument("--eval-samples", type=int, default=8192, help="(window, t) pairs of the held-out NELBO")
+    end.add_argument("--eval-batch-size", type=int, default=64)
+    end.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint or final model in --out")
+    return parser
+
+
+def make_trainer(
+    args: argparse.Namespace, config: DiTConfig, data_sha256: str, world: World, started: float
+) -> Trainer:
+    """The trainer of a denoiser, at its checkpoint if there is one."""
+    torch.manual_seed(args.seed)
+    model = DiT(config).to(world.device)
+    objective = MaskedLoss(model, world.size / (args.batch_size * args.length))
+    if world.device.type == "cuda" and not args.no_compile:
+        objective.compile(dynamic=False)
+    tokens_per_step = args.batch_size * args.length
+    total_steps = math.ceil(args.tokens / tokens_per_step)
+    options = loop_options(args, total_steps, tokens_per_step, started)
+    model_settings = {f"model.{key}": value for key, value in asdict(config).items()}
+    names = ["length", "batch_size", "grad_accum", "eps", "seed"]
+    settings = run_config(args, names, total_steps=total_steps, data_sha256=data_sha256, **model_settings)
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.muon_lr or args.lr, args.weight_decay)
+    trainer = Trainer(model, objective, optimizers, WeightAverage(model, args.ema_decay), settings, options, world)
+    trainer.resume()
+    return trainer
+
+
+def train(args: argparse.Namespace, world: World, started: float) -> bool:
+    """Train, and save and evaluate the averaged weights once the run is complete. Returns whether it is."""
+    tokens, info = open_tokens(args.data)
+    _, valid_info = open_tokens(args.valid)
+    if valid_info.tokenizer_sha256 != info.tokenizer_sha256:
+        raise ValueError(f"{args.data} and {args.valid} were made with different tokenizers")
+    config = DiTConfig(
+        vocab_size=info.vocab_size,
+        mask_id=info.mask_id,
+        eos_id=info.eos_id,
+        max_length=args.length,
+        num_blocks=args.blocks,
+        width=args.width,
+        num_heads=args.heads,
+        mlp_ratio=args.mlp_ratio,
+        time_conditioning=args.time_conditioning,
+        tie_head=not args.untied_head,
+    )
+    batches = MaskedBatches(
+        tokens, args.batch_size, args.length, info.mask_id, args.seed, args.eps, world.rank, world.size, args.grad_accum
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(args, config, info.sha256, world, started)
+    log.info(
+        "%.2f M parameters, %d steps of %d tokens",
+        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
+        trainer.options.total_steps,
+        trainer.options.tokens_per_step,
+    )
+    if not trainer.run(batches):
+        log.info("stopped at step %d; the same command goes on from there", trainer.step)
+        return False
+    if world.rank == 0:
+        final = copy.deepcopy(trainer.model)
+        assert isinstance(final, DiT)
+        trainer.average.copy_to(final)
+        save_dit(final, args.out / "final")
+        evaluate(final, args, world, trainer.step)
+        save_dit(final.bfloat16(), args.out / "final-bf16")
+    return True
+
+
+def evaluate(model: DiT, args: argparse.Namespace, world: World, step: int | None = None) -> None:
+    """Write the held-out NELBO of a model to eval.json."""
+    tokens, info = open_tokens(args.valid)
+    length = min(args.length, model.config.max_length)
+    batch_size = min(args.eval_batch_size, args.eval_samples)
+    result = held_out_nelbo(model.eval(), tokens, length, args.eval_samples, batch_size, world, args.seed, args.eps)
+    bytes_per_token = info.text_bytes / info.count
+    result |= {
+        "bits_per_byte": result["nelbo_nats_per_token"] / math.log(2) / bytes_per_token,
+        "valid": info.sources,
+        "valid_sha256": info.sha256,
+        "step": step,
+    }
+    with atomic_open(args.out / "eval.json", "w") as file:
+        json.dump(result, file, indent=2)
+    log.info("held-out NELBO %.4f ± %.4f nats a token", result["nelbo_nats_per_token"], result["standard_error"])
+
+
+def evaluate_only(args: argparse.Namespace, world: World) -> None:
+    """Evaluate the averaged weights of the checkpoint in --out, or its final model where there is no checkpoint."""
+    state = load_checkpoint(args.out)
+    if state is None:
+        if not (args.out / "final").is_dir():
+            raise FileNotFoundError(f"{args.out} has neither a checkpoint nor a final model")
+        evaluate(load_dit(args.out / "final", device=world.device), args, world)
+        return
+    prefix = "model."
+    settings = {k.removeprefix(prefix): v for k, v in state["config"].items() if k.startswith(prefix)}
+    model = DiT(DiTConfig(**settings)).to(world.device)
+    average = WeightAverage(model, 0.0)
+    average.load_state_dict(state["average"])
+    average.copy_to(model)
+    evaluate(model, args, world, state["step"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    try:
+        check_arguments(args)
+        if args.data is None and not args.eval_only:
+            raise ValueError("--data is needed to train")
+        torch.set_float32_matmul_precision("high")
+        with joined_world(args.device) as world:
+            if world.rank:
+                logging.getLogger().setLevel(logging.WARNING)
+            if args.eval_only:
+                evaluate_only(args, world)
+            else:
+                train(args, world, started)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
