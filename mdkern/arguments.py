@@ -56,11 +56,15 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
             raise ValueError(f"model names must differ in more than their case: {', '.join(heavy)}")
     else:
         if isinstance(light, str | Schedule):
-            raise ValueError("light must be a model: with one model and a schedule write sample({'H': model}, schedule)")
+            raise ValueError(
+                "light must be a model: with one model and a schedule write sample({'H': model}, schedule)"
+            )
         models = {"H": heavy} | ({"L": light} if light is not None else {})
     if schedule is None:
         if len(models) > 1:
-            raise ValueError(f"schedule must be given to say when each of {', '.join(models)} runs, e.g. 'L32 H192 L32'")
+            raise ValueError(
+                f"schedule must be given to say when each of {', '.join(models)} runs, e.g. 'L32 H192 L32'"
+            )
         schedule = Schedule.constant(next(iter(models)))
     elif isinstance(schedule, str):
         schedule = Schedule(schedule)
@@ -143,7 +147,8 @@ def resolve_input(
     without = (~masked.any(-1)).nonzero()[:, 0]
     if len(without):
         raise ValueError(
-            f"input_ids row {int(without[0])} has no masked position: put the mask id {denoiser.mask_id} where text is wanted"
+            f"input_ids row {int(without[0])} has no masked position: "
+            f"put the mask id {denoiser.mask_id} where text is wanted"
         )
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -168,7 +173,9 @@ def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, not {shape}")
     if attention_mask.device != input_ids.device:
-        raise ValueError(f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them")
+        raise ValueError(
+            f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them"
+        )
     if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold 0 (padding) and 1 only")
     return attention_mask.bool()
@@ -201,7 +208,7 @@ def resolve_decoder(decoder: Any) -> Ancestral:
         if decoder not in DECODERS:
             raise ValueError(f"decoder {decoder!r} is not known: there is {', '.join(DECODERS)}")
         return DECODERS[decoder]()
-    if not isinstance(decoder, tuple(DECODERS.values())):
+    if not isinstance(decoder, Ancestral):
         raise TypeError(f"decoder must be a decoder or its name ({', '.join(DECODERS)}), not {type(decoder).__name__}")
     return decoder
 

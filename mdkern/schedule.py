@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-PART = re.compile(r"([A-Za-z_]+)\s*[:=x*]?\s*(\d+)")
+NAME = r"[A-Za-z_]+"
+PART = re.compile(rf"({NAME})\s*[:=x*]?\s*(\d+)")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Schedule:
         Raises:
             ValueError: nothing to parse, a part that is not a name and a count, or a count of 0.
         """
-        parts = []
-        rest = PART.sub(lambda match: parts.append((match[1].upper(), int(match[2]))) or "", text)
-        if rest.strip(" ,;\t\n") or not parts:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str such as 'L125 H750 L125', not {type(text).__name__}")
+        parts = [(name.upper(), int(count)) for name, count in PART.findall(text)]
+        if PART.sub("", text).strip(" ,;\t\n") or not parts:
             raise ValueError(f"schedule {text!r} is not a list of names and step counts such as 'L125 H750 L125'")
         if any(count == 0 for _, count in parts):
             raise ValueError(f"schedule {text!r} has a part of 0 steps: leave it out")
@@ -48,8 +50,11 @@ class Schedule:
     @classmethod
     def from_shares(cls, shares: Sequence[tuple[str, Fraction | float]]) -> Schedule:
         """Parts as shares of the steps, which sum to 1; parts of share 0 are left out."""
+        for name, _ in shares:
+            check_name(name)
         exact = [(name.upper(), Fraction(share).limit_denominator(10**9)) for name, share in shares]
-        if any(share < 0 for _, share in exact) or abs(sum(share for _, share in exact) - 1) > Fraction(1, 10**6):
+        whole = sum((share for _, share in exact), Fraction(0))
+        if any(share < 0 for _, share in exact) or abs(whole - 1) > Fraction(1, 10**6):
             raise ValueError(f"shares {shares} must be non-negative and sum to 1")
         schedule = cls.__new__(cls)
         schedule.parts = merge([(name, share) for name, share in exact if share])
@@ -157,6 +162,13 @@ class Schedule:
 
     def __hash__(self) -> int:
         return hash((self.fixed, self.parts))
+
+
+def check_name(name: str) -> str:
+    """A name that the text form can hold: with digits in it, name and count would run together."""
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise ValueError(f"a model's name must be letters, as in 'L125 H750 L125', not {name!r}")
+    return name
 
 
 def merge(parts: Sequence[tuple[str, Fraction]]) -> tuple[tuple[str, Fraction], ...]:

@@ -136,6 +136,8 @@ def train_bpe(sources: Sequence[str], vocab_size: int, out: Path, sample_every: 
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if sample_every < 1:
+        raise ValueError(f"sample_every must be at least 1, got {sample_every}")
     if vocab_size < 258:
         raise ValueError(f"vocab_size must be at least 258 (256 bytes and two specials), got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
@@ -223,6 +225,8 @@ def _token_text(token: Any) -> str | None:
 
 def tokenize(sources: Sequence[str], tokenizer: Path, out: Path, max_tokens: int | None = None) -> TokenFileInfo:
     """Write the token file `out` (.bin, uint16 or uint32) and its description beside it, in bounded memory."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     encoder = TextEncoder.load(tokenizer)
     dtype = np.dtype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32)
     digest, count, text_bytes = hashlib.sha256(), 0, 0
@@ -334,14 +338,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.command == "bpe":
-        train_bpe(args.sources, args.vocab_size, args.out, args.sample_every)
-    elif args.command == "tokenize":
-        tokenize(args.sources, args.tokenizer, args.out, args.max_tokens)
-    else:
-        with ProcessPoolExecutor() as pool:
-            for path in pool.map(pack if args.command == "pack" else unpack, args.files, [args.out] * len(args.files)):
-                log.info("%s (%d bytes)", path, path.stat().st_size)
+    try:
+        if args.command == "bpe":
+            train_bpe(args.sources, args.vocab_size, args.out, args.sample_every)
+        elif args.command == "tokenize":
+            tokenize(args.sources, args.tokenizer, args.out, args.max_tokens)
+        else:
+            with ProcessPoolExecutor() as pool:
+                done = pool.map(pack if args.command == "pack" else unpack, args.files, [args.out] * len(args.files))
+                for path in done:
+                    log.info("%s (%d bytes)", path, path.stat().st_size)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

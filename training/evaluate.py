@@ -60,8 +60,8 @@ def held_out_nelbo(
         samples: (window, t) pairs; windows are used again, with other t, when there are fewer.
         batch_size: pairs at once; t is stratified over each batch.
 
-    Returns a dict: the bound and its standard error (nats a token), and for each of 10 bins of t the mean cross-entropy
-    of a masked token and the mean of the bound's integrand.
+    Returns a dict: the bound and its standard error (nats a token; None for one batch), and for each of 10 bins of t
+    the mean cross-entropy of a masked token and the mean of the bound's integrand.
     """
     windows = even_windows(tokens, samples, length)
     device = world.device
@@ -94,10 +94,11 @@ def held_out_nelbo(
     for total, values in zip(by_bin, parts):
         total.index_add_(0, bins, values)
     nelbo = float(np.mean(batch_means))
-    spread = float(np.std(batch_means, ddof=1)) / math.sqrt(len(batch_means)) if len(batch_means) > 1 else math.nan
+    count = len(batch_means)
+    error = float(np.std(batch_means, ddof=1)) / math.sqrt(count) if count > 1 else None
     return {
         "nelbo_nats_per_token": nelbo,
-        "standard_error": spread,
+        "standard_error": error,
         "perplexity_bound": math.exp(nelbo),
         "samples": len(bins),
         "windows": len(windows),

@@ -214,7 +214,7 @@ class Report:
     def __init__(self, trainer: Trainer, records: JsonLines | None) -> None:
         self.trainer, self.records = trainer, records
         self.started = self.shown = time.monotonic()
-        self.first_step = self.shown_step = trainer.step
+        self.shown_step = trainer.step
         total = trainer.options.total_steps * trainer.options.tokens_per_step
         done = trainer.step * trainer.options.tokens_per_step
         self.bar = tqdm(

@@ -141,7 +141,9 @@ def evaluate(model: DiT, args: argparse.Namespace, world: World, step: int | Non
     }
     with atomic_open(args.out / "eval.json", "w") as file:
         json.dump(result, file, indent=2)
-    log.info("held-out NELBO %.4f ± %.4f nats a token", result["nelbo_nats_per_token"], result["standard_error"])
+    log.info(
+        "held-out NELBO %.4f nats a token, %.4f bits a byte", result["nelbo_nats_per_token"], result["bits_per_byte"]
+    )
 
 
 def evaluate_only(args: argparse.Namespace, world: World) -> None:

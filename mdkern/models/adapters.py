@@ -117,11 +117,13 @@ class LogitsDenoiser(Denoiser):
             raise ValueError(f"mask_id {mask_id} must lie in 0..{vocab_size} for a vocabulary of {vocab_size}")
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.model = model
-        self.name = name or getattr(model, "__name__", type(model).__name__)
+        self.name = name or str(getattr(model, "__name__", type(model).__name__))
         # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
         self.columns, self.vocab_size = vocab_size, max(vocab_size, mask_id + 1)
         self.mask_id, self.eos_id, self.max_length, self.num_blocks = mask_id, eos_id, max_length, num_blocks
-        self.device = torch.device(device) if device else parameter.device if parameter is not None else torch.device("cpu")
+        self.device = (
+            torch.device(device) if device else parameter.device if parameter is not None else torch.device("cpu")
+        )
         self.dtype = parameter.dtype if parameter is not None else torch.float32
         accepted = accepted_arguments(model)
         self.time_conditioning = "t" in accepted
@@ -147,12 +149,16 @@ class LogitsDenoiser(Denoiser):
         if self.takes_mask and attention_mask is not None:
             arguments["attention_mask"] = attention_mask
         elif attention_mask is not None:
-            raise ValueError(f"{self.name} takes no attention_mask, so sequences of different lengths cannot share a batch")
+            raise ValueError(
+                f"{self.name} takes no attention_mask, so sequences of different lengths cannot share a batch"
+            )
         output = self.model(input_ids, **arguments)
         logits = output if isinstance(output, Tensor) else output.logits
         expected = (*input_ids.shape, self.columns)
         if tuple(logits.shape) != expected or not logits.is_floating_point():
-            raise ValueError(f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}")
+            raise ValueError(
+                f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}"
+            )
         return logits if positions is None else gather_rows(logits, positions)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

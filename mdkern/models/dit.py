@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class DiTConfig:
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 ``[length, head_dim / 2]``; computed, not stored, so that casting the model spares them."""
+    """cos and sin, float32 ``[length, head_dim / 2]``."""
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
@@ -202,12 +203,23 @@ class DiT(nn.Module):
         self.modulation_final = Modulation(2, config)
         self.head_weight = self.embedding if config.tie_head else nn.Parameter(torch.zeros(vocab, config.width))
         self.head_bias = nn.Parameter(torch.zeros(vocab))
+        self.rotary = rotary_table(config.max_length, config.width // config.num_heads, self.embedding.device)
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2 and "modulation" not in name:
                 residual = name.endswith(("attn_out.weight", "mlp_down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_blocks) if residual else 0.02)
             elif name.endswith("bias") and "modulation" not in name:
                 nn.init.zeros_(parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiT:
+        """Move or cast the model; the rotary tables follow the device but stay float32, so they are no buffers.
+
+        They are tables because compiled code that recomputes them spends a third of a training step on sines.
+        """
+        super()._apply(fn, recurse)
+        head_dim = self.config.width // self.config.num_heads
+        self.rotary = rotary_table(self.config.max_length, head_dim, self.embedding.device)
+        return self
 
     def hidden(
         self,
@@ -220,7 +232,8 @@ class DiT(nn.Module):
         if self.time_embedding is not None and t is None:
             raise ValueError("t must be given: this DiT is time-conditioned")
         condition = None if self.time_embedding is None or t is None else self.time_embedding(t)
-        rotary = rotary_table(input_ids.shape[1], self.config.width // self.config.num_heads, input_ids.device)
+        cos, sin = self.rotary
+        rotary = cos[: input_ids.shape[1]], sin[: input_ids.shape[1]]
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         x = self.embedding[input_ids]
         with attention_priority(x.device):
@@ -269,11 +282,15 @@ class DiT(nn.Module):
         key_value = 2 * length * width * 2 * width
         per_row = 2 * width * width * (2 + 2 * ratio) + 4 * length * width  # q, out, MLP; scores and their sum over v
         blocks = self.config.num_blocks * key_value + ((self.config.num_blocks - 1) * length + rows) * per_row
-        return blocks + 2 * rows * width * self.config.padded_vocab_size
+        conditioning = 0
+        if self.config.time_conditioning:
+            modulated = (6 * self.config.num_blocks + 2) * width
+            conditioning = 2 * self.config.cond_dim * (TIME_FREQUENCIES + self.config.cond_dim + modulated)
+        return blocks + conditioning + 2 * rows * width * self.config.padded_vocab_size
 
 
 def attention_priority(device: torch.device) -> AbstractContextManager[None]:
-    """Try the SDPA backends in the order of their speed on this card. PyTorch's own order on CPUs and in compiled code."""
+    """Try the SDPA backends in the order of their speed on this card. On CPUs and when compiling: PyTorch's order."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
     hopper = torch.cuda.get_device_capability(device)[0] >= 9

@@ -38,7 +38,9 @@ def load_pair(device: torch.device | str | None = None, dtype: torch.dtype | Non
     """
     from transformers import PreTrainedTokenizerFast
 
-    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {chosen} was asked for, but PyTorch finds no GPU here")
     if dtype is None:

@@ -1,0 +1,5 @@
+"""``python -m mdkern``."""
+
+from mdkern.cli import main
+
+raise SystemExit(main())

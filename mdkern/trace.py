@@ -1,0 +1,144 @@
+"""A page that replays a denoising: each token coloured by the step that revealed it, marked by the model that did.
+
+The page is one file with no outside resources: `trace.html` with the data put in.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdkern.schedule import Schedule
+
+if TYPE_CHECKING:
+    from mdkern.sampling import History, SampleOutput
+
+TEMPLATE = Path(__file__).with_name("trace.html")
+INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no whole character
+
+
+def write_trace(
+    path: str | os.PathLike[str],
+    output: SampleOutput,
+    tokenizer: Any,
+    *,
+    title: str = "mdkern trace",
+    schedule: Schedule | str | None = None,
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: where to.
+        output: of ``sample(..., return_history=True)``.
+        tokenizer: has ``decode``; of transformers.
+        title: the page's heading.
+        schedule: what was sampled under. None: read off the history, where the steps between two models' reveals
+            count as the first one's.
+
+    Raises:
+        ValueError: `output` has no history.
+    """
+    write_whole(path, render_trace(output, tokenizer, title=title, schedule=schedule))
+
+
+def render_trace(
+    output: SampleOutput,
+    tokenizer: Any,
+    *,
+    title: str = "mdkern trace",
+    schedule: Schedule | str | None = None,
+) -> str:
+    """The page as a string; see `write_trace`."""
+    data = json.dumps(trace_data(output, tokenizer, title, schedule), separators=(",", ":"))
+    values = {
+        "TITLE": html.escape(title),
+        "DATA": data.replace("<", "\\u003c"),  # neither </script> nor <!-- may appear; the JSON stays the same
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"__(TITLE|DATA)__", lambda match: values[match[1]], template)
+
+
+def trace_data(
+    output: SampleOutput, tokenizer: Any, title: str = "mdkern trace", schedule: Schedule | str | None = None
+) -> dict[str, Any]:
+    """What the page knows: a JSON value. Steps and models are those of `History`, -1 where given."""
+    history = output.history
+    if history is None or output.sequences is None or output.nfe is None:
+        raise ValueError("output has no history: call sample(..., return_history=True)")
+    rows = zip(output.sequences.tolist(), history.step.tolist(), history.model.tolist())
+    return {
+        "title": title,
+        "steps": history.steps,
+        "models": list(history.models),
+        "segments": schedule_segments(history, schedule),
+        "samples": [
+            {
+                "ids": ids,
+                "step": step,
+                "model": model,
+                "units": text_units(ids, lambda part: decode(tokenizer, part)),
+                "nfe": [int(output.nfe[name][number]) for name in history.models],
+            }
+            for number, (ids, step, model) in enumerate(rows)
+        ],
+    }
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of `ids` as it is, special tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def text_units(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, int]]:
+    """Cut a text into the smallest runs of tokens that are whole characters: (text, number of tokens) each.
+
+    A unit is nearly always one token; a byte-level vocabulary may spread a character over several. Each unit is decoded
+    after the one before it, since some tokenizers write a token differently at the start of a text. The units' texts
+    joined are the text.
+    """
+    units: list[tuple[str, int]] = []
+    context = start = 0
+    for stop in range(1, len(ids) + 1):
+        before, text = decode(ids[context:start]), decode(ids[context:stop])
+        if text.endswith(INCOMPLETE) and stop < len(ids):
+            continue
+        units.append((text[len(before) :], stop - start))
+        context, start = start, stop
+    return units
+
+
+def schedule_segments(history: History, schedule: Schedule | str | None) -> list[tuple[int, int, int]]:
+    """(model, first, stop) of each segment, models as indices into ``history.models``."""
+    if schedule is not None:
+        schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
+        return [(history.models.index(part.model), part.first, part.stop) for part in schedule.segments(history.steps)]
+    pairs = zip(history.step.flatten().tolist(), history.model.flatten().tolist())
+    known = {step: model for step, model in pairs if step >= 0}
+    current = known[min(known)]
+    segments: list[tuple[int, int, int]] = []
+    for step in range(history.steps):
+        current = known.get(step, current)
+        if segments and segments[-1][0] == current:
+            segments[-1] = (current, segments[-1][1], step + 1)
+        else:
+            segments.append((current, step, step + 1))
+    return segments
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all: to a new file beside it, then moved in place."""
+    target = Path(path).resolve()  # a link stays a link
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with staging.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""The reveal plan: its law, and that its ticks run every event once, in order, with no slot idle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from mdkern.plan import GIVEN, RevealPlan, positions_in_text
+
+
+def draw(masked: torch.Tensor, steps: int, eps: float = 1e-5, seed: int = 0) -> RevealPlan:
+    alpha = 1 - torch.linspace(1, eps, steps + 1, dtype=torch.float64)
+    sequences, length = masked.shape
+    position = torch.arange(length).expand(sequences, length)
+    return RevealPlan.draw(masked, alpha, torch.tensor(seed), torch.arange(sequences), position)
+
+
+class TestLaw:
+    def test_reveal_steps_are_uniform_and_eps_is_left_to_the_closing_pass(self) -> None:
+        steps, eps = 10, 0.1
+        plan = draw(torch.ones(2000, 100, dtype=torch.bool), steps, eps)
+        counts = torch.bincount(plan.step.flatten(), minlength=steps + 1).double()
+        share = torch.cat((torch.full((steps,), (1 - eps) / steps, dtype=torch.float64), torch.tensor([eps])))
+        assert chisquare(counts.numpy(), (share * counts.sum()).numpy()).pvalue > 1e-3
+
+    def test_it_is_the_step_by_step_law(self) -> None:
+        """Revealing at each step with probability (t - s) / t gives the same distribution of steps."""
+        steps, eps, count = 8, 0.05, 200_000
+        times = torch.linspace(1, eps, steps + 1)
+        generator = torch.Generator().manual_seed(1)
+        step = torch.full((count,), steps)
+        for i in reversed(range(steps)):
+            revealed = torch.rand(count, generator=generator) < (times[i] - times[i + 1]) / times[i]
+            step = torch.where(revealed, i, step)
+        walked = torch.bincount(step, minlength=steps + 1)
+        drawn = torch.bincount(draw(torch.ones(2000, 100, dtype=torch.bool), steps, eps).step.flatten(), minlength=9)
+        both = walked + drawn
+        statistic = float(((walked - drawn) ** 2 / both).sum())
+        assert statistic < 8 + 5 * math.sqrt(2 * 8)
+
+    def test_given_positions_have_no_step(self) -> None:
+        masked = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+        assert torch.equal(draw(masked, 40).step == GIVEN, ~masked)
+
+    def test_a_draw_depends_on_its_key_alone(self) -> None:
+        whole = draw(torch.ones(6, 30, dtype=torch.bool), 50)
+        part = draw(torch.ones(3, 30, dtype=torch.bool), 50)
+        assert torch.equal(whole.step[:3], part.step)
+        assert not torch.equal(whole.step, draw(torch.ones(6, 30, dtype=torch.bool), 50, seed=1).step)
+
+    def test_mean_number_of_events(self) -> None:
+        plan = draw(torch.ones(400, 256, dtype=torch.bool), 256)
+        assert abs(float(plan.events().double().mean()) / (256 * (1 - (1 - 1 / 256) ** 256)) - 1) < 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16, 100])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+class TestTicks:
+    SEQUENCES, LENGTH, STEPS = 13, 24, 30
+
+    def plan(self, share: float) -> RevealPlan:
+        masked = torch.rand(self.SEQUENCES, self.LENGTH, generator=torch.Generator().manual_seed(2)) < share
+        masked[4] = False  # a sequence with nothing to do
+        return draw(masked, self.STEPS)
+
+    def test_every_row_once_in_order_and_no_idle_slot(self, batch_size: int, share: float) -> None:
+        plan = self.plan(share)
+        for first, stop in ((0, self.STEPS + 1), (7, 20)):
+            ticks = plan.ticks(first, stop, batch_size)
+            assert ticks is not None
+            revealed = torch.full_like(plan.step, -2)
+            last_step = [-1] * self.SEQUENCES
+            for tick, batch in enumerate(ticks.batch):
+                assert 1 <= batch <= batch_size
+                sequences = ticks.sequence[tick].tolist()
+                assert sequences[batch:] == [self.SEQUENCES] * (len(sequences) - batch), "unused slots are scratch"
+                assert len(set(sequences[:batch])) == batch, "a sequence is in a batch once"
+                for slot, sequence in enumerate(sequences[:batch]):
+                    step = int(ticks.step[tick, slot])
+                    assert last_step[sequence] < step, "a sequence's events run in the order of their steps"
+                    last_step[sequence] = step
+                rows = ticks.row[tick, : ticks.rows[tick]]
+                assert len(rows) == ticks.row_count[tick]
+                width = ticks.position.shape[2]
+                for row in rows.tolist():
+                    sequence, position = sequences[row // width], int(ticks.position[tick, row // width, row % width])
+                    assert revealed[sequence, position] == -2, "a position is revealed once"
+                    revealed[sequence, position] = ticks.step[tick, row // width]
+            inside = (plan.step >= first) & (plan.step < stop)
+            assert torch.equal(revealed[inside], plan.step[inside])
+            assert (revealed[~inside] == -2).all()
+
+    def test_it_takes_as_few_ticks_as_can_be(self, batch_size: int, share: float) -> None:
+        plan = self.plan(share)
+        ticks = plan.ticks(0, self.STEPS + 1, batch_size)
+        assert ticks is not None
+        events = plan.events()
+        assert sum(ticks.batch) == int(events.sum())
+        assert len(ticks) == max(math.ceil(int(events.sum()) / batch_size), int(events.max()))
+        assert len(set(ticks.batch)) <= 2
+
+
+def test_no_events_no_ticks() -> None:
+    assert draw(torch.zeros(3, 5, dtype=torch.bool), 5).ticks(0, 6, 2) is None
+
+
+def test_positions_are_counted_over_attended_tokens() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    positions = positions_in_text(mask)
+    assert torch.equal(positions[0][2:], torch.arange(3))
+    assert torch.equal(positions[1][:3], torch.arange(3))
