@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def processor() -> str:
         return platform.machine()
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -80,20 +82,20 @@ def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
     rows = []
     for label in labels:
         schedule = SCHEDULES[label]
-        contenders: dict[str, Callable[[int], Any]] = {
-            "mdkern": lambda seed, s=schedule: mdkern.sample(models, s, **options, seed=seed, progress=False),
-            "ddpm": lambda seed, s=schedule: ddpm(models, s, **options, seed=seed),
-            "ddpm_cache": lambda seed, s=schedule: ddpm_cache(models, s, **options, seed=seed),
+        contenders: dict[str, Callable[..., Any]] = {
+            "mdkern": partial(mdkern.sample, models, schedule, progress=False, **options),
+            "ddpm": partial(ddpm, models, schedule, **options),
+            "ddpm_cache": partial(ddpm_cache, models, schedule, **options),
         }
         if device == "cpu":
             del contenders["ddpm_cache"]
         times: dict[str, list[float]] = {name: [] for name in contenders}
         if device == "cuda":  # warm-up
             for contender in contenders.values():
-                contender(0)
+                contender(seed=0)
         for seed in range(rounds):
             for name, contender in contenders.items():
-                took, result = seconds(lambda c=contender, s=seed: c(s), device)  # type: ignore[misc]
+                took, result = seconds(partial(contender, seed=seed), device)
                 times[name].append(took)
                 if name == "mdkern":
                     nfe = {model: float(count.double().mean()) for model, count in result.nfe.items()}
@@ -111,7 +113,8 @@ def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
                 ),
             }
         )
-    write_whole(RESULTS / f"sampling-{device}.json", {"versions": versions(device), **options, "rows": rows})
+    content = {"versions": versions(device), **options, "rows": rows}
+    write_text_whole(RESULTS / f"sampling-{device}.json", json.dumps(content, indent=1) + "\n")
     benchmark.pedantic(
         lambda: mdkern.sample(models, SCHEDULES["25 % light"], **options, seed=0, progress=False), rounds=1
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from mdkern.decoders import Ancestral
 from mdkern.models import Denoiser, adapt
-from mdkern.schedule import Schedule, Segment
+from mdkern.models.denoiser import available_device
+from mdkern.schedule import NAME, Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
 DECODERS = {"ancestral": Ancestral}
@@ -49,8 +52,9 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
             light, schedule = None, light
         if light is not None:
             raise ValueError("light must not be given when the first argument is a mapping of models: put it in there")
-        if not heavy or not all(isinstance(name, str) for name in heavy):
-            raise ValueError("models must map at least one name to a model")
+        if not heavy or not all(isinstance(name, str) and re.fullmatch(NAME, name) for name in heavy):
+            names = ", ".join(map(repr, heavy)) or "nothing"
+            raise ValueError(f"models must map at least one name, of letters only, to a model: it maps {names}")
         models = {name.upper(): model for name, model in heavy.items()}
         if len(models) < len(heavy):
             raise ValueError(f"model names must differ in more than their case: {', '.join(heavy)}")
@@ -73,13 +77,21 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
     unknown = [name for name in schedule.models if name not in models]
     if unknown:
         raise ValueError(f"schedule {schedule} names {', '.join(unknown)}, but the models are {', '.join(models)}")
-    denoisers = {name: adapt(models[name]) for name in schedule.models}
+    denoisers = {name: adapt_named(name, models[name]) for name in schedule.models}
     check_models(denoisers)
     return denoisers, schedule
 
 
+def adapt_named(name: str, model: Any) -> Denoiser:
+    """`adapt`, its complaints under the schedule's name for the model."""
+    try:
+        return adapt(model)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"model {name}: {error}") from error
+
+
 def check_models(denoisers: Mapping[str, Denoiser]) -> None:
-    """One vocabulary, one mask, one device; floating heads; finite weights."""
+    """One vocabulary, one mask, one device that is there; floating heads; finite weights."""
     first_name, first = next(iter(denoisers.items()))
     for name, denoiser in denoisers.items():
         for what in ("vocab_size", "mask_id", "device"):
@@ -89,6 +101,10 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
                     f"models must share their {what}: {name} has {ours}, {first_name} has {theirs}"
                     + (": move one of them" if what == "device" else ": their tokenizers differ")
                 )
+    available_device(first.device)
+    for name, denoiser in denoisers.items():
+        if denoiser.device.type == "meta":
+            raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
         if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():
             raise ValueError(f"model {name} has a head of {denoiser.head.weight.dtype}: a floating dtype is needed")
         not_finite = [key for key, weight in denoiser.named_weights() if not bool(weight.isfinite().all())]
@@ -97,9 +113,9 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
 
 
 def check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return value
+    return int(value)
 
 
 def resolve_input(
@@ -110,10 +126,8 @@ def resolve_input(
     length: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The start: given ids and mask ids ``[N, L]``, and the attention mask if there is any padding."""
-    if num_samples is not None:
-        check_count("num_samples", num_samples)
-    if length is not None:
-        check_count("length", length)
+    num_samples = None if num_samples is None else check_count("num_samples", num_samples)
+    length = None if length is None else check_count("length", length)
     if input_ids is None:
         if attention_mask is not None:
             raise ValueError("attention_mask needs input_ids: without a prompt there is nothing to pad")
@@ -121,7 +135,7 @@ def resolve_input(
             length = denoiser.max_length
         if length is None:
             raise ValueError("length must be given: the model has no longest length to take instead")
-        check_length(denoiser, length)
+        check_length("length", length, denoiser)
         shape = (num_samples or 1, length)
         return torch.full(shape, denoiser.mask_id, dtype=torch.int64, device=denoiser.device), None
 
@@ -130,7 +144,8 @@ def resolve_input(
     check_ids("input_ids", input_ids, denoiser)
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be [N, L] with N and L at least 1, not {tuple(input_ids.shape)}")
-    check_length(denoiser, input_ids.shape[1])
+    check_length("input_ids' second dimension", input_ids.shape[1], denoiser)
+    input_ids = input_ids.to(torch.int64)
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= denoiser.vocab_size:
         raise ValueError(f"input_ids must lie in 0..{denoiser.vocab_size - 1}, but run from {low} to {high}")
@@ -152,7 +167,7 @@ def resolve_input(
         )
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
-    return input_ids.to(torch.int64).clone(), attention_mask
+    return input_ids.clone(), attention_mask
 
 
 def check_ids(name: str, ids: Any, denoiser: Denoiser) -> None:
@@ -163,9 +178,11 @@ def check_ids(name: str, ids: Any, denoiser: Denoiser) -> None:
         raise ValueError(f"{name} is on {ids.device}, the model on {denoiser.device}: move one of them")
 
 
-def check_length(denoiser: Denoiser, length: int) -> None:
+def check_length(name: str, length: int, denoiser: Denoiser) -> None:
     if denoiser.max_length is not None and length > denoiser.max_length:
-        raise ValueError(f"length {length} is beyond the {denoiser.max_length} positions of {denoiser.name}")
+        raise ValueError(
+            f"{name} must be at most {denoiser.max_length}, the positions of {denoiser.name}, not {length}"
+        )
 
 
 def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
@@ -177,30 +194,38 @@ def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
             f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them"
         )
     if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError("attention_mask must hold 0 (padding) and 1 only")
+        low, high = attention_mask.min().item(), attention_mask.max().item()
+        raise ValueError(f"attention_mask must hold 0 (padding) and 1 only, not values from {low} to {high}")
     return attention_mask.bool()
 
 
 def resolve_seed(seed: Any, generator: torch.Generator | None) -> int:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
     if seed is None:
         device = generator.device if generator is not None else "cpu"
         return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     if generator is not None:
         raise ValueError("seed and generator must not both be given")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
-    return seed
+    return int(seed)
 
 
 def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Tensor:
     if sample_ids is None:
         return torch.arange(count, device=device)
-    numbers = torch.as_tensor(sample_ids, device=device)
-    if numbers.is_floating_point() or tuple(numbers.shape) != (count,):
+    try:
+        numbers = torch.as_tensor(sample_ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sample_ids must be {count} whole numbers, not {sample_ids!r}") from error
+    if numbers.is_floating_point() or numbers.dtype == torch.bool or tuple(numbers.shape) != (count,):
         raise ValueError(f"sample_ids must be {count} whole numbers, not {numbers.dtype} {tuple(numbers.shape)}")
-    if int(numbers.min()) < 0 or int(numbers.max()) >= 2**32:
-        raise ValueError(f"sample_ids must lie in 0..{2**32 - 1}")
-    return numbers.long()
+    numbers = numbers.long()
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= 2**32:
+        raise ValueError(f"sample_ids must lie in 0..{2**32 - 1}, but run from {low} to {high}")
+    return numbers
 
 
 def resolve_decoder(decoder: Any) -> Ancestral:
@@ -235,13 +260,17 @@ def resolve(
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
-        check_count("steps", steps)
+        steps = check_count("steps", steps)
     resolved_decoder = resolve_decoder(decoder)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     first = next(iter(denoisers.values()))
     ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
     for denoiser in denoisers.values():
-        check_length(denoiser, ids.shape[1])
+        check_length("length" if input_ids is None else "input_ids' second dimension", ids.shape[1], denoiser)
+        if mask is not None and not denoiser.takes_attention_mask:
+            raise ValueError(
+                f"attention_mask must be None or all 1: {denoiser.name} takes none, so nothing may be padded"
+            )
     steps = steps or schedule.total or ids.shape[1]
     return Request(
         denoisers=denoisers,

@@ -3,6 +3,11 @@
 For the tests, which hold `mdkern.sample` against them, and for side-by-side timing. Facts from Sahoo et al.
 (2406.07524) and its public code: float32 categorical ``argmax(weight / (1e-10 - log(u + 1e-10)))`` over V + 1 weights
 per position, the last for staying masked; `ddpm_cache` keeps the probabilities while nothing in the batch changes.
+
+That categorical is not exact in float32. The exponential ``-log(u)`` of a 24-bit u is never below 2^-24, so a token whose
+weight is under 2^-24 of the mask's, a probability under about ``2^-24 T s``, cannot be drawn: the tail of the vocabulary
+is cut and the text comes out more likely than the model means it to be (Zheng et al., 2409.02908, for the Gumbel form).
+``dtype=torch.float64`` draws exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from mdkern.schedule import Schedule
 
 
 def categorical(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Index drawn with probability proportional to ``weights [..., V]``, by the exponential race in float32."""
+    """Index drawn with probability proportional to ``weights [..., V]``, by the exponential race in their dtype."""
     uniform = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype)
     return (weights / (1e-10 - (uniform + 1e-10).log())).argmax(-1)
 
@@ -35,12 +40,14 @@ def ddpm(
     seed: int | None = None,
     eps: float = 1e-5,
     cache: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, int]]:
     """MDLM's ancestral sampler over one batch.
 
     Args:
         heavy, light, schedule, input_ids, num_samples, length, steps, seed: as in `mdkern.sample`.
         eps: the time at which the steps end; a closing pass takes the argmax at positions still masked.
+        dtype: of the categorical: float32 as people run it, float64 for exact draws.
         cache: keep the probabilities while the whole batch is unchanged. Refused with time conditioning.
 
     Returns:
@@ -62,11 +69,11 @@ def ddpm(
         for step in range(segment.first, segment.stop):
             if probability is None or not cache or running != segment.model:
                 t = times[step].expand(ids.shape[0])
-                probability = denoiser.logits(ids, t).softmax(-1)
+                probability = denoiser.logits(ids, t).softmax(-1, dtype=dtype)
                 passes[segment.model] += 1
                 running = segment.model
             weights = torch.cat(
-                (probability * (times[step] - times[step + 1]), times[step + 1].expand(*ids.shape, 1)), dim=-1
+                (probability * (times[step] - times[step + 1]), times[step + 1].to(dtype).expand(*ids.shape, 1)), dim=-1
             )
             drawn = categorical(weights, generator)
             drawn = torch.where(drawn == probability.shape[-1], first.mask_id, drawn)

@@ -90,7 +90,7 @@ def test_sampler_agrees_with_ddpm_on_the_shipped_pair() -> None:
     heavy, light, tokenizer = mdkern.load_pair("cpu")
     options = {"num_samples": 256, "length": 24, "steps": 12}
     ours = mdkern.sample(heavy, light, "L3 H6 L3", seed=1, batch_size=64, **options).sequences
-    theirs, _ = ddpm(heavy, light, "L3 H6 L3", seed=2, **options)
+    theirs, _ = ddpm(heavy, light, "L3 H6 L3", seed=2, dtype=torch.float64, **options)
     check_agreement(agreement(ours, theirs, len(tokenizer)))
     cold = mdkern.sample(heavy, light, "L3 H6 L3", seed=1, batch_size=64, temperature=0.7, **options).sequences
     assert abs(agreement(cold, theirs, len(tokenizer))["judge_distance"]) > 4, "a lowered temperature would be seen"
@@ -101,5 +101,11 @@ def test_sampler_agrees_with_ddpm_at_full_length() -> None:
     heavy, light, tokenizer = mdkern.load_pair("cuda")
     options = {"num_samples": 512, "length": 256, "steps": 256}
     ours = mdkern.sample(heavy, light, "L32 H192 L32", seed=1, batch_size=256, **options).sequences
-    theirs, _ = ddpm(heavy, light, "L32 H192 L32", seed=2, **options)
-    check_agreement(agreement(ours, theirs, len(tokenizer)))
+    exact, _ = ddpm(heavy, light, "L32 H192 L32", seed=2, dtype=torch.float64, **options)
+    found = agreement(ours, exact, len(tokenizer))
+    print("mdkern and ddpm in float64:", found)
+    check_agreement(found)
+    usual, _ = ddpm(heavy, light, "L32 H192 L32", seed=3, **options)
+    biased = agreement(usual, exact, len(tokenizer))
+    print("ddpm in float32 and in float64:", biased)
+    assert biased["judge_distance"] < -2, "the float32 categorical cuts the tail, and this test can see it"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import Denoiser, Head
+from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import DiT, gather_rows
 
 
@@ -39,8 +39,14 @@ def adapt(
 
     Raises:
         TypeError: not a model.
-        ValueError: a missing or impossible `vocab_size` or `mask_id`, a model in training mode.
+        ValueError: a missing or impossible `vocab_size` or `mask_id`, one that contradicts the model's own, a model in
+            training mode, a device that is not there.
     """
+    if isinstance(model, Denoiser | DiT):
+        known = model.config if isinstance(model, DiT) else model
+        for argument, value in (("vocab_size", vocab_size), ("mask_id", mask_id)):
+            if value is not None and value != getattr(known, argument):
+                raise ValueError(f"{argument}={value} contradicts the model's own {getattr(known, argument)}")
     if isinstance(model, Denoiser):
         return model
     if isinstance(model, nn.Module) and not isinstance(model, DiT) and model.training:
@@ -55,6 +61,8 @@ def adapt(
     for argument, value in (("vocab_size", vocab_size), ("mask_id", mask_id)):
         if value is None:
             raise ValueError(f"{argument} must be given: {type(model).__name__} does not tell it")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{argument} must be a whole number, not {value!r}")
     assert vocab_size is not None
     assert mask_id is not None
     return LogitsDenoiser(
@@ -62,7 +70,7 @@ def adapt(
         vocab_size=vocab_size,
         mask_id=mask_id,
         eos_id=eos_id if eos_id is not None else getattr(config, "eos_token_id", None),
-        max_length=max_length if max_length is not None else getattr(config, "max_position_embeddings", None),
+        max_length=max_length if max_length is not None else longest_input(model),
         num_blocks=num_blocks if num_blocks is not None else getattr(config, "num_hidden_layers", None),
         device=device,
         name=name,
@@ -113,22 +121,23 @@ class LogitsDenoiser(Denoiser):
         device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
-        if vocab_size < 1 or not 0 <= mask_id <= vocab_size:
-            raise ValueError(f"mask_id {mask_id} must lie in 0..{vocab_size} for a vocabulary of {vocab_size}")
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
+        if not 0 <= mask_id <= vocab_size:
+            raise ValueError(f"mask_id must lie in 0..{vocab_size} for logits of {vocab_size} columns, not {mask_id}")
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.model = model
         self.name = name or str(getattr(model, "__name__", type(model).__name__))
         # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
         self.columns, self.vocab_size = vocab_size, max(vocab_size, mask_id + 1)
         self.mask_id, self.eos_id, self.max_length, self.num_blocks = mask_id, eos_id, max_length, num_blocks
-        self.device = (
-            torch.device(device) if device else parameter.device if parameter is not None else torch.device("cpu")
-        )
+        chosen = available_device(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = parameter.dtype if parameter is not None else torch.float32
         accepted = accepted_arguments(model)
         self.time_conditioning = "t" in accepted
-        self.takes_mask = "attention_mask" in accepted
-        bias = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
+        self.takes_attention_mask = "attention_mask" in accepted
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device=chosen)
+        self.device = bias.device  # with its index, so that it compares equal to those of other tensors there
         if mask_id < vocab_size:
             bias[mask_id] = -torch.inf
         self.head = Head(None, bias)
@@ -146,15 +155,13 @@ class LogitsDenoiser(Denoiser):
     ) -> Tensor:
         """Logits in place of hidden states: ``[B, L, V]`` or ``[B, R, V]``."""
         arguments: dict[str, Tensor | None] = {"t": t} if self.time_conditioning else {}
-        if self.takes_mask and attention_mask is not None:
+        if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        elif attention_mask is not None:
-            raise ValueError(
-                f"{self.name} takes no attention_mask, so sequences of different lengths cannot share a batch"
-            )
         output = self.model(input_ids, **arguments)
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         expected = (*input_ids.shape, self.columns)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"{self.name} gave a {type(output).__name__}, expected floating logits {expected}")
         if tuple(logits.shape) != expected or not logits.is_floating_point():
             raise ValueError(
                 f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}"
@@ -164,6 +171,17 @@ class LogitsDenoiser(Denoiser):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         if isinstance(self.model, nn.Module):
             yield from self.model.named_parameters()
+
+
+def longest_input(model: Any) -> int | None:
+    """Positions that a Hugging Face model can read. RoBERTa's first ones are taken: its positions count from
+    `padding_idx` + 1."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        table = getattr(module, "position_embeddings", None)
+        if positions is not None and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return positions - table.padding_idx - 1
+    return positions
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:

@@ -291,7 +291,7 @@ def mdlm_weights(path: Path) -> dict[str, Tensor]:
             name = re.sub(rf"^{theirs}", ours, name)
         weights[name] = tensor
     weights.pop("rotary_emb.inv_freq", None)
-    if "embedding" not in weights or "vocab_embed.embedding" not in backbone:
+    if "vocab_embed.embedding" not in backbone:
         found = ", ".join(sorted(state)[:3]) or "none"
         raise ValueError(f"{path} is neither an mdkern checkpoint nor laid out as MDLM's; its first weights: {found}")
     needed = ("time_embedding.out.weight", "blocks.0.mlp_up.weight")
@@ -304,17 +304,16 @@ def mdlm_weights(path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def without_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same function at sigma = 0, with the modulations as constants."""
-    time = {
-        name.removeprefix("time_embedding."): weights[name] for name in weights if name.startswith("time_embedding.")
-    }
+    prefix = "time_embedding."
+    time = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     embedding = TimeEmbedding(time["out.bias"].shape[0])
     embedding.load_state_dict(time)
     at_zero = embedding.from_sigma(torch.zeros(1))[0]
     constant = {}
     for name, tensor in weights.items():
-        kind = name.removesuffix(".bias")
-        if kind.endswith(("modulation", "modulation_final")) and name.endswith(".bias"):
-            constant[name] = (weights[f"{kind}.weight"].float() @ at_zero + tensor.float()).to(tensor.dtype)
-        elif "modulation" not in name and not name.startswith("time_embedding."):
+        if re.search(r"modulation(_final)?\.bias$", name):
+            slope = weights[name.removesuffix("bias") + "weight"]
+            constant[name] = (slope.float() @ at_zero + tensor.float()).to(tensor.dtype)
+        elif "modulation" not in name and not name.startswith(prefix):
             constant[name] = tensor
     return constant

@@ -11,6 +11,18 @@ from torch import Tensor
 from mdkern.kernels.reference import finish_logits
 
 
+def available_device(device: torch.device | str) -> torch.device:
+    """`device`, refused if it is a GPU that is not there."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known: {str(error).splitlines()[0]}") from error
+    found = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= found:
+        raise ValueError(f"device {chosen} was asked for, but the GPUs that PyTorch finds here are {found}")
+    return chosen
+
+
 @dataclass(frozen=True)
 class Head:
     """The output layer as data: ``logits = cap(scale * hidden @ weight.T) + bias``, ``cap(x) = c * tanh(x / c)``.
@@ -47,6 +59,7 @@ class Denoiser:
     max_length: int | None = None  # positions; None: no limit
     num_blocks: int | None = None  # B of the paper's equation (3)
     time_conditioning: bool = False
+    takes_attention_mask: bool = True  # whether sequences may be padded
     device: torch.device
     dtype: torch.dtype
     head: Head

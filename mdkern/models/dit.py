@@ -79,11 +79,8 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of ``x [B, H, L, head_dim]``, the two halves of a head paired."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
@@ -112,27 +109,29 @@ class Modulation(nn.Module):
         return F.linear(condition, self.weight, self.bias)[:, None].chunk(self.parts, dim=-1)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation with a weight and no bias."""
+class ModulatedNorm(nn.Module):
+    """Layer normalisation with a weight and no bias, then adaLN's ``x * (1 + scale) + shift``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if shift.ndim == 1:  # constants of the block: the norm's own weight and bias take them
+            return F.layer_norm(x, self.weight.shape, self.weight * (1 + scale), shift)
+        return torch.addcmul(shift, F.layer_norm(x, self.weight.shape, self.weight), 1 + scale)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind adaLN: ``x + gate * f(modulate(norm(x)))``."""
+    """Attention and MLP, each behind adaLN: ``x + gate * f(norm(x, shift, scale))``."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.norm1 = LayerNorm(config.width)
+        self.norm1 = ModulatedNorm(config.width)
         self.attn_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.attn_out = nn.Linear(config.width, config.width, bias=False)
-        self.norm2 = LayerNorm(config.width)
+        self.norm2 = ModulatedNorm(config.width)
         self.mlp_up = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_down = nn.Linear(config.mlp_ratio * config.width, config.width)
         self.modulation = Modulation(6, config)
@@ -151,7 +150,7 @@ class Block(nn.Module):
         """``[B, L, D] -> [B, L, D]``, or ``-> [B, R, D]`` at ``positions [B, R]``; ``key_mask [B, 1, 1, L]`` bool."""
         cos, sin = rotary
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        normed = modulate(self.norm1(x), shift1, scale1)
+        normed = self.norm1(x, shift1, scale1)
         if positions is None:
             query, key, value = map(self.split_heads, self.attn_qkv(normed).chunk(3, dim=-1))
             query = rotate(query, cos, sin)
@@ -163,9 +162,9 @@ class Block(nn.Module):
             query = rotate(query, cos[positions][:, None], sin[positions][:, None])
             key, value = map(self.split_heads, F.linear(normed, key_value_weight).chunk(2, dim=-1))
         attended = F.scaled_dot_product_attention(query, rotate(key, cos, sin), value, attn_mask=key_mask)
-        x = x + gate1 * self.attn_out(attended.transpose(1, 2).flatten(2))
-        mlp = self.mlp_down(F.gelu(self.mlp_up(modulate(self.norm2(x), shift2, scale2)), approximate="tanh"))
-        return x + gate2 * mlp
+        x = torch.addcmul(x, gate1, self.attn_out(attended.transpose(1, 2).flatten(2)))
+        mlp = self.mlp_down(F.gelu(self.mlp_up(self.norm2(x, shift2, scale2)), approximate="tanh"))
+        return torch.addcmul(x, gate2, mlp)
 
 
 class TimeEmbedding(nn.Module):
@@ -199,7 +198,7 @@ class DiT(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab, config.width).normal_(std=0.02))
         self.time_embedding = TimeEmbedding(config.cond_dim) if config.time_conditioning else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
-        self.norm_final = LayerNorm(config.width)
+        self.norm_final = ModulatedNorm(config.width)
         self.modulation_final = Modulation(2, config)
         self.head_weight = self.embedding if config.tie_head else nn.Parameter(torch.zeros(vocab, config.width))
         self.head_bias = nn.Parameter(torch.zeros(vocab))
@@ -240,7 +239,7 @@ class DiT(nn.Module):
             for block in self.blocks[:-1]:
                 x = block(x, rotary, condition, None, key_mask)
             x = self.blocks[-1](x, rotary, condition, positions, key_mask)
-        return modulate(self.norm_final(x), *self.modulation_final(condition))
+        return self.norm_final(x, *self.modulation_final(condition))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D] -> [..., V]`` over the padded vocabulary, ``-inf`` at the mask and at padded ids."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mdkern.models import DiT
+from mdkern.models.denoiser import available_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,9 +41,7 @@ def load_pair(device: torch.device | str | None = None, dtype: torch.dtype | Non
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {chosen} was asked for, but PyTorch finds no GPU here")
+    chosen = available_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     if not dtype.is_floating_point:

@@ -1,0 +1,216 @@
+"""The command line: what goes where, what is refused, and that files are written whole or not at all."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mdkern
+from mdkern import DiT, DiTConfig, cli, pretrained, sampling
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A two-block and a one-block model with the shipped tokenizer's vocabulary, as command-line options."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, blocks in (("heavy", 2), ("light", 1)):
+        torch.manual_seed(blocks)
+        shape = {"max_length": LENGTH, "num_blocks": blocks, "width": 16, "num_heads": 2, "tie_head": True}
+        DiT(DiTConfig(vocab_size=4096, mask_id=4095, eos_id=0, **shape)).save_pretrained(folder / name)
+    options = {"--heavy": folder / "heavy", "--light": folder / "light", "--tokenizer": pretrained.FOLDER / "tokenizer"}
+    return [str(part) for option in options.items() for part in option]
+
+
+@pytest.fixture
+def run(checkpoints, capsys):
+    """Run ``mdkern sample`` with the tiny models: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str):
+        try:
+            code = cli.main(["sample", *checkpoints, "--device", "cpu", *arguments])
+        except SystemExit as stop:  # argparse's own way out
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_text_on_stdout_and_summary_on_stderr(run, tmp_path):
+    file = tmp_path / "out.jsonl"
+    code, out, err = run("--num-samples", "2", "--seed", "7", "--schedule", "L6 H12 L6", "--output", str(file))
+    assert code == 0
+    first, second = records(file)
+    assert out == f"--- sample 0 ---\n{first['text']}\n\n--- sample 1 ---\n{second['text']}\n"
+    assert f"2 x {LENGTH} tokens, schedule L6 H12 L6, seed 7, cpu, float32" in err
+    mean = {name: (first["nfe"][name] + second["nfe"][name]) / 2 for name in "LH"}
+    assert f"L {mean['L']:.1f} (1 blocks), H {mean['H']:.1f} (2 blocks)" in err
+    assert "25.0% of the blocks" in err  # equation (3): half of the steps with half of the blocks
+    assert re.search(r"\d tokens/s", err)
+
+
+def test_quiet_prints_the_text_alone(run):
+    code, out, err = run("--quiet", "--seed", "1")
+    assert code == 0
+    assert err == ""
+    assert out.endswith("\n")
+    assert "---" not in out.splitlines()[0]
+
+
+def test_json_lines_hold_what_sample_returns(run, checkpoints, tmp_path):
+    file = tmp_path / "out.jsonl"
+    run("--num-samples", "3", "--seed", "5", "--temperature", "0.7", "--steps", "16", "--output", str(file))
+    models = {"H": DiT.from_pretrained(checkpoints[1]), "L": DiT.from_pretrained(checkpoints[3])}
+    schedule = mdkern.Schedule.sandwich(0.25)
+    expected = mdkern.sample(models, schedule, num_samples=3, length=LENGTH, steps=16, temperature=0.7, seed=5)
+    written = records(file)
+    assert [record["token_ids"] for record in written] == expected.sequences.tolist()
+    assert [record["nfe"] for record in written] == [
+        {name: int(count[number]) for name, count in expected.nfe.items()} for number in range(3)
+    ]
+    assert [record["sample"] for record in written] == [0, 1, 2]
+    assert {(record["seed"], record["schedule"]) for record in written} == {(5, "L2 H12 L2")}
+
+
+def test_same_seed_same_text(run):
+    texts = [run("--quiet", "--seed", seed, "--batch-size", size)[1] for seed, size in ("31", "31", "42")]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_a_seed_of_its_own_is_told_and_gives_the_text_again(run):
+    _, text, err = run()
+    seed = re.search(r"seed (\d+)", err)[1]
+    assert run("--seed", seed)[1] == text
+
+
+def test_prompt_is_continued(run, tmp_path):
+    file = tmp_path / "out.jsonl"
+    code, out, _ = run("--prompt", "Once upon a time", "--output", str(file), "--num-samples", "2")
+    assert code == 0
+    assert out.count("Once upon a time") == 2
+    assert [len(record["token_ids"]) for record in records(file)] == [LENGTH, LENGTH]
+
+
+def test_placeholders_are_filled_in(run, tmp_path):
+    file, tokenizer = tmp_path / "out.jsonl", cli.load_tokenizer(str(pretrained.FOLDER / "tokenizer"))
+    before, after = (tokenizer.encode(part) for part in ("She went", " home."))
+    code, *_ = run("--prompt", "She went[MASK:5] home.", "--output", str(file))
+    ids = records(file)[0]["token_ids"]
+    assert code == 0
+    assert ids[: len(before)] == before
+    assert ids[len(before) + 5 :] == after  # not continued, as no --length was given
+    run("--prompt", "She went[MASK:5] home.", "--output", str(file), "--length", "20")
+    assert len(records(file)[0]["token_ids"]) == 20
+    assert records(file)[0]["token_ids"][len(before) + 5 :][: len(after)] == after
+
+
+def test_one_model_needs_no_schedule(run, checkpoints, capsys):
+    code = cli.main(["sample", *checkpoints[2:], "--device", "cpu", "--seed", "0"])
+    err = capsys.readouterr().err
+    assert code == 0
+    assert f"schedule L{LENGTH}," in err
+    assert "saved" not in err
+
+
+def test_three_models(run, checkpoints):
+    code, _, err = run("--model", f"m={checkpoints[1]}", "--schedule", "L8 M8 H8")
+    assert code == 0
+    assert re.search(r"L \S+ \(1 blocks\), M \S+ \(2 blocks\), H \S+ \(2 blocks\)", err)
+
+
+def test_trace_is_written(run, tmp_path):
+    file = tmp_path / "trace.html"
+    assert run("--trace", str(file), "--schedule", "L12 H12")[0] == 0
+    assert '"segments":[[0,0,12],[1,12,24]]' in file.read_text()
+
+
+BAD_INPUT = {
+    "not a number": (["--steps", "many"], "--steps: must be a whole number of at least 1, not 'many'"),
+    "no samples": (["--num-samples", "0"], "--num-samples: must be a whole number"),
+    "unknown option": (["--stepz", "3"], "--stepz"),
+    "name without a path": (["--model", "M"], "NAME=PATH"),
+    "no such checkpoint": (["--model", "M=/no/such"], "model M cannot be loaded from /no/such"),
+    "name taken": (["--model", "H=/no/such"], "different names"),
+    "schedule too short": (["--schedule", "L1 H2", "--steps", "5"], "has 3 steps, but steps=5"),
+    "unknown model": (["--schedule", "X24"], "names X"),
+    "share beyond 1": (["--schedule", "sandwich:2"], "share in 0..1"),
+    "too long": (["--length", "25"], "beyond the 24 positions"),
+    "prompt too long": (["--prompt", "word " * 30], "beyond the 24 positions"),
+    "placeholder too long": (["--prompt", "a[MASK:999999999]"], "beyond the 24 positions"),
+    "prompt fills all": (["--prompt", "a", "--length", "1"], "nothing is left to write"),
+    "temperature": (["--temperature", "-1"], "temperature must be"),
+    "not a device": (["--device", "abacus"], "not a device"),
+    "no such GPU": (["--device", "cuda:99"], "GPUs here"),
+    "no folder": (["--output", "/no/such/out.jsonl"], "there is no folder /no/such"),
+    "device file": (["--trace", "/dev/null"], "is not a file"),
+    "same file": (["--output", "a.out", "--trace", "./a.out"], "are the same file"),
+    "no tokenizer": (["--tokenizer", "/no/such"], "--tokenizer /no/such cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(sampling, "reveal_tick", lambda *_: pytest.fail("a forward pass was run"))
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("mdkern: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_tokenizer_of_another_model_is_refused(run, checkpoints, tmp_path):
+    config = DiTConfig(vocab_size=300, mask_id=299, max_length=LENGTH, num_blocks=1, width=16, num_heads=2)
+    DiT(config).save_pretrained(tmp_path / "small")
+    code, _, err = run("--model", f"S={tmp_path / 'small'}")
+    assert code == 2
+    assert "belongs to another model" in err
+
+
+def test_checkpoints_need_a_tokenizer(checkpoints, capsys):
+    assert cli.main(["sample", *checkpoints[:4]]) == 2
+    assert "--tokenizer must be given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(FloatingPointError("NaN"), 1), (OSError("disk full"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_a_failure_leaves_no_file(run, monkeypatch, tmp_path, error, code):
+    old = tmp_path / "trace.html"
+    old.write_text("old")
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mdkern.trace.os.replace" if code == 2 else "mdkern.sampling.run_segment", failing)
+    found, out, err = run("--output", str(tmp_path / "out.jsonl"), "--trace", str(old))
+    assert found == code
+    assert out == ""
+    assert err.splitlines()[-1].startswith("mdkern: ")
+    assert "Traceback" not in err
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.html"]
+    assert old.read_text() == "old"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"mdkern {mdkern.__version__}\n"
+
+
+def test_the_shipped_pair_is_the_default(capsys):
+    arguments = ["--device", "cpu", "--length", "16", "--steps", "8", "--seed", "0"]
+    assert cli.main(["sample", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "schedule L1 H6 L1" in err
+    assert "(12 blocks)" in err

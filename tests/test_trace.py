@@ -1,0 +1,147 @@
+"""The trace page: its data replays to the text, and no text can break it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from mdkern import DiT, DiTConfig, History, SampleOutput, pretrained, sample
+from mdkern.trace import decode, render_trace, schedule_segments, text_units, trace_data, write_trace
+
+HOSTILE = "</script><script>document.body.id='pwned'</script><!--<b>&amp; \"'\u2028\\u003c\n\tnaïve 😀 日本"
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast.from_pretrained(pretrained.FOLDER / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def hostile(tokenizer):
+    """The hostile text as a sample: two given tokens, the others revealed in turn, one in the closing pass."""
+    ids = torch.tensor([tokenizer.encode(HOSTILE)])
+    step = torch.arange(ids.shape[1])[None] % STEPS
+    step[:, :2], step[:, 7] = -1, STEPS
+    model = torch.where(step < 0, -1, (step >= 5).long())
+    nfe = {"L": torch.tensor([5]), "H": torch.tensor([6])}
+    return SampleOutput(sequences=ids, nfe=nfe, history=History(step, model, ("L", "H"), STEPS))
+
+
+@pytest.fixture(scope="module")
+def random_output():
+    """Samples of an untrained model over the byte-level vocabulary: many tokens are parts of characters."""
+    torch.manual_seed(0)
+    shape = {"max_length": 64, "num_blocks": 1, "width": 16, "num_heads": 2}
+    model = DiT(DiTConfig(vocab_size=4096, mask_id=4095, **shape)).eval()
+    return sample({"A": model, "B": model}, "A8 B8", num_samples=3, length=64, steps=16, seed=0, return_history=True)
+
+
+def embedded(page: str) -> dict:
+    """The page's data as a browser reads it: up to the first end of the script, whatever that is."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.DOTALL)[1])
+
+
+def test_data_holds_each_tokens_id_step_and_model(random_output, tokenizer):
+    data = embedded(render_trace(random_output, tokenizer))
+    history = random_output.history
+    for key, tensor in (("ids", random_output.sequences), ("step", history.step), ("model", history.model)):
+        assert [sample[key] for sample in data["samples"]] == tensor.tolist()
+    assert [data["models"], data["steps"]] == [["A", "B"], 16]
+    assert [sample["nfe"] for sample in data["samples"]] == torch.stack(list(random_output.nfe.values()), 1).tolist()
+
+
+def test_units_replay_to_the_text(random_output, hostile, tokenizer):
+    for output in (random_output, hostile):
+        data = embedded(render_trace(output, tokenizer))
+        for shown, ids in zip(data["samples"], output.sequences.tolist()):
+            assert "".join(text for text, _ in shown["units"]) == decode(tokenizer, ids)
+            assert sum(count for _, count in shown["units"]) == len(ids)
+    assert "".join(text for text, _ in data["samples"][0]["units"]) == HOSTILE
+
+
+def test_units_are_single_tokens_except_for_split_characters(tokenizer):
+    ids = tokenizer.encode("plain words, 😀 日.")
+    units = text_units(ids, lambda part: decode(tokenizer, part))
+    assert all(count == 1 for text, count in units if text.isascii())
+    assert {text.strip(): count > 1 for text, count in units if not text.isascii()} == {"😀": True, "日": True}
+
+
+def test_units_keep_spaces_that_a_decoder_drops_at_the_start():
+    words = ["the", "cat", "sat"]
+    units = text_units([0, 1, 2], lambda ids: " ".join(words[i] for i in ids))
+    assert units == [("the", 1), (" cat", 1), (" sat", 1)]
+
+
+def test_hostile_text_and_title_stay_data(hostile, tokenizer):
+    title = "</title><script>alert(1)</script> __DATA__ \\1"
+    page = render_trace(hostile, tokenizer, title=title)
+    assert page.lower().count("<script") == 2
+    assert page.lower().count("</script") == 2
+    assert "<!--" not in page
+    assert page.count(html.escape(title)) == 2
+    assert embedded(page)["title"] == title
+
+
+def test_page_asks_for_nothing_outside(hostile, tokenizer):
+    page = render_trace(hostile, tokenizer)
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://|\bsrc=|\bhref=|@import|url\(", page)
+
+
+def test_segments_are_the_schedules_or_read_off_the_history(random_output):
+    history = random_output.history
+    assert schedule_segments(history, "A8 B8") == [(0, 0, 8), (1, 8, 16)]
+    assert schedule_segments(history, None) == [(0, 0, 8), (1, 8, 16)]  # 192 positions: every step has a reveal
+    sparse = History(torch.tensor([[2, 7]]), torch.tensor([[1, 0]]), ("A", "B"), 16)
+    assert schedule_segments(sparse, None) == [(1, 0, 7), (0, 7, 16)]
+
+
+def test_output_without_history_is_refused(random_output, tokenizer):
+    without = SampleOutput(sequences=random_output.sequences, nfe=random_output.nfe)
+    with pytest.raises(ValueError, match="return_history=True"):
+        trace_data(without, tokenizer)
+
+
+def test_file_is_written_whole_or_not_at_all(hostile, tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "trace.html"
+    write_trace(file, hostile, tokenizer)
+    assert file.read_text() == render_trace(hostile, tokenizer)
+
+    def failing(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mdkern.trace.os.fsync", failing)
+    with pytest.raises(OSError, match="disk full"):
+        write_trace(file, hostile, tokenizer, title="new")
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.html"]
+    assert file.read_text() == render_trace(hostile, tokenizer)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize(("step", "status"), [(-1, "start"), (6, "step 6 of 0–9"), (10, "closing pass")])
+def test_browser_shows_the_step_of_the_address(hostile, tokenizer, tmp_path, step, status):
+    file = tmp_path / "trace.html"
+    write_trace(file, hostile, tokenizer)
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    profile, address = f"--user-data-dir={tmp_path / 'profile'}", f"{file.as_uri()}#sample=0&step={step}"
+    command = [BROWSER, "--headless", *quiet, profile, "--dump-dom", address]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert f'role="status">{status}' in dom
+    text = re.search(r'<div id="text">(.*?)</div>', dom, re.DOTALL)[1]
+    assert html.unescape(re.sub(r"<[^>]*>", "", text)) == HOSTILE
+    assert 'id="pwned"' not in dom
+    shown, reveals, first = trace_data(hostile, tokenizer)["samples"][0], [], 0
+    for _, count in shown["units"]:
+        reveals.append(max(shown["step"][first : first + count]))
+        first += count
+    assert dom.count('class="unit masked') == sum(reveal > step for reveal in reveals)
+    assert dom.count('class="unit given') == sum(reveal < 0 for reveal in reveals)
