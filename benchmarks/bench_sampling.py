@@ -28,7 +28,7 @@ SCHEDULES = {"all heavy": "H256", "25 % light": "L32 H192 L32", "all light": "L2
 LENGTH = STEPS = 256
 # Samples, rounds and schedules. On a CPU one baseline run takes minutes, and at 8 sequences its cache reuses next to
 # nothing, so that `ddpm` alone stands for both.
-DEVICES = {"cpu": (8, 3, ["25 % light"]), "cuda": (16, 5, list(SCHEDULES))}
+DEVICES = {"cpu": (8, 3, ["25 % light"]), "cuda": (16, 3, list(SCHEDULES))}
 
 
 def versions(device: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ For the tests, which hold `mdkern.sample` against them, and for side-by-side tim
 per position, the last for staying masked; `ddpm_cache` keeps the probabilities while nothing in the batch changes.
 
 Not exact in float32: the exponential ``-log(u)`` of a 24-bit u is never below 2^-24, so a token whose weight is under
-2^-24 of the mask's, that is of a probability under about ``2^-24 T s``, is hardly ever drawn. The tail of the vocabulary
-is cut and the text comes out more likely than the model means it to be (the effect that Zheng et al., 2409.02908, found
+2^-24 of the mask's, that is of a probability under about ``2^-24 T s``, is hardly ever drawn. The vocabulary's tail is
+cut, and the text comes out more likely than the model means it to be (the effect that Zheng et al., 2409.02908, found
 for Gumbel noise). ``dtype=torch.float64`` draws exactly.
 """
 

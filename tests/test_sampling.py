@@ -10,7 +10,9 @@ from torch import Tensor
 
 import mdkern
 from mdkern import DiT, DiTConfig
+from mdkern.arguments import resolve
 from mdkern.decoders import Ancestral
+from mdkern.sampling import SamplerState, draw_plan, reveal_tick
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 SAMPLES, EPS = 200_000, 0.05  # an eps large enough for the closing pass to matter: it reveals 5 % of the positions
@@ -191,6 +193,11 @@ class TestResult:
         assert mdkern.sample(HEAVY, length=10, seed=0, return_history=True).history.steps == 10
 
 
+OPEN = dict.fromkeys(
+    ("input_ids", "attention_mask", "num_samples", "length", "steps", "batch_size", "seed", "generator", "sample_ids")
+) | {"temperature": 1.0, "decoder": "ancestral"}  # every argument of `resolve` left open
+
+
 class TestBfloat16:
     def test_same_noise_nearly_the_same_tokens(self) -> None:
         """bf16 changes logits by their rounding only: the draws are the same, so most first tokens are."""
@@ -207,7 +214,7 @@ class TestGpu:
     def test_batch_size_with_the_shipped_pair_in_bfloat16(self) -> None:
         heavy, light, _ = mdkern.load_pair("cuda")
         runs = [
-            mdkern.sample(heavy, light, "L32 H192 L32", num_samples=32, seed=0, batch_size=size, return_history=True)
+            mdkern.sample(heavy, light, "L32 H192 L32", num_samples=12, seed=0, batch_size=size, return_history=True)
             for size in (1, 3, 16)
         ]
         for other in runs[1:]:
@@ -220,3 +227,22 @@ class TestGpu:
             for d in ("cuda", "cpu")
         ]
         assert (out[0].sequences.cpu() == out[1].sequences).float().mean() >= 0.99
+
+    def test_no_host_synchronisation_in_a_tick(self) -> None:
+        heavy = mdkern.adapt(HEAVY.to("cuda"))
+        try:
+            request = resolve(heavy, None, None, **(OPEN | {"num_samples": 8, "length": 48, "seed": 0}))
+            state = SamplerState.start(request)
+            ticks = draw_plan(request, state).ticks(0, request.steps + 1, 4)
+            assert ticks is not None
+            with torch.no_grad():
+                reveal_tick(heavy, state, ticks, ticks.batch[0], ticks.rows[0])  # compiles the kernels
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+                for batch, rows in zip(ticks.batch[1:], ticks.rows[1:]):
+                    reveal_tick(heavy, state, ticks, batch, rows)
+            torch.cuda.set_sync_debug_mode("default")
+            assert not (state.input_ids[:-1] == request.mask_id).any()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            HEAVY.to("cpu")
