@@ -69,6 +69,7 @@ def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+@pytest.mark.timeout(0)  # on a CPU a baseline run takes minutes
 @pytest.mark.benchmark(group="whole sampler, shipped pair")
 @pytest.mark.parametrize("device", DEVICES)
 def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
