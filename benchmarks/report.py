@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_tables
 from benchmarks.bench_sampling import RESULTS, write_text_whole
 
 README = Path(__file__).parent.parent / "README.md"
@@ -56,6 +57,8 @@ def sampling(device: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "sampling-cpu": lambda: sampling("cpu"),
     "sampling-cuda": lambda: sampling("cuda"),
+    "vocab-projection": kernel_tables.vocab_projection,
+    "select": kernel_tables.select,
 }
 
 

@@ -1,5 +1,8 @@
 """`mdkern.kernels.noise` inside Triton kernels: the same Philox words, the same Gumbel noise."""
 
+# mypy: ignore-errors
+# ruff: noqa: N803
+
 import triton
 import triton.language as tl
 
@@ -15,28 +18,23 @@ def random_words(seed, sample, position, step, pair, DOMAIN: tl.constexpr):
     """Philox 4x32-10: two words for index ``2 * pair`` and two for ``2 * pair + 1``. All but `seed` are uint32."""
     key0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     key1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    domain = tl.full([1], DOMAIN << DOMAIN_SHIFT, tl.uint32)
-    c3 = pair.to(tl.uint32) | domain
+    c3 = pair.to(tl.uint32) | (DOMAIN << DOMAIN_SHIFT)
     c0, c1, c2 = sample + c3 * 0, position + c3 * 0, step + c3 * 0
     return tl.philox_impl(c0, c1, c2, c3, key0, key1)
 
 
 @triton.jit
-def race(high, low):
-    """The standard exponential ``-log1p(-u)`` as a fraction, so that a race ``weight / exponential`` is one division.
-
-    Returns:
-        (numerator, denominator) with ``1 / exponential = numerator / denominator``.
-    """
+def inverse_exponential(high, low):
+    """``1 / -log1p(-u)``: the winner of the race ``weight * inverse_exponential`` is the winner of Gumbel-max."""
     u = high.to(tl.float32) * 2.0**-32 + (low.to(tl.float32) + 0.5) * 2.0**-64
     u = tl.minimum(u, 1.0 - 2.0**-24)
     rest = 1.0 - u
+    # log1p(-u) = log(rest) * u / (1 - rest): the division undoes the rounding of rest.
     whole = rest == 1.0
-    return tl.where(whole, 1.0, 1.0 - rest), tl.where(whole, u, -LN2 * tl.log2(rest) * u)
+    return tl.where(whole, 1.0, 1.0 - rest) / tl.where(whole, u, -LN2 * tl.log2(rest) * u)
 
 
 @triton.jit
 def gumbel(high, low):
     """Standard Gumbel noise, float32: `mdkern.kernels.noise.gumbel_from_bits`."""
-    numerator, denominator = race(high, low)
-    return tl.log(numerator) - tl.log(denominator)
+    return tl.log(inverse_exponential(high, low))

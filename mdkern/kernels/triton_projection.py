@@ -1,15 +1,17 @@
 """`vocab_projection` in Triton: one pass over the output layer, no logit ever written but the winners'.
 
-Kernel 1 multiplies tiles and folds each into a few numbers per row: maximum, sum of exponentials, their first moment,
-second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus one Gumbel draw
-(its maximum for greedy rows), kept as an exponential race ``sum / exponential`` so that it costs no logarithm. Kernel 2
-combines the vocabulary splits of each row and picks the token among the winning group's 64 logits.
+This kernel multiplies tiles and folds each into a few numbers per row: maximum, sum of exponentials, their first
+moment, second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus one
+Gumbel draw (its maximum for greedy rows), kept as an exponential race ``sum / exponential`` so that it costs no
+logarithm. `triton_finish` combines the vocabulary splits of each row and picks the token among the winner's 64 logits.
 """
 
-from __future__ import annotations
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RUF005, SIM102, SIM108
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mdkern.kernels import triton_noise as noise
 
@@ -18,8 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)  # stands for -inf, and is finite: neither differences with it nor 0 * it are NaN
 GREEDY = tl.constexpr(0)
-SAMPLED = tl.constexpr(1)  # temperature 1 on every row
-MIXED = tl.constexpr(2)  # a temperature per row, 0 among them
+MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
 STATISTICS = tl.constexpr(6)  # floats per row and slot, besides the 64 logits
 
 
@@ -39,13 +40,23 @@ def _schedule(count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.c
 
 
 @triton.jit
+def _temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.constexpr):
+    value = tl.full([ROWS], 1.0, tl.float32)
+    if temperature is not None:
+        value = tl.load(temperature + rows, mask=valid, other=1.0)
+    else:
+        value = value * uniform_temperature
+    return value
+
+
+@triton.jit
 def _halves(x):
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _groups(x, GROUPS: tl.constexpr):
-    """``[BM, 64 * GROUPS]`` as a tuple of ``[BM, 64]``."""
+    """``[BM, GROUPS * n]`` as a tuple of ``[BM, n]``, without moving a register."""
     if GROUPS == 1:
         return (x,)
     elif GROUPS == 2:
@@ -59,8 +70,27 @@ def _groups(x, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _group_sums(x, GROUPS: tl.constexpr):
+    sums = ()
+    parts = _groups(x, GROUPS)
+    for g in tl.static_range(GROUPS):
+        sums = sums + (tl.sum(parts[g], 1),)
+    return sums
+
+
+@triton.jit
 def _merge_top2(a1, a2, b1, b2):
     return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def _group_races(tile, seed, sample, position, step, GROUPS: tl.constexpr):
+    """``1 / exponential`` of each row and group of a tile, ``[BM, GROUPS]`` (a pair at least: Philox serves two)."""
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2
+    pair = (tl.arange(0, PAIRS) + tile * GROUPS // 2)[None, :]
+    w0, w1, w2, w3 = noise.random_words(seed, sample[:, None], position[:, None], step[:, None], pair, noise.GROUP)
+    races = tl.join(noise.inverse_exponential(w0, w1), noise.inverse_exponential(w2, w3))
+    return races.reshape(sample.shape[0], 2 * PAIRS)
 
 
 @triton.jit
@@ -73,21 +103,33 @@ def _absorb(
     sample,
     position,
     step,
+    any_greedy,
+    all_unit,
     MODE: tl.constexpr,
-    WANT_TOP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
 ):
-    """Fold a tile of logits into the running state of its rows."""
+    """Fold a tile of logits into the running state of its rows.
+
+    All statistics are always kept: without them a greedy pass over 16,384 rows takes 2.05 ms instead of 2.07.
+    """
     top, total, moment, second, best, best_group, leader = state
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = x.shape[1]
     GROUPS: tl.constexpr = BN // GROUP_SIZE
 
-    if WANT_TOP and MODE != GREEDY:
-        tile_top, tile_second = tl.reduce((x, tl.full([BM, BN], -float("inf"), tl.float32)), 1, _merge_top2)
-        second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
-    else:
-        tile_top = tl.max(x, 1)
+    logits = _groups(x, GROUPS)
+    if MODE == GREEDY:  # the second within the leading group is found at the end
+        tile_top, tile_second = tl.max(logits[0], 1), tl.full([BM], LOWEST, tl.float32)
+        group_tops = (tile_top,)
+        for g in tl.static_range(1, GROUPS):
+            group_top = tl.max(logits[g], 1)
+            tile_second = tl.maximum(tile_second, tl.minimum(tile_top, group_top))
+            tile_top = tl.maximum(tile_top, group_top)
+            group_tops = group_tops + (group_top,)
+    else:  # in pairs first: three comparisons a logit, where inserting one at a time costs four
+        left, right = _halves(x)
+        tile_top, tile_second = tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, _merge_top2)
+    second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
+
     old_offset = top * LOG2E
     top = tl.maximum(top, tile_top)
     offset = top * LOG2E
@@ -95,57 +137,61 @@ def _absorb(
     rescale = tl.exp2(shift)
     d = x * LOG2E - offset[:, None]
     e = tl.exp2(d)
-    if WANT_ENTROPY:
-        moment = (moment + total * shift) * rescale + tl.sum(e * d, 1)
+    moment = (moment + total * shift) * rescale + tl.sum(e * d, 1)
     total = total * rescale
-    if MODE == SAMPLED:
-        best = best * rescale
-        weights = _groups(e, GROUPS)
-    else:
-        total += tl.sum(e, 1)
-        if MODE == MIXED:
-            greedy = inv_temperature == 0.0
-            best = tl.where(greedy, best, best * tl.exp2(shift * inv_temperature))
-            weights = _groups(tl.exp2(d * inv_temperature[:, None]), GROUPS)
-    logits = _groups(x, GROUPS)
+    weights = _group_sums(e, GROUPS)
     for g in tl.static_range(GROUPS):
-        group = tile * GROUPS + g
-        if MODE == GREEDY:
-            score = tl.max(logits[g], 1)
-            if WANT_TOP:
-                second = tl.maximum(second, tl.minimum(best, score))
-        else:
-            weight = tl.sum(weights[g], 1)
-            if MODE == SAMPLED:
-                total += weight
-            if g % 2 == 0:
-                w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, group >> 1, noise.GROUP)
-            if GROUPS == 1:
-                odd = (tile & 1) == 1
-                high, low = tl.where(odd, w2, w0), tl.where(odd, w3, w1)
-            elif g % 2 == 0:
-                high, low = w0, w1
-            else:
-                high, low = w2, w3
-            numerator, denominator = noise.race(high, low)
-            score = weight * numerator / denominator
-            if MODE == MIXED:
-                score = tl.where(greedy, tl.max(logits[g], 1), score)
-        better = score > best
-        best = tl.where(better, score, best)
-        best_group = tl.where(better, group, best_group)
+        total += weights[g]
+
+    # The branches are of whole tiles and hold few values over them: inside the loops they would spill registers.
+    if MODE == GREEDY:
+        scores = group_tops
+    else:
+        greedy = inv_temperature == 0.0
+        best = tl.where(greedy, best, best * tl.exp2(shift * inv_temperature))
+        if not all_unit:
+            slope = inv_temperature * LOG2E
+            weights = _group_sums(tl.exp2(x * slope[:, None] - (top * slope)[:, None]), GROUPS)
+        races = _group_races(tile, seed, sample, position, step, GROUPS)
+        scores = _race_scores(weights, races, tile, GROUPS)
+        if any_greedy:
+            scores = _greedy_scores(logits, scores, greedy, GROUPS)
+    for g in tl.static_range(GROUPS):
+        better = scores[g] > best
+        best = tl.where(better, scores[g], best)
+        best_group = tl.where(better, tile * GROUPS + g, best_group)
         leader = tl.where(better[:, None], logits[g], leader)
     return top, total, moment, second, best, best_group, leader
 
 
 @triton.jit
+def _race_scores(weights, races, tile, GROUPS: tl.constexpr):
+    column = tl.arange(0, races.shape[1])[None, :]
+    scores = ()
+    for g in tl.static_range(GROUPS):
+        # A sum picks the column: the compiler does not pull the noise through it into a layout that repeats it.
+        own = g if GROUPS > 1 else tile & 1
+        scores = scores + (weights[g] * tl.sum(tl.where(column == own, races, 0.0), 1),)
+    return scores
+
+
+@triton.jit
+def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
+    mixed = ()
+    for g in tl.static_range(GROUPS):
+        mixed = mixed + (tl.where(greedy, tl.max(logits[g], 1), scores[g]),)
+    return mixed
+
+
+@triton.jit(do_not_specialize=["capacity", "columns"])
 def _project(
     hidden,  # [N, D], or a descriptor of the M gathered rows
     weight,  # [V, D], or a descriptor of it
     bias,  # [V] or None
     row_index,
     row_count,  # [] or None
-    temperature,  # [M] or None
+    temperature,  # [M], or None: `uniform_temperature` everywhere
+    uniform_temperature,
     seed,
     keys,  # [M, 3]
     statistics,  # [slots, STATISTICS, BM]
@@ -162,8 +208,6 @@ def _project(
     BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
     MODE: tl.constexpr,
-    WANT_TOP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -171,9 +215,11 @@ def _project(
     WEIGHT_TMA: tl.constexpr,
     FROM_LOGITS: tl.constexpr,
     SWAP: tl.constexpr,  # multiply [BN, BK] by [BK, BM]: tensor cores want 64 of the left operand, few rows have none
-    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()  # `_finish` may be put in place; it waits there for this kernel's end
     program = tl.program_id(0)
     count = capacity
     if row_count is not None:
@@ -199,8 +245,11 @@ def _project(
         position = tl.load(keys + rows.to(tl.int64) * 3 + 1, mask=valid, other=0).to(tl.uint32)
         step = tl.load(keys + rows.to(tl.int64) * 3 + 2, mask=valid, other=0).to(tl.uint32)
         inv_temperature = tl.full([BM], 1.0, tl.float32)
+        any_greedy, all_unit = False, True  # of this row tile: branches on them spare work that few tiles need
         if MODE == MIXED:
-            value = tl.load(temperature + rows, mask=valid, other=1.0)
+            value = _temperatures(temperature, uniform_temperature, rows, valid, BM)
+            any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1
+            all_unit = tl.min(((value == 0.0) | (value == 1.0)).to(tl.int32), 0) == 1
             inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
         if not HIDDEN_TMA:
             index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
@@ -217,11 +266,11 @@ def _project(
         second = tl.full([BM], -float("inf"), tl.float32)
         state = top, nothing, nothing, second, best, tl.zeros([BM], tl.int32), leader
 
-        for tile in tl.range(first, last, flatten=FLATTEN):
+        for tile in range(first, last):
             ids = tile * BN + lane
             if FROM_LOGITS:
                 x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < columns, other=LOWEST).to(tl.float32)
-                x = tl.maximum(x, LOWEST)
+                x = tl.where(x < LOWEST, LOWEST, x)
             else:
                 if SWAP:
                     product = tl.zeros([BN, BM], tl.float32)
@@ -257,22 +306,13 @@ def _project(
             if HAS_CAP:
                 x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
             if bias is not None:
-                x += tl.maximum(tl.load(bias + ids, mask=ids < columns, other=LOWEST), LOWEST)[None, :]
+                shift = tl.load(bias + ids, mask=ids < columns, other=LOWEST)
+                x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
             elif not FROM_LOGITS:
                 if (tile + 1) * BN > columns:
                     x = tl.where(ids[None, :] < columns, x, LOWEST)
             state = _absorb(
-                x,
-                tile,
-                state,
-                inv_temperature,
-                seed_value,
-                sample,
-                position,
-                step,
-                MODE,
-                WANT_TOP,
-                WANT_ENTROPY,
+                x, tile, state, inv_temperature, seed_value, sample, position, step, any_greedy, all_unit, MODE
             )
 
         top, total, moment, second, best, best_group, leader = state
@@ -285,143 +325,3 @@ def _project(
         tl.store(out + 5 * BM, best_group.to(tl.float32, bitcast=True))
         within = tl.arange(0, BM)[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
         tl.store(leaders + slot.to(tl.int64) * (BM * GROUP_SIZE) + within, leader)
-
-
-@triton.jit
-def _finish(
-    statistics,
-    leaders,
-    row_count,
-    temperature,
-    seed,
-    keys,
-    token,
-    log_prob,
-    logsumexp,
-    top1,
-    top2,
-    entropy,
-    capacity,
-    columns,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MODE: tl.constexpr,
-    WANT_TOP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    count = capacity
-    if row_count is not None:
-        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
-    whole, _, _, splits, _ = _schedule(count, columns, BM, BN, PROGRAMS)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = rows < count
-    wide = rows.to(tl.int64)
-    sample = tl.load(keys + wide * 3, mask=valid, other=0).to(tl.uint32)
-    position = tl.load(keys + wide * 3 + 1, mask=valid, other=0).to(tl.uint32)
-    step = tl.load(keys + wide * 3 + 2, mask=valid, other=0).to(tl.uint32)
-    inv_temperature = tl.full([ROWS], 1.0, tl.float32)
-    if MODE == MIXED:
-        value = tl.load(temperature + rows, mask=valid, other=1.0)
-        inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
-    seed_value = tl.load(seed)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-    row_tile = rows // BM
-    split_count = tl.where(row_tile < whole, 1, splits)
-    first_slot = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * splits).to(tl.int64)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    moment = tl.zeros([ROWS], tl.float32)
-    second = tl.full([ROWS], -float("inf"), tl.float32)
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    best_group = tl.full([ROWS], 2147483647, tl.int32)
-    best_slot = first_slot
-    # A while of one turn where SPLITS covers every split, which is what the launcher asks for at few rows.
-    for start in range(0, tl.max(tl.where(valid, split_count, 0)), SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        inside = valid[:, None] & (split[None, :] < split_count[:, None])
-        slot = first_slot[:, None] + split[None, :]
-        at = statistics + slot * (STATISTICS * BM) + (rows % BM)[:, None]
-        part_top = tl.load(at, mask=inside, other=LOWEST)
-        part_total = tl.load(at + BM, mask=inside, other=0.0)
-        part_best = tl.load(at + 4 * BM, mask=inside, other=-float("inf"))
-        part_group = tl.load(at + 5 * BM, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-
-        old_offset = top * LOG2E
-        old_top = top
-        peak = tl.max(part_top, 1)
-        top = tl.maximum(top, peak)
-        offset = top * LOG2E
-        shift = old_offset - offset
-        part_shift = part_top * LOG2E - offset[:, None]
-        rescale = tl.exp2(shift)
-        part_rescale = tl.exp2(part_shift)
-        if WANT_ENTROPY:
-            part_moment = tl.load(at + 2 * BM, mask=inside, other=0.0)
-            moment = (moment + total * shift) * rescale
-            moment += tl.sum((part_moment + part_total * part_shift) * part_rescale, 1)
-        total = total * rescale + tl.sum(part_total * part_rescale, 1)
-        if WANT_TOP:
-            part_second = tl.load(at + 3 * BM, mask=inside, other=-float("inf"))
-            # The largest of the parts' other maxima: the peak's own place is taken out once.
-            place = tl.min(tl.where(part_top == peak[:, None], split[None, :], 2147483647), 1)
-            others = tl.max(tl.where(split[None, :] == place[:, None], LOWEST, part_top), 1)
-            second = tl.maximum(second, tl.maximum(tl.max(part_second, 1), others))
-            second = tl.maximum(second, tl.minimum(old_top, peak))
-        if MODE == SAMPLED:
-            best = tl.where(best == -float("inf"), best, best * rescale)
-            part_best = tl.where(inside, part_best * part_rescale, -float("inf"))
-        elif MODE == MIXED:
-            greedy = inv_temperature == 0.0
-            best = tl.where(greedy | (best == -float("inf")), best, best * tl.exp2(shift * inv_temperature))
-            raced = part_best * tl.exp2(part_shift * inv_temperature[:, None])
-            part_best = tl.where(inside, tl.where(greedy[:, None], part_best, raced), -float("inf"))
-        peak_best = tl.max(part_best, 1)
-        peak_group = tl.min(tl.where(part_best == peak_best[:, None], part_group, 2147483647), 1)
-        chosen = (part_best == peak_best[:, None]) & (part_group == peak_group[:, None])
-        peak_slot = tl.max(tl.where(chosen, slot, 0), 1)
-        better = peak_best > best
-        best = tl.where(better, peak_best, best)
-        best_group = tl.where(better, peak_group, best_group)
-        best_slot = tl.where(better, peak_slot, best_slot)
-
-    lane = tl.arange(0, GROUP_SIZE)
-    at = leaders + (best_slot * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
-    leader = tl.load(at, mask=valid[:, None], other=0.0)
-    ids = best_group[:, None] * GROUP_SIZE + lane[None, :]
-    value = leader
-    if MODE != GREEDY:
-        pair = (best_group * (GROUP_SIZE // 2))[:, None] + tl.arange(0, GROUP_SIZE // 2)[None, :]
-        w0, w1, w2, w3 = noise.random_words(
-            seed_value, sample[:, None], position[:, None], step[:, None], pair, noise.TOKEN
-        )
-        token_noise = tl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).reshape(ROWS, GROUP_SIZE)
-        if MODE == SAMPLED:
-            value = leader + token_noise
-        else:
-            sampled = leader * inv_temperature[:, None] + token_noise
-            value = tl.where((inv_temperature == 0.0)[:, None], leader, sampled)
-    winner = tl.min(tl.where(value == tl.max(value, 1)[:, None], ids, 2147483647), 1)
-    winner_logit = tl.max(tl.where(ids == winner[:, None], leader, -float("inf")), 1)
-    if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second as well
-        second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
-
-    offset = top * LOG2E
-    log2_total = tl.log2(total)
-    sum_log = (offset + log2_total) * LN2
-    nan = float("nan")
-    good = valid & (top > LOWEST / 2) & (tl.abs(sum_log) < float("inf"))
-    inside = rows < capacity
-    tl.store(token + rows, tl.where(good, winner, -1).to(tl.int64), mask=inside)
-    tl.store(log_prob + rows, tl.where(good, (winner_logit * LOG2E - offset - log2_total) * LN2, nan), mask=inside)
-    tl.store(logsumexp + rows, tl.where(good, sum_log, nan), mask=inside)
-    if WANT_TOP:
-        tl.store(top1 + rows, tl.where(good, tl.exp2(top * LOG2E - offset) / total, nan), mask=inside)
-        tl.store(top2 + rows, tl.where(good, tl.exp2(second * LOG2E - offset) / total, nan), mask=inside)
-    if WANT_ENTROPY:
-        tl.store(entropy + rows, tl.where(good, (log2_total - moment / total) * LN2, nan), mask=inside)

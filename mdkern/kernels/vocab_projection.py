@@ -6,18 +6,26 @@ implementation runs is decided by device, through `torch.library`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels import reference
 
+NO_FILTERS = (0, 1.0, 0.0)  # top_k, top_p, min_p
+
 
 class RowStatistics(NamedTuple):
-    """Per row; the fields not asked for are None. Rows at and past ``row_count`` hold token -1 and NaN."""
+    """Per row; the fields not asked for are None.
 
-    token: Tensor  # int64 [M]; -1: the row's logits hold a NaN or +inf, or nothing above -inf
+    A row whose logits hold a NaN or +inf, or nothing above -inf, has token -1 and NaN in every other field, and so have
+    the rows at and past ``row_count``.
+    """
+
+    token: Tensor  # int64 [M]
     log_prob: Tensor  # float32 [M], of the token, at temperature 1
     logsumexp: Tensor  # float32 [M]
     top1: Tensor | None = None  # float32 [M], largest probability
@@ -32,17 +40,53 @@ def _vocab_projection(
     bias: Tensor | None,
     row_index: Tensor,
     row_count: Tensor | None,
-    temperature: Tensor,
+    temperature: Tensor | None,
+    uniform_temperature: float,
     seed: Tensor,
     keys: Tensor,
     scale: float,
     soft_cap: float,
     want_top: bool,
     want_entropy: bool,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return reference.vocab_projection(
-        hidden, weight, bias, row_index, row_count, temperature, seed, keys, scale, soft_cap, want_top, want_entropy
+        hidden,
+        weight,
+        bias,
+        row_index,
+        row_count,
+        temperature,
+        uniform_temperature,
+        seed,
+        keys,
+        scale,
+        soft_cap,
+        want_top,
+        want_entropy,
+        top_k,
+        top_p,
+        min_p,
     )
+
+
+@_vocab_projection.register_kernel("cuda")
+def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments, filters = arguments[:12], arguments[12:]
+    filters += NO_FILTERS[len(filters) :]  # PyTorch leaves out trailing arguments that are the defaults
+    if filters != NO_FILTERS or not has_triton(hidden.device):
+        return reference.vocab_projection(hidden, *arguments, *filters)
+    from mdkern.kernels import launch_projection  # imports Triton, which is no business of a machine without a GPU
+
+    return launch_projection.vocab_projection(hidden, *arguments)
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels run there: Triton is installed and the GPU is of compute capability 8 or later."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @_vocab_projection.register_fake
@@ -52,13 +96,17 @@ def _fake(
     bias: Tensor | None,
     row_index: Tensor,
     row_count: Tensor | None,
-    temperature: Tensor,
+    temperature: Tensor | None,
+    uniform_temperature: float,
     seed: Tensor,
     keys: Tensor,
     scale: float,
     soft_cap: float,
     want_top: bool,
     want_entropy: bool,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = row_index.shape[0]
 
@@ -74,7 +122,7 @@ def vocab_projection(
     weight: Tensor | None,  # [V, D]
     bias: Tensor | None,  # [V]
     row_index: Tensor,  # [M]
-    temperature: Tensor,  # [M]
+    temperature: Tensor | float,  # [M]
     seed: Tensor,  # []
     keys: Tensor,  # [M, 3]
     *,
@@ -83,8 +131,11 @@ def vocab_projection(
     soft_cap: float = 0.0,
     want_top: bool = False,
     want_entropy: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> RowStatistics:
-    """Token and statistics of the rows ``row_index`` of ``hidden``, from ``logits = cap(scale * hidden @ weight.T) + bias``.
+    """Token and statistics of rows of ``hidden``, from ``logits = cap(scale * hidden @ weight.T) + bias``.
 
     Args:
         hidden: floating ``[N, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
@@ -92,12 +143,18 @@ def vocab_projection(
         bias: float32 ``[V]``; ``-inf`` at ids that must never be produced (mask, padding, a user's list).
         row_index: int32 or int64 ``[M]``, rows of `hidden`.
         temperature: float32 ``[M]``: 0 takes the argmax (lowest id on ties), else the token is an exact draw from
-            ``softmax(logits / temperature)``. Statistics are of ``softmax(logits)`` whatever the temperature.
+            ``softmax(logits / temperature)``. Statistics are of ``softmax(logits)`` whatever the temperature. A number
+            is the temperature of every row.
         seed: int64 scalar tensor.
         keys: int64 ``[M, 3]``: sample number, position and step of each row. The draw is a function of (seed, key, id).
         row_count: int32 or int64 scalar tensor on the device: only the first `row_count` rows are computed. None: all.
         scale, soft_cap: see the formula; ``soft_cap=0`` is none.
         want_top, want_entropy: whether to return ``top1`` and ``top2``, ``entropy``.
+        top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
+            to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none. They
+            apply in this order, after the temperature, and ids as probable as the last one kept are kept too. The
+            statistics do not see them. They need the rows' logits in order: plain PyTorch on every device, 128 MiB
+            of float32 logits at a time and a sort of them for `top_p`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -112,13 +169,34 @@ def vocab_projection(
     if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (columns,)):
         raise ValueError(f"bias must be float32 [{columns}], not {bias.dtype} {tuple(bias.shape)}")
     rows = row_index.shape[0]
-    if tuple(keys.shape) != (rows, 3) or tuple(temperature.shape) != (rows,):
+    shape = tuple(temperature.shape) if isinstance(temperature, Tensor) else (rows,)
+    if tuple(keys.shape) != (rows, 3) or shape != (rows,):
         raise ValueError(
-            f"keys {tuple(keys.shape)} and temperature {tuple(temperature.shape)} do not fit {rows} rows: "
+            f"keys {tuple(keys.shape)} and temperature {shape} do not fit {rows} rows: "
             f"expected ({rows}, 3) and ({rows},)"
         )
+    per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+    if top_k < 0 or not 0.0 < top_p <= 1.0 or not 0.0 <= min_p <= 1.0:
+        raise ValueError(
+            f"top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1], not {top_k}, {top_p} and {min_p}"
+        )
     token, log_prob, top1, top2, entropy, logsumexp = _vocab_projection(
-        hidden, weight, bias, row_index, row_count, temperature, seed, keys, scale, soft_cap, want_top, want_entropy
+        hidden,
+        weight,
+        bias,
+        row_index,
+        row_count,
+        per_row,
+        uniform,
+        seed,
+        keys,
+        scale,
+        soft_cap,
+        want_top,
+        want_entropy,
+        top_k,
+        top_p,
+        min_p,
     )
     return RowStatistics(
         token,

@@ -1,0 +1,95 @@
+"""Timing of GPU work, the same for every contender: graph replays with the L2 cache emptied, contenders interleaved."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+FLUSH_MEGABYTES = 160  # above twice the L2 cache of an H100 or H200
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run of a contender."""
+
+    median: float
+    lower: float  # quartiles
+    upper: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"median": self.median, "lower": self.lower, "upper": self.upper}
+
+
+class GpuTimer:
+    """Times functions inside CUDA graphs.
+
+    A graph holds a few turns of (empty the L2 cache, run); a second one holds the emptying alone, and the difference of
+    their times is the run's. The cache is emptied by reading: lines left dirty by writing would be written back during
+    the run and slow it by a third.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.ones(FLUSH_MEGABYTES << 18, dtype=torch.float32, device="cuda")
+        self.sink = torch.zeros((), device="cuda")
+
+    def empty_cache(self) -> None:
+        torch.amax(self.buffer, 0, out=self.sink)
+
+    def graph(self, run: Callable[[], object], turns: int) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(turns):
+                self.empty_cache()
+                run()
+        return graph
+
+    def compare(
+        self, contenders: Mapping[str, Callable[[], object]], turns: int = 8, rounds: int = 21
+    ) -> dict[str, Timing]:
+        """Time every contender in each round, so that a drift of the clock meets them all alike."""
+        graphs = {name: self.graph(run, turns) for name, run in contenders.items()}
+        nothing = self.graph(lambda: None, turns)
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(rounds + 2):
+            base = elapsed(nothing)
+            for name, graph in graphs.items():
+                milliseconds = (elapsed(graph) - base) / turns
+                if turn >= 2:
+                    times[name].append(milliseconds)
+        return {name: summary(values) for name, values in times.items()}
+
+
+def elapsed(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def summary(values: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return Timing(median, lower, upper)
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Device and versions, to be kept beside every number."""
+    known: dict[str, Any] = {
+        name: version(name) for name in ("torch", "triton", *packages) if importlib.util.find_spec(name)
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        known |= {"device": properties.name, "cuda": torch.version.cuda, "processors": properties.multi_processor_count}
+    return known

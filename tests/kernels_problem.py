@@ -1,0 +1,98 @@
+"""Problems for the kernels' tests, and what their answers must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels import RowStatistics, reference, vocab_projection
+
+SEED = 987654321012345
+
+
+@dataclass
+class Problem:
+    """Random rows, weights and keys for `vocab_projection`, and float64 answers."""
+
+    rows: int = 20
+    columns: int = 777
+    depth: int = 96
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    biased: bool = False
+    from_logits: bool = False
+    spread: float = 2.0  # standard deviation of the logits
+    temperature: str = "mixed"  # greedy, one, mixed
+    count: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.rows * 31 + self.columns)
+        source, width = self.rows + 9, self.columns if self.from_logits else self.depth
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(self.dtype).to(self.device)
+
+        self.hidden = normal(source, width, scale=self.spread if self.from_logits else 1.0)
+        self.weight = None if self.from_logits else normal(self.columns, width, scale=self.spread / width**0.5)
+        self.bias = None
+        if self.biased:
+            self.bias = torch.randn(self.columns, generator=generator)
+            self.bias[torch.randint(0, self.columns, (self.columns // 5,), generator=generator)] = -torch.inf
+            self.bias[-1] = -torch.inf
+            self.bias = self.bias.to(self.device)
+        self.row_index = torch.randperm(source, generator=generator)[: self.rows].to(self.device)
+        number = torch.arange(self.rows)
+        self.keys = torch.stack((number // 7 + 3, number % 7, number % 5 + 1), 1).to(self.device)
+        self.seed = torch.tensor(SEED, device=self.device)
+        pattern = {"greedy": [0.0], "one": [1.0], "mixed": [1.0, 0.0, 0.5, 2.0, 1.0, 1.0]}[self.temperature]
+        self.temperatures = torch.tensor(pattern).repeat(self.rows)[: self.rows].to(self.device)
+        self.row_count = None if self.count is None else torch.tensor(self.count, device=self.device)
+
+    def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        rows = self.hidden[self.row_index].to(dtype)
+        product = rows if self.weight is None else rows @ self.weight.to(dtype).T
+        product = product * self.options.get("scale", 1.0)
+        cap = self.options.get("soft_cap", 0.0)
+        product = cap * torch.tanh(product / cap) if cap else product
+        return product if self.bias is None else product + self.bias.to(dtype)
+
+    def run(self, **changes: Any) -> RowStatistics:
+        arguments = {"row_count": self.row_count, "want_top": True, "want_entropy": True} | self.options | changes
+        temperature = arguments.pop("temperature", self.temperatures)
+        return vocab_projection(
+            self.hidden, self.weight, self.bias, self.row_index, temperature, self.seed, self.keys, **arguments
+        )
+
+    def arguments(self, uniform: bool) -> tuple[Any, ...]:
+        """Of the implementations behind the operator."""
+        temperature = None if uniform else self.temperatures
+        uniform_temperature = float(self.temperatures[0]) if uniform and self.rows else 1.0
+        scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
+        rows = (self.hidden, self.weight, self.bias, self.row_index, self.row_count)
+        return *rows, temperature, uniform_temperature, self.seed, self.keys, scale, cap, True, True
+
+
+def exact_statistics(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+    """log-probability, top-1, top-2, entropy, logsumexp, from float64 logits."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    top = p.topk(2, -1).values
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+    return log_p.gather(1, token[:, None])[:, 0], top[:, 0], top[:, 1], entropy, logits.logsumexp(-1)
+
+
+def check_against_reference(problem: Problem, got: tuple[Tensor, ...], differing: int = 0) -> None:
+    """Tokens are the reference's (but for `differing` near-ties), statistics float64's to float32 accuracy."""
+    count = problem.rows if problem.count is None else problem.count
+    token, statistics = got[0].cpu(), [value.cpu() for value in got[1:]]
+    want = reference.vocab_projection(*problem.arguments(False))  # on a GPU too, where it is plain PyTorch
+    assert int((token[:count] != want[0].cpu()[:count]).sum()) <= differing
+    assert (token[count:] == -1).all()
+    exact = [value.cpu() for value in exact_statistics(problem.logits()[:count], got[0][:count])]
+    for name, value, truth in zip(("log_prob", "top1", "top2", "entropy", "logsumexp"), statistics, exact):
+        assert value[count:].isnan().all(), name
+        torch.testing.assert_close(value[:count].double(), truth, rtol=2e-5, atol=2e-5, msg=name)
