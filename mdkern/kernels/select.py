@@ -15,7 +15,9 @@ from mdkern.kernels.vocab_projection import has_triton
 
 Rule = Literal["top_k", "threshold", "factor", "entropy_bound"]
 RULES: tuple[str, ...] = get_args(Rule)
-MOST_POSITIONS = 1 << 15  # of a sequence, on a GPU
+# Of a sequence in the kernel; beyond, plain PyTorch does it. One program holds a sequence, and moving 2^15 int64
+# columns between layouts wants 256 KiB of shared memory, of which an H100 has 227.
+MOST_POSITIONS = 1 << 14
 
 
 @torch.library.custom_op("mdkern::select", mutates_args=("input_ids", "masked", "remaining"))
@@ -53,7 +55,7 @@ def _select(
 
 @_select.register_kernel("cuda")
 def _on_gpu(scores: Tensor, *arguments: Any) -> Tensor:
-    if not has_triton(scores.device):
+    if not has_triton(scores.device) or scores.shape[1] > MOST_POSITIONS:
         return reference.select(scores, *arguments)
     from mdkern.kernels import triton_select  # imports Triton, which is no business of a machine without a GPU
 
@@ -130,8 +132,6 @@ def select(
     shape = tuple(scores.shape)
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores must be float32 [B, R], not {scores.dtype} {shape}")
-    if scores.is_cuda and shape[1] > MOST_POSITIONS:
-        raise ValueError(f"scores may have {MOST_POSITIONS} columns on a GPU, not {shape[1]}: decode in blocks")
     expected = {
         "candidates": (candidates, shape, (torch.bool,)),
         "tokens": (tokens, shape, (torch.int64,)),
