@@ -7,28 +7,17 @@ With ``--check`` nothing is written and the exit code says whether the README is
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import kernel_tables
-from benchmarks.bench_sampling import RESULTS, write_text_whole
+from benchmarks.bench_sampling import write_text_whole
+from benchmarks.kernel_tables import load, markdown
 
 README = Path(__file__).parent.parent / "README.md"
 PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return content
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def sampling(device: str) -> str:
@@ -51,7 +40,7 @@ def sampling(device: str) -> str:
         f"{len(content['rows'][0]['seconds']['mdkern'])} "
         "interleaved rounds. × is the baseline's time over ours.\n\n"
     )
-    return caption + table(["schedule", "passes a sequence", "mdkern", *(f"`{peer}`" for peer in peers)], rows)
+    return caption + markdown(["schedule", "passes a sequence", "mdkern", *(f"`{peer}`" for peer in peers)], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
