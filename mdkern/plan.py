@@ -8,7 +8,6 @@ distribution is unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -143,9 +142,3 @@ def wrap_around(start: Tensor, count: Tensor, owner: Tensor, ticks: int) -> tupl
 def positions_in_text(attention_mask: Tensor) -> Tensor:
     """Positions counted over attended tokens, int64 ``[N, L]``: the draw's key, the same whatever the padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover ``range(count)``."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
