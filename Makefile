@@ -1,7 +1,8 @@
 # make demo: text from the shipped pair.  make test, make bench, make lint: as they say. Each makes its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that wait sleep instead of spinning: on two cores shared with other work the demo is 5 times faster for it.
+# Threads that wait sleep instead of spinning: on two cores, one of them busy with other work, two texts of 256 tokens in
+# 32 steps took 3.7 s instead of 6.3.
 export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/installed

@@ -126,6 +126,8 @@ def select(
 
     Raises:
         ValueError: a rule, shape or dtype that does not fit.
+
+    On a GPU more than `MOST_POSITIONS` columns are left to plain PyTorch, which synchronises with the host.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
