@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from mdkern.schedule import NAME, Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
 DECODERS = {"ancestral": Ancestral}
+
+
+class Filters(NamedTuple):
+    """Which ids a token is drawn from, see `mdkern.kernels.vocab_projection`."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Request:
     sample_ids: Tensor  # int64 [N]
     batch_size: int
     temperature: float
+    filters: Filters
     seed: int
 
     @property
@@ -228,6 +237,16 @@ def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Ten
     return numbers
 
 
+def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
+        raise ValueError(f"top_k must be a whole number of at least 0, not {top_k!r}")
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
+    if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be a number from 0 to 1, not {min_p!r}")
+    return Filters(int(top_k), float(top_p), float(min_p))
+
+
 def resolve_decoder(decoder: Any) -> Ancestral:
     if isinstance(decoder, str):
         if decoder not in DECODERS:
@@ -250,6 +269,9 @@ def resolve(
     steps: int | None,
     batch_size: int | None,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
     decoder: Any,
     seed: int | None,
     generator: torch.Generator | None,
@@ -258,6 +280,7 @@ def resolve(
     """Check every argument of `mdkern.sample` and fill in what is left open."""
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
+    filters = check_filters(top_k, top_p, min_p)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
         steps = check_count("steps", steps)
@@ -283,5 +306,6 @@ def resolve(
         sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
         batch_size=batch_size,
         temperature=float(temperature),
+        filters=filters,
         seed=resolve_seed(seed, generator),
     )

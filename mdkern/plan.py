@@ -8,6 +8,7 @@ distribution is unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Ticks:
 
     sequence: Tensor  # int64 [K, B], row of the state's input_ids; unused slots: the scratch row
     step: Tensor  # int64 [K, B]
+    time: Tensor  # float32 [K, B], diffusion time, for time-conditioned denoisers
     position: Tensor  # int64 [K, B, R], positions to reveal, ascending; unused: 0
     row: Tensor  # int64 [K, M], the used entries of position[k].view(-1), ascending; unused: 0
     row_count: Tensor  # int64 [K]
@@ -44,6 +46,10 @@ class RevealPlan:
 
     step: Tensor  # int64 [N, L]: reveal step in 0..T-1, T for the closing pass, GIVEN where not masked
     steps: int  # T
+    # int64 [N, L], non-decreasing with `step`: positions of a sequence with equal order are revealed by one forward
+    # pass. None: it is the step.
+    order: Tensor | None = None
+    time: Tensor | None = None  # float32 [N, L]: diffusion time of the pass, equal within it. None: that of the step
 
     @staticmethod
     def draw(masked: Tensor, alpha: Tensor, seed: Tensor, sample: Tensor, position: Tensor) -> RevealPlan:
@@ -66,18 +72,31 @@ class RevealPlan:
     def events(self, first: int = 0, stop: int | None = None) -> Tensor:
         """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; all of them by default."""
         stop = self.steps + 1 if stop is None else stop
-        ordered = self.step.sort(-1).values
+        order = self.step if self.order is None else self.order
+        ordered = torch.where((self.step >= first) & (self.step < stop), order, GIVEN).sort(-1).values
         new = torch.ones_like(ordered, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        return (new & (ordered >= first) & (ordered < stop)).sum(-1)
+        return (new & (ordered != GIVEN)).sum(-1)
 
-    def ticks(self, first: int, stop: int, batch_size: int) -> Ticks | None:
+    def ticks(
+        self,
+        first: int,
+        stop: int,
+        batch_size: int,
+        times: Tensor | None = None,
+        round_up: Callable[[int], int] = int,
+    ) -> Ticks | None:
         """Pack the events of steps ``first <= i < stop`` into ticks of at most `batch_size` sequences.
 
         The events of all sequences are laid end to end and the line is cut into as many slots as are needed, each as
         long as the segment has ticks (McNaughton's wrap-around rule): no slot idles, and a sequence whose events fall
         into two slots has its early ones in the second slot's start and its late ones in the first slot's end, which
         never overlap because no sequence has more events than there are ticks.
+
+        Args:
+            first, stop, batch_size: see above.
+            times: ``[T + 1]``, diffusion time of each step, where the plan has no `time` of its own. None: zeros.
+            round_up: applied to R and M, so that segments of nearly the same shape get the same.
 
         Returns:
             None if there are no events.
@@ -87,38 +106,42 @@ class RevealPlan:
         sequence, position = inside.nonzero(as_tuple=True)
         if sequence.numel() == 0:
             return None
-        step = self.step[sequence, position]
-        order = torch.argsort(sequence * (self.steps + 1) + step, stable=True)  # by sequence, step, position
-        sequence, position, step = sequence[order], position[order], step[order]
-
-        event_key, event, event_rows = torch.unique_consecutive(
-            sequence * (self.steps + 1) + step, return_inverse=True, return_counts=True
-        )
-        event_sequence, event_step = event_key // (self.steps + 1), event_key % (self.steps + 1)
+        order = (self.step if self.order is None else self.order)[sequence, position]
+        key = sequence * (order.max() + 1) + order
+        by_event = torch.argsort(key, stable=True)  # by sequence, order, position
+        sequence, position = sequence[by_event], position[by_event]
+        _, event, event_rows = torch.unique_consecutive(key[by_event], return_inverse=True, return_counts=True)
+        event_start = event_rows.cumsum(0) - event_rows
+        event_sequence, event_position = sequence[event_start], position[event_start]
+        event_step = self.step[event_sequence, event_position]
+        if self.time is not None:
+            event_time = self.time[event_sequence, event_position]
+        else:
+            event_time = torch.zeros_like(event_step) if times is None else times.to(device)[event_step]
         per_sequence = torch.bincount(event_sequence, minlength=self.step.shape[0])
-        total, longest = event_key.numel(), int(per_sequence.max())
+        total, longest = event_step.numel(), int(per_sequence.max())
         ticks = max(-(-total // batch_size), longest)
         start = per_sequence.cumsum(0) - per_sequence
         tick, slot = wrap_around(start, per_sequence, event_sequence, ticks)
 
-        event_start = event_rows.cumsum(0) - event_rows
         rank = torch.arange(event.numel(), device=device) - event_start[event]  # of the row within its event
-        width, slots = int(event_rows.max()), -(-total // ticks)
+        width, slots = round_up(int(event_rows.max())), -(-total // ticks)
         sequences = torch.full((ticks, slots), self.step.shape[0], dtype=torch.int64, device=device)
-        steps = torch.zeros_like(sequences)
+        steps, time = torch.zeros_like(sequences), torch.ones_like(sequences, dtype=torch.float32)
         positions = torch.zeros((ticks, slots, width), dtype=torch.int64, device=device)
         used = torch.zeros_like(positions, dtype=torch.bool)
-        sequences[tick, slot], steps[tick, slot] = event_sequence, event_step
+        sequences[tick, slot], steps[tick, slot], time[tick, slot] = event_sequence, event_step, event_time.float()
         positions[tick[event], slot[event], rank] = position
         used[tick[event], slot[event], rank] = True
 
         row_count = used.sum((1, 2))
-        capacity = int(row_count.max())
-        used_first = torch.sort(~used.view(ticks, -1), dim=-1, stable=True).indices[:, :capacity]
-        row = torch.where(torch.arange(capacity, device=device) < row_count[:, None], used_first, 0)
+        most = int(row_count.max())
+        used_first = torch.sort(~used.view(ticks, -1), dim=-1, stable=True).indices[:, :most]
+        row = torch.zeros((ticks, round_up(most)), dtype=torch.int64, device=device)
+        row[:, :most] = torch.where(torch.arange(most, device=device) < row_count[:, None], used_first, 0)
         full = total - (slots - 1) * ticks  # ticks in which the last slot is in use
         batch = [slots] * full + [slots - 1] * (ticks - full)
-        return Ticks(sequences, steps, positions, row, row_count, batch, row_count.tolist())
+        return Ticks(sequences, steps, time, positions, row, row_count, batch, row_count.tolist())
 
 
 def wrap_around(start: Tensor, count: Tensor, owner: Tensor, ticks: int) -> tuple[Tensor, Tensor]:

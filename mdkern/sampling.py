@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import ModelOutput
 
-from mdkern.arguments import Request, resolve
+from mdkern.arguments import Filters, Request, resolve
 from mdkern.decoders import Ancestral
+from mdkern.graphs import Pacer, Workspace, lease
 from mdkern.kernels import vocab_projection
+from mdkern.kernels.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
-from mdkern.plan import GIVEN, RevealPlan, Ticks, positions_in_text
+from mdkern.models.denoiser import Head
+from mdkern.plan import GIVEN, RevealPlan, Ticks
 from mdkern.schedule import Schedule
+from mdkern.state import SamplerState, TickBuffer
 
 
 @dataclass(frozen=True)
@@ -54,96 +60,110 @@ class SampleOutput(ModelOutput):
     history: History | None = None
 
 
-@dataclass
-class SamplerState:
-    """All that crosses a tick, on the device. Row N of the tensors over sequences is scratch for unused slots."""
-
-    input_ids: Tensor  # int64 [N + 1, L]
-    attention_mask: Tensor | None  # bool [N + 1, L]
-    text_position: Tensor  # int64 [N + 1, L], keys the noise
-    sample: Tensor  # int64 [N + 1], keys the noise
-    times: Tensor  # float32 [T + 1]
-    temperature: Tensor  # float32 []
-    seed: Tensor  # int64 []
-    tick: Tensor  # int64 [1]
-    failed: Tensor  # bool [], whether a row had NaN logits
-
-    @staticmethod
-    def start(request: Request) -> SamplerState:
-        device = request.device
-
-        def with_scratch(x: Tensor) -> Tensor:
-            return torch.cat((x, x[:1]))
-
-        mask = request.attention_mask
-        if mask is None:
-            text_position = torch.arange(request.input_ids.shape[1], device=device).expand_as(request.input_ids)
-        else:
-            text_position = positions_in_text(mask)
-        return SamplerState(
-            input_ids=with_scratch(request.input_ids),
-            attention_mask=None if mask is None else with_scratch(mask),
-            text_position=with_scratch(text_position),
-            sample=with_scratch(request.sample_ids),
-            times=request.decoder.times(request.steps).to(device, torch.float32),
-            temperature=torch.tensor(request.temperature, device=device),
-            seed=torch.tensor(request.seed, device=device),
-            tick=torch.zeros(1, dtype=torch.int64, device=device),
-            failed=torch.zeros((), dtype=torch.bool, device=device),
-        )
-
-
-def reveal_tick(denoiser: Denoiser, state: SamplerState, ticks: Ticks, batch: int, capacity: int) -> None:
+def reveal_tick(
+    denoiser: Denoiser, head: Head, filters: Filters, state: SamplerState, ticks: Ticks, batch: int, capacity: int
+) -> None:
     """Run tick ``state.tick``: one forward pass of `batch` sequences, the head at `capacity` rows, tokens written.
 
     Everything is read from and written to device tensors; the host gives shapes only. `batch` and `capacity` must be
     at least the tick's own.
     """
-
-    def of_tick(x: Tensor) -> Tensor:
-        return x.index_select(0, state.tick)[0]
-
-    sequence, step = of_tick(ticks.sequence)[:batch], of_tick(ticks.step)[:batch]  # [B]
-    position = of_tick(ticks.position)[:batch]  # [B, R]
-    row, row_count = of_tick(ticks.row)[:capacity], of_tick(ticks.row_count)  # [M], []
-    hidden = denoiser.hidden(
-        state.input_ids[sequence],
-        state.times[step] if denoiser.time_conditioning else None,
-        position,
-        None if state.attention_mask is None else state.attention_mask[sequence],
+    inputs = begin_tick(
+        state.input_ids,
+        state.attention_mask,
+        state.text_position,
+        state.sample,
+        state.temperature,
+        state.closing_step,
+        ticks.sequence,
+        ticks.step,
+        ticks.time,
+        ticks.position,
+        ticks.row,
+        ticks.row_count,
+        state.tick,
+        batch,
+        capacity,
     )
-    slot = row // position.shape[1]
-    row_sequence, row_step, row_position = sequence[slot], step[slot], position.reshape(-1)[row]  # [M]
-    keys = torch.stack((state.sample[row_sequence], state.text_position[row_sequence, row_position], row_step), dim=-1)
-    closing = row_step == state.times.shape[0] - 1
-    head = denoiser.head
+    hidden = denoiser.hidden(
+        inputs.input_ids,
+        inputs.time if denoiser.time_conditioning else None,
+        inputs.positions,
+        inputs.attention_mask,
+    )
     statistics = vocab_projection(
         hidden.flatten(0, 1),
         head.weight,
         head.bias,
-        row,
-        torch.where(closing, 0.0, state.temperature),
+        inputs.row,
+        inputs.temperature,
         state.seed,
-        keys,
-        row_count=row_count,
+        inputs.keys,
+        row_count=inputs.row_count,
         scale=head.scale,
         soft_cap=head.soft_cap,
+        **filters._asdict(),
     )
-    used = torch.arange(capacity, device=row.device) < row_count
-    state.failed |= ((statistics.token < 0) & used).any()
-    scratch = state.input_ids.shape[0] - 1
-    state.input_ids[torch.where(used, row_sequence, scratch), row_position] = statistics.token.clamp(min=0)
-    state.tick += 1
+    end_tick(state.input_ids, state.failed, state.tick, statistics.token, inputs.target, inputs.row_count)
 
 
-def run_segment(denoiser: Denoiser, state: SamplerState, ticks: Ticks, progress: tqdm) -> None:
-    """All ticks of a segment, run eagerly."""
-    state.tick.zero_()
-    for batch, rows in zip(ticks.batch, ticks.rows):
-        reveal_tick(denoiser, state, ticks, batch, rows)
-        progress.update(batch)
-    if bool(state.failed):  # the segment's one synchronisation
+def run_segment(
+    denoiser: Denoiser, filters: Filters, state: SamplerState, ticks: Ticks, workspace: Workspace | None, bar: tqdm
+) -> None:
+    """All ticks of a segment: replayed where there is a workspace and the denoiser can be captured, else eagerly."""
+    replays = None if workspace is None else captured_ticks(denoiser, filters, ticks, workspace)
+    if replays is None:
+        state.tick.zero_()
+        for batch, rows in zip(ticks.batch, ticks.rows):
+            reveal_tick(denoiser, denoiser.head, filters, state, ticks, batch, rows)
+            bar.update(batch)
+    else:
+        buffer, graphs = replays
+        pacer, start = Pacer(), 0
+        while start < len(ticks):
+            count = buffer.load(ticks, start)
+            state.tick.zero_()
+            for batch in ticks.batch[start : start + count]:
+                graphs[batch].replay()
+                pacer.replayed()
+                bar.update(batch)
+            start += count
+    report_failure(denoiser, state)
+
+
+def report_failure(denoiser: Denoiser, state: SamplerState) -> None:
+    """The segment's one synchronisation."""
+    if bool(state.failed):
         raise FloatingPointError(f"{denoiser.name} gave NaN or infinite logits, so no token could be drawn")
+
+
+def captured_ticks(
+    denoiser: Denoiser, filters: Filters, ticks: Ticks, workspace: Workspace
+) -> tuple[TickBuffer, dict[int, torch.cuda.CUDAGraph]] | None:
+    """The buffer that a segment's ticks are loaded into, and a graph for each batch size; None if not capturable."""
+    slots, width, rows = ticks.sequence.shape[1], ticks.position.shape[2], ticks.row.shape[1]
+    buffer = workspace.buffer(slots, width, rows)
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    for batch in sorted(set(ticks.batch)):
+        step = partial(
+            reveal_tick,
+            denoiser,
+            filters=filters,
+            state=workspace.state,
+            ticks=buffer.ticks,
+            batch=batch,
+            capacity=rows,
+        )
+
+        def idle() -> None:
+            buffer.idle()
+            workspace.state.tick.zero_()
+
+        graph = workspace.graph(denoiser, ("reveal", slots, width, rows, batch, filters), step, idle)
+        if graph is None:
+            return None
+        graphs[batch] = graph.captured
+    return buffer, graphs
 
 
 def sample(
@@ -158,11 +178,15 @@ def sample(
     steps: int | None = None,
     batch_size: int | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     decoder: str | Ancestral = "ancestral",
     seed: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
     return_history: bool = False,
+    cuda_graphs: bool = True,
     progress: bool | None = None,
 ) -> SampleOutput:
     """Sample from masked diffusion language models.
@@ -182,11 +206,16 @@ def sample(
         steps: T. Default: the schedule's own, or else L.
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
+        top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
+            to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none.
         decoder: a decoder or its name.
         seed: 64-bit. None takes one from `generator`, or from PyTorch's default generator.
         generator: source of the seed when none is given.
         sample_ids: the N sample numbers that key the randomness. Default 0..N-1.
         return_history: whether to return when and by whom each position was revealed.
+        cuda_graphs: on a GPU, capture each denoiser's step once and replay it; a model that can't be captured runs
+            eagerly, with a warning. Captured graphs are kept for later calls (`mdkern.graphs`). False: run eagerly, as
+            a model must whose forward has effects in Python. The samples are the same.
         progress: show a progress bar; None: only on a terminal.
 
     Returns:
@@ -208,26 +237,37 @@ def sample(
         steps=steps,
         batch_size=batch_size,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         decoder=decoder,
         seed=seed,
         generator=generator,
         sample_ids=sample_ids,
     )
-    with torch.no_grad():
-        state = SamplerState.start(request)
+    graphed = cuda_graphs and request.device.type == "cuda"
+    with torch.no_grad(), lease(request) if graphed else nullcontext() as workspace:
+        state = SamplerState.of(request) if workspace is None else workspace.state
         plan = draw_plan(request, state)
         timings = {"plan": time.perf_counter() - began} | dict.fromkeys(request.denoisers, 0.0)
+        times = request.decoder.times(request.steps).to(request.device, torch.float32)
         total = int(plan.events().sum())
         hidden_bar = None if progress is None else not progress
         with tqdm(total=total, unit="pass", desc="denoising", disable=hidden_bar, leave=False) as bar:
             for model, first, stop in segments_with_closing(request):
                 segment_began = time.perf_counter()
-                ticks = plan.ticks(first, stop, request.batch_size)
+                ticks = plan.ticks(first, stop, request.batch_size, times, bucket if graphed else int)
                 if ticks is not None:
-                    run_segment(request.denoisers[model], state, ticks, bar)
+                    run_segment(request.denoisers[model], request.filters, state, ticks, workspace, bar)
                 timings[model] += time.perf_counter() - segment_began
+        sequences = state.input_ids[: len(request.input_ids)].clone()
     timings["total"] = time.perf_counter() - began
-    return summarise(request, state, plan, timings, return_history)
+    return summarise(request, sequences, plan, timings, return_history)
+
+
+def bucket(size: int) -> int:
+    """The power of two at or above, at least 4: graphs are captured for few shapes."""
+    return 1 << max(2, (size - 1).bit_length())
 
 
 def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
@@ -235,7 +275,8 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
     if request.attention_mask is not None:
         masked &= request.attention_mask
     alpha = request.decoder.alpha(request.decoder.times(request.steps)).to(request.device)
-    return RevealPlan.draw(masked, alpha, state.seed, state.sample[:-1], state.text_position[:-1])
+    count = len(masked)
+    return RevealPlan.draw(masked, alpha, state.seed, state.sample[:count], state.text_position[:count])
 
 
 def segments_with_closing(request: Request) -> list[tuple[str, int, int]]:
@@ -245,7 +286,7 @@ def segments_with_closing(request: Request) -> list[tuple[str, int, int]]:
 
 
 def summarise(
-    request: Request, state: SamplerState, plan: RevealPlan, timings: dict[str, float], return_history: bool
+    request: Request, sequences: Tensor, plan: RevealPlan, timings: dict[str, float], return_history: bool
 ) -> SampleOutput:
     segments = segments_with_closing(request)
     nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
@@ -256,7 +297,7 @@ def summarise(
         model[(plan.step >= first) & (plan.step < stop)] = names.index(name)
     revealed, passes = (plan.step >= 0).sum(-1), sum(nfe.values(), torch.zeros_like(request.sample_ids))
     return SampleOutput(
-        sequences=state.input_ids[:-1],
+        sequences=sequences,
         nfe=nfe,
         tokens_per_forward=revealed / passes,
         timings=timings,

@@ -419,7 +419,16 @@ CASES = [
         lambda m: sample(m.other(device="cuda:0"), **GOOD),
         CPU_ONLY,
     ),
-    refuse("unknown keyword", TypeError, "unexpected keyword argument 'top_k'", top_k=5),
+    refuse("unknown keyword", TypeError, "unexpected keyword argument 'top_a'", top_a=5),
+    *(
+        refuse(f"{name}={value!r}", ValueError, f"{name} must be {wanted}, not {value!r}", **{name: value})
+        for name, wanted, values in [
+            ("top_k", "a whole number of at least 0", [-1, 2.5, True]),
+            ("top_p", "a number above 0 and at most 1", [0, 1.5, float("nan")]),
+            ("min_p", "a number from 0 to 1", [-0.1, 2]),
+        ]
+        for value in values
+    ),
 ]
 
 

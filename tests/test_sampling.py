@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import mdkern
 from mdkern import DiT, DiTConfig
 from mdkern.arguments import resolve
 from mdkern.decoders import Ancestral
-from mdkern.sampling import SamplerState, draw_plan, reveal_tick
+from mdkern.sampling import draw_plan, reveal_tick
+from mdkern.state import SamplerState
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 SAMPLES, EPS = 200_000, 0.05  # an eps large enough for the closing pass to matter: it reveals 5 % of the positions
@@ -56,6 +58,15 @@ class TestExact:
     def test_temperature(self) -> None:
         sequences = draw(TOYS, "H4", temperature=0.5)
         assert chi_square_p(sequences, exact_distribution(TOYS, "HHHH", START, EPS, temperature=0.5)) > 1e-3
+        assert chi_square_p(sequences, exact_distribution(TOYS, "HHHH", START, EPS)) < 1e-9
+
+    def test_filters(self) -> None:
+        """Drawing among the two most probable ids is the sampler of the model whose other ids are impossible."""
+        sequences = draw(TOYS, "H4", top_k=2)
+        cut = {"H": ToyDenoiser(1)}
+        least = cut["H"].table.topk(2).values[..., -1:]
+        cut["H"].table = cut["H"].table.masked_fill(cut["H"].table < least, -math.inf)
+        assert chi_square_p(sequences, exact_distribution(cut, "HHHH", START, EPS)) > 1e-3
         assert chi_square_p(sequences, exact_distribution(TOYS, "HHHH", START, EPS)) < 1e-9
 
     def test_samples_of_one_run_are_independent(self) -> None:
@@ -195,7 +206,13 @@ class TestResult:
 
 OPEN = dict.fromkeys(
     ("input_ids", "attention_mask", "num_samples", "length", "steps", "batch_size", "seed", "generator", "sample_ids")
-) | {"temperature": 1.0, "decoder": "ancestral"}  # every argument of `resolve` left open
+) | {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "decoder": "ancestral",
+}  # every argument of `resolve` left open
 
 
 class TestBfloat16:
@@ -232,15 +249,16 @@ class TestGpu:
         heavy = mdkern.adapt(HEAVY.to("cuda"))
         try:
             request = resolve(heavy, None, None, **(OPEN | {"num_samples": 8, "length": 48, "seed": 0}))
-            state = SamplerState.start(request)
+            state = SamplerState.of(request)
             ticks = draw_plan(request, state).ticks(0, request.steps + 1, 4)
             assert ticks is not None
+            step = partial(reveal_tick, heavy, heavy.head, request.filters, state, ticks)
             with torch.no_grad():
-                reveal_tick(heavy, state, ticks, ticks.batch[0], ticks.rows[0])  # compiles the kernels
+                step(ticks.batch[0], ticks.rows[0])  # compiles the kernels
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
                 for batch, rows in zip(ticks.batch[1:], ticks.rows[1:]):
-                    reveal_tick(heavy, state, ticks, batch, rows)
+                    step(batch, rows)
             torch.cuda.set_sync_debug_mode("default")
             assert not (state.input_ids[:-1] == request.mask_id).any()
         finally:

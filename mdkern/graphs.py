@@ -1,0 +1,264 @@
+"""CUDA graphs of the sampler's step: captured on first use, kept, replayed tick after tick.
+
+A graph is captured for a denoiser and a batch size over a `Workspace`: state and ticks at fixed addresses. A call of
+`sample` leases a workspace, copies its request into it and replays. Graphs outlive the call and serve the next one that
+has the same shapes, as long as the model is the same object with the same weights' addresses and settings; weights
+changed in place are seen. What is kept is bounded, `held` shows it and `clear` gives it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdkern.arguments import Request
+from mdkern.models import Denoiser
+from mdkern.models.denoiser import Head
+from mdkern.state import SamplerState, TickBuffer
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKSPACES = 4  # idle ones kept
+MOST_GRAPHS = 32  # of a workspace
+TICKS_AHEAD = 32  # replays between two events; the host runs at most four events ahead of the device
+EVENTS_AHEAD = 4
+
+_idle: list[Workspace] = []  # the most recently used last
+_lock = threading.Lock()  # of `_idle`, and of capturing: one capture at a time in a process
+_refused: weakref.WeakSet[Any] = weakref.WeakSet()  # models that could not be captured, warned of once
+
+
+@dataclass(eq=False)
+class Graph:
+    """One captured step."""
+
+    name: str  # of the denoiser
+    captured: torch.cuda.CUDAGraph
+    model: Callable[[], Any]  # a weak reference where the graph outlives the call
+    mark: Hashable  # fingerprint of the model; None where there can be none
+    bias: Tensor  # the head's, a copy of our own that each call refreshes
+    memory: int  # bytes that capturing it added to what PyTorch reserves
+
+
+@dataclass(eq=False)
+class Workspace:
+    """State, tick buffers and the graphs captured over them, for calls of one shape."""
+
+    key: tuple[Hashable, ...]
+    state: SamplerState
+    buffers: dict[tuple[int, int, int], TickBuffer] = field(default_factory=dict)
+    graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
+    marks: dict[int, Hashable] = field(default_factory=dict)  # fingerprints of this call's models
+    pool: Any = None  # memory that the graphs share: they never run at the same time
+
+    def forget_the_dead(self) -> None:
+        """Drop the graphs of models that are no more, or that no later call could recognise."""
+        for key, graph in list(self.graphs.items()):
+            if graph.mark is None or graph.model() is None:
+                del self.graphs[key]
+
+    def buffer(self, slots: int, width: int, rows: int) -> TickBuffer:
+        """The tick buffer of a shape, made on first use."""
+        shape = slots, width, rows
+        if shape not in self.buffers:
+            scratch = self.state.input_ids.shape[0] - 1
+            self.buffers[shape] = TickBuffer(*shape, scratch, self.state.input_ids.device)
+        return self.buffers[shape]
+
+    def graph(
+        self, denoiser: Denoiser, key: Hashable, step: Callable[[Head], None], idle: Callable[[], None]
+    ) -> Graph | None:
+        """The graph of `step`, captured if there is none that serves.
+
+        Args:
+            denoiser: whose step it is.
+            key: what distinguishes it from the denoiser's other steps.
+            step: runs the step; given the head to use. It is run twice to warm up.
+            idle: called before that, to make the steps that follow work on scratch.
+
+        Returns:
+            None if it could not be captured; then a warning has named the reason, once for the model.
+        """
+        model = model_of(denoiser)
+        if model in _refused:
+            return None
+        if id(model) not in self.marks:
+            self.marks[id(model)] = fingerprint(model)
+        mark, key = self.marks[id(model)], (id(model), key)
+        graph = self.graphs.pop(key, None)
+        if graph is None or graph.model() is not model or graph.mark != mark:
+            graph = None  # its memory goes back to the pool first
+            idle()
+            bias = denoiser.head.bias.clone()
+            head = replace(denoiser.head, bias=bias)
+            if not self.graphs:  # a pool ends with its last graph
+                self.pool = torch.cuda.graph_pool_handle()
+            try:
+                captured, memory = capture(lambda: step(head), self.pool, bias.device)
+            except CaptureError as error:
+                refuse(denoiser, error)
+                return None
+            alive = weakref.ref(model) if mark is not None else lambda: model
+            graph = Graph(denoiser.name, captured, alive, mark, bias, memory)
+        graph.bias.copy_(denoiser.head.bias)
+        self.graphs[key] = graph
+        while len(self.graphs) > MOST_GRAPHS:
+            self.graphs.popitem(last=False)
+        return graph
+
+
+class CaptureError(RuntimeError):
+    """A step that runs, but not in a capture."""
+
+
+def capture(step: Callable[[], None], pool: Any, device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Capture `step` on a stream of its own, after two runs that compile kernels and choose algorithms.
+
+    Not by `torch.cuda.graph`, which also collects garbage and empties the allocator's cache of the whole process.
+
+    Returns:
+        The graph, and the bytes by which PyTorch's reserved memory grew.
+    """
+    with _lock, torch.cuda.device(device):
+        stream, current = capture_stream(device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except BaseException as error:
+                with suppress(RuntimeError):
+                    graph.capture_end()  # the stream must leave capture
+                if isinstance(error, RuntimeError):
+                    raise CaptureError(str(error)) from error
+                raise
+            graph.capture_end()
+        current.wait_stream(stream)
+        memory = torch.cuda.memory_reserved() - before
+    logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
+    return graph, memory
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB of workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def refuse(denoiser: Denoiser, error: Exception) -> None:
+    """Remember that a model can't be captured, and warn."""
+    _refused.add(model_of(denoiser))
+    torch.cuda.synchronize(denoiser.device)
+    reason = str(error).strip().splitlines()[0]
+    warnings.warn(
+        f"{denoiser.name} can't be captured in a CUDA graph and runs eagerly, which is slower: {reason}", stacklevel=6
+    )
+
+
+class Pacer:
+    """Keeps the host a bounded number of replays ahead of the device, so that progress is true and Ctrl-C prompt."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.events: deque[torch.cuda.Event] = deque()
+
+    def replayed(self) -> None:
+        self.count += 1
+        if self.count % TICKS_AHEAD:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > EVENTS_AHEAD:
+            self.events.popleft().synchronize()
+
+
+@contextmanager
+def lease(request: Request) -> Iterator[Workspace]:
+    """A workspace for the request, loaded with it; kept for the next call unless this one fails."""
+    count, length = request.input_ids.shape
+    room = 1 << max(4, (count - 1).bit_length())  # so that calls of nearly the same size share graphs
+    key = request.device, room, length, request.attention_mask is not None
+    with _lock:
+        found = next((workspace for workspace in reversed(_idle) if workspace.key == key), None)
+        if found is not None:
+            _idle.remove(found)
+    if found is None:
+        state = SamplerState.allocate(room, length, request.attention_mask is not None, request.device)
+        found = Workspace(key, state)
+    found.state.load(request)
+    found.marks.clear()
+    found.forget_the_dead()
+    yield found
+    found.forget_the_dead()
+    with _lock:
+        _idle.append(found)
+        del _idle[:-MOST_WORKSPACES]
+
+
+def model_of(denoiser: Denoiser) -> Any:
+    """The object whose life the graphs of a denoiser share: people's own model, or the denoiser itself."""
+    return getattr(denoiser, "model", denoiser)
+
+
+def held() -> list[tuple[str, int]]:
+    """Denoiser and bytes of every graph that is kept between calls. Those of one call share much of their memory."""
+    with _lock:
+        return [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
+
+
+def clear() -> None:
+    """Give back the memory of all graphs that no call is using."""
+    with _lock:
+        _idle.clear()
+
+
+def fingerprint(model: Any) -> Hashable:
+    """What a captured graph takes for constant of a model: addresses of tensors, settings, which modules.
+
+    A module replaced, an adapter switched on, a parameter assigned anew, another attention backend: all change it. None
+    for plain functions, which nothing can be told of: their graphs serve one call only.
+    """
+    if isinstance(model, nn.Module):
+        return tuple((name, type(module), describe(own(module))) for name, module in model.named_modules())
+    if isinstance(model, Denoiser):
+        parts = (
+            fingerprint(value) if isinstance(value, nn.Module) else describe(value) for value in vars(model).values()
+        )
+        return type(model), tuple(parts)
+    return None
+
+
+def own(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes without its submodules."""
+    return {name: value for name, value in vars(module).items() if name != "_modules"}
+
+
+def describe(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+    if isinstance(value, dict):
+        return tuple((key, describe(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(describe(item) for item in value)
+    if isinstance(value, Head):
+        return describe(vars(value))
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return type(value), value
+    return id(value)

@@ -1,0 +1,261 @@
+"""CUDA graphs of the sampler: the same samples, kept and renewed as they should be, nothing leaked."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mdkern
+from mdkern import DiT, graphs
+from tests.conftest import random_dit
+
+SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
+OPTIONS = {"num_samples": 11, "length": 48, "steps": 40, "seed": 3, "batch_size": 4}
+
+
+class TestFingerprint:
+    """Everything a graph takes for constant changes it; what it reads anew does not."""
+
+    def test_it_is_the_same_twice_and_whatever_the_weights_values(self) -> None:
+        model = random_dit()
+        before = graphs.fingerprint(model)
+        with torch.no_grad():
+            model.head_bias += 1.0
+        assert graphs.fingerprint(model) == before
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: setattr(model, "head_bias", nn.Parameter(model.head_bias + 1)),
+            lambda model: setattr(model.blocks[0], "num_heads", 1),
+            lambda model: model.blocks.__setitem__(1, model.blocks[0]),
+            lambda model: model.double(),
+            lambda model: model.blocks[0].attn_out.register_forward_hook(lambda *_: None),
+            lambda model: setattr(model, "active_adapter", ["one"]),
+        ],
+        ids=["parameter", "setting", "module", "dtype", "hook", "adapter"],
+    )
+    def test_changes_are_seen(self, change) -> None:
+        model = random_dit()
+        before = graphs.fingerprint(model)
+        change(model)
+        assert graphs.fingerprint(model) != before
+
+    def test_a_function_has_none(self) -> None:
+        assert graphs.fingerprint(lambda ids: ids) is None
+
+    def test_a_denoiser_of_ones_own(self) -> None:
+        denoiser = mdkern.adapt(random_dit())
+        before = graphs.fingerprint(denoiser)
+        assert graphs.fingerprint(denoiser) == before
+        denoiser.mask_id = 3
+        assert graphs.fingerprint(denoiser) != before
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[DiT, DiT]]:
+    graphs.clear()
+    yield (
+        random_dit(0, num_blocks=3, **SHAPE).to("cuda"),
+        random_dit(1, num_blocks=1, **SHAPE).to("cuda"),
+    )
+    graphs.clear()
+
+
+def draw(pair: tuple[DiT, DiT], **changes: object) -> Tensor:
+    return mdkern.sample(*pair, "L10 H20 L10", **(OPTIONS | changes)).sequences
+
+
+@pytest.mark.gpu
+class TestReplay:
+    def test_graph_eager_and_cpu_give_the_same_tokens(self, pair: tuple[DiT, DiT]) -> None:
+        replayed, eager = draw(pair), draw(pair, cuda_graphs=False)
+        assert len(graphs.held()) >= 2, "nothing was captured"
+        assert torch.equal(replayed, eager)
+        on_cpu = mdkern.sample(pair[0].cpu(), pair[1].cpu(), "L10 H20 L10", **OPTIONS).sequences
+        assert (on_cpu == replayed.cpu()).float().mean() > 0.99
+
+    @pytest.mark.parametrize("options", [{"steps": 3, "length": 64}, {"num_samples": 1}, {"temperature": 0.0},
+                                         {"top_k": 5}, {"batch_size": 100}])  # fmt: skip
+    def test_other_shapes(self, pair: tuple[DiT, DiT], options: dict[str, object]) -> None:
+        schedule = {} if "steps" not in options else {"schedule": "L1 H1 L1"}
+        both = [
+            mdkern.sample(
+                *pair, **({"schedule": "L10 H20 L10"} | schedule), **(OPTIONS | options | {"cuda_graphs": on})
+            )
+            for on in (True, False)
+        ]
+        assert torch.equal(both[0].sequences, both[1].sequences)
+
+    def test_prompts_padding_and_time_conditioning(self) -> None:
+        model = random_dit(2, **SHAPE, time_conditioning=True, cond_dim=16).to("cuda")
+        ids = torch.randint(69, (6, 40), device="cuda")
+        ids[:, 5::2] = 69
+        mask = torch.ones_like(ids)
+        mask[2:, 30:] = 0
+        both = [
+            mdkern.sample(model, input_ids=ids, attention_mask=mask, seed=0, steps=20, cuda_graphs=on).sequences
+            for on in (True, False)
+        ]
+        assert torch.equal(*both)
+        assert torch.equal(both[0][:, :5], ids[:, :5])
+
+    def test_graphs_serve_the_next_call_and_see_new_weights(self, pair: tuple[DiT, DiT]) -> None:
+        draw(pair)
+        kept = [graph for space in graphs._idle for graph in space.graphs.values()]
+        with torch.no_grad():
+            pair[0].head_bias[:5] += 3.0  # in place: the same address
+            pair[0].blocks[0].mlp_up.weight.mul_(1.5)
+        replayed = draw(pair)
+        now = [graph for space in graphs._idle for graph in space.graphs.values()]
+        assert {id(graph) for graph in kept} == {id(graph) for graph in now}, "captured again"
+        assert torch.equal(replayed, draw(pair, cuda_graphs=False))
+
+    def test_a_changed_model_is_captured_anew(self, pair: tuple[DiT, DiT]) -> None:
+        before = draw(pair)
+        pair[0].head_weight = nn.Parameter(torch.randn_like(pair[0].head_weight))
+        replayed = draw(pair)
+        assert not torch.equal(before, replayed)
+        assert torch.equal(replayed, draw(pair, cuda_graphs=False))
+
+    def test_long_runs_do_not_grow(self, pair: tuple[DiT, DiT]) -> None:
+        options = {"num_samples": 64, "length": 64, "steps": 1000, "batch_size": 2}
+        for seed in range(6):
+            small = mdkern.sample(pair[1], **options, seed=seed)
+        assert int(small.nfe["H"].sum()) // 2 > 1700
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        for seed in range(6):  # 10,000 replays and more
+            mdkern.sample(pair[1], **options, seed=seed)
+        del small
+        assert torch.cuda.memory_allocated() <= before[0]
+        assert torch.cuda.memory_reserved() <= before[1]
+
+    def test_two_samplers_alive_at_once(self, pair: tuple[DiT, DiT]) -> None:
+        alone = [draw(pair, seed=seed) for seed in (1, 2)]
+        found: dict[int, Tensor] = {}
+        failures: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            try:
+                for _ in range(3):
+                    with torch.cuda.stream(torch.cuda.Stream()):
+                        found[seed] = draw(pair, seed=seed)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        assert torch.equal(found[1], alone[0])
+        assert torch.equal(found[2], alone[1])
+
+    def test_inside_a_stream_of_the_callers(self, pair: tuple[DiT, DiT]) -> None:
+        plain = draw(pair)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            inside = draw(pair)
+            assert torch.cuda.current_stream() == stream
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(plain, inside)
+
+    def test_an_interrupt_leaves_a_process_that_can_sample(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
+        plain = draw(pair)
+        for target, after in (("mdkern.sampling.reveal_tick", 3), ("mdkern.graphs.Pacer.replayed", 5)):
+            graphs.clear()
+            count = 0
+            module, _, _ = target.rpartition(".")
+            original = graphs.Pacer.replayed if "Pacer" in module else mdkern.sampling.reveal_tick
+
+            def interrupted(*arguments: object, original=original, after=after, **named: object) -> object:
+                nonlocal count
+                count += 1
+                if count == after:  # the third `reveal_tick` is the one that is captured
+                    raise KeyboardInterrupt
+                return original(*arguments, **named)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(target, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    draw(pair)
+            assert torch.equal(draw(pair), plain)
+
+    def test_a_model_that_cannot_be_captured_runs_eagerly_with_one_warning(self) -> None:
+        table = torch.randn(70, 70, device="cuda")
+
+        class Reading(nn.Module):
+            def forward(self, input_ids: Tensor) -> Tensor:
+                return table[input_ids] * (1.0 if int(input_ids.sum()) >= 0 else 0.0)  # a host synchronisation
+
+        model = Reading().eval()
+        adapted = mdkern.adapt(model, vocab_size=70, mask_id=69, device="cuda")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            both = [mdkern.sample(adapted, num_samples=3, length=20, seed=1).sequences for _ in range(2)]
+        told = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
+        assert len(told) == 1
+        assert "Reading" in told[0]
+        assert torch.equal(*both)
+        assert torch.equal(
+            both[0], mdkern.sample(adapted, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences
+        )
+
+    def test_nan_is_reported_and_the_next_call_works(self, pair: tuple[DiT, DiT]) -> None:
+        plain = draw(pair)
+
+        class Broken(nn.Module):
+            def forward(self, input_ids: Tensor) -> Tensor:
+                return torch.full((*input_ids.shape, 70), torch.nan, device="cuda")
+
+        with pytest.raises(FloatingPointError):
+            mdkern.sample(mdkern.adapt(Broken().eval(), vocab_size=70, mask_id=69, device="cuda"), length=20)
+        assert torch.equal(draw(pair), plain)
+
+    def test_clear_gives_the_memory_back(self, pair: tuple[DiT, DiT]) -> None:
+        draw(pair)  # the first call leaves behind what belongs to libraries, not to graphs
+        graphs.clear()
+        before = torch.cuda.memory_allocated()
+        draw(pair)
+        held = torch.cuda.memory_allocated()
+        graphs.clear()
+        assert torch.cuda.memory_allocated() < held
+        assert torch.cuda.memory_allocated() <= before + 2**20
+        assert graphs.held() == []
+
+    def test_what_is_kept_is_bounded(self, pair: tuple[DiT, DiT]) -> None:
+        for length in range(10, 22, 2):
+            mdkern.sample(pair[1], num_samples=2, length=length, steps=6, seed=0)
+        assert len(graphs._idle) <= graphs.MOST_WORKSPACES
+
+    def test_a_dead_models_graphs_are_dropped(self, pair: tuple[DiT, DiT]) -> None:
+        other = random_dit(5, **SHAPE).to("cuda")
+        mdkern.sample(other, length=24, steps=6, seed=0)
+        assert graphs.held()
+        del other
+        mdkern.sample(pair[1], length=24, steps=6, seed=0)
+        assert {name for name, _ in graphs.held()} == {"DiT-1"}
+
+    def test_no_host_synchronisation_between_replays(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
+        draw(pair)
+        original = graphs.TickBuffer.load
+
+        def watched(self, *arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(graphs.TickBuffer, "load", watched)
+        monkeypatch.setattr("mdkern.sampling.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default"))
+        try:
+            out = draw(pair)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        monkeypatch.undo()
+        assert torch.equal(out, draw(pair))
