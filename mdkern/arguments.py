@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mdkern.decoders import Ancestral
+from mdkern.decoders import Decoder, by_name
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device
 from mdkern.schedule import NAME, Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
-DECODERS = {"ancestral": Ancestral}
 
 
 class Filters(NamedTuple):
@@ -35,8 +34,12 @@ class Request:
     denoisers: dict[str, Denoiser]  # by the schedule's names, only those that it uses
     schedule: Schedule
     segments: list[Segment]
-    decoder: Ancestral
+    decoder: Decoder
     steps: int
+    block_length: int | None  # None: one block
+    blocks: int  # of the sequence that has most
+    eos_id: int | None
+    stop_at_eos: bool
     input_ids: Tensor  # int64 [N, L] on the denoisers' device
     attention_mask: Tensor | None  # bool [N, L]; None: no padding
     sample_ids: Tensor  # int64 [N]
@@ -48,6 +51,12 @@ class Request:
     @property
     def device(self) -> torch.device:
         return self.input_ids.device
+
+    @property
+    def masked(self) -> Tensor:
+        """bool ``[N, L]``: the positions where text is wanted."""
+        masked = self.input_ids == self.mask_id
+        return masked if self.attention_mask is None else masked & self.attention_mask
 
     @property
     def mask_id(self) -> int:
@@ -247,14 +256,36 @@ def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
     return Filters(int(top_k), float(top_p), float(min_p))
 
 
-def resolve_decoder(decoder: Any) -> Ancestral:
+def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     if isinstance(decoder, str):
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder {decoder!r} is not known: there is {', '.join(DECODERS)}")
-        return DECODERS[decoder]()
-    if not isinstance(decoder, Ancestral):
-        raise TypeError(f"decoder must be a decoder or its name ({', '.join(DECODERS)}), not {type(decoder).__name__}")
-    return decoder
+        decoder = by_name(decoder)
+    if not isinstance(decoder, Decoder):
+        raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
+    return decoder.fitted(denoiser.vocab_size, denoiser.device)
+
+
+def resolve_blocks(block_length: Any, wanted: Tensor, steps: int | None) -> tuple[int | None, int, int | None]:
+    """Block length, blocks of the sequence that has most, and steps, made to be a multiple of them if left open.
+
+    Blocks are counted from a sequence's first masked position; a `block_length` that takes all in is none.
+    """
+    if block_length is None:
+        return None, 1, steps
+    block_length = check_count("block_length", block_length)
+    first = wanted.int().argmax(-1)
+    last = wanted.shape[1] - 1 - wanted.flip(-1).int().argmax(-1)
+    longest = int((last - first).max()) + 1
+    if block_length >= longest:
+        return None, 1, steps
+    blocks = -(-longest // block_length)
+    if steps is None:
+        steps = blocks * block_length
+    if steps % blocks:
+        raise ValueError(
+            f"steps must be a multiple of the {blocks} blocks of {block_length} positions, not {steps}: "
+            f"e.g. {max(1, steps // blocks) * blocks}"
+        )
+    return block_length, blocks, steps
 
 
 def resolve(
@@ -273,6 +304,8 @@ def resolve(
     top_p: float,
     min_p: float,
     decoder: Any,
+    block_length: int | None,
+    stop_at_eos: bool,
     seed: int | None,
     generator: torch.Generator | None,
     sample_ids: Sequence[int] | Tensor | None,
@@ -284,7 +317,8 @@ def resolve(
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
         steps = check_count("steps", steps)
-    resolved_decoder = resolve_decoder(decoder)
+    if isinstance(decoder, str):
+        decoder = by_name(decoder)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     first = next(iter(denoisers.values()))
     ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
@@ -294,13 +328,24 @@ def resolve(
             raise ValueError(
                 f"attention_mask must be None or all 1: {denoiser.name} takes none, so nothing may be padded"
             )
-    steps = steps or schedule.total or ids.shape[1]
+    resolved_decoder = resolve_decoder(decoder, first)
+    wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
+    block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total)
+    if not isinstance(stop_at_eos, bool):
+        raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
+    if stop_at_eos and first.eos_id is None:
+        raise ValueError(f"stop_at_eos needs a model with an eos_id: {first.name} has none")
+    steps = steps or ids.shape[1]
     return Request(
         denoisers=denoisers,
         schedule=schedule,
         segments=schedule.segments(steps),
         decoder=resolved_decoder,
         steps=steps,
+        block_length=block_length,
+        blocks=blocks,
+        eos_id=first.eos_id,
+        stop_at_eos=stop_at_eos,
         input_ids=ids,
         attention_mask=mask,
         sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),

@@ -17,16 +17,18 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.arguments import Request
+from mdkern.device_loop import DeviceLoop, make_loop
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
-from mdkern.state import SamplerState, TickBuffer
+from mdkern.state import SamplerState
 
+Part = TypeVar("Part")
 logger = logging.getLogger(__name__)
 
 MOST_WORKSPACES = 4  # idle ones kept
@@ -49,6 +51,7 @@ class Graph:
     mark: Hashable  # fingerprint of the model; None where there can be none
     bias: Tensor  # the head's, a copy of our own that each call refreshes
     memory: int  # bytes that capturing it added to what PyTorch reserves
+    loop: DeviceLoop | None = None  # the step again and again
 
 
 @dataclass(eq=False)
@@ -57,7 +60,7 @@ class Workspace:
 
     key: tuple[Hashable, ...]
     state: SamplerState
-    buffers: dict[tuple[int, int, int], TickBuffer] = field(default_factory=dict)
+    parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
     marks: dict[int, Hashable] = field(default_factory=dict)  # fingerprints of this call's models
     pool: Any = None  # memory that the graphs share: they never run at the same time
@@ -68,16 +71,20 @@ class Workspace:
             if graph.mark is None or graph.model() is None:
                 del self.graphs[key]
 
-    def buffer(self, slots: int, width: int, rows: int) -> TickBuffer:
-        """The tick buffer of a shape, made on first use."""
-        shape = slots, width, rows
-        if shape not in self.buffers:
-            scratch = self.state.input_ids.shape[0] - 1
-            self.buffers[shape] = TickBuffer(*shape, scratch, self.state.input_ids.device)
-        return self.buffers[shape]
+    def part(self, key: Hashable, make: Callable[[], Part]) -> Part:
+        """What was made under this key, made on first use: it stays at its addresses."""
+        if key not in self.parts:
+            self.parts[key] = make()
+        part: Part = self.parts[key]
+        return part
 
     def graph(
-        self, denoiser: Denoiser, key: Hashable, step: Callable[[Head], None], idle: Callable[[], None]
+        self,
+        denoiser: Denoiser,
+        key: Hashable,
+        step: Callable[[Head], None],
+        idle: Callable[[], None],
+        loop_while: Tensor | None = None,
     ) -> Graph | None:
         """The graph of `step`, captured if there is none that serves.
 
@@ -86,6 +93,7 @@ class Workspace:
             key: what distinguishes it from the denoiser's other steps.
             step: runs the step; given the head to use. It is run twice to warm up.
             idle: called before that, to make the steps that follow work on scratch.
+            loop_while: make a loop of the step, too, that runs while this tensor's first entry is not 0.
 
         Returns:
             None if it could not be captured; then a warning has named the reason, once for the model.
@@ -105,12 +113,13 @@ class Workspace:
             if not self.graphs:  # a pool ends with its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             try:
-                captured, memory = capture(lambda: step(head), self.pool, bias.device)
+                captured, memory = capture(lambda: step(head), self.pool, bias.device, loop_while is not None)
             except CaptureError as error:
                 refuse(denoiser, error)
                 return None
             alive = weakref.ref(model) if mark is not None else lambda: model
-            graph = Graph(denoiser.name, captured, alive, mark, bias, memory)
+            loop = None if loop_while is None else make_loop(captured, loop_while)
+            graph = Graph(denoiser.name, captured, alive, mark, bias, memory, loop)
         graph.bias.copy_(denoiser.head.bias)
         self.graphs[key] = graph
         while len(self.graphs) > MOST_GRAPHS:
@@ -122,7 +131,9 @@ class CaptureError(RuntimeError):
     """A step that runs, but not in a capture."""
 
 
-def capture(step: Callable[[], None], pool: Any, device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
+def capture(
+    step: Callable[[], None], pool: Any, device: torch.device, keep_graph: bool = False
+) -> tuple[torch.cuda.CUDAGraph, int]:
     """Capture `step` on a stream of its own, after two runs that compile kernels and choose algorithms.
 
     Not by `torch.cuda.graph`, which also collects garbage and empties the allocator's cache of the whole process.
@@ -138,7 +149,7 @@ def capture(step: Callable[[], None], pool: Any, device: torch.device) -> tuple[
                 step()
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
-            graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,37 @@ from torch import Tensor
 from mdkern.arguments import Request
 from mdkern.plan import Ticks, positions_in_text
 
+RUNNING, ALL_REVEALED, END_OF_TEXT = range(3)  # why a sequence stopped
+STOP_REASONS = ("running", "all_revealed", "end_of_text")
 MOST_ENTRIES = 1 << 22  # int64 entries of a `TickBuffer`: 32 MiB
 MOST_TICKS = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run knows beside its sequences."""
+
+    step: Tensor  # int64 [N, L]: when each position was revealed (last), 0..T-1, T for the closing pass, or GIVEN
+    model: Tensor  # int64 [N, L]: by which of the request's denoisers, GIVEN where the input gave the token
+    nfe: dict[str, Tensor]  # int64 [N] each
+    stop_reason: Tensor  # int64 [N]
+
+
+class Timings:
+    """Seconds by what took them, lap by lap."""
+
+    def __init__(self, began: float) -> None:
+        self.began = self.last = began
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> dict[str, float]:
+        return self.seconds | {"total": time.perf_counter() - self.began}
 
 
 @dataclass

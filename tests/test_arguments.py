@@ -372,10 +372,29 @@ CASES = [
         r"sample_ids must lie in 0\.\.\d+, but run from 0 to 4294967296",
         sample_ids=[0, 2**32],
     ),
-    # Decoders and devices.
+    # Decoders, blocks and devices.
+    refuse("block_length", ValueError, "block_length must be a whole number of at least 1, not 0", block_length=0),
+    refuse(
+        "steps and blocks",
+        ValueError,
+        "steps must be a multiple of the 3 blocks of 2 positions, not 4: e.g. 3",
+        block_length=2,
+        steps=4,
+    ),
+    refuse("stop_at_eos", TypeError, "stop_at_eos must be True or False, not 1", stop_at_eos=1),
+    refuse("no eos", ValueError, "stop_at_eos needs a model with an eos_id: counting has none", stop_at_eos=True),
+    refuse(
+        "decoder with a parameter of no default",
+        ValueError,
+        "decoder 'position_aware' has no default for frequency",
+        decoder="position_aware",
+    ),
     refuse("unknown decoder", ValueError, "decoder 'beam' is not known: there is ancestral", decoder="beam"),
     refuse(
-        "no decoder", TypeError, r"decoder must be a decoder or its name \(ancestral\), not type", decoder=Ancestral
+        "no decoder",
+        TypeError,
+        r"decoder must be a decoder of mdkern.decoders or its name, not type",
+        decoder=Ancestral,
     ),
     refuse_call(
         "eps of 1",

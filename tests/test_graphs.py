@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mdkern
-from mdkern import DiT, graphs
+from mdkern import DiT, graphs, planned
 from tests.conftest import random_dit
 
 SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
@@ -169,11 +169,11 @@ class TestReplay:
 
     def test_an_interrupt_leaves_a_process_that_can_sample(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
         plain = draw(pair)
-        for target, after in (("mdkern.sampling.reveal_tick", 3), ("mdkern.graphs.Pacer.replayed", 5)):
+        for target, after in (("mdkern.planned.reveal_tick", 3), ("mdkern.planned.Pacer.replayed", 5)):
             graphs.clear()
             count = 0
             module, _, _ = target.rpartition(".")
-            original = graphs.Pacer.replayed if "Pacer" in module else mdkern.sampling.reveal_tick
+            original = graphs.Pacer.replayed if "Pacer" in module else mdkern.planned.reveal_tick
 
             def interrupted(*arguments: object, original=original, after=after, **named: object) -> object:
                 nonlocal count
@@ -245,14 +245,14 @@ class TestReplay:
 
     def test_no_host_synchronisation_between_replays(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
         draw(pair)
-        original = graphs.TickBuffer.load
+        original = planned.TickBuffer.load
 
         def watched(self, *arguments):
             torch.cuda.set_sync_debug_mode("error")
             return original(self, *arguments)
 
-        monkeypatch.setattr(graphs.TickBuffer, "load", watched)
-        monkeypatch.setattr("mdkern.sampling.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default"))
+        monkeypatch.setattr(planned.TickBuffer, "load", watched)
+        monkeypatch.setattr("mdkern.planned.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default"))
         try:
             out = draw(pair)
         finally:

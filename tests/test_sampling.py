@@ -13,7 +13,7 @@ import mdkern
 from mdkern import DiT, DiTConfig
 from mdkern.arguments import resolve
 from mdkern.decoders import Ancestral
-from mdkern.sampling import draw_plan, reveal_tick
+from mdkern.planned import draw_plan, reveal_tick
 from mdkern.state import SamplerState
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
@@ -212,6 +212,8 @@ OPEN = dict.fromkeys(
     "top_p": 1.0,
     "min_p": 0.0,
     "decoder": "ancestral",
+    "block_length": None,
+    "stop_at_eos": False,
 }  # every argument of `resolve` left open
 
 

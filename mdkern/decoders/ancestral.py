@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdkern.decoders.base import Canvas, Planned
+from mdkern.decoders.checks import check_choice, check_number
+from mdkern.decoders.draws import steps_of_run
+from mdkern.plan import RevealPlan
+
+
+def linear(times: Tensor) -> Tensor:
+    """``alpha_t = 1 - t``: every step reveals the same share of the text. MDLM's log-linear noise."""
+    return 1.0 - times
+
+
+def cosine(times: Tensor) -> Tensor:
+    """``alpha_t = 1 - cos(pi / 2 (1 - t))``: few reveals at first, many at the end. MD4."""
+    return 1.0 - torch.cos((1.0 - times) * (math.pi / 2))
+
+
+ALPHAS = {"linear": linear, "cosine": cosine}
+
 
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Planned):
     """At a step t -> s each masked position is revealed with probability ``(alpha_s - alpha_t) / (1 - alpha_t)``.
 
-    ``alpha_t = 1 - t`` (log-linear noise), so that the probability is ``(t - s) / t``; t runs linearly from 1 to `eps`.
-    What is still masked after the last step takes the argmax in a closing pass. The order of the reveals does not
-    depend on the model, so a `RevealPlan` can be drawn beforehand.
+    t runs linearly from 1 to `eps`. What is still masked after the last step takes the argmax in a closing pass. In
+    blocks, t runs so within each block's own steps, and the last of them reveals what `eps` would leave over.
+
+    Args:
+        eps: where t ends, in [0, 1).
+        alpha: probability that a position is revealed by time t: ``"linear"``, ``"cosine"`` or a function of float64
+            times, rising from below 1 at t = 1 and at most 1. Kept as the function. A denoiser with time conditioning
+            is given t, so it should be the alpha that it was trained with.
     """
 
     eps: float = 1e-5
+    alpha: Any = "linear"  # a function of times, once made; `Any` because it is given as a name, too
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.eps < 1.0:
-            raise ValueError(f"eps must lie in [0, 1), not {self.eps}")
+        check_number("eps", self.eps, 0.0, 1.0, below=True)
+        if not callable(self.alpha):
+            check_choice("alpha", self.alpha, ALPHAS)
+            object.__setattr__(self, "alpha", ALPHAS[self.alpha])
+            return
+        values = torch.as_tensor(self.alpha(self.times(1000)))
+        if values.shape != (1001,) or not values.is_floating_point():
+            raise ValueError(
+                f"alpha must give a floating tensor of its argument's shape, not {values.dtype} {tuple(values.shape)}"
+            )
+        if not (bool((values.diff() >= 0).all()) and 0 <= float(values[0]) < 1 and float(values[-1]) <= 1):
+            raise ValueError("alpha must rise as t falls from 1, from a value in [0, 1) to one of at most 1")
 
     def times(self, steps: int) -> Tensor:
         """float64 ``[steps + 1]``: t before each step, and at the closing pass."""
         return torch.linspace(1.0, self.eps, steps + 1, dtype=torch.float64)
 
-    def alpha(self, times: Tensor) -> Tensor:
-        """Probability that a position is revealed by time t."""
-        return 1.0 - times
+    def plan(self, canvas: Canvas) -> RevealPlan:
+        """Draw the chain's reveal steps by inversion: masked at t = 1, a position is so at t with probability
+        ``(1 - alpha_t) / (1 - alpha_1)``.
+        """
+        alpha = self.alpha(self.times(canvas.steps // canvas.blocks)).double()
+        revealed = ((alpha - alpha[0]) / (1.0 - alpha[0])).to(canvas.masked.device)
+        plan = RevealPlan.draw(canvas.masked, revealed, canvas.seed, canvas.sample, canvas.position)
+        return plan if canvas.blocks == 1 else RevealPlan(steps_of_run(canvas, plan.step), canvas.steps)

@@ -1,8 +1,8 @@
 """`begin_tick` and `end_tick`: what a tick of the sampler does around the model, one launch each.
 
-`begin_tick` reads what tick number ``tick`` of a segment works on, `end_tick` writes the tokens and counts up to the next
-one. Everything is on the device at fixed addresses, so that the same launches, replayed, run tick after tick. As
-separate PyTorch operations they are about 25 launches.
+`begin_tick` reads what tick number ``tick`` of a segment works on; `end_tick` writes the tokens and counts up. All that
+is on the device at fixed addresses, so that the same launches, replayed, run tick after tick. As separate PyTorch
+operations they are about 25 launches.
 """
 
 from __future__ import annotations

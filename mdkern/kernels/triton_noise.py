@@ -9,6 +9,7 @@ import triton.language as tl
 GROUP = tl.constexpr(0)
 TOKEN = tl.constexpr(1)
 POSITION = tl.constexpr(3)
+TRANSITION = tl.constexpr(4)
 DOMAIN_SHIFT = tl.constexpr(28)
 LN2 = tl.constexpr(0.6931471805599453)
 

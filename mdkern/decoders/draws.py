@@ -1,0 +1,48 @@
+"""What the planned decoders share: one keyed uniform per position, ranks within a block, and steps of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mdkern.decoders.base import Canvas
+from mdkern.kernels import noise
+from mdkern.plan import GIVEN, RevealPlan
+
+
+def uniforms(canvas: Canvas) -> Tensor:
+    """float64 ``[N, L]`` in (0, 1): the draw of each position, the same whatever else is on the canvas."""
+    zero = torch.zeros((), dtype=torch.int64, device=canvas.masked.device)
+    return noise.uniform(
+        *noise.random_bits(canvas.seed, canvas.sample[:, None], canvas.position, zero, zero, noise.PLAN)
+    )
+
+
+def masked_blocks(canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each position, int64 ``[N, L]``: its block, the masks of its sequence's blocks before, the masks of its own.
+
+    Positions that are not masked lie in a block of their own after the others.
+    """
+    block = torch.where(canvas.masked, canvas.block, canvas.blocks)
+    sizes = torch.zeros(block.shape[0], canvas.blocks + 1, dtype=torch.int64, device=block.device)
+    sizes.scatter_add_(1, block, torch.ones_like(block))
+    return block, (sizes.cumsum(-1) - sizes).gather(-1, block), sizes.gather(-1, block)
+
+
+def ranks(block: Tensor, keys: Tensor) -> Tensor:
+    """int64 ``[N, L]``, 0..L-1: place of each position by block, then by ascending key, then from left to right."""
+    order = keys.argsort(dim=-1, stable=True)
+    order = order.gather(-1, block.gather(-1, order).argsort(dim=-1, stable=True))
+    return order.argsort(dim=-1)
+
+
+def steps_of_run(canvas: Canvas, block_step: Tensor) -> Tensor:
+    """int64 ``[N, L]``: the step of the run from the step within the block, held within the block's own; or GIVEN."""
+    block_steps = canvas.steps // canvas.blocks
+    step = canvas.block * block_steps + block_step.long().clamp(max=block_steps - 1)
+    return torch.where(canvas.masked, step, GIVEN)
+
+
+def planned(canvas: Canvas, progress: Tensor) -> RevealPlan:
+    """Each position revealed in the step of its block in which `progress`, float64 ``[N, L]`` in [0, 1), falls."""
+    return RevealPlan(steps_of_run(canvas, (progress * (canvas.steps // canvas.blocks)).floor()), canvas.steps)

@@ -1,0 +1,48 @@
+"""LLaDA 2.1 (Bie et al., 2602.08676): tokens that were revealed may be replaced by better ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.checks import check_number
+
+
+@dataclass(frozen=True)
+class Edit(Stepwise):
+    """Masks become tokens where p > `mask_threshold`, or else the best one; tokens change where p > `edit_threshold`.
+
+    Both happen in the same step. A block ends when its last mask is gone and a step changed nothing, or after
+    `closing_steps` steps without masks. The prompt is never edited.
+
+    Args:
+        mask_threshold: 0.7 is the published quality mode; its speed mode takes 0.5.
+        edit_threshold: 0.5 is the published quality mode; its speed mode takes 0.
+        closing_steps: at least 0.
+    """
+
+    adaptive: ClassVar[bool] = True
+
+    mask_threshold: float = 0.7
+    edit_threshold: float = 0.5
+    closing_steps: int = 16
+
+    def __post_init__(self) -> None:
+        check_number("mask_threshold", self.mask_threshold, 0.0, 1.0)
+        check_number("edit_threshold", self.edit_threshold, 0.0, 1.0)
+        if isinstance(self.closing_steps, bool) or not isinstance(self.closing_steps, int) or self.closing_steps < 0:
+            raise ValueError(f"closing_steps must be a whole number of at least 0, not {self.closing_steps!r}")
+
+    def rows(self, view: View) -> Tensor:
+        return view.masked | view.revealed
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        above = np.nextafter(np.float32(self.mask_threshold), np.float32(np.inf))  # the rule is >=, the paper's is >
+        return Choice(proposal.probability, view.masked, "threshold", bound=float(above))
+
+    def edit(self, view: View, proposal: Proposal) -> Tensor:
+        return view.revealed & (proposal.probability > self.edit_threshold) & (proposal.token != view.ids)

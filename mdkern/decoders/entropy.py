@@ -1,0 +1,31 @@
+"""The surest positions first; Dream's ``entropy`` (Ye et al., 2508.15487)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.quotas import by_quota, check_quota
+
+
+@dataclass(frozen=True)
+class Entropy(Stepwise):
+    """A step's quota of masked positions, those whose distribution has the smallest entropy.
+
+    Args:
+        position_temperature: above 0, positions are drawn from ``softmax(-entropy / position_temperature)``.
+        quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+    """
+
+    wants_entropy: ClassVar[bool] = True
+
+    position_temperature: float = 0.0
+    quota: str = "even"
+
+    def __post_init__(self) -> None:
+        check_quota(self.quota, self.position_temperature)
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        assert proposal.entropy is not None
+        return by_quota(view, -proposal.entropy, self.quota, self.position_temperature)

@@ -1,0 +1,29 @@
+"""As many as an entropy budget allows (EB-Sampler, Ben-Hamu et al., 2505.24857)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.checks import check_number
+
+
+@dataclass(frozen=True)
+class EntropyBound(Stepwise):
+    """The longest prefix, by ascending entropy, with ``sum H - max H <= gamma`` nats, or else the best one.
+
+    gamma = 0 reveals one position, or all those of no entropy; infinity reveals all.
+    """
+
+    adaptive: ClassVar[bool] = True
+    wants_entropy: ClassVar[bool] = True
+
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("gamma", self.gamma, 0.0)
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        assert proposal.entropy is not None
+        return Choice(proposal.entropy, view.masked, "entropy_bound", bound=self.gamma)

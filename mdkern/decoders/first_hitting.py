@@ -1,0 +1,34 @@
+"""First hitting (Zheng et al., 2409.02908): the ancestral sampler in continuous time, one position per pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mdkern.decoders.base import Canvas, Planned
+from mdkern.decoders.draws import masked_blocks, planned, ranks, uniforms
+from mdkern.plan import GIVEN, RevealPlan
+
+
+@dataclass(frozen=True)
+class FirstHitting(Planned):
+    """With n masked positions left, ``t <- t u^(1/n)``, and one of them, chosen uniformly, is revealed.
+
+    Those are the order statistics of n independent uniform times, dealt out at random: so each position's time is
+    drawn on its own, whatever the batch. A pass's step is the one of T that its time falls into, which says whose turn
+    it is under a schedule; its exact time goes to denoisers with time conditioning.
+    """
+
+    def plan(self, canvas: Canvas) -> RevealPlan:
+        """Draw the hitting times: L forward passes, exact for every number of steps."""
+        elapsed = uniforms(canvas)
+        plan = planned(canvas, elapsed)
+        order = ranks(masked_blocks(canvas)[0], elapsed)
+        time = ((canvas.blocks - 1 - canvas.block) + (1.0 - elapsed)) / canvas.blocks
+        return RevealPlan(
+            plan.step,
+            canvas.steps,
+            torch.where(canvas.masked, order, GIVEN),
+            torch.where(canvas.masked, time, 0.0).float(),
+        )

@@ -1,0 +1,32 @@
+"""The clearest decisions first (Kim et al., 2502.06768); Dream's ``topk_margin``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.quotas import by_quota, check_quota
+
+
+@dataclass(frozen=True)
+class Margin(Stepwise):
+    """A step's quota of masked positions, those with the largest gap between the two most probable tokens.
+
+    Args:
+        position_temperature: above 0, positions are drawn from ``softmax(margin / position_temperature)``.
+        quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+    """
+
+    wants_top: ClassVar[bool] = True
+
+    position_temperature: float = 0.0
+    quota: str = "even"
+
+    def __post_init__(self) -> None:
+        check_quota(self.quota, self.position_temperature)
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        assert proposal.top1 is not None
+        assert proposal.top2 is not None
+        return by_quota(view, proposal.top1 - proposal.top2, self.quota, self.position_temperature)

@@ -1,0 +1,24 @@
+"""All that is sure enough (Fast-dLLM, Wu et al., 2505.22618)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.checks import check_number
+
+
+@dataclass(frozen=True)
+class Threshold(Stepwise):
+    """All masked positions whose proposed token has a probability of at least `threshold`, or else the best one."""
+
+    adaptive: ClassVar[bool] = True
+
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0.0, 1.0)
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        return Choice(proposal.probability, view.masked, "threshold", bound=self.threshold)

@@ -1,0 +1,27 @@
+"""The most probable tokens first: LLaDA's low-confidence remasking (2502.09992), Dream's and MaskGIT's confidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.quotas import by_quota, check_quota
+
+
+@dataclass(frozen=True)
+class TopProbability(Stepwise):
+    """A step's quota of masked positions, those whose proposed token has the largest probability.
+
+    Args:
+        position_temperature: above 0, positions are drawn from ``softmax(probability / position_temperature)``.
+        quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+    """
+
+    position_temperature: float = 0.0
+    quota: str = "even"
+
+    def __post_init__(self) -> None:
+        check_quota(self.quota, self.position_temperature)
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        return by_quota(view, proposal.probability, self.quota, self.position_temperature)

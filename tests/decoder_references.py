@@ -1,0 +1,270 @@
+"""The published decoding rules, word by word: plain Python over positions, float64, no code shared with the package.
+
+A text is a list of ids, a distribution a list of logits per position; the rules say which positions are revealed, and
+with which tokens, as a dict. Equal scores: the lower position first. Sums are exactly rounded (`math.fsum`), so that
+permuted logits have equal statistics and a tie is a tie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """Statistics of one position."""
+
+    token: int  # most probable, lowest id among equals
+    probability: float  # of the token
+    top1: float
+    top2: float
+    entropy: float  # nats
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    largest = max(logits)
+    weights = [math.exp(logit - largest) for logit in logits]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def row_statistics(logits: Sequence[float]) -> Row:
+    p = softmax(logits)
+    first, second = sorted(p, reverse=True)[:2]
+    token = next(v for v in range(len(p)) if logits[v] == max(logits))
+    entropy = -math.fsum(q * math.log(q) for q in p if q > 0.0)
+    return Row(token, p[token], first, second, entropy)
+
+
+def best(scores: dict[int, float], count: int) -> list[int]:
+    """The `count` positions with the largest scores."""
+    return sorted(scores, key=lambda position: (-scores[position], position))[:count]
+
+
+# Quotas
+
+
+def llada_quotas(masks: int, steps: int) -> list[int]:
+    """LLaDA: masks split evenly over the steps, the remainder to the first steps."""
+    quotas = [masks // steps] * steps
+    for step in range(masks % steps):
+        quotas[step] += 1
+    return quotas
+
+
+def dream_quota(masks: int, step: int, steps: int, eps: Fraction = Fraction(1, 1000)) -> int:
+    """Dream: int(masks (1 - s/t)), t from 1 to eps; the last step takes all. May be 0."""
+    if step == steps - 1:
+        return masks
+    t, s = 1 - step * (1 - eps) / steps, 1 - (step + 1) * (1 - eps) / steps
+    return int(masks * (1 - s / t))
+
+
+# Which positions to reveal. `rows` and `masked` are by position; only positions start..stop-1 compete.
+
+
+def top_probability(rows: Sequence[Row], masked: Sequence[bool], block: range, quota: int) -> dict[int, int]:
+    scores = {i: rows[i].probability for i in block if masked[i]}
+    return {i: rows[i].token for i in best(scores, quota)}
+
+
+def margin(rows: Sequence[Row], masked: Sequence[bool], block: range, quota: int) -> dict[int, int]:
+    scores = {i: rows[i].top1 - rows[i].top2 for i in block if masked[i]}
+    return {i: rows[i].token for i in best(scores, quota)}
+
+
+def entropy(rows: Sequence[Row], masked: Sequence[bool], block: range, quota: int) -> dict[int, int]:
+    scores = {i: -rows[i].entropy for i in block if masked[i]}
+    return {i: rows[i].token for i in best(scores, quota)}
+
+
+def threshold(rows: Sequence[Row], masked: Sequence[bool], block: range, bound: float) -> dict[int, int]:
+    """Fast-dLLM: all with c >= bound, at least the best one."""
+    scores = {i: rows[i].probability for i in block if masked[i]}
+    sure = [i for i in scores if scores[i] >= bound]
+    return {i: rows[i].token for i in sure or best(scores, 1)}
+
+
+def factor(rows: Sequence[Row], masked: Sequence[bool], block: range, bound: float) -> dict[int, int]:
+    """Fast-dLLM: the longest prefix in which each rank n has (n + 1)(1 - c_(n)) < bound, at least one."""
+    scores = {i: rows[i].probability for i in block if masked[i]}
+    order = best(scores, len(scores))
+    length = 0
+    for n, i in enumerate(order, start=1):
+        if (n + 1) * (1 - scores[i]) >= bound:
+            break
+        length = n
+    return {i: rows[i].token for i in order[: max(length, 1)]}
+
+
+def entropy_bound(rows: Sequence[Row], masked: Sequence[bool], block: range, gamma: float) -> dict[int, int]:
+    """EB-Sampler: by ascending entropy the longest prefix with sum H - max H <= gamma, at least one."""
+    scores = {i: -rows[i].entropy for i in block if masked[i]}
+    order = best(scores, len(scores))
+    length = 0
+    for n in range(1, len(order) + 1):
+        prefix = [rows[i].entropy for i in order[:n]]
+        if math.fsum(prefix) - max(prefix) > gamma:
+            break
+        length = n
+    return {i: rows[i].token for i in order[: max(length, 1)]}
+
+
+def position_aware(
+    rows: Sequence[Row],
+    masked: Sequence[bool],
+    block: range,
+    quota: int,
+    frequency: Sequence[float],
+    lam: float,
+    alpha: float,
+) -> dict[int, int]:
+    """PC-Sampler: exp(-lam i) min(-p log(f + 1e-9), alpha), i from the block's start."""
+    scores = {
+        i: math.exp(-lam * (i - block.start))
+        * min(-rows[i].probability * math.log(frequency[rows[i].token] + 1e-9), alpha)
+        for i in block
+        if masked[i]
+    }
+    return {i: rows[i].token for i in best(scores, quota)}
+
+
+def edit(
+    rows: Sequence[Row],
+    ids: Sequence[int],
+    masked: Sequence[bool],
+    revealed: Sequence[bool],
+    block: range,
+    mask_threshold: float,
+    edit_threshold: float,
+) -> tuple[dict[int, int], dict[int, int]]:
+    """LLaDA 2.1: (masks that become tokens, tokens that change)."""
+    scores = {i: rows[i].probability for i in block if masked[i]}
+    sure = [i for i in scores if scores[i] > mask_threshold]
+    reveals = {i: rows[i].token for i in sure or best(scores, 1)}
+    edits = {
+        i: rows[i].token
+        for i in block
+        if revealed[i] and rows[i].probability > edit_threshold and rows[i].token != ids[i]
+    }
+    return reveals, edits
+
+
+def positions_law(scores: dict[int, float], count: int, temperature: float) -> dict[frozenset[int], float]:
+    """Probability of each set of positions drawn one by one, without replacement, from softmax(score / temperature)."""
+    law: dict[frozenset[int], float] = {}
+    for order in itertools.permutations(scores, count):
+        chance, left = 1.0, dict(scores)
+        for position in order:
+            total = math.fsum(math.exp(score / temperature) for score in left.values())
+            chance *= math.exp(left.pop(position) / temperature) / total
+        law[frozenset(order)] = law.get(frozenset(order), 0.0) + chance
+    return law
+
+
+# ReMDM
+
+
+class Weights(NamedTuple):
+    """Of a masked position: revealed, stays masked. Of a revealed one: put back to mask."""
+
+    revealed: float
+    stays: float
+    remasked: float
+
+
+def remdm_alpha(kind: str, time: float, t_on: float, t_off: float, alpha_on: float) -> float:
+    if kind != "loop":
+        return 1.0 - time
+    if time > t_on:
+        return (1.0 - time) * alpha_on / (1.0 - t_on)
+    if time >= t_off:
+        return alpha_on
+    return 1.0 - time * (1.0 - alpha_on) / t_off
+
+
+def remdm(
+    kind: str,
+    step: int,
+    steps: int,
+    revealed_with: Sequence[float | None],
+    eta: float | None,
+    t_on: float = 0.55,
+    t_off: float = 0.05,
+    alpha_on: float = 0.9,
+) -> list[Weights]:
+    """Weights of each position; `revealed_with` is the probability its token had when revealed, None where masked."""
+    t, s = 1 - step / steps, 1 - (step + 1) / steps
+    alpha_t = remdm_alpha(kind, t, t_on, t_off, alpha_on)
+    alpha_s = remdm_alpha(kind, s, t_on, t_off, alpha_on)
+    sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
+    total = math.fsum(math.exp(-p) for p in revealed_with if p is not None)
+    out = []
+    for p in revealed_with:
+        if kind == "conf":
+            sigma = 0.0 if p is None else math.exp(-p) / total * sigma_max
+        else:
+            assert eta is not None
+            sigma = {
+                "cap": min(eta, sigma_max),
+                "rescale": eta * sigma_max,
+                "loop": min(eta, sigma_max) if t_off < t <= t_on else 0.0,
+            }[kind]
+        reveal = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+        stay = (1 - alpha_s - sigma * alpha_t) / (1 - alpha_t)
+        out.append(Weights(reveal, stay, sigma))
+    return out
+
+
+# Orders that ignore the model
+
+
+def chain_law(levels: Sequence[float]) -> list[float]:
+    """Probability of each reveal step, last the closing pass, of the chain that reveals a masked position at a step
+    t -> s with probability (level_t - level_s) / level_t, walked step by step.
+    """
+    masked, law = 1.0, []
+    for now, after in itertools.pairwise(levels):
+        reveal = (now - after) / now if now > 0.0 else 0.0
+        law.append(masked * reveal)
+        masked *= 1.0 - reveal
+    return [*law, masked]
+
+
+def first_hitting(count: int, rng: random.Random) -> list[tuple[float, int]]:
+    """(time, position) of each reveal, by the recursion t <- t u^(1/n)."""
+    left, time, hits = list(range(count)), 1.0, []
+    while left:
+        time *= rng.random() ** (1 / len(left))
+        hits.append((time, left.pop(rng.randrange(len(left)))))
+    return hits
+
+
+def random_remasking(count: int, steps: int, rng: random.Random) -> list[int]:
+    """Reveal step of each position: LLaDA's quotas, the confidence of every mask drawn afresh at every step."""
+    step_of, left = [-1] * count, set(range(count))
+    for step, quota in enumerate(llada_quotas(count, steps)):
+        for position in best({i: rng.random() for i in sorted(left)}, quota):
+            step_of[position] = step
+            left.remove(position)
+    return step_of
+
+
+def hyperschedule_level(kind: str, width: int) -> Callable[[float, int, int], float]:
+    """Noise level of position i of n at time t."""
+
+    def level(time: float, i: int, n: int) -> float:
+        if kind == "flat":
+            return time
+        if kind == "block":  # block k falls while k/K .. (k + 1)/K of the time passes
+            blocks = math.ceil(n / width)
+            return min(1.0, max(0.0, i // width + 1 - (1 - time) * blocks))
+        width_ = 1 if kind == "quenched" else width
+        front = (1 - time) * (n + width_ - 1)  # positions that have entered the window
+        return min(1.0, max(0.0, 1 - (front - i) / width_))
+
+    return level
