@@ -8,16 +8,16 @@ of which block a sequence is at, what is masked, which sequence a slot has: all 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdkern.arguments import Filters, Request
-from mdkern.decoders.base import Proposal, Stepwise, View
+from mdkern.arguments import Request
+from mdkern.decoders.base import Proposal, View
 from mdkern.graphs import Graph, Workspace
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.compact import compact
@@ -25,148 +25,10 @@ from mdkern.kernels.select import select
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.planned import report_failure
+from mdkern.progress import Progress, Settings
 from mdkern.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings
 
 LAG = 2  # replays between a step and the host's look at its flag: the device always has work
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is the same at every step of a run."""
-
-    decoder: Stepwise
-    filters: Filters
-    steps: int  # T
-    block_length: int | None  # None: one block, the whole sequence
-    block_steps: int  # T / blocks
-    mask_id: int
-    eos_id: int | None  # where a block that ends with it ends the sequence; None: nowhere
-
-    @staticmethod
-    def of(request: Request) -> Settings:
-        assert isinstance(request.decoder, Stepwise)
-        return Settings(
-            decoder=request.decoder,
-            filters=request.filters,
-            steps=request.steps,
-            block_length=request.block_length,
-            block_steps=request.steps // request.blocks,
-            mask_id=request.mask_id,
-            eos_id=request.eos_id if request.stop_at_eos else None,
-        )
-
-    @property
-    def remasks(self) -> bool:
-        return type(self.decoder).remask is not Stepwise.remask
-
-    def key(self) -> Hashable:
-        """What tells settings apart; decoders are compared by their parameters, tensors among them by address."""
-        parameters = tuple(getattr(self.decoder, field.name) for field in fields(self.decoder))  # type: ignore[arg-type]
-        known = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in parameters)
-        rest = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id
-        return type(self.decoder), known, self.filters, rest
-
-
-@dataclass
-class Progress:
-    """Where the sequences are, beside their ids: device tensors, row N of those over sequences scratch."""
-
-    wanted: Tensor  # bool [N + 1, L], masked at the start: what may be written
-    start: Tensor  # int64 [N + 1], first wanted column, where blocks are counted from
-    total: Tensor  # int64 [N + 1], wanted columns
-    block: Tensor  # int64 [N + 1]
-    block_step: Tensor  # int64 [N + 1]
-    block_masked: Tensor  # int64 [N + 1], masked columns of the block when it began
-    closing: Tensor  # int64 [N + 1], passes of the block after its last mask
-    passes: Tensor  # int64 [N + 1], forward passes so far
-    nfe: Tensor  # int64 [models, N + 1]
-    stop_reason: Tensor  # int64 [N + 1], RUNNING at first
-    confidence: Tensor  # float32 [N + 1, L]
-    reveal_step: Tensor  # int64 [N + 1, L], -1 where given
-    reveal_model: Tensor  # int64 [N + 1, L]
-    slot: Tensor  # int64 [B], the sequence each slot works on; N: none
-    queue: Tensor  # int64 [N + 1], the segment's sequences, N after the last
-    next: Tensor  # int64 [], place in the queue
-    stop: Tensor  # int64 [], the segment's last step, plus 1
-    times: Tensor  # float32 [T + 1]
-    status: Tensor  # int64 [2]: slots that have work, masked columns of all sequences
-    report: Tensor  # int64 [2], on the host: a copy of `status` that comes after each tick
-
-    @staticmethod
-    def allocate(sequences: int, length: int, batch: int, models: int, steps: int, device: torch.device) -> Progress:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        rows, grid = sequences + 1, (sequences + 1, length)
-        return Progress(
-            wanted=zeros(*grid, dtype=torch.bool),
-            start=zeros(rows),
-            total=zeros(rows),
-            block=zeros(rows),
-            block_step=zeros(rows),
-            block_masked=zeros(rows),
-            closing=zeros(rows),
-            passes=zeros(rows),
-            nfe=zeros(models, rows),
-            stop_reason=zeros(rows),
-            confidence=zeros(*grid, dtype=torch.float32),
-            reveal_step=zeros(*grid),
-            reveal_model=zeros(*grid),
-            slot=zeros(batch),
-            queue=zeros(rows),
-            next=zeros(),
-            stop=zeros(),
-            times=zeros(steps + 1, dtype=torch.float32),
-            status=zeros(2),
-            report=torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"),
-        )
-
-    def load(self, request: Request, settings: Settings) -> None:
-        """Start the request: its sequences in the first rows, each at its first block."""
-        for field in fields(self):
-            getattr(self, field.name).zero_()
-        count, wanted = len(request.input_ids), request.masked
-        self.wanted[:count] = wanted
-        self.start[:count] = wanted.int().argmax(-1)
-        self.total[:] = self.wanted.sum(-1)
-        self.confidence.fill_(1.0)
-        self.reveal_step.fill_(-1)
-        self.reveal_model.fill_(-1)
-        self.stop_reason[count:] = ALL_REVEALED
-        self.times.copy_(request.decoder.times(request.steps))
-        self.idle()
-        if settings.block_length is None:
-            self.block_masked.copy_(self.total)
-        else:
-            column = torch.arange(wanted.shape[1], device=wanted.device)
-            inside = column < self.start[:, None] + settings.block_length
-            self.block_masked.copy_((self.wanted & inside).sum(-1))
-
-    def idle(self) -> None:
-        """Give no slot any work."""
-        self.slot.fill_(len(self.start) - 1)
-
-    def schedule_step(self, settings: Settings, masked: Tensor, sequence: Tensor) -> Tensor:
-        """int64 ``[B]``: which of the T steps a sequence with `masked` columns left is at."""
-        if not settings.decoder.adaptive:
-            return self.block[sequence] * settings.block_steps + self.block_step[sequence]
-        total = self.total[sequence]
-        share = (total - masked) * settings.steps // total.clamp(min=1)
-        return share.clamp(max=settings.steps - 1)
-
-    def begin_segment(self, state: SamplerState, settings: Settings, stop: int) -> None:
-        """Queue the sequences that have steps below `stop` to run, and give the first ones to the slots."""
-        scratch = len(self.start) - 1
-        everyone = torch.arange(scratch + 1, device=self.start.device)
-        masked = ((state.input_ids == settings.mask_id) & self.wanted).sum(-1)
-        eligible = (self.stop_reason == RUNNING) & (self.schedule_step(settings, masked, everyone) < stop)
-        order = torch.argsort(~eligible, stable=True)
-        self.queue.copy_(torch.where(everyone < eligible.sum(), order, scratch))
-        places = torch.arange(len(self.slot), device=self.slot.device).clamp(max=scratch)
-        self.slot.copy_(self.queue[places])
-        self.next.fill_(len(self.slot))
-        self.stop.fill_(stop)
-        self.status.copy_(torch.stack(((self.slot != scratch).sum(), masked.sum())))
 
 
 def run(request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, timings: Timings) -> Outcome:
@@ -252,20 +114,50 @@ def decode_tick(
     Args:
         denoiser, head: whose pass it is; `model` is its number in `Progress.nfe`.
     """
-    decoder, scratch, sequence = settings.decoder, len(progress.start) - 1, progress.slot
-    length = state.input_ids.shape[1]
-    active = sequence != scratch  # [B]
-    column, inside = window(settings, progress, length)  # [B, R]
-    ids = state.input_ids[sequence]  # [B, L]
+    slots = observe(settings, state, progress)
+    rows = settings.decoder.rows(slots.view) & slots.active[:, None]
+    hidden = denoiser.hidden(
+        slots.ids,
+        progress.times[slots.view.step] if denoiser.time_conditioning else None,
+        None if settings.block_length is None else slots.column,
+        None if state.attention_mask is None else state.attention_mask[slots.sequence],
+    )
+    proposal = propose(head, settings, state, slots, rows, hidden)
+    changed, new, failed = decide(settings, state, slots, rows, proposal)
+    write(state, progress, slots, new, changed, proposal, model)
+    progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
+    progress.passes.index_add_(0, slots.sequence, slots.active.long())
+    advance(settings, state, progress, slots, new, changed, failed)
+
+
+@dataclass
+class Slots:
+    """What the slots work on in one step."""
+
+    sequence: Tensor  # int64 [B], N: none
+    active: Tensor  # bool [B]
+    column: Tensor  # int64 [B, R], of the block, held inside the sequence
+    inside: Tensor  # bool [B, R], whether the column is in the sequence
+    ids: Tensor  # int64 [B, L]
+    view: View
+
+
+def observe(settings: Settings, state: SamplerState, progress: Progress) -> Slots:
+    """The slots' sequences, and what the decoder is shown of them."""
+    sequence = progress.slot
+    column, inside = window(settings, progress, state.input_ids.shape[1])
+    ids = state.input_ids[sequence]
     left = ((ids == settings.mask_id) & progress.wanted[sequence]).sum(-1)
     view = look(settings, state, progress, ids, column, inside, left)
+    return Slots(sequence, sequence != len(progress.start) - 1, column, inside, ids, view)
 
-    wanted_rows = decoder.rows(view) & active[:, None]
-    row, row_count = compact(wanted_rows)
-    attention_mask = None if state.attention_mask is None else state.attention_mask[sequence]
-    time = progress.times[view.step] if denoiser.time_conditioning else None
-    positions = None if settings.block_length is None else column
-    hidden = denoiser.hidden(ids, time, positions, attention_mask)  # [B, R, D]
+
+def propose(
+    head: Head, settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, hidden: Tensor
+) -> Proposal:
+    """Tokens and statistics from hidden states ``[B, R, D]``, the output layer run where ``rows [B, R]`` says."""
+    decoder = settings.decoder
+    row, row_count = compact(rows)
     statistics = vocab_projection(
         hidden.flatten(0, 1),
         head.weight,
@@ -273,7 +165,7 @@ def decode_tick(
         row,
         state.temperature.expand(len(row)),
         state.seed,
-        view.keys.flatten(0, 1)[row],
+        slots.view.keys.flatten(0, 1)[row],
         row_count=row_count,
         scale=head.scale,
         soft_cap=head.soft_cap,
@@ -281,35 +173,46 @@ def decode_tick(
         want_entropy=decoder.wants_entropy,
         **settings.filters._asdict(),
     )
-    used = torch.arange(len(row), device=row.device) < row_count
+    # What is past `row_count` goes to a place of its own after all others.
+    place = torch.where(torch.arange(len(row), device=row.device) < row_count, row, len(row))
 
-    def spread(values: Tensor | None, missing: float) -> Tensor | None:
-        """Row statistics back in their places, ``[B, R]``."""
-        if values is None:
-            return None
-        places = values.new_full((len(row) + 1,), missing)
-        places[torch.where(used, row, len(row))] = values  # the extra place takes what is past `row_count`
-        return places[:-1].view(column.shape)
+    def spread(values: Tensor, missing: float) -> Tensor:
+        """Row statistics in their places, ``[B, R]``."""
+        spread_out = values.new_full((len(row) + 1,), missing)
+        spread_out[place] = values
+        return spread_out[:-1].view(rows.shape)
 
-    token = spread(statistics.token, -1)
-    assert token is not None
-    proposal = Proposal(
-        token,
-        spread(statistics.log_prob.exp(), torch.nan),  # type: ignore[arg-type]
-        spread(statistics.top1, torch.nan),
-        spread(statistics.top2, torch.nan),
-        spread(statistics.entropy, torch.nan),
+    def spread_if_wanted(values: Tensor | None) -> Tensor | None:
+        return None if values is None else spread(values, torch.nan)
+
+    return Proposal(
+        spread(statistics.token, -1),
+        spread(statistics.log_prob.exp(), torch.nan),
+        spread_if_wanted(statistics.top1),
+        spread_if_wanted(statistics.top2),
+        spread_if_wanted(statistics.entropy),
     )
-    failed = (wanted_rows & (token < 0)).any(-1)
-    state.failed |= failed.any()
 
+
+def decide(
+    settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the decoder makes of a proposal.
+
+    Returns:
+        Which entries take their proposed token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
+        slots whose logits had a NaN, bool ``[B]``.
+    """
+    decoder, view, active = settings.decoder, slots.view, slots.active[:, None]
+    failed = (rows & (proposal.token < 0)).any(-1)
+    state.failed |= failed.any()
     choice = decoder.choose(view, proposal)
     edited, remasked = decoder.edit(view, proposal), decoder.remask(view)
     new = view.ids.clone()
     changed = select(
         choice.scores,
-        choice.candidates & active[:, None],
-        token,
+        choice.candidates & active,
+        proposal.token,
         new,
         choice.rule,
         quota=choice.quota,
@@ -319,15 +222,11 @@ def decode_tick(
         keys=view.keys if choice.temperature > 0.0 else None,
     )
     if edited is not None:
-        changed = changed | (edited & active[:, None])
-        new = torch.where(changed, token, new)
+        changed = changed | (edited & active)
+        new = torch.where(changed, proposal.token, new)
     if remasked is not None:
-        new = torch.where(remasked & active[:, None], settings.mask_id, new)
-    write(state, progress, view, sequence, column, inside & active[:, None], new, changed, proposal, model)
-    progress.nfe[model].index_add_(0, sequence, active.long())
-    progress.passes.index_add_(0, sequence, active.long())
-    advance(settings, state, progress, view, new, changed, failed)
-    state.tick += 1
+        new = torch.where(remasked & active, settings.mask_id, new)
+    return changed, new, failed
 
 
 def window(settings: Settings, progress: Progress, length: int) -> tuple[Tensor, Tensor]:
@@ -387,10 +286,7 @@ def look(
 def write(
     state: SamplerState,
     progress: Progress,
-    view: View,
-    sequence: Tensor,
-    column: Tensor,
-    inside: Tensor,
+    slots: Slots,
     new: Tensor,
     changed: Tensor,
     proposal: Proposal,
@@ -398,11 +294,12 @@ def write(
 ) -> None:
     """The step's outcome into the state, everything outside the blocks into scratch."""
     rows, length = state.input_ids.shape
-    target = torch.where(inside, sequence[:, None] * length + column, (rows - 1) * length)
+    scratch, inside = (rows - 1) * length, slots.inside & slots.active[:, None]
+    target = torch.where(inside, slots.sequence[:, None] * length + slots.column, scratch)
     state.input_ids.view(-1)[target] = torch.where(inside, new, 0)
-    at = torch.where(changed, target, (rows - 1) * length)
+    at = torch.where(changed, target, scratch)
     progress.confidence.view(-1)[at] = proposal.probability
-    progress.reveal_step.view(-1)[at] = view.step[:, None].expand_as(at)
+    progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
 
 
@@ -410,14 +307,14 @@ def advance(
     settings: Settings,
     state: SamplerState,
     progress: Progress,
-    view: View,
+    slots: Slots,
     new: Tensor,
     changed: Tensor,
     failed: Tensor,
 ) -> None:
     """Sequences to their next step or block, slots to their next sequence."""
-    decoder, scratch, sequence = settings.decoder, len(progress.start) - 1, progress.slot
-    active = sequence != scratch
+    decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
+    scratch = len(progress.start) - 1
     had_masks = view.masked.any(-1)
     has_masks = ((new == settings.mask_id) & (view.masked | view.revealed)).any(-1)
     closing = progress.closing[sequence] + ~had_masks
