@@ -46,6 +46,10 @@ class Request:
     batch_size: int
     temperature: float
     filters: Filters
+    guidance_scale: float
+    logits_processor: Any  # callable, or None
+    stopping_criteria: Any  # callable, or None
+    streamer: Any
     seed: int
 
     @property
@@ -256,6 +260,27 @@ def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
     return Filters(int(top_k), float(top_p), float(min_p))
 
 
+def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+        raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale!r}")
+    capped = [name for name, denoiser in denoisers.items() if denoiser.head.soft_cap > 0.0]
+    if scale and capped:
+        raise ValueError(f"guidance_scale needs a head without a soft cap: model {capped[0]} has one")
+    return float(scale)
+
+
+def check_hook(name: str, hook: Any) -> Any:
+    if hook is not None and not callable(hook):
+        raise TypeError(f"{name} must be callable, as those of transformers are, not {type(hook).__name__}")
+    return hook
+
+
+def check_streamer(streamer: Any) -> Any:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
+    return streamer
+
+
 def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     if isinstance(decoder, str):
         decoder = by_name(decoder)
@@ -303,9 +328,13 @@ def resolve(
     top_k: int,
     top_p: float,
     min_p: float,
+    guidance_scale: float,
+    logits_processor: Any,
     decoder: Any,
     block_length: int | None,
     stop_at_eos: bool,
+    stopping_criteria: Any,
+    streamer: Any,
     seed: int | None,
     generator: torch.Generator | None,
     sample_ids: Sequence[int] | Tensor | None,
@@ -314,6 +343,8 @@ def resolve(
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
     filters = check_filters(top_k, top_p, min_p)
+    logits_processor = check_hook("logits_processor", logits_processor)
+    stopping_criteria = check_hook("stopping_criteria", stopping_criteria)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
         steps = check_count("steps", steps)
@@ -333,8 +364,9 @@ def resolve(
     block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total)
     if not isinstance(stop_at_eos, bool):
         raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
-    if stop_at_eos and first.eos_id is None:
-        raise ValueError(f"stop_at_eos needs a model with an eos_id: {first.name} has none")
+    stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
+    if (stop_at_eos or stopping_criteria) and first.eos_id is None:
+        raise ValueError(f"{stops} needs a model with an eos_id: {first.name} has none")
     steps = steps or ids.shape[1]
     return Request(
         denoisers=denoisers,
@@ -352,5 +384,9 @@ def resolve(
         batch_size=batch_size,
         temperature=float(temperature),
         filters=filters,
+        guidance_scale=check_guidance(guidance_scale, denoisers),
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        streamer=check_streamer(streamer),
         seed=resolve_seed(seed, generator),
     )

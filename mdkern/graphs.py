@@ -189,15 +189,17 @@ class Pacer:
         self.count = 0
         self.events: deque[torch.cuda.Event] = deque()
 
-    def replayed(self) -> None:
+    def replayed(self) -> bool:
+        """Count a replay; whether it is one at which the host looked up."""
         self.count += 1
         if self.count % TICKS_AHEAD:
-            return
+            return False
         event = torch.cuda.Event()
         event.record()
         self.events.append(event)
         if len(self.events) > EVENTS_AHEAD:
             self.events.popleft().synchronize()
+        return True
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdkern.arguments import Filters, Request
+from mdkern.arguments import Request
 from mdkern.decoders import Canvas, Planned
 from mdkern.graphs import Pacer, Workspace
-from mdkern.kernels import vocab_projection
+from mdkern.hooks import Drafts, guided_hidden, row_statistics
 from mdkern.kernels.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -25,7 +25,9 @@ from mdkern.plan import GIVEN, RevealPlan, Ticks
 from mdkern.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings
 
 
-def run(request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, timings: Timings) -> Outcome:
+def run(
+    request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, drafts: Drafts, timings: Timings
+) -> Outcome:
     """All of a request: draw the plan, then segment after segment."""
     plan = draw_plan(request, state)
     model = torch.full_like(plan.step, GIVEN)
@@ -34,16 +36,21 @@ def run(request: Request, state: SamplerState, workspace: Workspace | None, bar:
     bar.reset(total=int(plan.events().sum()))
     timings.lap("plan")
     for name, first, stop in pieces(request):
-        run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar)
+        run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar, drafts)
         report_failure(request.denoisers[name], state)
         nfe[name] += plan.events(first, stop)
         model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
-        if request.stop_at_eos and stop % (request.steps // request.blocks) == 0:
+        if stops(request) and stop % (request.steps // request.blocks) == 0:
             plan, now = stop_at_end_of_text(request, state, plan, stop)
             ended |= now
         timings.lap(name)
     reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
     return Outcome(plan.step, model, nfe, reason)
+
+
+def stops(request: Request) -> bool:
+    """Whether a sequence may end before its last block."""
+    return request.stop_at_eos or request.stopping_criteria is not None
 
 
 def pieces(request: Request) -> list[tuple[str, int, int]]:
@@ -52,7 +59,7 @@ def pieces(request: Request) -> list[tuple[str, int, int]]:
     The closing pass, step T, goes to the last one.
     """
     cuts = {segment.stop for segment in request.segments}
-    if request.stop_at_eos:
+    if stops(request):
         cuts |= set(range(0, request.steps, request.steps // request.blocks))
     out = []
     for segment in request.segments:
@@ -79,7 +86,7 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
 
 
 def reveal_tick(
-    denoiser: Denoiser, head: Head, filters: Filters, state: SamplerState, ticks: Ticks, batch: int, capacity: int
+    denoiser: Denoiser, head: Head, request: Request, state: SamplerState, ticks: Ticks, batch: int, capacity: int
 ) -> None:
     """Run tick ``state.tick``: one forward pass of `batch` sequences, the head at `capacity` rows, tokens written.
 
@@ -103,24 +110,32 @@ def reveal_tick(
         batch,
         capacity,
     )
-    hidden = denoiser.hidden(
+    time = inputs.time if denoiser.time_conditioning else None
+    if request.guidance_scale == 0.0:
+        hidden = denoiser.hidden(inputs.input_ids, time, inputs.positions, inputs.attention_mask)
+    else:
+        given = state.given[ticks.sequence.index_select(0, state.tick)[0, :batch]]
+        hidden = guided_hidden(
+            denoiser,
+            request.guidance_scale,
+            inputs.input_ids,
+            given,
+            time,
+            inputs.positions,
+            inputs.attention_mask,
+        )
+    statistics = row_statistics(
+        request.logits_processor,
+        head,
+        hidden,
         inputs.input_ids,
-        inputs.time if denoiser.time_conditioning else None,
-        inputs.positions,
-        inputs.attention_mask,
-    )
-    statistics = vocab_projection(
-        hidden.flatten(0, 1),
-        head.weight,
-        head.bias,
+        denoiser.mask_id,
         inputs.row,
+        inputs.row_count,
         inputs.temperature,
         state.seed,
         inputs.keys,
-        row_count=inputs.row_count,
-        scale=head.scale,
-        soft_cap=head.soft_cap,
-        **filters._asdict(),
+        **request.filters._asdict(),
     )
     end_tick(state.input_ids, state.failed, state.tick, statistics.token, inputs.target, inputs.row_count)
 
@@ -134,18 +149,20 @@ def run_steps(
     stop: int,
     workspace: Workspace | None,
     bar: tqdm,
+    drafts: Drafts,
 ) -> None:
     """The events of steps ``first <= i < stop``: replayed if there is a workspace and the denoiser can be captured."""
     times = request.decoder.times(request.steps).to(request.device, torch.float32)
     ticks = plan.ticks(first, stop, request.batch_size, times, int if workspace is None else bucket)
     if ticks is None:
         return
-    replays = None if workspace is None else captured_ticks(denoiser, request.filters, ticks, workspace)
+    replays = None if workspace is None else captured_ticks(denoiser, request, ticks, workspace)
     if replays is None:
         state.tick.zero_()
         for batch, rows in zip(ticks.batch, ticks.rows):
-            reveal_tick(denoiser, denoiser.head, request.filters, state, ticks, batch, rows)
+            reveal_tick(denoiser, denoiser.head, request, state, ticks, batch, rows)
             bar.update(batch)
+            drafts.show()
         return
     buffer, graphs = replays
     pacer, start = Pacer(), 0
@@ -154,8 +171,9 @@ def run_steps(
         state.tick.zero_()
         for batch in ticks.batch[start : start + count]:
             graphs[batch].replay()
-            pacer.replayed()
             bar.update(batch)
+            if pacer.replayed():
+                drafts.show()
         start += count
 
 
@@ -165,7 +183,7 @@ def bucket(size: int) -> int:
 
 
 def captured_ticks(
-    denoiser: Denoiser, filters: Filters, ticks: Ticks, workspace: Workspace
+    denoiser: Denoiser, request: Request, ticks: Ticks, workspace: Workspace
 ) -> tuple[TickBuffer, dict[int, torch.cuda.CUDAGraph]] | None:
     """The buffer that a segment's ticks are loaded into, and a graph for each batch size; None if not capturable."""
     slots, width, rows = ticks.sequence.shape[1], ticks.position.shape[2], ticks.row.shape[1]
@@ -177,7 +195,7 @@ def captured_ticks(
         step = partial(
             reveal_tick,
             denoiser,
-            filters=filters,
+            request=request,
             state=workspace.state,
             ticks=buffer.ticks,
             batch=batch,
@@ -188,7 +206,8 @@ def captured_ticks(
             buffer.idle()
             workspace.state.tick.zero_()
 
-        graph = workspace.graph(denoiser, ("reveal", slots, width, rows, batch, filters), step, idle)
+        key = "reveal", *shape, batch, request.filters, request.guidance_scale
+        graph = workspace.graph(denoiser, key, step, idle)
         if graph is None:
             return None
         graphs[batch] = graph.captured
@@ -198,7 +217,7 @@ def captured_ticks(
 def stop_at_end_of_text(
     request: Request, state: SamplerState, plan: RevealPlan, step: int
 ) -> tuple[RevealPlan, Tensor]:
-    """Drop what is left of the sequences whose block that ended before `step` has the end of text.
+    """Drop what is left of the sequences whose block that ended before `step` has the end of text, or that are stopped.
 
     Returns:
         The plan without it, the positions dropped having the end of text; and which sequences, bool ``[N]``.
@@ -206,7 +225,9 @@ def stop_at_end_of_text(
     assert request.eos_id is not None
     ids = state.input_ids[: len(plan.step)]
     done = (plan.step >= step - request.steps // request.blocks) & (plan.step < step)
-    ended = (done & (ids == request.eos_id)).any(-1)
+    ended = (done & (ids == request.eos_id)).any(-1) & request.stop_at_eos
+    if request.stopping_criteria is not None:
+        ended |= request.stopping_criteria(ids.clone(), None)
     rest = ended[:, None] & (plan.step >= step)
     ids.masked_fill_(rest, request.eos_id)
     return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), rest.any(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ class Settings:
     block_length: int | None  # None: one block, the whole sequence
     block_steps: int  # T / blocks
     mask_id: int
-    eos_id: int | None  # where a block that ends with it ends the sequence; None: nowhere
+    eos_id: int | None  # what fills a sequence that is stopped
+    stop_at_eos: bool  # whether a block that has it stops the sequence
+    guidance_scale: float
+    logits_processor: Any  # not with graphs
+    stopping_criteria: Any  # not with graphs
 
     @staticmethod
     def of(request: Request) -> Settings:
@@ -35,7 +40,11 @@ class Settings:
             block_length=request.block_length,
             block_steps=request.steps // request.blocks,
             mask_id=request.mask_id,
-            eos_id=request.eos_id if request.stop_at_eos else None,
+            eos_id=request.eos_id,
+            stop_at_eos=request.stop_at_eos,
+            guidance_scale=request.guidance_scale,
+            logits_processor=request.logits_processor,
+            stopping_criteria=request.stopping_criteria,
         )
 
     @property
@@ -46,8 +55,8 @@ class Settings:
         """What tells settings apart; decoders are compared by their parameters, tensors among them by address."""
         parameters = tuple(getattr(self.decoder, field.name) for field in fields(self.decoder))  # type: ignore[arg-type]
         known = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in parameters)
-        rest = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id
-        return type(self.decoder), known, self.filters, rest
+        counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id, self.stop_at_eos
+        return type(self.decoder), known, self.filters, self.guidance_scale, counts
 
 
 @dataclass

@@ -17,6 +17,7 @@ from mdkern import planned, stepwise
 from mdkern.arguments import Request, resolve
 from mdkern.decoders import Decoder, Planned
 from mdkern.graphs import lease
+from mdkern.hooks import Drafts
 from mdkern.models import Denoiser
 from mdkern.plan import GIVEN
 from mdkern.schedule import Schedule
@@ -76,9 +77,13 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    guidance_scale: float = 0.0,
+    logits_processor: Any = None,
     decoder: str | Decoder = "ancestral",
     block_length: int | None = None,
     stop_at_eos: bool = False,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
@@ -105,6 +110,9 @@ def sample(
         temperature: of the tokens' distribution; 0 takes the most probable token.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
             to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none.
+        guidance_scale: w of classifier-free guidance: logits ``u + (w + 1) (c - u)``, u of the prompt masked too.
+        logits_processor: a `LogitsProcessor` of transformers, or a list of them. It needs logits, which are then
+            computed at the rows that want a token, some at a time; no CUDA graphs.
         decoder: a decoder of `mdkern.decoders` or its name: which positions are revealed at a step. Decoders that look
             at the model (top probability, threshold, ...) have no fixed number of passes; for those that reveal as much
             as they trust, the schedule's step is the share of the text that is revealed.
@@ -112,6 +120,11 @@ def sample(
             position; positions compete inside the block only. Each block takes ``steps / blocks`` steps.
         stop_at_eos: end a sequence with the block that has the model's end of text; what is still masked then is filled
             with it, without forward passes.
+        stopping_criteria: of transformers, given the ids ``[B, L]``, masks included, and None: ends a sequence like
+            `stop_at_eos`. Asked after every step of a decoder that looks at the model, without CUDA graphs, and after
+            every block of one that does not.
+        streamer: of transformers: ``put`` with each finished sequence, in two parts, what it began with and the rest,
+            then ``end``. If it has ``put_draft``, that is given all sequences ``[N, L]`` now and then.
         seed: 64-bit. None takes one from `generator`, or from PyTorch's default generator.
         generator: source of the seed when none is given.
         sample_ids: the N sample numbers that key the randomness. Default 0..N-1.
@@ -143,23 +156,31 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        guidance_scale=guidance_scale,
+        logits_processor=logits_processor,
         decoder=decoder,
         block_length=block_length,
         stop_at_eos=stop_at_eos,
+        stopping_criteria=stopping_criteria,
+        streamer=streamer,
         seed=seed,
         generator=generator,
         sample_ids=sample_ids,
     )
     run = planned.run if isinstance(request.decoder, Planned) else stepwise.run
-    graphed = cuda_graphs and request.device.type == "cuda"
+    hooked = request.logits_processor is not None or (run is stepwise.run and request.stopping_criteria is not None)
+    graphed = cuda_graphs and request.device.type == "cuda" and not hooked
     with (
         torch.no_grad(),
         lease(request) if graphed else nullcontext() as workspace,
         tqdm(unit="pass", desc="denoising", disable=None if progress is None else not progress, leave=False) as bar,
     ):
         state = SamplerState.of(request) if workspace is None else workspace.state
-        outcome = run(request, state, workspace, bar, timings)
-        sequences = state.input_ids[: len(request.input_ids)].clone()
+        count = len(request.input_ids)
+        drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count])
+        outcome = run(request, state, workspace, bar, drafts, timings)
+        drafts.end()
+        sequences = state.input_ids[:count].clone()
     return summarise(request, sequences, outcome, timings.total(), return_history)
 
 

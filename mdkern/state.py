@@ -50,6 +50,7 @@ class SamplerState:
 
     input_ids: Tensor  # int64 [N + 1, L]
     attention_mask: Tensor | None  # bool [N + 1, L]
+    given: Tensor  # bool [N + 1, L], not masked at the start
     text_position: Tensor  # int64 [N + 1, L], keys the noise
     sample: Tensor  # int64 [N + 1], keys the noise
     temperature: Tensor  # float32 []
@@ -68,6 +69,7 @@ class SamplerState:
         return SamplerState(
             input_ids=zeros(sequences + 1, length),
             attention_mask=torch.ones_like(zeros(sequences + 1, length), dtype=torch.bool) if padded else None,
+            given=zeros(sequences + 1, length, dtype=torch.bool),
             text_position=zeros(sequences + 1, length),
             sample=zeros(sequences + 1),
             temperature=zeros(dtype=torch.float32),
@@ -91,6 +93,7 @@ class SamplerState:
         mask = request.attention_mask
         self.input_ids[:count] = request.input_ids
         self.input_ids[count:] = 0  # an id of any vocabulary: unused slots run too
+        self.given[:count] = ~request.masked
         if self.attention_mask is not None:
             self.attention_mask[:count] = True if mask is None else mask
         self.text_position[:count] = (

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mdkern.arguments import Request
 from mdkern.decoders.base import Proposal, View
 from mdkern.graphs import Graph, Workspace
-from mdkern.kernels import vocab_projection
+from mdkern.hooks import Drafts, guided_hidden, row_statistics
 from mdkern.kernels.compact import compact
 from mdkern.kernels.select import select
 from mdkern.models import Denoiser
@@ -31,7 +31,9 @@ from mdkern.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerSta
 LAG = 2  # replays between a step and the host's look at its flag: the device always has work
 
 
-def run(request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, timings: Timings) -> Outcome:
+def run(
+    request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, drafts: Drafts, timings: Timings
+) -> Outcome:
     """All of a request, segment after segment."""
     settings = Settings.of(request)
     progress = prepare(request, settings, state, workspace)
@@ -47,7 +49,7 @@ def run(request: Request, state: SamplerState, workspace: Workspace | None, bar:
             key = "decode", settings.key(), len(progress.slot), progress.nfe.shape[0], number
             graph = workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
         progress.begin_segment(state, settings, segment.stop)
-        run_segment(graph, partial(step, denoiser.head), progress, bar)
+        run_segment(graph, partial(step, denoiser.head), progress, bar, drafts)
         report_failure(denoiser, state)
         timings.lap(segment.model)
     return Outcome(
@@ -68,7 +70,7 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
     return progress
 
 
-def run_segment(graph: Graph | None, step: Callable[[], None], progress: Progress, bar: tqdm) -> None:
+def run_segment(graph: Graph | None, step: Callable[[], None], progress: Progress, bar: tqdm, drafts: Drafts) -> None:
     """Steps until no slot has work: one launch where the device can loop, else replays of the graph, else eagerly."""
     running, left = progress.status.tolist()
     if not running:
@@ -80,6 +82,7 @@ def run_segment(graph: Graph | None, step: Callable[[], None], progress: Progres
         now = int(progress.report[1])
         bar.update(left - now)
         left = now
+        drafts.show()
 
     if graph is not None and graph.loop is not None:
         graph.loop.run(watch)
@@ -116,8 +119,11 @@ def decode_tick(
     """
     slots = observe(settings, state, progress)
     rows = settings.decoder.rows(slots.view) & slots.active[:, None]
-    hidden = denoiser.hidden(
+    hidden = guided_hidden(
+        denoiser,
+        settings.guidance_scale,
         slots.ids,
+        state.given[slots.sequence],
         progress.times[slots.view.step] if denoiser.time_conditioning else None,
         None if settings.block_length is None else slots.column,
         None if state.attention_mask is None else state.attention_mask[slots.sequence],
@@ -158,17 +164,17 @@ def propose(
     """Tokens and statistics from hidden states ``[B, R, D]``, the output layer run where ``rows [B, R]`` says."""
     decoder = settings.decoder
     row, row_count = compact(rows)
-    statistics = vocab_projection(
-        hidden.flatten(0, 1),
-        head.weight,
-        head.bias,
+    statistics = row_statistics(
+        settings.logits_processor,
+        head,
+        hidden,
+        slots.ids,
+        settings.mask_id,
         row,
+        row_count,
         state.temperature.expand(len(row)),
         state.seed,
         slots.view.keys.flatten(0, 1)[row],
-        row_count=row_count,
-        scale=head.scale,
-        soft_cap=head.soft_cap,
         want_top=decoder.wants_top,
         want_entropy=decoder.wants_entropy,
         **settings.filters._asdict(),
@@ -328,8 +334,11 @@ def advance(
 
     ids = state.input_ids[sequence]  # [B, L]
     ours = progress.wanted[sequence]
-    if settings.eos_id is not None:
-        ended = over & ((new == settings.eos_id) & view_ours(view)).any(-1)
+    if settings.stop_at_eos or settings.stopping_criteria is not None:
+        assert settings.eos_id is not None
+        ended = over & ((new == settings.eos_id) & view_ours(view)).any(-1) & settings.stop_at_eos
+        if settings.stopping_criteria is not None:
+            ended = ended | settings.stopping_criteria(ids, None)
         rest = (ids == settings.mask_id) & ours & (ended & active)[:, None]
         ids = torch.where(rest, settings.eos_id, ids)
         state.input_ids[sequence] = ids

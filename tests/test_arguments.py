@@ -372,6 +372,14 @@ CASES = [
         r"sample_ids must lie in 0\.\.\d+, but run from 0 to 4294967296",
         sample_ids=[0, 2**32],
     ),
+    # Hooks.
+    refuse("guidance", ValueError, "guidance_scale must be a finite number of at least 0, not -1", guidance_scale=-1),
+    refuse("processor", TypeError, "logits_processor must be callable, as those of tr", logits_processor=[1]),
+    refuse("criteria", TypeError, "stopping_criteria must be callable, as those of tr", stopping_criteria=3),
+    refuse("streamer", TypeError, "streamer must have put and end, as those of tr", streamer=print),
+    refuse(
+        "criteria, no eos", ValueError, "stopping_criteria needs a model with an eos_id", stopping_criteria=lambda *_: 0
+    ),
     # Decoders, blocks and devices.
     refuse("block_length", ValueError, "block_length must be a whole number of at least 1, not 0", block_length=0),
     refuse(

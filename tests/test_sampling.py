@@ -214,6 +214,10 @@ OPEN = dict.fromkeys(
     "decoder": "ancestral",
     "block_length": None,
     "stop_at_eos": False,
+    "guidance_scale": 0.0,
+    "logits_processor": None,
+    "stopping_criteria": None,
+    "streamer": None,
 }  # every argument of `resolve` left open
 
 
@@ -254,7 +258,7 @@ class TestGpu:
             state = SamplerState.of(request)
             ticks = draw_plan(request, state).ticks(0, request.steps + 1, 4)
             assert ticks is not None
-            step = partial(reveal_tick, heavy, heavy.head, request.filters, state, ticks)
+            step = partial(reveal_tick, heavy, heavy.head, request, state, ticks)
             with torch.no_grad():
                 step(ticks.batch[0], ticks.rows[0])  # compiles the kernels
                 torch.cuda.synchronize()
