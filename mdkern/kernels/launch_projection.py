@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -13,6 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mdkern.kernels import triton_projection as kernels
 from mdkern.kernels.triton_finish import _finish
+
+if TYPE_CHECKING:
+    from mdkern.kernels.launch_hopper import HopperTiling
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
@@ -45,16 +49,31 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-def choose_tiling(rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool) -> Tiling:
-    """Tiles for at most `rows` rows.
+@cache
+def hopper_launcher(device: torch.device) -> ModuleType | None:
+    """`launch_hopper` where its kernel runs: on compute capability 9, with Gluon in the Triton package."""
+    if device.type != "cuda" or capability(device) != 9:
+        return None
+    try:
+        from mdkern.kernels import launch_hopper
+    except (ImportError, AttributeError):  # Gluon is experimental: another Triton may lack it or name things otherwise
+        return None
+    return launch_hopper
 
-    Medians on an H100 at D = 768, V = 50,258, sampled with all statistics, over the padded cuBLAS product alone:
-    1.15 at 16 rows, 1.23 at 64, 1.39 at 128, 1.30 at 512, 1.37 at 1,024, 1.30 at 4,096, 1.31 at 16,384
-    (benchmarks/results). Few rows wait for memory: two programs on a multiprocessor hide each other's tile ends.
-    Many rows wait for the tensor cores: 128 x 256 is the largest tile that leaves registers for the rows' state,
-    and the rows, gathered first, come by bulk copy. (At 1,024 rows 128 x 128 tiles were 5 % faster, but spill
-    registers with temperatures per row.)
+
+def choose_tiling(rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool) -> Tiling | HopperTiling:
+    """Tiles for at most `rows` rows: Gluon's on Hopper where they win (`choose_hopper_tiling`), else Triton's.
+
+    Triton's medians on an H100 at D = 768, V = 50,258, sampled with all statistics, over the padded cuBLAS product
+    alone: 1.15 at 16 rows, 1.23 at 64, 1.39 at 128, 1.30 at 512, 1.37 at 1,024, 1.30 at 4,096, 1.31 at 16,384. Few
+    rows wait for memory: two programs on a multiprocessor hide each other's tile ends. Many rows wait for the tensor
+    cores: 128 x 256 is the largest tile that leaves registers for the rows' state, and the rows, gathered first, come
+    by bulk copy. (At 1,024 rows 128 x 128 tiles were 5 % faster, but spill registers with temperatures per row.)
     """
+    hopper = hopper_launcher(hidden.device) if bulk_copy else None
+    tiling: HopperTiling | None = None if hopper is None else hopper.choose_hopper_tiling(rows, hidden)
+    if tiling is not None:
+        return tiling
     if from_logits:
         return Tiling(16, 128, 64, warps=4, stages=2, per_processor=4)
     if hidden.dtype == torch.float32:
@@ -82,7 +101,7 @@ def vocab_projection(
     soft_cap: float,
     want_top: bool,
     want_entropy: bool,
-    tiling: Tiling | None = None,
+    tiling: Tiling | HopperTiling | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mdkern.kernels.vocab_projection` on a GPU (or, on the CPU, in Triton's interpreter)."""
@@ -110,11 +129,10 @@ def vocab_projection(
 
     bulk_copy = weight is not None and capability(device) >= 9 and copies_in_bulk(weight)
     tiling = tiling or choose_tiling(capacity, hidden, bulk_copy, weight is None)
-    bulk_copy = bulk_copy and tiling.bulk_copy
     programs = programs or processors(device) * tiling.per_processor
     row_tiles = triton.cdiv(capacity, tiling.rows)
     slots = row_tiles + programs
-    statistics = torch.empty((slots, STATISTICS, tiling.rows), dtype=torch.float32, device=device)
+    statistics = torch.empty((slots, tiling.rows, STATISTICS), dtype=torch.float32, device=device)
     leaders = torch.empty((slots, tiling.rows, GROUP_SIZE), dtype=torch.float32, device=device)
     pdl = device.type == "cuda" and capability(device) >= 9
     rows = (
@@ -135,13 +153,20 @@ def vocab_projection(
         "MODE": mode,
         "HAS_SCALE": scale != 1.0,
         "HAS_CAP": soft_cap > 0.0,
+        "WANT_TOP": want_top,
+        "WANT_ENTROPY": want_entropy,
     }
-    project(hidden, weight, bias, rows, scale, soft_cap, tiling, programs, bulk_copy, pdl, wanted)
+    if isinstance(tiling, Tiling):
+        project(hidden, weight, bias, rows, scale, soft_cap, tiling, bulk_copy and tiling.bulk_copy, pdl, wanted)
+    else:
+        hopper = hopper_launcher(device)
+        assert hopper is not None
+        hopper.project_on_hopper(hidden, weight, bias, rows, scale, soft_cap, tiling, wanted)
 
     split_rows = row_tiles % programs  # row tiles whose vocabulary is split, when all of the capacity is used
     full_splits = programs // split_rows if split_rows else 1
-    # Few rows have many splits: a warp per row, which reads them all at once. Two shapes only, to compile no more.
-    split_block, rows_at_once = (512, 1) if full_splits > 32 else (32, 8)
+    # Few rows have many splits: a warp per row, which reads them all at once. Three shapes only, to compile no more.
+    split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     _finish[(triton.cdiv(capacity, rows_at_once),)](
         statistics,
         leaders,
@@ -181,7 +206,6 @@ def project(
     scale: float,
     soft_cap: float,
     tiling: Tiling,
-    programs: int,
     bulk_copy: bool,
     pdl: bool,
     wanted: dict[str, Any],
@@ -195,7 +219,7 @@ def project(
     table: Any = weight
     if bulk_copy:
         table = TensorDescriptor.from_tensor(weight, [tiling.columns, tiling.depth])
-    kernels._project[(programs,)](
+    kernels._project[(wanted["PROGRAMS"],)](
         source,
         table,
         bias,

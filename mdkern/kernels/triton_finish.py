@@ -21,6 +21,83 @@ from mdkern.kernels.triton_projection import (
 )
 
 
+@triton.jit
+def _flip(x):
+    """Between floats and int32 of the same order, both ways. (NaNs go to the ends; their rows are found by the sum.)"""
+    return x ^ ((x >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _largest(x):
+    """Over the last dimension; as integers, for which a warp has an instruction of its own."""
+    return _flip(tl.max(_flip(x.to(tl.int32, bitcast=True)), 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merge(
+    statistics,
+    start,  # the first of SPLITS splits
+    rows,
+    valid,
+    split_count,
+    first_slot,
+    inv_temperature,
+    state,
+    BM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MODE: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+):
+    """Merge some of the rows' splits into their state."""
+    top, total, moment, second, best, best_group, best_split = state
+    split = start + tl.arange(0, SPLITS)
+    inside = valid[:, None] & (split[None, :] < split_count[:, None])
+    slot = first_slot[:, None] + split[None, :]
+    at = statistics + (slot * BM + (rows % BM)[:, None]) * STATISTICS
+    part_top = tl.load(at, mask=inside, other=LOWEST)
+    part_best = tl.load(at + 4, mask=inside, other=-float("inf"))
+    part_group = tl.load(at + 5, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    part_total = tl.load(at + 1, mask=inside, other=0.0)
+    part_moment = tl.load(at + 2, mask=inside, other=0.0)
+    part_second = tl.load(at + 3, mask=inside, other=-float("inf"))
+
+    old_offset = top * LOG2E
+    old_top = top
+    peak = _largest(part_top)
+    top = tl.maximum(top, peak)
+    offset = top * LOG2E
+    shift = old_offset - offset
+    part_shift = part_top * LOG2E - offset[:, None]
+    if MODE == MIXED:
+        greedy = inv_temperature == 0.0
+        best = tl.where(greedy | (best == -float("inf")), best, best * tl.exp2(shift * inv_temperature))
+        raced = part_best * tl.exp2(part_shift * inv_temperature[:, None])
+        part_best = tl.where(inside, tl.where(greedy[:, None], part_best, raced), -float("inf"))
+    peak_best = _largest(part_best)
+    leads = part_best == peak_best[:, None]
+    peak_group = tl.min(tl.where(leads, part_group, 2147483647), 1)
+    peak_split = tl.max(tl.where(leads & (part_group == peak_group[:, None]), split[None, :], 0), 1)
+    better = peak_best > best
+    best = tl.where(better, peak_best, best)
+    best_group = tl.where(better, peak_group, best_group)
+    best_split = tl.where(better, peak_split, best_split)
+
+    rescale = tl.exp2(shift)
+    part_rescale = tl.exp2(part_shift)
+    if WANT_ENTROPY:
+        moment = (moment + total * shift) * rescale
+        moment += tl.sum((part_moment + part_total * part_shift) * part_rescale, 1)
+    total = total * rescale + tl.sum(part_total * part_rescale, 1)
+    if WANT_TOP:
+        # The largest of the parts' other maxima: the peak's own place is taken out once.
+        place = tl.min(tl.where(part_top == peak[:, None], split[None, :], 2147483647), 1)
+        others = tl.where(split[None, :] == place[:, None], LOWEST, part_top)
+        second = tl.maximum(second, _largest(tl.maximum(part_second, others)))
+        second = tl.maximum(second, tl.minimum(old_top, peak))
+    return top, total, moment, second, best, best_group, best_split
+
+
 @triton.jit(do_not_specialize=["capacity", "columns"])
 def _finish(
     statistics,
@@ -69,61 +146,24 @@ def _finish(
     row_tile = rows // BM
     split_count = tl.where(row_tile < whole, 1, splits)
     first_slot = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * splits).to(tl.int64)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    moment = tl.zeros([ROWS], tl.float32)
-    second = tl.full([ROWS], -float("inf"), tl.float32)
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    best_group = tl.full([ROWS], 2147483647, tl.int32)
-    best_slot = first_slot
-    # A while of one turn where SPLITS covers every split, which is what the launcher asks for at few rows.
-    for start in range(0, tl.max(tl.where(valid, split_count, 0)), SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        inside = valid[:, None] & (split[None, :] < split_count[:, None])
-        slot = first_slot[:, None] + split[None, :]
-        at = statistics + slot * (STATISTICS * BM) + (rows % BM)[:, None]
-        part_top = tl.load(at, mask=inside, other=LOWEST)
-        part_total = tl.load(at + BM, mask=inside, other=0.0)
-        part_best = tl.load(at + 4 * BM, mask=inside, other=-float("inf"))
-        part_group = tl.load(at + 5 * BM, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-
-        old_offset = top * LOG2E
-        old_top = top
-        peak = tl.max(part_top, 1)
-        top = tl.maximum(top, peak)
-        offset = top * LOG2E
-        shift = old_offset - offset
-        part_shift = part_top * LOG2E - offset[:, None]
-        rescale = tl.exp2(shift)
-        part_rescale = tl.exp2(part_shift)
-        if WANT_ENTROPY:
-            part_moment = tl.load(at + 2 * BM, mask=inside, other=0.0)
-            moment = (moment + total * shift) * rescale
-            moment += tl.sum((part_moment + part_total * part_shift) * part_rescale, 1)
-        total = total * rescale + tl.sum(part_total * part_rescale, 1)
-        if WANT_TOP:
-            part_second = tl.load(at + 3 * BM, mask=inside, other=-float("inf"))
-            # The largest of the parts' other maxima: the peak's own place is taken out once.
-            place = tl.min(tl.where(part_top == peak[:, None], split[None, :], 2147483647), 1)
-            others = tl.max(tl.where(split[None, :] == place[:, None], LOWEST, part_top), 1)
-            second = tl.maximum(second, tl.maximum(tl.max(part_second, 1), others))
-            second = tl.maximum(second, tl.minimum(old_top, peak))
-        if MODE == MIXED:
-            greedy = inv_temperature == 0.0
-            best = tl.where(greedy | (best == -float("inf")), best, best * tl.exp2(shift * inv_temperature))
-            raced = part_best * tl.exp2(part_shift * inv_temperature[:, None])
-            part_best = tl.where(inside, tl.where(greedy[:, None], part_best, raced), -float("inf"))
-        peak_best = tl.max(part_best, 1)
-        peak_group = tl.min(tl.where(part_best == peak_best[:, None], part_group, 2147483647), 1)
-        chosen = (part_best == peak_best[:, None]) & (part_group == peak_group[:, None])
-        peak_slot = tl.max(tl.where(chosen, slot, 0), 1)
-        better = peak_best > best
-        best = tl.where(better, peak_best, best)
-        best_group = tl.where(better, peak_group, best_group)
-        best_slot = tl.where(better, peak_slot, best_slot)
+    nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
+    no_group = tl.full([ROWS], 2147483647, tl.int32)
+    state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0
+    if SPLITS >= PROGRAMS:  # all at once, and straight on: the winner's logits come while the sums are added up
+        state = _merge(
+            statistics, 0, rows, valid, split_count, first_slot, inv_temperature, state, BM, SPLITS, MODE, WANT_TOP,
+            WANT_ENTROPY,
+        )  # fmt: skip
+    else:
+        for start in range(0, tl.max(tl.where(valid, split_count, 0)), SPLITS):
+            state = _merge(
+                statistics, start, rows, valid, split_count, first_slot, inv_temperature, state, BM, SPLITS, MODE,
+                WANT_TOP, WANT_ENTROPY,
+            )  # fmt: skip
+    top, total, moment, second, _, best_group, best_split = state
 
     lane = tl.arange(0, GROUP_SIZE)
-    at = leaders + (best_slot * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
+    at = leaders + ((first_slot + best_split) * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
     leader = tl.load(at, mask=valid[:, None], other=0.0)
     ids = best_group[:, None] * GROUP_SIZE + lane[None, :]
     value = leader
@@ -135,8 +175,8 @@ def _finish(
         token_noise = tl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).reshape(ROWS, GROUP_SIZE)
         sampled = leader * inv_temperature[:, None] + token_noise
         value = tl.where((inv_temperature == 0.0)[:, None], leader, sampled)
-    winner = tl.min(tl.where(value == tl.max(value, 1)[:, None], ids, 2147483647), 1)
-    winner_logit = tl.max(tl.where(ids == winner[:, None], leader, -float("inf")), 1)
+    winner = tl.min(tl.where(value == _largest(value)[:, None], ids, 2147483647), 1)
+    winner_logit = _largest(tl.where(ids == winner[:, None], leader, -float("inf")))
     if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second as well
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
