@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,55 @@ from torch import Tensor
 
 RULES = ("top_k", "threshold", "factor", "entropy_bound")
 BOUNDS = {"top_k": 0.0, "threshold": 0.65, "factor": 1.0, "entropy_bound": 1.5}
+
+
+ENDS = {  # of each rule's bound
+    "top_k": (0.0,),
+    "threshold": (0.7, -torch.inf, torch.inf),
+    "factor": (0.0, 1e-4, 3.0, torch.inf),
+    "entropy_bound": (-1.0, 0.0, 1e-7, 30.0, torch.inf),
+}
+AWKWARD = (
+    lambda u: (u * 8).round() / 8,
+    lambda u: torch.full_like(u, 0.7),
+    lambda u: torch.where(u < 0.5, -0.0, 0.0),
+    lambda u: torch.where(u < 0.3, -torch.inf, torch.where(u < 0.6, torch.inf, torch.where(u < 0.8, torch.nan, 0.5))),
+    lambda u: 1.0 - u * 1e-4,
+    lambda u: (u - 0.5) * 1e-6,  # entropies of 0 that rounding has made negative
+    lambda u: u * 1e-30 - 1e-31,
+    lambda u: torch.special.ndtri(u) * 10,
+)
+
+
+def awkward_selection(
+    rule: str, number: int, bound: float, entries: int, device: str = "cpu"
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
+    """As `random_selection`: scores that are `AWKWARD`, with a `bound`, of which some may not be chosen."""
+    generator = torch.Generator().manual_seed(number)
+    scores = AWKWARD[number](torch.rand(3, entries, generator=generator))
+    if rule == "factor":
+        scores = scores.clamp(max=1.0)
+    candidates = torch.rand(3, entries, generator=generator) < torch.tensor([[0.9], [0.1], [0.0]])
+    tokens = torch.randint(-1, 20, (3, entries), generator=generator)
+    quota = torch.randint(0, entries + 2, (3,), generator=generator) if rule == "top_k" else None
+    inputs = (scores, candidates, tokens, None, quota, None, None)
+    state = (
+        torch.full((3, entries), -7, device=device),
+        torch.ones(3, entries, dtype=torch.bool, device=device),
+        torch.full((3,), 50, device=device),
+    )
+    return (*(None if x is None else x.to(device) for x in inputs), rule, bound, 0.0), state
+
+
+def outcomes(
+    implementations: Sequence[Callable[..., Tensor]], arguments: tuple[Any, ...], state: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, ...]]:
+    """What each implementation reveals and leaves in the state: of each of these tensors, one from each."""
+    results = []
+    for implementation in implementations:
+        written = tuple(x.clone() for x in state)
+        results.append((implementation(*arguments[:3], *written, *arguments[3:]), *written))
+    return zip(*results)
 
 
 def random_selection(

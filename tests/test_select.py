@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from typing import Any
 
 import pytest
@@ -9,9 +11,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mdkern.kernels import reference, select
+from mdkern.kernels import reference, select, triton_select
 from mdkern.kernels.select import _select
-from tests.kernels_selection import BOUNDS, RULES, random_selection
+from tests.kernels_selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selection, outcomes, random_selection
+from tests.test_vocab_projection import run_apart
+
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+if interpreted:
+    from tests.kernels_interpreted import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
 
 
 def chosen_by_definition(scores: list[float], rule: str, bound: float, quota: int) -> set[int]:
@@ -116,15 +123,78 @@ def test_the_operator_is_well_registered(rule: str) -> None:
     torch.library.opcheck(_select, (*arguments[:3], *state, *arguments[3:]))
 
 
+@pytest.mark.skipif(not interpreted, reason="the next test runs it in Triton's interpreter")
+@pytest.mark.parametrize("held", [4096, 32])
+@pytest.mark.parametrize("rule", RULES)
+def test_kernel_interpreted(rule: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with a sequence in one block and in several."""
+    monkeypatch.setattr(triton_select, "MOST_HELD", held)
+    for number in range(len(AWKWARD)):
+        for bound in {ENDS[rule][(number + shift) % len(ENDS[rule])] for shift in (0, 2)}:
+            problem = awkward_selection(rule, number, bound, entries=50)
+            for want, got in outcomes((reference.select, triton_select.select), *problem):
+                assert torch.equal(want, got), (number, bound)
+    for trial in range(3):
+        problem = random_selection(rule, trial, sequences=2, entries=70)
+        for want, got in outcomes((reference.select, triton_select.select), *problem):
+            assert torch.equal(want, got), trial
+
+
+@pytest.mark.skipif(interpreted, reason="one interpreter is enough")
+def test_kernel_in_the_interpreter() -> None:
+    command = ("pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_select.py", "-k", "kernel_interpreted")
+    run_apart(*command, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(interpreted, reason="the interpreter compiles nothing")
+def test_kernel_compiles_for_every_gpu() -> None:
+    run_apart("tests.test_select", TRITON_INTERPRET="0")
+
+
+def compile_kernel() -> None:
+    """Every rule, sequences that fit in a block and that do not, with all optional tensors and with none."""
+    from tests.kernels_compile import build
+
+    optional = dict.fromkeys(("masked", "remaining", "positions"))
+    for capability, (number, rule) in itertools.product((80, 90, 100), enumerate(RULES)):
+        for absent in ({"held": None} | optional, {}):
+            constants = {"RULE": number, "RANDOM": rule == "top_k", "BLOCK": triton_select.MOST_HELD, **absent}
+            build(triton_select._select, capability, constants, {}, triton_select.warps(triton_select.MOST_HELD))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rule", "entries"), [*((rule, 1000) for rule in RULES), ("top_k", 1), ("factor", 32_768)])
+@pytest.mark.parametrize("entries", [1, 1000, 4096, 5000, 32_768])
+@pytest.mark.parametrize("rule", RULES)
 def test_gpu_selection_is_the_references(rule: str, entries: int) -> None:
     for trial in (0, 1, 2, 4):
-        arguments, state = random_selection(rule, trial, sequences=3, entries=entries, device="cuda")
-        outcomes = []
-        for implementation in (reference.select, _select):
-            written = tuple(x.clone() for x in state)
-            chosen = implementation(*arguments[:3], *written, *arguments[3:])
-            outcomes.append((chosen, *written))
-        for want, got in zip(*outcomes):
-            assert (want != got).sum() <= (2 if arguments[-1] > 0 else 0)  # noise may differ in its last bit
+        problem = random_selection(rule, trial, sequences=3, entries=entries, device="cuda")
+        drawn = problem[0][-1] > 0
+        for want, got in outcomes((reference.select, _select), *problem):
+            assert (want != got).sum() <= (2 if drawn else 0)  # noise may differ in its last bit
+    for number in range(len(AWKWARD)):
+        for bound in ENDS[rule]:
+            problem = awkward_selection(rule, number, bound, entries, device="cuda")
+            for want, got in outcomes((reference.select, _select), *problem):
+                assert torch.equal(want, got), (number, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_gpu_selection_of_the_longest_does_not_wait(rule: str) -> None:
+    arguments, state = random_selection(rule, 0, sequences=2, entries=32_768, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _select(*arguments[:3], *state, *arguments[3:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_refuses_what_it_cannot_count() -> None:
+    scores = torch.zeros(1, triton_select.MOST_ENTRIES + 1, device="cuda")
+    with pytest.raises(ValueError, match="65535"):
+        plain(scores, "threshold")
+
+
+if __name__ == "__main__":
+    compile_kernel()

@@ -15,9 +15,6 @@ from mdkern.kernels.vocab_projection import has_triton
 
 Rule = Literal["top_k", "threshold", "factor", "entropy_bound"]
 RULES: tuple[str, ...] = get_args(Rule)
-# Of a sequence in the kernel; beyond, plain PyTorch does it. One program holds a sequence, and moving 2^15 int64
-# columns between layouts wants 256 KiB of shared memory, of which an H100 has 227.
-MOST_POSITIONS = 1 << 14
 
 
 @torch.library.custom_op("mdkern::select", mutates_args=("input_ids", "masked", "remaining"))
@@ -55,7 +52,7 @@ def _select(
 
 @_select.register_kernel("cuda")
 def _on_gpu(scores: Tensor, *arguments: Any) -> Tensor:
-    if not has_triton(scores.device) or scores.shape[1] > MOST_POSITIONS:
+    if not has_triton(scores.device):
         return reference.select(scores, *arguments)
     from mdkern.kernels import triton_select  # imports Triton, which is no business of a machine without a GPU
 
@@ -125,9 +122,7 @@ def select(
         bool ``[B, R]``: the entries revealed.
 
     Raises:
-        ValueError: a rule, shape or dtype that does not fit.
-
-    On a GPU more than `MOST_POSITIONS` columns are left to plain PyTorch, which synchronises with the host.
+        ValueError: a rule, shape or dtype that does not fit; on a GPU, more than 65,535 entries a sequence.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")

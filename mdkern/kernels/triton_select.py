@@ -1,8 +1,9 @@
 """`mdkern.kernels.select` in Triton: one program per sequence, no sort.
 
-Each entry has a key of its score's bits above its reversed index, so that no two are equal. All rules ask for the
-largest set {key >= t} that has some property (at most k members, a worst member good enough, a sum small enough), and
-every subset of the best of such a set has it too; so t is found bit by bit from the top, one reduction each.
+Best first, every rule admits an entry by the number (or the summed entropies) of those better than it and by its own
+score, and admits none after the first that it refuses. So there is a lowest score at which an entry would still be
+admitted. It is found by halving twice a round: the entries that are still in question are counted by the next
+`DIGIT` bits of their scores. Entries of equal score are told apart at the end, by counting them in order.
 """
 
 # mypy: ignore-errors
@@ -21,6 +22,8 @@ THRESHOLD = tl.constexpr(1)
 FACTOR = tl.constexpr(2)
 ENTROPY_BOUND = tl.constexpr(3)
 NUMBERS = {"top_k": TOP_K, "threshold": THRESHOLD, "factor": FACTOR, "entropy_bound": ENTROPY_BOUND}
+MOST_ENTRIES = 65_535  # of a sequence: what one of the four 16-bit counts in an int64 holds
+MOST_HELD = 4096  # entries
 
 
 @triton.jit
@@ -29,7 +32,78 @@ def _fixed_point(entropy):
     return tl.floor(clamped + 0.5).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["limit"])
+@triton.jit
+def _key(worth):
+    """uint32 in the order of float32 without NaN; 0 belongs to no number."""
+    bits = worth.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _worth(key):
+    """The float32 of a key."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ (~(bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_key(
+    scores, candidates, tokens, keys, seed, temperature, index, entries, RULE: tl.constexpr, RANDOM: tl.constexpr
+):
+    """What the entries are ordered by, the best the highest; 0 for those that may not be chosen."""
+    at = tl.minimum(index, entries - 1)  # not a mask: with one predicate an entry, loads wait for each other
+    candidate = tl.load(candidates + at)
+    token = tl.load(tokens + at)
+    worth = tl.load(scores + at)
+    if RULE == ENTROPY_BOUND:
+        worth = -worth
+    worth = tl.where(worth == worth, worth, -float("inf"))
+    worth = tl.where(worth == 0.0, 0.0, worth)  # one zero
+    if RANDOM:
+        sample = tl.load(keys + at * 3).to(tl.uint32)
+        position = tl.load(keys + at * 3 + 1).to(tl.uint32)
+        step = tl.load(keys + at * 3 + 2).to(tl.uint32)
+        w0, w1, _, _ = noise.random_words(tl.load(seed), sample, position, step, at * 0, noise.POSITION)
+        worth = worth / temperature + noise.gumbel(w0, w1)
+    return tl.where((index < entries) & (candidate != 0) & (token >= 0), _key(worth), 0)
+
+
+@triton.jit
+def _admits(count, spent, worth, most, bound, limit, RULE: tl.constexpr):
+    """Whether an entry of this worth is chosen if `count` entries, of entropies that sum to `spent`, are better."""
+    if RULE == TOP_K:
+        return count < most
+    elif RULE == FACTOR:
+        return (count == 0) | ((count + 2).to(tl.float32) * (1.0 - worth) < bound)
+    else:
+        return (count == 0) | ((limit >= 0) & (spent <= limit))
+
+
+@triton.jit
+def _add(a, b, a_too, b_too):
+    return a + a_too, b + b_too
+
+
+@triton.jit
+def _count_from(trial, key, entropy, held, last, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many entries have a key of `trial` or more, and, for ENTROPY_BOUND, the sum of their entropies."""
+    count = tl.zeros([BLOCK], tl.int32)
+    spent = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, last, BLOCK):
+        if held is not None:
+            key = tl.load(held + start + tl.arange(0, BLOCK)).to(tl.uint32, bitcast=True)
+            if RULE == ENTROPY_BOUND:
+                entropy = _fixed_point(-_worth(key))
+        count += (key >= trial).to(tl.int32)
+        if RULE == ENTROPY_BOUND:
+            spent += tl.where(key >= trial, entropy, 0)
+    if RULE == ENTROPY_BOUND:
+        return tl.reduce((count, spent), 0, _add)
+    else:
+        return tl.sum(count, 0), tl.full([], 0, tl.int64)
+
+
+@triton.jit(do_not_specialize=["held", "limit", "entries", "length"])
 def _select(
     scores,
     candidates,
@@ -42,6 +116,7 @@ def _select(
     seed,
     keys,
     revealed,
+    held,  # scratch for the keys of sequences longer than BLOCK
     entries,  # R
     length,  # L
     bound,
@@ -50,67 +125,103 @@ def _select(
     RULE: tl.constexpr,
     RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
-    BITS: tl.constexpr,  # of a key
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, BLOCK)
-    inside = index < entries
-    at = row * entries + index
-    token = tl.load(tokens + at, mask=inside, other=-1)
-    able = inside & (tl.load(candidates + at, mask=inside, other=0) != 0) & (token >= 0)
-    score = tl.load(scores + at, mask=inside, other=0.0)
-    worth = score
-    if RULE == ENTROPY_BOUND:
-        worth = -score
-    worth = tl.where(worth == worth, worth, -float("inf"))
-    worth = tl.where(worth == 0.0, 0.0, worth)  # one zero
-    if RANDOM:
-        sample = tl.load(keys + at * 3, mask=inside, other=0).to(tl.uint32)
-        position = tl.load(keys + at * 3 + 1, mask=inside, other=0).to(tl.uint32)
-        step = tl.load(keys + at * 3 + 2, mask=inside, other=0).to(tl.uint32)
-        zero = tl.zeros([BLOCK], tl.int32)
-        w0, w1, _, _ = noise.random_words(tl.load(seed), sample, position, step, zero, noise.POSITION)
-        worth = worth / temperature + noise.gumbel(w0, w1)
-
-    bits = worth.to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
-    key = tl.where(able, ordered * BLOCK + (BLOCK - 1 - index), -1)
-    if RULE == THRESHOLD:
-        chosen = able & (score >= bound)
-    else:
-        if RULE == TOP_K:
-            most = tl.load(quota + row).to(tl.int32)
-        elif RULE == ENTROPY_BOUND:
-            entropy = tl.where(able, _fixed_point(-worth), 0)
-        one = tl.full([], 1, tl.int64)
-        least = one << BITS
-        for bit in range(BITS):
-            trial = least - (one << (BITS - 1 - bit))
-            among = key >= trial
-            if RULE == TOP_K:
-                passes = tl.sum(among.to(tl.int32), 0) <= most
-            elif RULE == FACTOR:
-                count = tl.sum(among.to(tl.int32), 0)
-                worst = tl.min(tl.where(among, worth, float("inf")), 0)
-                passes = (count == 0) | ((count + 1).to(tl.float32) * (1.0 - worst) < bound)
-            else:
-                spent = tl.where(among, entropy, 0)
-                passes = tl.sum(spent, 0) - tl.max(spent, 0) <= limit
-            least = tl.where(passes, trial, least)
-        chosen = key >= least
-    if RULE != TOP_K:
-        best = able & (key == tl.max(key, 0))
-        chosen = chosen | (best & (tl.max(chosen.to(tl.int32), 0) == 0))
-
-    tl.store(revealed + at, chosen, mask=inside)
-    column = index.to(tl.int64)
+    scores += row * entries
+    candidates += row * entries
+    tokens += row * entries
+    revealed += row * entries
+    input_ids += row * length
     if positions is not None:
-        column = tl.load(positions + at, mask=chosen, other=0).to(tl.int64)
-    tl.store(input_ids + row * length + column, token, mask=chosen)
+        positions += row * entries
+    if keys is not None:
+        keys += row * entries * 3
     if masked is not None:
-        tl.store(masked + row * length + column, tl.zeros([BLOCK], tl.int1), mask=chosen)
+        masked += row * length
     if remaining is not None:
-        tl.store(remaining + row, tl.load(remaining + row) - tl.sum(chosen.to(tl.int64), 0))
+        left = tl.load(remaining + row)
+    most = tl.full([], 0, tl.int32)
+    if RULE == TOP_K:
+        most = tl.minimum(tl.load(quota + row), entries).to(tl.int32)
+    last = BLOCK
+    if held is not None:
+        last = tl.cdiv(entries, BLOCK) * BLOCK
+        held += row * last
+
+    key = tl.full([BLOCK], 0, tl.uint32)
+    lowest = tl.full([BLOCK], 4294967295, tl.uint32)
+    highest = tl.full([BLOCK], 0, tl.uint32)
+    best = tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        key = _load_key(scores, candidates, tokens, keys, seed, temperature, index, entries, RULE, RANDOM)
+        if held is not None:
+            tl.store(held + index, key.to(tl.int32, bitcast=True))
+        best = tl.where(key > highest, index, best)
+        highest = tl.maximum(highest, key)
+        lowest = tl.minimum(lowest, tl.where(key > 0, key, 4294967295))
+    if held is not None:
+        tl.debug_barrier()
+    high = tl.max(highest, 0)
+    above = tl.full([], 0, tl.int32)
+    spent = tl.full([], 0, tl.int64)
+    if RULE == THRESHOLD:
+        best_index = tl.min(tl.where(highest == high, best, 2147483647), 0)
+    else:
+        # Entries with keys above `high` are chosen, those below `low` are not.
+        low = tl.min(lowest, 0)
+        upto = entries  # or fewer entries have keys from `low` up, `above` of them above `high`
+        entropy = key
+        if RULE == ENTROPY_BOUND:
+            entropy = _fixed_point(-_worth(key))
+        while (low < high) & (upto - above > 1):
+            trial = high - (high - low) // 2
+            count, total = _count_from(trial, key, entropy, held, last, RULE, BLOCK)
+            lower = _admits(count, total, _worth(trial - 1), most, bound, limit, RULE)
+            high = tl.where(lower, trial - 1, high)
+            above = tl.where(lower, count, above)
+            spent = tl.where(lower, total, spent)
+            low = tl.where(lower, low, trial)
+            upto = tl.where(lower, upto, count)
+
+    written = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        at = tl.minimum(index, entries - 1)
+        token = tl.load(tokens + at)  # again: held until here, they are registers that spill
+        column = index
+        if positions is not None:
+            column = tl.load(positions + at)
+        if held is not None:
+            key = tl.load(held + index).to(tl.uint32, bitcast=True)
+        if RULE == THRESHOLD:
+            chosen = (key > 0) & ((tl.load(scores + at) >= bound) | (index == best_index))  # a key knows no NaN
+        else:
+            level = (key >= low) & (key <= high)
+            place = level.to(tl.int32)
+            if upto - above > 1:
+                place = tl.cumsum(place, 0)
+            place -= 1  # among equals, the lower index first
+            there = spent
+            if RULE == ENTROPY_BOUND:
+                entropy = _fixed_point(-_worth(key))
+                there = spent + place * entropy
+            chosen = (key > high) | (level & _admits(above + place, there, _worth(key), most, bound, limit, RULE))
+            if held is not None:
+                above += tl.sum(level.to(tl.int32), 0)
+                if RULE == ENTROPY_BOUND:
+                    spent += tl.sum(tl.where(level, entropy, 0), 0)
+        tl.store(revealed + index, chosen, mask=index < entries)
+        tl.store(input_ids + column, token, mask=chosen)
+        if masked is not None:
+            tl.store(masked + column, tl.zeros([BLOCK], tl.int1), mask=chosen)
+        written += chosen.to(tl.int32)
+    if remaining is not None:
+        tl.store(remaining + row, left - tl.sum(written, 0))
+
+
+def warps(block: int) -> int:
+    return min(16, max(1, block // 256))
 
 
 def select(
@@ -133,6 +244,8 @@ def select(
     revealed = torch.empty((rows, entries), dtype=torch.bool, device=scores.device)
     if rows == 0 or entries == 0:
         return revealed
+    if entries > MOST_ENTRIES:
+        raise ValueError(f"a sequence has {entries} entries; the kernel counts up to {MOST_ENTRIES}")
     for name, tensor in (("input_ids", input_ids), ("masked", masked)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} is written in place and must be contiguous, not of strides {tensor.stride()}")
@@ -140,7 +253,10 @@ def select(
     def dense(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
-    block = max(32, triton.next_power_of_2(entries))
+    block = min(MOST_HELD, max(32, triton.next_power_of_2(entries)))
+    held = None
+    if entries > block:
+        held = torch.empty((rows, triton.cdiv(entries, block) * block), dtype=torch.int32, device=scores.device)
     _select[(rows,)](
         dense(scores),
         dense(candidates),
@@ -153,6 +269,7 @@ def select(
         seed,
         dense(keys),
         revealed,
+        held,
         entries,
         input_ids.shape[1],
         bound,
@@ -161,7 +278,6 @@ def select(
         RULE=NUMBERS[rule],
         RANDOM=temperature > 0.0,
         BLOCK=block,
-        BITS=32 + block.bit_length() - 1,
-        num_warps=min(32, max(1, block // 256)),
+        num_warps=warps(block),
     )
     return revealed
