@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdkern.models import dit_cached
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import DiT, gather_rows
 
@@ -80,6 +81,8 @@ def adapt(
 class DiTDenoiser(Denoiser):
     """Our `DiT`, with the last block pruned to the wanted rows."""
 
+    takes_cache = True
+
     def __init__(self, model: DiT, name: str | None = None) -> None:
         config = model.config
         self.model = model
@@ -98,6 +101,20 @@ class DiTDenoiser(Denoiser):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         return self.model.hidden(input_ids, t, positions, attention_mask)
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        return dit_cached.cache_shape(self.model.config, batch, length)
+
+    def window_hidden(
+        self,
+        cache: Tensor,
+        input_ids: Tensor,
+        columns: Tensor | None,
+        positions: Tensor,
+        t: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return dit_cached.window_hidden(self.model, cache, input_ids, columns, positions, t, attention_mask)
 
     def flops(self, length: int, rows: int) -> int:
         return self.model.flops(length, rows)

@@ -60,6 +60,7 @@ class Denoiser:
     num_blocks: int | None = None  # B of the paper's equation (3)
     time_conditioning: bool = False
     takes_attention_mask: bool = True  # whether sequences may be padded
+    takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are there
     device: torch.device
     dtype: torch.dtype
     head: Head
@@ -82,6 +83,41 @@ class Denoiser:
 
         Returns:
             ``[B, L, D]`` or ``[B, R, D]``.
+        """
+        raise NotImplementedError
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """Shape of the tensor, of the denoiser's dtype, that keeps the keys and values of B sequences of L positions.
+
+        Needed, as `window_hidden` is, of denoisers that say ``takes_cache``.
+        """
+        raise NotImplementedError
+
+    def window_hidden(
+        self,
+        cache: Tensor,
+        input_ids: Tensor,
+        columns: Tensor | None,
+        positions: Tensor,
+        t: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The head's input from a pass over some columns of each sequence, all others by their keys and values.
+
+        The pass overwrites the window's own keys and values in `cache` and attends to all that it then holds. With
+        all columns as the window nothing older is read: this is how a cache is filled. It runs inside CUDA graphs: no
+        host reads, nothing kept but `cache`.
+
+        Args:
+            cache: of `cache_shape`, the same tensor at every call; zeros at first.
+            input_ids: int64 ``[B, W]``, of the window.
+            columns: int64 ``[B, W]`` in 0..L, where the window's ids are in their sequences; ascending. L: nowhere,
+                to be left out of the cache. None: all of the L columns.
+            positions: int64 ``[B, R]`` in 0..W-1, the window's entries whose hidden states are wanted.
+            t, attention_mask: as in `hidden`, the mask ``[B, L]``.
+
+        Returns:
+            ``[B, R, D]``.
         """
         raise NotImplementedError
 

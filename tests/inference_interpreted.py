@@ -1,0 +1,90 @@
+"""The norm and rotary kernels in Triton's interpreter, on the CPU: run by the tests in a process of its own."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mdkern.kernels import triton_modulated_norm, triton_rotary
+from mdkern.kernels.modulated_norm import plain_gathered_norm, plain_modulated_norm
+from mdkern.kernels.rotary import plain_rotary
+from tests.inference_problem import modulation, normal
+
+assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mend_interpreter() -> None:
+    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 6])
+@pytest.mark.parametrize(("rows", "width"), [(12, 64), (24, 100), (6, 1)])
+@pytest.mark.parametrize("updated", [False, True])
+def test_norm_is_the_references(sequences: int, rows: int, width: int, updated: bool) -> None:
+    x, update = normal(1, rows, width), normal(2, rows, 3 * width)[:, width : 2 * width]
+    weight, shift, scale, gate = modulation(width, sequences)
+    outcomes = []
+    for implementation in (plain_modulated_norm, triton_modulated_norm.modulated_norm):
+        stream = x.clone()
+        normed = implementation(stream, weight, shift, scale, update if updated else None, gate if updated else None)
+        outcomes.append((stream, normed))
+    for want, got in zip(*outcomes):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outcomes[1][0], x) != updated
+
+
+@pytest.mark.parametrize("rows_of_program", [1, 4, 8])
+def test_rows_of_a_program_do_not_matter(rows_of_program: int) -> None:
+    x, update = normal(1, 24, 40), normal(2, 24, 40)
+    weight, shift, scale, gate = modulation(40, 3)  # 8 rows each
+    want_stream, stream, normed = x.clone(), x.clone(), torch.empty_like(x)
+    want = plain_modulated_norm(want_stream, weight, shift, scale, update, gate)
+    arguments = (stream, None, update, gate, weight, shift, scale, stream, normed)
+    triton_modulated_norm.launch(*arguments, rows_of_program=rows_of_program)
+    torch.testing.assert_close(normed, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stream, want_stream)
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_gathered_rows_are_the_references(sequences: int) -> None:
+    table = normal(3, 9, 50)[:, 1:41]
+    index = torch.tensor([0, 8, 3, 3, -1, 9, 5, 2], dtype=torch.int32)  # two of them are not there
+    weight, shift, scale, _ = modulation(40, sequences)
+    want = plain_gathered_norm(table, index, weight, shift, scale)
+    got = triton_modulated_norm.gathered_norm(table, index, weight, shift, scale)
+    for expected, tensor in zip(want, got):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert tensor.isnan().any(-1).tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    assert torch.equal(got[0][:4], table[index[:4].long()])
+
+
+def turned(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tensor:
+    x = x.clone()
+    implementation(x[:, :heads], *arguments)
+    return x
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(24, 64), (1, 2), (5, 20), (9, 6)])
+@pytest.mark.parametrize("placed", [False, True])
+def test_rotary_is_the_references(heads: int, head_dim: int, placed: bool) -> None:
+    x, angle = normal(4, 14, heads + 2, head_dim), normal(5, 7, head_dim // 2)
+    positions = torch.tensor([6, 0, 3, 3, 1, 5, 2] * 2) if placed else torch.arange(14) % 7
+    want = turned(x, heads, plain_rotary, angle.cos(), angle.sin(), positions)
+    got = turned(x, heads, triton_rotary.rotary, angle.cos(), angle.sin(), positions if placed else None, 7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[:, heads:], x[:, heads:])
