@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mdkern.decoders import Decoder, by_name
+from mdkern.decoders import Decoder, Planned, by_name
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device
 from mdkern.schedule import NAME, Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
+CACHES = "none", "prefix", "dual"
 
 
 class Filters(NamedTuple):
@@ -38,6 +39,7 @@ class Request:
     steps: int
     block_length: int | None  # None: one block
     blocks: int  # of the sequence that has most
+    cache: str  # of CACHES
     eos_id: int | None
     stop_at_eos: bool
     input_ids: Tensor  # int64 [N, L] on the denoisers' device
@@ -289,10 +291,36 @@ def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     return decoder.fitted(denoiser.vocab_size, denoiser.device)
 
 
-def resolve_blocks(block_length: Any, wanted: Tensor, steps: int | None) -> tuple[int | None, int, int | None]:
+def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
+    """Keys and values are kept for decoders that go block by block and whose loop has a slot for each sequence."""
+    if not isinstance(cache, str) or cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(map(repr, CACHES))}, not {cache!r}")
+    if cache == "none":
+        return cache
+    if isinstance(decoder, Planned):
+        raise ValueError(
+            f"cache={cache!r} needs a decoder that looks at the model, such as 'top_probability' or 'threshold': a pass"
+            f" of {type(decoder).__name__} takes whatever sequences reveal something then, so no keys and values stay"
+        )
+    if block_length is None:
+        raise ValueError(f"cache={cache!r} needs a block_length, e.g. 32: what is kept is renewed block by block")
+    without = [name for name, denoiser in denoisers.items() if not denoiser.takes_cache]
+    if without:
+        raise ValueError(
+            f"cache={cache!r} needs models that can run a part of a sequence on kept keys and values: model"
+            f" {without[0]} ({denoisers[without[0]].name}) cannot. A DiT can, and a Denoiser with takes_cache;"
+            " a model that runs by its logits cannot, even where its own call takes past keys and values"
+        )
+    return cache
+
+
+def resolve_blocks(
+    block_length: Any, wanted: Tensor, steps: int | None, keep_one: bool
+) -> tuple[int | None, int, int | None]:
     """Block length, blocks of the sequence that has most, and steps, made to be a multiple of them if left open.
 
-    Blocks are counted from a sequence's first masked position; a `block_length` that takes all in is none.
+    Blocks are counted from a sequence's first masked position; a `block_length` that takes all in is none or, with
+    `keep_one`, as long as all.
     """
     if block_length is None:
         return None, 1, steps
@@ -301,7 +329,7 @@ def resolve_blocks(block_length: Any, wanted: Tensor, steps: int | None) -> tupl
     last = wanted.shape[1] - 1 - wanted.flip(-1).int().argmax(-1)
     longest = int((last - first).max()) + 1
     if block_length >= longest:
-        return None, 1, steps
+        return longest if keep_one else None, 1, steps
     blocks = -(-longest // block_length)
     if steps is None:
         steps = blocks * block_length
@@ -332,6 +360,7 @@ def resolve(
     logits_processor: Any,
     decoder: Any,
     block_length: int | None,
+    cache: str,
     stop_at_eos: bool,
     stopping_criteria: Any,
     streamer: Any,
@@ -361,7 +390,8 @@ def resolve(
             )
     resolved_decoder = resolve_decoder(decoder, first)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
-    block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total)
+    cache = check_cache(cache, block_length, resolved_decoder, denoisers)
+    block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total, cache != "none")
     if not isinstance(stop_at_eos, bool):
         raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
@@ -376,6 +406,7 @@ def resolve(
         steps=steps,
         block_length=block_length,
         blocks=blocks,
+        cache=cache,
         eos_id=first.eos_id,
         stop_at_eos=stop_at_eos,
         input_ids=ids,

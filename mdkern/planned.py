@@ -31,7 +31,7 @@ def run(
     """All of a request: draw the plan, then segment after segment."""
     plan = draw_plan(request, state)
     model = torch.full_like(plan.step, GIVEN)
-    ended = torch.zeros(len(plan.step), dtype=torch.bool, device=request.device)
+    filled_at = torch.full_like(plan.step, GIVEN)  # the step before which a position was filled with the end of text
     nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
     bar.reset(total=int(plan.events().sum()))
     timings.lap("plan")
@@ -41,11 +41,12 @@ def run(
         nfe[name] += plan.events(first, stop)
         model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
         if stops(request) and stop % (request.steps // request.blocks) == 0:
-            plan, now = stop_at_end_of_text(request, state, plan, stop)
-            ended |= now
+            plan, filled = stop_at_end_of_text(request, state, plan, stop)
+            filled_at[filled] = stop - 1
         timings.lap(name)
+    ended = (filled_at != GIVEN).any(-1)
     reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
-    return Outcome(plan.step, model, nfe, reason)
+    return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason)
 
 
 def stops(request: Request) -> bool:
@@ -220,7 +221,7 @@ def stop_at_end_of_text(
     """Drop what is left of the sequences whose block that ended before `step` has the end of text, or that are stopped.
 
     Returns:
-        The plan without it, the positions dropped having the end of text; and which sequences, bool ``[N]``.
+        The plan without it, and the positions dropped, bool ``[N, L]``, which have the end of text.
     """
     assert request.eos_id is not None
     ids = state.input_ids[: len(plan.step)]
@@ -230,7 +231,7 @@ def stop_at_end_of_text(
         ended |= request.stopping_criteria(ids.clone(), None)
     rest = ended[:, None] & (plan.step >= step)
     ids.masked_fill_(rest, request.eos_id)
-    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), rest.any(-1)
+    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), rest
 
 
 def report_failure(denoiser: Denoiser, state: SamplerState) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import ModelOutput
 
-from mdkern import planned, stepwise
+from mdkern import cached, planned, stepwise
 from mdkern.arguments import Request, resolve
 from mdkern.decoders import Decoder, Planned
 from mdkern.graphs import lease
@@ -22,6 +23,12 @@ from mdkern.models import Denoiser
 from mdkern.plan import GIVEN
 from mdkern.schedule import Schedule
 from mdkern.state import STOP_REASONS, Outcome, SamplerState, Timings
+
+RUNS: dict[str, Callable[..., Outcome]] = {
+    "none": stepwise.run,
+    "prefix": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=False)),
+    "dual": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=True)),
+}  # of decoders that look at the model, by `cache`
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class SampleOutput(ModelOutput):
         stop_reason: of each sequence, ``"all_revealed"`` or ``"end_of_text"``.
         timings: seconds by what took them: ``plan``, one entry per denoiser name, ``total``.
         flops_saved: counted FLOPs saved by the schedule against the dearest denoiser running the same forward passes;
-            None if a model does not tell its FLOPs.
+            None if a model does not tell its FLOPs, or passes are cut short by a cache.
         seed: the seed used.
         history: when `return_history` asked for it.
     """
@@ -81,6 +88,7 @@ def sample(
     logits_processor: Any = None,
     decoder: str | Decoder = "ancestral",
     block_length: int | None = None,
+    cache: str = "none",
     stop_at_eos: bool = False,
     stopping_criteria: Any = None,
     streamer: Any = None,
@@ -118,6 +126,12 @@ def sample(
             as they trust, the schedule's step is the share of the text that is revealed.
         block_length: reveal in blocks of so many positions from left to right, counted from a sequence's first masked
             position; positions compete inside the block only. Each block takes ``steps / blocks`` steps.
+        cache: ``"prefix"`` or ``"dual"``: keep keys and values (Fast-dLLM, 2505.22618) from a full pass at the start of
+            each block, or where another model takes over; the block's other passes run the block and what comes after
+            it, or the block alone, in lock-step over the batch. Faster and approximate, as what is kept goes out of
+            date with each token revealed; some tokens will differ from those of ``"none"``. For decoders that look at
+            the model, with a `block_length`, and models that can (`Denoiser.takes_cache`). `nfe` counts both kinds of
+            passes.
         stop_at_eos: end a sequence with the block that has the model's end of text; what is still masked then is filled
             with it, without forward passes.
         stopping_criteria: of transformers, given the ids ``[B, L]``, masks included, and None: ends a sequence like
@@ -160,6 +174,7 @@ def sample(
         logits_processor=logits_processor,
         decoder=decoder,
         block_length=block_length,
+        cache=cache,
         stop_at_eos=stop_at_eos,
         stopping_criteria=stopping_criteria,
         streamer=streamer,
@@ -167,8 +182,8 @@ def sample(
         generator=generator,
         sample_ids=sample_ids,
     )
-    run = planned.run if isinstance(request.decoder, Planned) else stepwise.run
-    hooked = request.logits_processor is not None or (run is stepwise.run and request.stopping_criteria is not None)
+    run: Callable[..., Outcome] = planned.run if isinstance(request.decoder, Planned) else RUNS[request.cache]
+    hooked = request.logits_processor is not None or (run is not planned.run and request.stopping_criteria is not None)
     graphed = cuda_graphs and request.device.type == "cuda" and not hooked
     with (
         torch.no_grad(),
@@ -187,10 +202,13 @@ def sample(
 def summarise(
     request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float], return_history: bool
 ) -> SampleOutput:
-    revealed = (outcome.step != GIVEN).sum(-1)
+    revealed = (outcome.model != GIVEN).sum(-1)  # what was filled with the end of text has a step and no model
     passes = sum(outcome.nfe.values(), torch.zeros_like(request.sample_ids))
     per_forward = revealed / passes
     history = History(outcome.step, outcome.model, tuple(request.denoisers), request.steps)
+    saved = None
+    if request.cache == "none":
+        saved = counted_saving(request.denoisers, outcome.nfe, per_forward, sequences.shape[1])
     return SampleOutput(
         sequences=sequences,
         nfe=outcome.nfe,
@@ -198,7 +216,7 @@ def summarise(
         steps=(outcome.step.amax(-1) + 1).clamp(max=request.steps),
         stop_reason=[STOP_REASONS[reason] for reason in outcome.stop_reason.tolist()],
         timings=timings,
-        flops_saved=counted_saving(request.denoisers, outcome.nfe, per_forward, sequences.shape[1]),
+        flops_saved=saved,
         seed=request.seed,
         history=history if return_history else None,
     )

@@ -31,10 +31,29 @@ from mdkern.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerSta
 LAG = 2  # replays between a step and the host's look at its flag: the device always has work
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A segment of a run: what the loop over its steps needs."""
+
+    denoiser: Denoiser
+    model: int  # its number in `Progress.nfe`
+    stop: int  # the last step, plus 1
+    settings: Settings
+    state: SamplerState
+    progress: Progress
+    workspace: Workspace | None
+
+
 def run(
-    request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, drafts: Drafts, timings: Timings
+    request: Request,
+    state: SamplerState,
+    workspace: Workspace | None,
+    bar: tqdm,
+    drafts: Drafts,
+    timings: Timings,
+    decode: Callable[[Stretch, tqdm, Drafts], None] | None = None,
 ) -> Outcome:
-    """All of a request, segment after segment."""
+    """All of a request, segment after segment, each one's steps by `decode`. Default: `decode_stretch`."""
     settings = Settings.of(request)
     progress = prepare(request, settings, state, workspace)
     count = len(request.input_ids)
@@ -43,13 +62,8 @@ def run(
     timings.lap("plan")
     for segment in request.segments:
         denoiser, number = request.denoisers[segment.model], list(request.denoisers).index(segment.model)
-        step = partial(decode_tick, denoiser, settings=settings, state=state, progress=progress, model=number)
-        graph = None
-        if workspace is not None:
-            key = "decode", settings.key(), len(progress.slot), progress.nfe.shape[0], number
-            graph = workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
-        progress.begin_segment(state, settings, segment.stop)
-        run_segment(graph, partial(step, denoiser.head), progress, bar, drafts)
+        stretch = Stretch(denoiser, number, segment.stop, settings, state, progress, workspace)
+        (decode or decode_stretch)(stretch, bar, drafts)
         report_failure(denoiser, state)
         timings.lap(segment.model)
     return Outcome(
@@ -70,12 +84,23 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
     return progress
 
 
-def run_segment(graph: Graph | None, step: Callable[[], None], progress: Progress, bar: tqdm, drafts: Drafts) -> None:
-    """Steps until no slot has work: one launch where the device can loop, else replays of the graph, else eagerly."""
+def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts) -> None:
+    """A segment's steps, each a pass of whole sequences."""
+    denoiser, settings, state, progress = stretch.denoiser, stretch.settings, stretch.state, stretch.progress
+    step = partial(decode_tick, denoiser, settings=settings, state=state, progress=progress, model=stretch.model)
+    graph = None
+    if stretch.workspace is not None:
+        key = "decode", settings.key(), len(progress.slot), progress.nfe.shape[0], stretch.model
+        graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
+    progress.begin_segment(state, settings, stretch.stop)
     running, left = progress.status.tolist()
-    if not running:
-        return
-    progress.report.copy_(progress.status)
+    if running:
+        progress.report.copy_(progress.status)
+        run_steps(graph, partial(step, denoiser.head), progress, watcher(progress, left, bar, drafts))
+
+
+def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callable[[], None]:
+    """What the host does now and then while steps run, `left` masked columns being known of."""
 
     def watch() -> None:
         nonlocal left
@@ -84,6 +109,11 @@ def run_segment(graph: Graph | None, step: Callable[[], None], progress: Progres
         left = now
         drafts.show()
 
+    return watch
+
+
+def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
+    """Steps until no slot has work: one launch where the device can loop, else replays of the graph, else eagerly."""
     if graph is not None and graph.loop is not None:
         graph.loop.run(watch)
     else:
@@ -108,7 +138,13 @@ def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable
 
 
 def decode_tick(
-    denoiser: Denoiser, head: Head, settings: Settings, state: SamplerState, progress: Progress, model: int
+    denoiser: Denoiser,
+    head: Head,
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    model: int,
+    forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
 ) -> None:
     """One forward pass of every slot, and what the decoder makes of it.
 
@@ -116,10 +152,24 @@ def decode_tick(
 
     Args:
         denoiser, head: whose pass it is; `model` is its number in `Progress.nfe`.
+        forward: gives the hidden states of the slots' blocks, ``[B, R, D]``. Default: `whole_sequences`.
     """
     slots = observe(settings, state, progress)
     rows = settings.decoder.rows(slots.view) & slots.active[:, None]
-    hidden = guided_hidden(
+    hidden = (forward or whole_sequences)(denoiser, settings, state, progress, slots)
+    proposal = propose(head, settings, state, slots, rows, hidden)
+    changed, new, failed = decide(settings, state, slots, rows, proposal)
+    write(state, progress, slots, new, changed, proposal, model)
+    progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
+    progress.passes.index_add_(0, slots.sequence, slots.active.long())
+    advance(settings, state, progress, slots, new, changed, failed)
+
+
+def whole_sequences(
+    denoiser: Denoiser, settings: Settings, state: SamplerState, progress: Progress, slots: Slots
+) -> Tensor:
+    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the whole sequences."""
+    return guided_hidden(
         denoiser,
         settings.guidance_scale,
         slots.ids,
@@ -128,12 +178,6 @@ def decode_tick(
         None if settings.block_length is None else slots.column,
         None if state.attention_mask is None else state.attention_mask[slots.sequence],
     )
-    proposal = propose(head, settings, state, slots, rows, hidden)
-    changed, new, failed = decide(settings, state, slots, rows, proposal)
-    write(state, progress, slots, new, changed, proposal, model)
-    progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
-    progress.passes.index_add_(0, slots.sequence, slots.active.long())
-    advance(settings, state, progress, slots, new, changed, failed)
 
 
 @dataclass

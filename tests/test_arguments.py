@@ -382,6 +382,30 @@ CASES = [
     ),
     # Decoders, blocks and devices.
     refuse("block_length", ValueError, "block_length must be a whole number of at least 1, not 0", block_length=0),
+    refuse("cache", ValueError, "cache must be one of 'none', 'prefix', 'dual', not 'both'", cache="both"),
+    refuse("cache of another type", ValueError, "cache must be one of 'none', 'prefix', 'dual', not True", cache=True),
+    refuse(
+        "cache with an order drawn beforehand",
+        ValueError,
+        "cache='dual' needs a decoder that looks at the model, such as .*: a pass of Ancestral takes whatever",
+        cache="dual",
+        block_length=2,
+    ),
+    refuse(
+        "cache without blocks",
+        ValueError,
+        "cache='prefix' needs a block_length, e.g. 32",
+        cache="prefix",
+        decoder="threshold",
+    ),
+    refuse(
+        "cache of a model that has none",
+        ValueError,
+        r"cache='dual' needs models that can run a part of a sequence .* model H \(counting\) cannot",
+        cache="dual",
+        block_length=2,
+        decoder="threshold",
+    ),
     refuse(
         "steps and blocks",
         ValueError,

@@ -213,6 +213,7 @@ OPEN = dict.fromkeys(
     "min_p": 0.0,
     "decoder": "ancestral",
     "block_length": None,
+    "cache": "none",
     "stop_at_eos": False,
     "guidance_scale": 0.0,
     "logits_processor": None,

@@ -151,6 +151,10 @@ class TestBlocksAndStops:
         assert (out.sequences[::2, 1:] == 1).all()
         assert (out.nfe["H"][1::2] < whole.nfe["H"][1::2]).all()
         assert torch.equal(out.nfe["H"][::2], whole.nfe["H"][::2])
+        filled = out.history.model[:, 1:] == -1
+        assert torch.equal(filled.any(-1), torch.tensor([False, True] * 3))
+        assert (out.history.step[:, 1:] >= 0).all()
+        assert torch.equal(out.tokens_per_forward, (~filled).sum(-1) / out.nfe["H"])
 
     def test_sequences_take_their_own_number_of_passes(self) -> None:
         """No sequence waits for, or is cut short by, another: alone or together it is the same."""
