@@ -1,6 +1,7 @@
 """mdkern: sampling from masked diffusion language models."""
 
 from mdkern.decoders import Ancestral
+from mdkern.distributed import sample_distributed
 from mdkern.models import Denoiser, DiT, DiTConfig, adapt
 from mdkern.plan import RevealPlan
 from mdkern.pretrained import load_pair
@@ -21,4 +22,5 @@ __all__ = [
     "adapt",
     "load_pair",
     "sample",
+    "sample_distributed",
 ]

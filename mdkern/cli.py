@@ -1,4 +1,4 @@
-"""The command line: ``mdkern sample``. Text goes to standard output, everything else to standard error.
+"""The command line: ``mdkern sample``, ``mdkern profile``. Results go to standard output, all else to standard error.
 
 A command is a function that adds its parser and one that runs it. PyTorch is imported when a command runs, not before.
 """
@@ -12,13 +12,16 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mdkern import __version__
+from mdkern.cli_common import check_target, load_models, named_path, one_line, positive
+from mdkern.cli_decoder import add_decoding, parse_decoder, sample_options
+from mdkern.cli_profile import add_profile
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mdkern.models import DiT
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output has left: nothing to say, and nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except FloatingPointError as error:
+    except (FloatingPointError, TimeoutError) as error:
         return fail(error, EXIT_FAILED)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
@@ -52,19 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(error: Exception, code: int) -> int:
-    print(f"mdkern: error: {one_line(error)}", file=sys.stderr)
+    if first_process() or isinstance(error, TimeoutError):  # every process knows an error, but for one that is lost
+        print(f"mdkern: error: {one_line(error)}", file=sys.stderr)
     return code
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def first_process() -> bool:
+    """Whether this process is the one that speaks: not one of ``torchrun``'s further ones."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, the same for every command."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"mdkern: error: {message} (see {self.prog} --help)\n")
+        text = f"mdkern: error: {message} (see {self.prog} --help)\n"
+        self.exit(EXIT_BAD_INPUT, text if first_process() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mdkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_sample(commands)
+    add_profile(commands)
     return parser
 
 
@@ -119,27 +126,12 @@ def add_sample(commands: argparse._SubParsersAction[Any]) -> None:
     text.add_argument("--seed", metavar="S", type=int, help="whole number (default: a new one, told at the end)")
     text.add_argument("--batch-size", metavar="B", type=positive, help="speed and memory only (default: 16)")
 
+    add_decoding(parser)
+
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", type=Path, help="also write the samples as JSON lines")
     output.add_argument("--trace", metavar="FILE", type=Path, help="also write an HTML page that replays the denoising")
     output.add_argument("--quiet", action="store_true", help="text only: no progress bar, no summary")
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return value
-
-
-def named_path(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not path or not re.fullmatch(r"[A-Za-z_]+", name):
-        raise argparse.ArgumentTypeError(f"must be NAME=PATH with a name of letters, not {text!r}")
-    return name.upper(), path
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
@@ -153,33 +145,56 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from mdkern.arguments import resolve_blocks
+    from mdkern.distributed import sample_distributed, torchrun_ranks
     from mdkern.sampling import sample
-    from mdkern.trace import decode, render_trace, write_whole
 
-    models, tokenizer = load_models(arguments)
-    schedule = choose_schedule(arguments.schedule, tuple(models))
-    first = next(iter(models.values()))
-    longest = min(model.config.max_length for model in models.values())
-    ids = start_ids(arguments.prompt, tokenizer, first.config.mask_id, arguments.length, longest)
-    schedule = schedule.fit(arguments.steps or schedule.total or ids.shape[1])
-    try:
-        output = sample(
-            models,
-            schedule,
-            input_ids=ids.to(first.embedding.device),
-            num_samples=arguments.num_samples,
-            batch_size=arguments.batch_size,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-            return_history=arguments.trace is not None,
-            progress=False if arguments.quiet else None,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError("out of memory: lower --batch-size or --length") from error
+    with torchrun_ranks() as ranks:
+        with ranks.together() if ranks else nullcontext():
+            make_decoder = parse_decoder(arguments.decoder)
+            models, tokenizer = load_models(arguments)
+            schedule = choose_schedule(arguments.schedule, tuple(models))
+            first = next(iter(models.values()))
+            longest = min(model.config.max_length for model in models.values())
+            ids = start_ids(arguments.prompt, tokenizer, first.config.mask_id, arguments.length, longest)
+            decoder = make_decoder(tokenizer, first.config.vocab_size)
+            steps = arguments.steps or schedule.total
+            cached = arguments.cache != "none"
+            steps = resolve_blocks(arguments.block_length, ids == first.config.mask_id, steps, cached)[2]
+            schedule = schedule.fit(steps or ids.shape[1])
+        try:
+            output = (sample_distributed if ranks else sample)(
+                models,
+                schedule,
+                input_ids=ids.to(first.embedding.device),
+                num_samples=arguments.num_samples,
+                batch_size=arguments.batch_size,
+                temperature=arguments.temperature,
+                decoder=decoder,
+                **sample_options(arguments),
+                seed=arguments.seed,
+                return_history=arguments.trace is not None,
+                progress=False if arguments.quiet else None,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError("out of memory: lower --batch-size or --length") from error
+    if ranks and ranks.rank > 0:
+        return
+    write_samples(arguments, output, tokenizer, schedule)
+    if not arguments.quiet:
+        sys.stdout.flush()
+        masked = int((ids == first.config.mask_id).sum())
+        processes = ranks.count if ranks else 1
+        print(summary(output, schedule, models, masked, arguments.decoder, processes), file=sys.stderr)
+
+
+def write_samples(arguments: argparse.Namespace, output: SampleOutput, tokenizer: Any, schedule: Schedule) -> None:
+    """The files that were asked for, then the texts on standard output."""
+    from mdkern.trace import decode, render_trace, write_whole
 
     assert output.sequences is not None
     texts = [decode(tokenizer, row) for row in output.sequences.tolist()]
-    records = "".join(json.dumps(record) + "\n" for record in sample_records(output, texts, schedule))
+    records = "".join(json.dumps(record) + "\n" for record in sample_records(arguments, output, texts, schedule))
     page = render_trace(output, tokenizer, schedule=schedule) if arguments.trace else ""
     for path, content in ((arguments.output, records), (arguments.trace, page)):
         if path is not None:
@@ -187,91 +202,6 @@ def run_sample(arguments: argparse.Namespace) -> None:
     for number, text in enumerate(texts):
         header = f"{'' if number == 0 else chr(10)}--- sample {number} ---\n" if len(texts) > 1 else ""
         print(f"{header}{text}")
-    if not arguments.quiet:
-        sys.stdout.flush()
-        masked = int((ids == first.config.mask_id).sum())
-        print(summary(output, schedule, models, masked), file=sys.stderr)
-
-
-def check_target(option: str, path: Path) -> None:
-    """Refuse, before any work, a file that could not be written or that is not a plain file."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{option} {path} exists and is not a file")
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise ValueError(f"{option} {path}: the folder is not writable")
-
-
-def choose_device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is not a device: expected cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} was asked for, but PyTorch finds {torch.cuda.device_count()} GPUs here")
-    return device
-
-
-def load_models(arguments: argparse.Namespace) -> tuple[dict[str, DiT], Any]:
-    """The models by the schedule's names, and their tokenizer."""
-    import torch
-
-    from mdkern.models import DiT
-    from mdkern.pretrained import load_pair
-
-    device = choose_device(arguments.device)
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    named = [("H", arguments.heavy), ("L", arguments.light), *arguments.model]
-    paths = [(name, path) for name, path in named if path is not None]
-    if not paths:
-        if arguments.tokenizer is not None:
-            raise ValueError("--tokenizer goes with --heavy, --light or --model; the shipped pair has its own")
-        heavy, light, tokenizer = load_pair(device, dtype)
-        return {"H": heavy, "L": light}, tokenizer
-    names = [name for name, _ in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
-    if arguments.tokenizer is None:
-        raise ValueError("--tokenizer must be given with --heavy, --light or --model")
-    models: dict[str, DiT] = {}
-    for name, path in paths:
-        try:
-            models[name] = DiT.from_pretrained(path, dtype, device)
-        except (
-            Exception
-        ) as error:  # a foreign file fails in a dozen ways: KeyError, SafetensorError, UnpicklingError, …
-            raise ValueError(f"model {name} cannot be loaded from {path}: {one_line(error)}") from error
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    for name, model in models.items():
-        check_tokenizer(tokenizer, name, model)
-    return models, tokenizer
-
-
-def load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if Path(path).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=path)
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # as above
-        raise ValueError(f"--tokenizer {path} cannot be loaded: {one_line(error)}") from error
-
-
-def check_tokenizer(tokenizer: Any, name: str, model: DiT) -> None:
-    ids, vocab_size = len(tokenizer), model.config.vocab_size
-    if ids > vocab_size:
-        raise ValueError(f"--tokenizer has {ids} ids, model {name} only {vocab_size}: it belongs to another model")
-    if tokenizer.mask_token_id not in (None, model.config.mask_id):
-        raise ValueError(
-            f"--tokenizer has mask id {tokenizer.mask_token_id}, model {name} has {model.config.mask_id}: "
-            "it belongs to another model"
-        )
 
 
 def choose_schedule(text: str | None, models: Sequence[str]) -> Schedule:
@@ -317,10 +247,13 @@ def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, lon
     return torch.tensor([ids])
 
 
-def sample_records(output: SampleOutput, texts: Sequence[str], schedule: Schedule) -> list[dict[str, Any]]:
+def sample_records(
+    arguments: argparse.Namespace, output: SampleOutput, texts: Sequence[str], schedule: Schedule
+) -> list[dict[str, Any]]:
     """One JSON object per sample."""
     assert output.sequences is not None
     assert output.nfe is not None
+    assert output.stop_reason is not None
     return [
         {
             "sample": number,
@@ -329,25 +262,30 @@ def sample_records(output: SampleOutput, texts: Sequence[str], schedule: Schedul
             "nfe": {name: int(passes[number]) for name, passes in output.nfe.items()},
             "seed": output.seed,
             "schedule": str(schedule),
+            "decoder": arguments.decoder,
+            "stop_reason": output.stop_reason[number],
         }
         for number, (text, token_ids) in enumerate(zip(texts, output.sequences.tolist()))
     ]
 
 
-def summary(output: SampleOutput, schedule: Schedule, models: dict[str, DiT], masked: int) -> str:
+def summary(
+    output: SampleOutput, schedule: Schedule, models: dict[str, DiT], masked: int, decoder: str, processes: int
+) -> str:
     """What was run, how many forward passes it took, how long, and what the schedule saved."""
     assert output.sequences is not None
     assert output.nfe is not None
     assert output.timings is not None
     count, length = output.sequences.shape
     device, dtype = output.sequences.device, str(next(iter(models.values())).embedding.dtype).removeprefix("torch.")
+    where = f"{processes} processes on {device.type}" if processes > 1 else str(device)
     blocks = {name: models[name].config.num_blocks for name in schedule.models}
     passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
     each = ", ".join(f"{name} {passes[name]:.1f} ({blocks[name]} blocks)" for name in passes)
     seconds = output.timings["total"]
     parts = ", ".join(f"{name} {output.timings[name]:.2f} s" for name in passes)
     lines = [
-        f"{count} x {length} tokens, schedule {schedule}, seed {output.seed}, {device}, {dtype}",
+        f"{count} x {length} tokens, decoder {decoder}, schedule {schedule}, seed {output.seed}, {where}, {dtype}",
         f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {schedule.total} steps",
         f"{seconds:.2f} s ({parts}), {count * masked / seconds:,.0f} tokens/s",
     ]

@@ -66,7 +66,10 @@ def render_trace(
 def trace_data(
     output: SampleOutput, tokenizer: Any, title: str = "mdkern trace", schedule: Schedule | str | None = None
 ) -> dict[str, Any]:
-    """What the page knows: a JSON value. Steps and models are those of `History`, -1 where given."""
+    """What the page knows: a JSON value. Steps and models are those of `History`.
+
+    Both are -1 where the token was given. Only the model is where none had to run, as what follows the end of a text.
+    """
     history = output.history
     if history is None or output.sequences is None or output.nfe is None:
         raise ValueError("output has no history: call sample(..., return_history=True)")
@@ -118,7 +121,7 @@ def schedule_segments(history: History, schedule: Schedule | str | None) -> list
         schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         return [(history.models.index(part.model), part.first, part.stop) for part in schedule.segments(history.steps)]
     pairs = zip(history.step.flatten().tolist(), history.model.flatten().tolist())
-    known = {step: model for step, model in pairs if step >= 0}
+    known = {step: model for step, model in pairs if step >= 0 and model >= 0}
     current = known[min(known)]
     segments: list[tuple[int, int, int]] = []
     for step in range(history.steps):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mdkern
-from mdkern import DiT, DiTConfig, cli, pretrained, sampling
+from mdkern import DiT, DiTConfig, cli, decoders, planned, pretrained
+from mdkern.cli_common import load_tokenizer
 
 LENGTH = 24
 
@@ -49,7 +50,7 @@ def test_text_on_stdout_and_summary_on_stderr(run, tmp_path):
     assert code == 0
     first, second = records(file)
     assert out == f"--- sample 0 ---\n{first['text']}\n\n--- sample 1 ---\n{second['text']}\n"
-    assert f"2 x {LENGTH} tokens, schedule L6 H12 L6, seed 7, cpu, float32" in err
+    assert f"2 x {LENGTH} tokens, decoder ancestral, schedule L6 H12 L6, seed 7, cpu, float32" in err
     mean = {name: (first["nfe"][name] + second["nfe"][name]) / 2 for name in "LH"}
     assert f"L {mean['L']:.1f} (1 blocks), H {mean['H']:.1f} (2 blocks)" in err
     assert "25.0% of the blocks" in err  # equation (3): half of the steps with half of the blocks
@@ -100,7 +101,7 @@ def test_prompt_is_continued(run, tmp_path):
 
 
 def test_placeholders_are_filled_in(run, tmp_path):
-    file, tokenizer = tmp_path / "out.jsonl", cli.load_tokenizer(str(pretrained.FOLDER / "tokenizer"))
+    file, tokenizer = tmp_path / "out.jsonl", load_tokenizer(str(pretrained.FOLDER / "tokenizer"))
     before, after = (tokenizer.encode(part) for part in ("She went", " home."))
     code, *_ = run("--prompt", "She went[MASK:5] home.", "--output", str(file))
     ids = records(file)[0]["token_ids"]
@@ -126,6 +127,74 @@ def test_three_models(run, checkpoints):
     assert re.search(r"L \S+ \(1 blocks\), M \S+ \(2 blocks\), H \S+ \(2 blocks\)", err)
 
 
+def test_decoders_and_their_options(run, checkpoints, tmp_path):
+    """What the command writes is what `sample` gives."""
+    file = tmp_path / "out.jsonl"
+    options = ["--block-length", "8", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.001", "--no-cuda-graphs"]
+    decoder = "edit:mask_threshold=0.01,edit_threshold=0.02,closing_steps=2"
+    code, _, err = run("--decoder", decoder, *options, "--seed", "3", "--output", str(file))
+    assert code == 0
+    assert f"decoder {decoder}" in err
+    models = {"H": DiT.from_pretrained(checkpoints[1]), "L": DiT.from_pretrained(checkpoints[3])}
+    expected = mdkern.sample(
+        models, mdkern.Schedule.sandwich(0.25), length=LENGTH, steps=LENGTH, seed=3, block_length=8, top_k=50,
+        top_p=0.9, min_p=0.001, decoder=decoders.Edit(0.01, 0.02, 2),
+    )  # fmt: skip
+    (record,) = records(file)
+    assert record["token_ids"] == expected.sequences[0].tolist()
+    assert (record["decoder"], record["stop_reason"]) == (decoder, "all_revealed")
+
+
+def test_steps_are_made_to_fit_the_blocks(run):
+    code, _, err = run("--decoder", "margin", "--block-length", "7", "--prompt", "She")
+    assert code == 0
+    assert "schedule L4 H21 L3," in err  # 28 steps: four blocks of 7 take in the 23 positions after the prompt
+
+
+def test_a_cache_goes_with_blocks(run):
+    assert run("--decoder", "threshold", "--block-length", "8", "--cache", "dual")[0] == 0
+    code, _, err = run("--decoder", "threshold", "--cache", "dual")
+    assert code == 2
+    assert "needs a block_length" in err
+
+
+def test_end_of_text_stops_a_sample(run, tmp_path, monkeypatch):
+    """Token 0 is the end of text, and is made likely."""
+    bias, file = DiT.suppressed_bias, tmp_path / "out.jsonl"
+    monkeypatch.setattr(DiT, "suppressed_bias", lambda model: bias(model).index_fill(0, torch.tensor([0]), 9.0))
+    run("--stop-at-eos", "--block-length", "8", "--decoder", "random", "--output", str(file), "--seed", "0")
+    (record,) = records(file)
+    assert record["stop_reason"] == "end_of_text"
+    assert record["token_ids"][8:] == [0] * (LENGTH - 8)
+
+
+def test_frequencies_are_read_off_a_text(run, tmp_path, monkeypatch):
+    text = tmp_path / "reference.txt"
+    text.write_text("one two one")
+    seen = []
+    monkeypatch.setattr(decoders.PositionAware, "fitted", lambda self, *_: seen.append(self) or self)
+    run("--decoder", f"position_aware:lam=0.5,frequency={text}")
+    ids = load_tokenizer(str(pretrained.FOLDER / "tokenizer")).encode("one two one")
+    assert seen[0].lam == 0.5
+    assert seen[0].frequency.sum() == pytest.approx(1.0)
+    assert set(seen[0].frequency.nonzero()[:, 0].tolist()) == set(ids)
+
+
+def test_every_decoder_has_a_trace(run, tmp_path):
+    text = tmp_path / "reference.txt"
+    text.write_text("one two one")
+    needed = {"genmd4": ":exponents=2", "position_aware": f":frequency={text}"}
+    for name in decoders.DECODERS:
+        file = tmp_path / f"{name}.html"
+        options = ["--decoder", name + needed.get(name, ""), "--schedule", "L12 H12", "--trace", str(file)]
+        assert run(*options, "--length", "10", "--quiet")[0] == 0, name
+        data = json.loads(re.search(r'id="data">(.*?)</script', file.read_text(), re.DOTALL)[1])
+        (sample,) = data["samples"]
+        assert min(sample["step"]) >= 0, name
+        assert max(sample["step"]) <= 24
+        assert set(sample["model"]) <= {0, 1}
+
+
 def test_trace_is_written(run, tmp_path):
     file = tmp_path / "trace.html"
     assert run("--trace", str(file), "--schedule", "L12 H12")[0] == 0
@@ -147,6 +216,22 @@ BAD_INPUT = {
     "placeholder too long": (["--prompt", "a[MASK:999999999]"], "beyond the 24 positions"),
     "prompt fills all": (["--prompt", "a", "--length", "1"], "nothing is left to write"),
     "temperature": (["--temperature", "-1"], "temperature must be"),
+    "unknown decoder": (["--decoder", "best"], "decoder 'best' is not known: there is ancestral"),
+    "unknown parameter": (["--decoder", "margin:threshold=1"], "margin has no parameter 'threshold', there is"),
+    "no parameters at all": (["--decoder", "random:a=1"], "random has no parameter 'a', it has none"),
+    "parameter without a value": (["--decoder", "threshold:0.9"], "'0.9' must be KEY=VALUE"),
+    "parameter twice": (["--decoder", "factor:factor=1,factor=2"], "factor is given twice"),
+    "parameter out of range": (["--decoder", "threshold:threshold=2"], "threshold must lie in [0, 1], not 2"),
+    "parameter not a number": (["--decoder", "threshold:threshold=high"], "threshold must lie in [0, 1], not 'high'"),
+    "parameter left out": (["--decoder", "genmd4"], "no default for exponents"),
+    "parameter of another type": (["--decoder", "genmd4:exponents=many"], "--decoder genmd4:exponents=many"),
+    "no reference text": (["--decoder", "position_aware"], "needs a text file"),
+    "no such text": (["--decoder", "position_aware:frequency=/no/such"], "/no/such cannot be read"),
+    "blocks that do not fit": (["--block-length", "8", "--steps", "7"], "multiple of the 3 blocks"),
+    "no block": (["--block-length", "0"], "--block-length: must be a whole number"),
+    "top-k": (["--top-k", "-1"], "top_k must be"),
+    "top-p": (["--top-p", "0"], "top_p must be"),
+    "min-p": (["--min-p", "2"], "min_p must be"),
     "not a device": (["--device", "abacus"], "not a device"),
     "no such GPU": (["--device", "cuda:99"], "GPUs here"),
     "no folder": (["--output", "/no/such/out.jsonl"], "there is no folder /no/such"),
@@ -158,7 +243,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, arguments, message):
-    monkeypatch.setattr(sampling, "reveal_tick", lambda *_: pytest.fail("a forward pass was run"))
+    monkeypatch.setattr(planned, "reveal_tick", lambda *_: pytest.fail("a forward pass was run"))
     code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
@@ -190,7 +275,7 @@ def test_a_failure_leaves_no_file(run, monkeypatch, tmp_path, error, code):
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("mdkern.trace.os.replace" if code == 2 else "mdkern.sampling.run_segment", failing)
+    monkeypatch.setattr("mdkern.trace.os.replace" if code == 2 else "mdkern.planned.run_steps", failing)
     found, out, err = run("--output", str(tmp_path / "out.jsonl"), "--trace", str(old))
     assert found == code
     assert out == ""

@@ -56,3 +56,79 @@ def test_vocabularies_must_be_the_same() -> None:
 def test_the_operator_is_well_registered() -> None:
     p, q = heads()[:3], heads()[3:6]
     torch.library.opcheck(_divergence, (*p, 1.0, 0.0, *q, 1.0, 0.0, heads()[-1]))
+
+
+# On a GPU.
+
+
+def heads_on_gpu(rows: int, columns: int, dtype: torch.dtype, biased: bool) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    parts: list[Any] = []
+    for depth in (256, 136):
+        hidden, weight = (torch.randn(n, depth, generator=generator) for n in (rows + 7, columns))
+        bias = torch.randn(columns, generator=generator).cuda() if biased else None
+        if bias is not None:
+            bias[[3, columns - 1]] = -torch.inf
+        parts += [hidden.to(dtype).cuda(), (weight * 2 / depth**0.5).to(dtype).cuda(), bias]
+    return *parts, torch.randperm(rows + 7, generator=generator)[:rows].cuda()
+
+
+def exact(arguments: tuple[Any, ...], half: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and cross-entropy from float64 logits, or from those that PyTorch's product rounds to the heads' dtype."""
+    log_p, log_q = (
+        (
+            torch.nn.functional.linear(hidden[arguments[-1]], weight).float()
+            if half
+            else hidden[arguments[-1]].double() @ weight.double().T
+        )
+        .add(0.0 if bias is None else bias)
+        .log_softmax(-1)
+        for hidden, weight, bias in (arguments[:3], arguments[3:6])
+    )
+    p = log_p.exp()
+    kl = (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+    return kl, -(p * log_q.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "biased"),
+    [
+        (1, 50_257, torch.bfloat16, False),
+        (16, 50_258, torch.bfloat16, True),
+        (300, 4_095, torch.float16, True),
+        (1000, 50_258, torch.bfloat16, False),
+    ],
+)
+def test_gpu_errors_are_within_twice_those_of_pytorch(
+    rows: int, columns: int, dtype: torch.dtype, biased: bool
+) -> None:
+    arguments = heads_on_gpu(rows, columns, dtype, biased)
+    for value, truth, theirs in zip(divergence(*arguments), exact(arguments), exact(arguments, half=True)):
+        assert (value - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_pytorch_in_float32_and_on_rows_that_are_hard() -> None:
+    arguments = heads_on_gpu(60, 3000, torch.float32, True)
+    torch.testing.assert_close(divergence(*arguments).kl.double(), exact(arguments)[0], rtol=2e-5, atol=2e-5)
+    generator = torch.Generator().manual_seed(5)
+    p, q = (torch.randn(8, 5000, generator=generator) for _ in range(2))
+    p[0, 5], q[1, 5], p[2, 7], q[3, 7] = torch.nan, torch.nan, torch.inf, torch.inf
+    p[4], q[5] = -torch.inf, -torch.inf
+    p[6, 1:], q[6, 1:], q[7, 9] = -torch.inf, -torch.inf, -torch.inf
+    rows = torch.arange(8)
+    got = divergence(p.cuda(), None, None, q.cuda(), None, None, rows.cuda())
+    for value, want in zip(got, divergence(p, None, None, q, None, None, rows)):
+        torch.testing.assert_close(value.cpu(), want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_has_no_logits() -> None:
+    arguments = heads_on_gpu(2048, 50_258, torch.bfloat16, False)
+    divergence(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    divergence(*arguments)
+    assert torch.cuda.max_memory_allocated() - before < 8 << 20

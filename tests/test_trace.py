@@ -102,6 +102,36 @@ def test_segments_are_the_schedules_or_read_off_the_history(random_output):
     assert schedule_segments(sparse, None) == [(1, 0, 7), (0, 7, 16)]
 
 
+def test_what_follows_the_end_of_a_text_is_no_models(tokenizer):
+    """Positions filled in after the end of text have the step at which that was, and no model."""
+    config = DiTConfig(vocab_size=4096, mask_id=4095, eos_id=0, max_length=32, num_blocks=1, width=16, num_heads=2)
+    model = DiT(config).eval()
+    with torch.no_grad():
+        model.head_bias[0] = 9.0
+    options = {"decoder": "top_probability", "block_length": 8, "steps": 32, "stop_at_eos": True, "seed": 0}
+    output = sample({"A": model, "B": model}, "A16 B16", length=32, return_history=True, **options)
+    assert output.stop_reason == ["end_of_text"]
+    (shown,) = embedded(render_trace(output, tokenizer))["samples"]
+    assert shown["model"][8:] == [-1] * 24
+    assert shown["step"][8:] == [max(shown["step"][:8])] * 24
+    assert schedule_segments(output.history, None) == [(0, 0, 32)]  # and not a stretch by model -1
+
+
+def test_an_adaptive_decoders_steps_are_shares_of_the_text(tokenizer):
+    """A pass at which k of the n tokens were there has step k T / n, so that models change at their share."""
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(vocab_size=4096, mask_id=4095, max_length=24, num_blocks=1, width=16, num_heads=2)).eval()
+    output = sample(
+        {"A": model, "B": model}, "A3 B9", length=24, steps=12, decoder="threshold", seed=0, return_history=True
+    )
+    (shown,) = embedded(render_trace(output, tokenizer, schedule="A3 B9"))["samples"]
+    for step, model_number in zip(shown["step"], shown["model"]):
+        before = sum(other < step for other in shown["step"])
+        assert before <= 24 * (step + 1) / 12
+        assert model_number == (step >= 3)
+    assert embedded(render_trace(output, tokenizer, schedule="A3 B9"))["segments"] == [[0, 0, 3], [1, 3, 12]]
+
+
 def test_output_without_history_is_refused(random_output, tokenizer):
     without = SampleOutput(sequences=random_output.sequences, nfe=random_output.nfe)
     with pytest.raises(ValueError, match="return_history=True"):
@@ -126,15 +156,32 @@ def test_file_is_written_whole_or_not_at_all(hostile, tokenizer, tmp_path, monke
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def dump(file, tmp_path, where: str) -> str:
+    """The page's elements as a browser leaves them."""
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    profile, address = f"--user-data-dir={tmp_path / 'profile'}", f"{file.as_uri()}#{where}"
+    command = [BROWSER, "--headless", *quiet, profile, "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_browser_shows_what_follows_the_end_of_a_text(tokenizer, tmp_path):
+    ids = torch.tensor([tokenizer.encode("She went home. It was dark.")])
+    step, model = torch.zeros_like(ids), torch.zeros_like(ids)
+    step[:, 3:], model[:, 3:] = 4, -1
+    output = SampleOutput(sequences=ids, nfe={"A": torch.tensor([1])}, history=History(step, model, ("A",), 5))
+    write_trace(tmp_path / "trace.html", output, tokenizer)
+    rest = ids.shape[1] - 3
+    assert dump(tmp_path / "trace.html", tmp_path, "step=3").count('class="unit masked') == rest
+    assert dump(tmp_path / "trace.html", tmp_path, "step=4").count('class="unit revealed filled') == rest
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize(("step", "status"), [(-1, "start"), (6, "step 6 of 0–9"), (10, "closing pass")])
 def test_browser_shows_the_step_of_the_address(hostile, tokenizer, tmp_path, step, status):
     file = tmp_path / "trace.html"
     write_trace(file, hostile, tokenizer)
-    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    profile, address = f"--user-data-dir={tmp_path / 'profile'}", f"{file.as_uri()}#sample=0&step={step}"
-    command = [BROWSER, "--headless", *quiet, profile, "--dump-dom", address]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = dump(file, tmp_path, f"sample=0&step={step}")
     assert f'role="status">{status}' in dom
     text = re.search(r'<div id="text">(.*?)</div>', dom, re.DOTALL)[1]
     assert html.unescape(re.sub(r"<[^>]*>", "", text)) == HOSTILE

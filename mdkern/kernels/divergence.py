@@ -1,16 +1,18 @@
 """`divergence`: how far one output layer's distribution is from another's, row by row, in bounded memory.
 
-For the importance of a step: KL(heavy || light) over 50k-wide rows. Plain PyTorch on every device, some rows at a time.
+For the importance of a step: KL(heavy || light) over 50k-wide rows. The contract, and plain PyTorch for some rows at a
+time; `triton_divergence` runs it on a GPU, both heads in one pass.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels import reference
+from mdkern.kernels.vocab_projection import has_triton
 
 
 class RowDivergence(NamedTuple):
@@ -34,6 +36,35 @@ def _divergence(
     other_soft_cap: float,
     row_index: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    return in_pytorch(
+        hidden,
+        weight,
+        bias,
+        scale,
+        soft_cap,
+        other_hidden,
+        other_weight,
+        other_bias,
+        other_scale,
+        other_soft_cap,
+        row_index,
+    )
+
+
+def in_pytorch(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    soft_cap: float,
+    other_hidden: Tensor,
+    other_weight: Tensor | None,
+    other_bias: Tensor | None,
+    other_scale: float,
+    other_soft_cap: float,
+    row_index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The operator with the log-probabilities in memory, `reference.CHUNK_ELEMENTS` of each head's at a time."""
     columns = hidden.shape[1] if weight is None else weight.shape[0]
     chunk = max(1, reference.CHUNK_ELEMENTS // max(1, columns))
     kl = torch.empty(row_index.shape[0], dtype=torch.float32, device=hidden.device)
@@ -47,6 +78,15 @@ def _divergence(
         kl[rows] = (p * (log_p - log_q).masked_fill(impossible, 0.0)).sum(-1)
         cross_entropy[rows] = -(p * log_q.masked_fill(impossible, 0.0)).sum(-1)
     return kl, cross_entropy
+
+
+@_divergence.register_kernel("cuda")
+def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if not has_triton(hidden.device):
+        return in_pytorch(hidden, *arguments)
+    from mdkern.kernels import launch_divergence  # imports Triton, which is no business of a machine without a GPU
+
+    return launch_divergence.divergence(hidden, *arguments)
 
 
 @_divergence.register_fake

@@ -76,11 +76,14 @@ def _vocab_projection(
 def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments, filters = arguments[:12], arguments[12:]
     filters += NO_FILTERS[len(filters) :]  # PyTorch leaves out trailing arguments that are the defaults
-    if filters != NO_FILTERS or not has_triton(hidden.device):
+    if not has_triton(hidden.device):
         return reference.vocab_projection(hidden, *arguments, *filters)
-    from mdkern.kernels import launch_projection  # imports Triton, which is no business of a machine without a GPU
+    # They import Triton, which is no business of a machine without a GPU.
+    from mdkern.kernels import launch_filter, launch_projection
 
-    return launch_projection.vocab_projection(hidden, *arguments)
+    if filters == NO_FILTERS:
+        return launch_projection.vocab_projection(hidden, *arguments)
+    return launch_filter.vocab_projection(hidden, *arguments, *filters)
 
 
 @cache
@@ -153,8 +156,10 @@ def vocab_projection(
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
             to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none. They
             apply in this order, after the temperature, and ids as probable as the last one kept are kept too. The
-            statistics do not see them. They need the rows' logits in order: plain PyTorch on every device, 128 MiB
-            of float32 logits at a time and a sort of them for `top_p`.
+            statistics do not see them. They need the rows' logits at hand: on a GPU 64 MiB of float32 at a time and as
+            much at most to search in, no sort, no synchronisation. `top_p` sums float32 probabilities: an id where the
+            sum is within rounding of it (some 1e-6) may be kept on one device and not on another, but whether it is
+            does not depend on the other rows, given the row's logits.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -194,7 +199,7 @@ def vocab_projection(
         soft_cap,
         want_top,
         want_entropy,
-        top_k,
+        top_k if top_k < columns else 0,
         top_p,
         min_p,
     )

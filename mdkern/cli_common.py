@@ -1,0 +1,126 @@
+"""What the commands share: types of arguments, targets of files, devices, models and their tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdkern.models import DiT
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return value
+
+
+def named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not path or not re.fullmatch(r"[A-Za-z_]+", name):
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH with a name of letters, not {text!r}")
+    return name.upper(), path
+
+
+def check_target(option: str, path: Path) -> None:
+    """Refuse, before any work, a file that could not be written or that is not a plain file."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option} {path} exists and is not a file")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"{option} {path}: the folder is not writable")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; under ``torchrun`` the GPU that has the process's number, unless a number is named."""
+    import torch
+
+    from mdkern.distributed import local_rank
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device: expected cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", local_rank() if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name} was asked for as {device}, but PyTorch finds {torch.cuda.device_count()} GPUs here"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def load_models(arguments: argparse.Namespace) -> tuple[dict[str, DiT], Any]:
+    """The models by the schedule's names, and their tokenizer."""
+    import torch
+
+    from mdkern.pretrained import load_pair
+
+    device = choose_device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    named = [("H", arguments.heavy), ("L", arguments.light), *arguments.model]
+    paths = [(name, path) for name, path in named if path is not None]
+    if not paths:
+        if arguments.tokenizer is not None:
+            raise ValueError("--tokenizer goes with --heavy, --light or --model; the shipped pair has its own")
+        heavy, light, tokenizer = load_pair(device, dtype)
+        return {"H": heavy, "L": light}, tokenizer
+    names = [name for name, _ in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
+    if arguments.tokenizer is None:
+        raise ValueError("--tokenizer must be given with --heavy, --light or --model")
+    models = {name: load_model(name, path, dtype, device) for name, path in paths}
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    for name, model in models.items():
+        check_tokenizer(tokenizer, name, model)
+    return models, tokenizer
+
+
+def load_model(name: str, path: str, dtype: torch.dtype, device: torch.device) -> DiT:
+    from mdkern.models import DiT
+
+    try:
+        return DiT.from_pretrained(path, dtype, device)
+    except Exception as error:  # a foreign file fails in a dozen ways: KeyError, SafetensorError, UnpicklingError, …
+        raise ValueError(f"model {name} cannot be loaded from {path}: {one_line(error)}") from error
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if Path(path).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=path)
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # as above
+        raise ValueError(f"--tokenizer {path} cannot be loaded: {one_line(error)}") from error
+
+
+def check_tokenizer(tokenizer: Any, name: str, model: DiT) -> None:
+    ids, vocab_size = len(tokenizer), model.config.vocab_size
+    if ids > vocab_size:
+        raise ValueError(f"--tokenizer has {ids} ids, model {name} only {vocab_size}: it belongs to another model")
+    if tokenizer.mask_token_id not in (None, model.config.mask_id):
+        raise ValueError(
+            f"--tokenizer has mask id {tokenizer.mask_token_id}, model {name} has {model.config.mask_id}: "
+            "it belongs to another model"
+        )

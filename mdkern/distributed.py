@@ -1,0 +1,221 @@
+"""`sample_distributed`: one call of `sample` shared out over the processes of a `torch.distributed` group.
+
+A sample is a function of the seed, its number and its prompt, whatever is sampled beside it. So every rank draws a
+contiguous share of the samples under their own numbers, and the ranks together give what one alone would have given.
+Nothing is exchanged but the results, over a gloo group of this call's own: collectives on the CPU, with a time limit.
+
+    torchrun --nproc-per-node 2 script.py
+
+with, in ``script.py``::
+
+    torch.distributed.init_process_group()
+    heavy, light, _ = mdkern.load_pair(f"cuda:{os.environ['LOCAL_RANK']}")
+    out = sample_distributed(heavy, light, "L32 H192 L32", num_samples=256, seed=0)  # the same on every rank
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mdkern.arguments import resolve_input, resolve_models, resolve_sample_ids, resolve_seed
+from mdkern.sampling import SampleOutput, counted_saving, sample
+from mdkern.schedule import Schedule
+
+TIMEOUT = 1800.0  # seconds
+# An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.
+TOLD: tuple[type[Exception], ...] = (
+    torch.OutOfMemoryError,
+    ValueError,
+    TypeError,
+    FloatingPointError,
+    TimeoutError,
+    OSError,
+)
+
+
+class Ranks:
+    """The processes of the default group, and a gloo group of their own over the same ones."""
+
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        """Called on every rank; `timeout` is how many seconds a rank waits for the others."""
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("sample_distributed needs torch.distributed.init_process_group() to be called first")
+        self.rank, self.count, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
+        with self.waiting():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def close(self) -> None:
+        dist.destroy_process_group(self.group)
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, on every rank, in their order."""
+        items: list[Any] = [None] * self.count
+        with self.waiting():
+            dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """gloo's own errors, that the time is up or a connection gone, as one that says so."""
+        began = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"rank {self.rank} lost another rank after waiting {time.perf_counter() - began:.1f} s of at most "
+                f"{self.timeout:g}: it has died or hangs ({str(error).splitlines()[0]})"
+            ) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside on one rank fails on all: there as it is, elsewhere with the failing rank's number."""
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        told = None if own is None else (kind_of(own).__name__, str(own))
+        failures = [(rank, failure) for rank, failure in enumerate(self.gather(told)) if failure is not None]
+        if own is not None:
+            raise own
+        if failures:
+            rank, (kind, message) = failures[0]
+            known = {error.__name__: error for error in TOLD}
+            raise known.get(kind, RuntimeError)(f"rank {rank}: {message}")
+
+
+def kind_of(error: Exception) -> type[Exception]:
+    return next((kind for kind in TOLD if isinstance(error, kind)), RuntimeError)
+
+
+def local_rank() -> int:
+    """Number of the GPU that is this process's own: 0 unless ``torchrun`` started it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_torchelastic_launched() else 0
+
+
+@contextmanager
+def torchrun_ranks() -> Iterator[Ranks | None]:
+    """The processes that ``torchrun`` started, as a process group for as long as this lasts; None if it did not."""
+    if not dist.is_torchelastic_launched():
+        yield None
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
+
+
+def share(count: int, rank: int, ranks: int) -> slice:
+    """The samples of a rank: contiguous, and at most one more than any other rank's."""
+    return slice(rank * count // ranks, (rank + 1) * count // ranks)
+
+
+def sample_distributed(
+    heavy: Any,
+    light: Any = None,
+    schedule: str | Schedule | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    progress: bool | None = None,
+    timeout: float = TIMEOUT,
+    **options: Any,
+) -> SampleOutput:
+    """`mdkern.sample`, its samples shared out over the ranks of the default process group.
+
+    Called on every rank with the same arguments, the models on the rank's own device. Fewer samples than ranks work.
+
+    Args:
+        heavy, light, schedule, options: as in `mdkern.sample`. Hooks (a streamer, stopping criteria) are each rank's
+            own, called for its share.
+        input_ids, attention_mask, num_samples, length, sample_ids: of all samples, not of the rank's share.
+        seed, generator: as in `mdkern.sample`; without a seed rank 0 takes one for all.
+        progress: as in `mdkern.sample`, for rank 0's share; the other ranks show none.
+        timeout: seconds that a rank waits for the others: for the slowest to begin, and to end its share.
+
+    Returns:
+        On every rank all samples in their order, tensors on the rank's device. ``timings`` are those of the slowest
+        rank, ``total`` this rank's own time in this call, exchanges included.
+
+    Raises:
+        RuntimeError: there is no process group.
+        ValueError: the ranks' arguments differ.
+        TimeoutError: the other ranks did not answer in time.
+        Otherwise what `mdkern.sample` raises: an error on one rank is raised on every rank.
+    """
+    began = time.perf_counter()
+    ranks = Ranks(timeout)
+    try:
+        with ranks.together():
+            denoisers, schedule = resolve_models(heavy, light, schedule)
+            first = next(iter(denoisers.values()))
+            ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
+            numbers = resolve_sample_ids(sample_ids, len(ids), ids.device)
+            plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
+            asked = (str(schedule), tuple(ids.shape), int(ids.sum()), int(numbers.sum()), seed, plain)
+            drawn = resolve_seed(seed, generator)
+        calls = ranks.gather((asked, drawn))
+        differing = [rank for rank, (theirs, _) in enumerate(calls) if theirs != calls[0][0]]
+        if differing:
+            raise ValueError(f"the arguments on rank {differing[0]} differ from those on rank 0")
+        mine = share(len(ids), ranks.rank, ranks.count)
+        output: SampleOutput | None = None
+        guard = torch.cuda.device(ids.device) if ids.is_cuda else nullcontext()  # kernels launch on the current device
+        with ranks.together(), guard:
+            if len(ids[mine]):
+                output = sample(
+                    denoisers,
+                    schedule,
+                    input_ids=ids[mine],
+                    attention_mask=None if mask is None else mask[mine],
+                    sample_ids=numbers[mine],
+                    seed=calls[0][1],
+                    progress=progress if ranks.rank == 0 else False,
+                    **options,
+                )
+        parts = [part for part in ranks.gather(moved(output, "cpu")) if part is not None]
+    finally:
+        ranks.close()
+    whole: SampleOutput = moved(joined(parts, torch.cat), ids.device)
+    assert whole.nfe is not None
+    assert whole.tokens_per_forward is not None
+    assert whole.timings is not None
+    whole.flops_saved = counted_saving(denoisers, whole.nfe, whole.tokens_per_forward, ids.shape[1])
+    whole.timings["total"] = time.perf_counter() - began
+    return whole
+
+
+def joined(parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """The ranks' outputs as one: tensors by `join`, lists end to end, of seconds the most, the rest as the first's."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return join(list(parts))
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in fields(first)]
+        return type(first)(**{name: joined([getattr(part, name) for part in parts], join) for name in names})
+    if isinstance(first, dict):
+        return {key: joined([part[key] for part in parts], join) for key in first}
+    return max(parts) if isinstance(first, float) else first
+
+
+def moved(output: Any, device: torch.device | str) -> Any:
+    """An output with its tensors on `device`."""
+    return joined([output], lambda tensors: tensors[0].to(device))

@@ -1,0 +1,224 @@
+"""Sampling over several processes: the samples of one process, in their order, and nobody left waiting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import mdkern
+from mdkern import DiT, DiTConfig, cli, distributed, pretrained
+from mdkern.arguments import resolve_seed
+from mdkern.distributed import sample_distributed, share
+
+LENGTH, VOCAB, MASK = 12, 40, 39
+
+
+def pair() -> dict[str, DiT]:
+    """Two small models that are the same in every process."""
+    models = {}
+    for name, blocks in (("H", 2), ("L", 1)):
+        torch.manual_seed(blocks)
+        config = DiTConfig(VOCAB, MASK, max_length=LENGTH, num_blocks=blocks, width=16, num_heads=2, tie_head=True)
+        models[name] = DiT(config)
+    return models
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    """Five prompts of different lengths, padded."""
+    ids = torch.full((5, LENGTH), MASK)
+    mask = torch.ones_like(ids)
+    for row in range(5):
+        ids[row, : row + 1] = row
+        mask[row, LENGTH - row :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+USUAL: dict[str, Any] = {"schedule": "L3 H6 L3", "num_samples": 5, "length": LENGTH, "batch_size": 2, "progress": False}
+SAME = {  # calls whose result must be that of one process
+    "uneven shares": USUAL | {"seed": 3, "return_history": True},
+    "fewer samples than ranks": USUAL | {"seed": 4, "num_samples": 1},
+    "numbered samples": USUAL | {"seed": 5, "num_samples": 3, "sample_ids": [7, 0, 2**31]},
+    "padded prompts": {"schedule": "L3 H6 L3", "seed": 6, "progress": False} | prompts(),
+    "one model": {"num_samples": 4, "length": LENGTH, "steps": 5, "temperature": 0.5, "seed": 7},
+}
+
+
+def call(function: Any, options: dict[str, Any]) -> Any:
+    models = pair()
+    return function(models if "schedule" in options else models["H"], **options)
+
+
+def attempt(options: dict[str, Any]) -> Any:
+    """What the call returns, or the error's name, its text and the seconds it took."""
+    began = time.perf_counter()
+    try:
+        return call(sample_distributed, options)
+    except Exception as error:
+        return type(error).__name__, str(error), time.perf_counter() - began
+
+
+def worker(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=100), world_size=ranks, rank=rank)
+    results = {name: attempt(options) for name, options in SAME.items()}
+    results["no seed"] = attempt(USUAL | {"generator": torch.Generator().manual_seed(rank)})
+    results["bad input everywhere"] = attempt(USUAL | {"num_samples": 0})
+    results["bad input on rank 1"] = attempt(USUAL | ({"length": 0} if rank == 1 else {}))
+    results["different arguments"] = attempt(USUAL | {"num_samples": 2 + rank})
+    results["different temperatures"] = attempt(USUAL | {"temperature": 1.0 + rank})
+    usual = distributed.sample
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise (FloatingPointError if rank == 1 else OSError)(f"failed on {rank}")
+
+    if rank == 1:
+        distributed.sample = failing
+    results["NaN on rank 1"] = attempt(USUAL)
+    distributed.sample = usual
+    results["and then a good call"] = attempt(SAME["uneven shares"])
+    if rank == 1:
+        time.sleep(3.0)
+    results["late"] = attempt(USUAL | {"timeout": 1.0}) if rank == 0 else None
+    torch.save(results, f"{folder}/{rank}.pt")
+    if rank == 1:
+        os._exit(7)  # dies without a word
+    results["dead"] = attempt(USUAL | {"timeout": 5.0})
+    torch.save(results, f"{folder}/{rank}.pt")
+    os._exit(0)  # no farewell to a group whose other half is dead
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes got from each call."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = torch.multiprocessing.start_processes(worker, (2, str(folder)), nprocs=2, join=False)
+    assert processes is not None
+    for process in processes.processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes.processes] == [0, 7]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def check_same(ours: mdkern.SampleOutput, alone: mdkern.SampleOutput) -> None:
+    assert torch.equal(ours.sequences, alone.sequences)
+    assert list(ours.nfe) == list(alone.nfe)
+    assert all(torch.equal(ours.nfe[name], alone.nfe[name]) for name in alone.nfe)
+    assert torch.equal(ours.tokens_per_forward, alone.tokens_per_forward)
+    assert torch.equal(ours.steps, alone.steps)
+    assert ours.stop_reason == alone.stop_reason
+    assert (ours.flops_saved, ours.seed) == (alone.flops_saved, alone.seed)
+    assert set(ours.timings) == set(alone.timings)
+    assert ours.timings["total"] >= max(seconds for name, seconds in ours.timings.items() if name != "total")
+    assert (ours.history is None) == (alone.history is None)
+    if alone.history is not None:
+        assert torch.equal(ours.history.step, alone.history.step)
+        assert torch.equal(ours.history.model, alone.history.model)
+        assert ours.history.models == alone.history.models
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_rank_has_what_one_process_gives(results: list[dict[str, Any]], name: str) -> None:
+    alone = call(mdkern.sample, SAME[name])
+    for rank in range(2):
+        check_same(results[rank][name], alone)
+
+
+def test_without_a_seed_rank_0_takes_one(results: list[dict[str, Any]]) -> None:
+    first, second = (results[rank]["no seed"] for rank in range(2))
+    assert first.seed == second.seed == resolve_seed(None, torch.Generator().manual_seed(0))
+    check_same(first, call(mdkern.sample, USUAL | {"seed": first.seed}))
+    assert torch.equal(first.sequences, second.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bad input everywhere", [("ValueError", "num_samples must be"), ("ValueError", "num_samples must be")]),
+        ("bad input on rank 1", [("ValueError", "rank 1: length must be"), ("ValueError", "length must be")]),
+        ("different temperatures", [("ValueError", "the arguments on rank 1 differ")] * 2),
+        ("different arguments", [("ValueError", "the arguments on rank 1 differ")] * 2),
+        ("NaN on rank 1", [("FloatingPointError", "rank 1: failed on 1"), ("FloatingPointError", "failed on 1")]),
+    ],
+)
+def test_an_error_on_one_rank_is_told_on_all(
+    results: list[dict[str, Any]], name: str, expected: list[tuple[str, str]]
+) -> None:
+    for rank, (kind, message) in enumerate(expected):
+        found, text, _ = results[rank][name]
+        assert found == kind
+        assert text.startswith(message)
+
+
+def test_the_group_is_of_use_after_an_error(results: list[dict[str, Any]]) -> None:
+    check_same(results[0]["and then a good call"], results[0]["uneven shares"])
+
+
+@pytest.mark.parametrize(("name", "limit"), [("late", 3.0), ("dead", 10.0)])
+def test_nobody_waits_for_long(results: list[dict[str, Any]], name: str, limit: float) -> None:
+    kind, text, seconds = results[0][name]
+    assert kind == "TimeoutError"
+    assert "rank 0 lost another rank" in text
+    assert seconds < limit
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 4), (5, 2), (256, 3), (17, 8)])
+def test_shares_cover_all_samples_evenly(count: int, ranks: int) -> None:
+    shares = [list(range(count))[share(count, rank, ranks)] for rank in range(ranks)]
+    assert [number for part in shares for number in part] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_needs_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        call(sample_distributed, USUAL)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Command-line options that name a two-block and a one-block model with the shipped tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, blocks in (("heavy", 2), ("light", 1)):
+        torch.manual_seed(blocks)
+        shape = {"max_length": LENGTH, "num_blocks": blocks, "width": 16, "num_heads": 2, "tie_head": True}
+        DiT(DiTConfig(vocab_size=4096, mask_id=4095, eos_id=0, **shape)).save_pretrained(folder / name)
+    options = {"--heavy": folder / "heavy", "--light": folder / "light", "--tokenizer": pretrained.FOLDER / "tokenizer"}
+    return [str(part) for option in options.items() for part in option]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mdkern", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_command_line_under_torchrun(
+    checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["sample", *checkpoints, "--device", "cpu", "--num-samples", "3", "--seed", "9", "--output"]
+    assert cli.main([*options, str(tmp_path / "alone.jsonl")]) == 0
+    alone = capsys.readouterr()
+    several = torchrun(*options, str(tmp_path / "several.jsonl"))
+    assert several.returncode == 0, several.stderr
+    assert several.stdout == alone.out
+    assert (tmp_path / "several.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+    assert several.stderr.count("tokens/s") == 1
+    assert "2 processes on cpu" in several.stderr
+
+
+def test_bad_input_under_torchrun_is_told_once(checkpoints: list[str]) -> None:
+    found = torchrun("sample", *checkpoints, "--device", "cpu", "--schedule", "X9")
+    assert found.returncode != 0
+    assert found.stdout == ""
+    assert found.stderr.count("mdkern: error: ") == 1
+    assert "names X" in found.stderr
