@@ -90,6 +90,8 @@ def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
         }
         if device == "cpu":
             del contenders["ddpm_cache"]
+        else:
+            contenders["mdkern without graphs"] = partial(contenders["mdkern"], cuda_graphs=False)
         times: dict[str, list[float]] = {name: [] for name in contenders}
         if device == "cuda":  # warm-up
             for contender in contenders.values():

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import kernel_tables
+from benchmarks import decoder_tables, kernel_tables, paper_tables
 from benchmarks.bench_sampling import write_text_whole
 from benchmarks.kernel_tables import load, markdown
 
@@ -48,6 +48,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-cuda": lambda: sampling("cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
+    **paper_tables.TABLES,
+    **decoder_tables.TABLES,
 }
 
 

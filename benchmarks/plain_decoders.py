@@ -1,0 +1,313 @@
+"""The decoders as their public code runs them: every step the model at every position, every logit in memory.
+
+Peers for `benchmarks.bench_decoders` and its tests, written from the rules. Each keeps what makes its own code cost
+what it costs: LLaDA's, Fast-dLLM's and PC-Sampler's float64 softmax over all positions, the rows taken one after
+another with a word to the host each; Dream's softmax over the masked positions, sorted whole for its margin; the
+categorical over the whole vocabulary of MDLM and, in float64 and after a nucleus filter, of ReMDM. Where a public
+version asks the host once per position (Fast-dLLM's first), ours here asks once per row. The ancestral sampler itself
+is `mdkern.baselines.ddpm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mdkern.baselines import categorical
+
+LogitsOf = Callable[[Tensor], Tensor]  # ids int64 [B, L] -> logits floating [B, L, V], -inf at ids never to be produced
+Level = Callable[[float, Tensor, int], Tensor]  # (time, position int64 [n], n) -> noise level [n]
+DREAM_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rule is shown: B sequences at one step of a block."""
+
+    logits: Tensor  # [B, L, V]
+    ids: Tensor  # int64 [B, L]
+    masked: Tensor  # bool [B, L], the masks of the block
+    wanted: Tensor  # bool [B, L], what of the block was masked at first
+    number: int  # of the step within the block
+    steps: int  # of the block
+    quota: Tensor  # int64 [B, steps], see `even_quotas`
+    mask_id: int
+    temperature: float
+    generator: torch.Generator
+
+
+Rule = Callable[[Step], Tensor]  # the ids after the step
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A decoder: its rule, and when a block of it is over."""
+
+    rule: Rule
+    adaptive: bool = False  # over when nothing is masked, not after its steps
+    closing_steps: int = 0  # of an adaptive one: further steps, until one changes nothing
+
+
+def even_quotas(masked: Tensor, steps: int) -> Tensor:
+    """LLaDA's table of ``masked [B, L]``, int64 ``[B, steps]``: an even share a step, the remainder to the first."""
+    count = masked.sum(1)
+    quota = (count // steps)[:, None].repeat(1, steps)
+    for row in range(len(count)):
+        quota[row, : int(count[row] % steps)] += 1
+    return quota
+
+
+@torch.no_grad()
+def decode(
+    logits_of: LogitsOf,
+    ids: Tensor,
+    decoder: Plain,
+    *,
+    steps: int,
+    mask_id: int,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    most_steps: int | None = None,
+    watch: Callable[[Tensor], None] = lambda ids: None,
+) -> Tensor:
+    """Decode one batch.
+
+    Args:
+        logits_of: the model.
+        ids: int64 ``[B, L]``, masks from the same column on in every row.
+        steps: T, a multiple of the number of blocks.
+        block_length: columns of a block, from the first mask on. None: one block.
+        most_steps: stop after so many forward passes, whatever is left. None: at the end.
+        watch: called with the ids before each forward pass.
+
+    Returns:
+        The ids.
+    """
+    ids = ids.clone()
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    all_wanted = ids == mask_id
+    columns = all_wanted.any(0).nonzero()[:, 0]
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    length = block_length or last - first
+    block_steps = steps // -(-(last - first) // length)
+    passes = 0
+    for start in range(first, last, length):
+        wanted = torch.zeros_like(all_wanted)
+        wanted[:, start : start + length] = all_wanted[:, start : start + length]
+        quota = even_quotas(wanted, block_steps)
+        number = closing = 0
+        while decoder.adaptive or number < block_steps:
+            masked = wanted & (ids == mask_id)
+            done = decoder.adaptive and not bool(masked.any())
+            if (done and closing == decoder.closing_steps) or passes == most_steps:
+                break
+            watch(ids)
+            shown = (masked, wanted, number, block_steps, quota, mask_id, temperature, generator)
+            new = decoder.rule(Step(logits_of(ids), ids, *shown))
+            if done and torch.equal(new, ids):
+                break
+            ids, number, closing, passes = new, number + 1, closing + done, passes + 1
+    return ids
+
+
+def draw(logits: Tensor, step: Step) -> Tensor:
+    """Tokens of ``logits [..., V]``, by Gumbel-max in float64 as LLaDA draws them; the argmax at temperature 0."""
+    if step.temperature == 0.0:
+        return logits.argmax(-1)
+    uniform = torch.rand(logits.shape, generator=step.generator, device=logits.device, dtype=torch.float64)
+    return (logits.double() / step.temperature - (-uniform.log()).log()).argmax(-1)
+
+
+def proposals(step: Step) -> tuple[Tensor, Tensor]:
+    """LLaDA's proposals: tokens int64 ``[B, L]``, and their probability float64, -inf where not masked."""
+    token = draw(step.logits, step)
+    probability = step.logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+    return token, probability.masked_fill(~step.masked, -math.inf)
+
+
+def write(step: Step, token: Tensor, chosen: Tensor) -> Tensor:
+    return torch.where(chosen, token, step.ids)
+
+
+def choose_by_quota(step: Step, token: Tensor, confidence: Tensor) -> Tensor:
+    """The step's quota of each row, one row after another, as LLaDA takes them."""
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        best = confidence[row].topk(int(step.quota[row, step.number])).indices
+        chosen[row, best] = True
+    return write(step, token, chosen)
+
+
+def top_probability(step: Step) -> Tensor:
+    """LLaDA's low-confidence remasking."""
+    return choose_by_quota(step, *proposals(step))
+
+
+def random_remask(step: Step) -> Tensor:
+    """LLaDA's random remasking: confidence is noise, and no probability is needed."""
+    noise = torch.rand(step.ids.shape, generator=step.generator, device=step.ids.device)
+    return choose_by_quota(step, draw(step.logits, step), noise.masked_fill(~step.masked, -math.inf))
+
+
+def position_aware(step: Step, frequency: Tensor, lam: float = 0.25, alpha: float = 10.0) -> Tensor:
+    """PC-Sampler, the position counted from the block's start."""
+    token, probability = proposals(step)
+    offset = torch.arange(token.shape[1], device=token.device) - step.wanted.int().argmax(-1, keepdim=True)
+    calibrated = (-probability * (frequency[token] + 1e-9).log()).clamp(max=alpha)
+    score = torch.exp(-lam * offset.double()) * calibrated
+    return choose_by_quota(step, token, score.masked_fill(~step.masked, -math.inf))
+
+
+def dream(step: Step, confidence_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Dream's loop: only the masked positions' logits, one quota for the whole batch.
+
+    Args:
+        confidence_of: probabilities ``[M, V]`` and drawn tokens ``[M]`` -> ``[M]``.
+    """
+    logits = step.logits[step.masked]
+    greedy = step.temperature == 0.0
+    probability = (logits if greedy else logits / step.temperature).softmax(-1)
+    drawn = probability.argmax(-1) if greedy else torch.multinomial(probability, 1, generator=step.generator)[:, 0]
+    times = [1.0 + (DREAM_EPS - 1.0) * number / step.steps for number in (step.number, step.number + 1)]
+    left = int(step.masked.sum()) / len(step.masked)
+    count = int(left * (1.0 - times[1] / times[0])) if step.number < step.steps - 1 else int(left)
+    confidence = torch.full(step.ids.shape, -math.inf, dtype=logits.dtype, device=logits.device)
+    confidence[step.masked] = confidence_of(probability, drawn)
+    token = step.ids.masked_scatter(step.masked, drawn)
+    best = confidence.topk(count).indices
+    return write(step, token, torch.zeros_like(step.masked).scatter_(1, best, True))
+
+
+def gap(probability: Tensor, drawn: Tensor) -> Tensor:
+    best = probability.sort(-1, descending=True).values
+    return best[:, 0] - best[:, 1]
+
+
+def certainty(probability: Tensor, drawn: Tensor) -> Tensor:
+    return (probability * (probability + 1e-10).log()).sum(-1)
+
+
+def threshold(step: Step, bound: float = 0.9) -> Tensor:
+    """Fast-dLLM's threshold: what is sure enough, and the best of each row."""
+    token, confidence = proposals(step)
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        best, order = confidence[row].topk(int(step.masked[row].sum()))
+        take = best >= bound
+        take[:1] = True
+        chosen[row, order[take]] = True
+    return write(step, token, chosen)
+
+
+def factor(step: Step, bound: float = 1.0) -> Tensor:
+    """Fast-dLLM's factor: the longest prefix of the sorted confidences whose n-th has (n + 1)(1 - c) < `bound`."""
+    token, confidence = proposals(step)
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        best, order = confidence[row].topk(int(step.masked[row].sum()))
+        place = torch.arange(1, len(best) + 1, device=best.device)
+        count = int(((place + 1) * (1.0 - best) < bound).int().cumprod(0).sum())
+        chosen[row, order[: max(1, count)]] = True
+    return write(step, token, chosen)
+
+
+def entropy_bound(step: Step, gamma: float = 0.1) -> Tensor:
+    """EB-Sampler: the longest prefix of the sorted entropies with a sum, less the largest, of at most `gamma`."""
+    token = draw(step.logits, step)
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        place = step.masked[row].nonzero()[:, 0]
+        if len(place) == 0:
+            continue
+        log_probability = step.logits[row, place].float().log_softmax(-1)
+        entropy, order = torch.special.entr(log_probability.exp()).sum(-1).sort()
+        count = int((entropy.cumsum(0) - entropy.cummax(0).values <= gamma).sum())
+        chosen[row, place[order[: max(1, count)]]] = True
+    return write(step, token, chosen)
+
+
+def edit(step: Step, mask_threshold: float = 0.7, edit_threshold: float = 0.5) -> Tensor:
+    """LLaDA 2.1: masks become tokens above one threshold, or the best does; tokens become others above another."""
+    token = draw(step.logits, step)
+    probability = step.logits.float().softmax(-1).gather(-1, token[..., None])[..., 0]
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        if not bool(step.masked[row].any()):
+            continue
+        confidence = probability[row].masked_fill(~step.masked[row], -math.inf)
+        chosen[row] = confidence > mask_threshold
+        chosen[row, confidence.argmax()] = True
+    edited = step.wanted & ~step.masked & (probability > edit_threshold) & (token != step.ids)
+    return write(step, token, chosen | edited)
+
+
+def first_hitting(step: Step) -> Tensor:
+    """One position of each row, uniformly chosen; probabilities of all of them, as MDLM's model gives them."""
+    probability = step.logits.float().softmax(-1)
+    rows = torch.arange(len(step.ids), device=step.ids.device)
+    place = torch.multinomial(step.masked.float(), 1, generator=step.generator)[:, 0]
+    new = step.ids.clone()
+    new[rows, place] = categorical(probability[rows, place].double(), step.generator)
+    return new
+
+
+def by_level(step: Step, level: Level) -> Tensor:
+    """MDLM's step with a noise level for each position, which reveals with (tau_t - tau_s) / tau_t."""
+    place = (step.wanted.cumsum(-1) - 1).clamp(min=0)
+    count = int(step.wanted[0].sum())
+    before, after = (level(1.0 - number / step.steps, place, count) for number in (step.number, step.number + 1))
+    probability = step.logits.softmax(-1, dtype=torch.float32)
+    weights = torch.cat((probability * (before - after).clamp(min=0.0)[..., None], after[..., None]), dim=-1)
+    return from_categorical(step, categorical(weights.float(), step.generator), step.masked)
+
+
+def block_level(time: float, place: Tensor, count: int, width: int) -> Tensor:
+    return (place // width + 1 - (1.0 - time) * (-(-count // width))).clamp(0.0, 1.0)
+
+
+def power_level(time: float, place: Tensor, count: int, exponents: Tensor) -> Tensor:
+    """GenMD4: t^w."""
+    return time ** exponents[place]
+
+
+def from_categorical(step: Step, drawn: Tensor, where: Tensor) -> Tensor:
+    """Ids after a draw from V + 1 columns, of which the last is the mask."""
+    token = torch.where(drawn == step.logits.shape[-1], step.mask_id, drawn)
+    return torch.where(where, token, step.ids)
+
+
+def remdm_cap(step: Step, eta: float = 0.008, top_p: float = 1.0) -> Tensor:
+    """ReMDM with sigma = min(eta, its largest), a float64 categorical over the vocabulary and the mask."""
+    alpha_t, alpha_s = step.number / step.steps, (step.number + 1) / step.steps
+    sigma = min(eta, (1.0 - alpha_s) / alpha_t) if alpha_t > 0.0 else eta
+    probability = nucleus(step.logits.softmax(-1, dtype=torch.float32), top_p)
+    reveal = (alpha_s - (1.0 - sigma) * alpha_t) / (1.0 - alpha_t)
+    stay = (1.0 - alpha_s - sigma * alpha_t) / (1.0 - alpha_t)
+    held = torch.zeros_like(probability).scatter_(-1, step.ids.clamp(max=probability.shape[-1] - 1)[..., None], 1.0)
+    weights = torch.where(step.masked[..., None], probability * reveal, held * (1.0 - sigma))
+    masks = torch.where(step.masked, stay, sigma).to(weights.dtype)
+    drawn = categorical(torch.cat((weights, masks[..., None]), dim=-1).double(), step.generator)
+    return from_categorical(step, drawn, step.wanted)
+
+
+def nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """The fewest ids whose probabilities sum to `top_p`, renormalised."""
+    if top_p >= 1.0:
+        return probability
+    best, order = probability.sort(-1, descending=True)
+    best = best.masked_fill(best.cumsum(-1) - best >= top_p, 0.0)
+    kept = torch.zeros_like(probability).scatter_(-1, order, best)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+TOP_PROBABILITY = Plain(top_probability)
+RANDOM_REMASK = Plain(random_remask)
+MARGIN = Plain(partial(dream, confidence_of=gap))
+ENTROPY = Plain(partial(dream, confidence_of=certainty))
+FIRST_HITTING = Plain(first_hitting, adaptive=True)

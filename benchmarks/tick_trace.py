@@ -1,0 +1,79 @@
+"""What the GPU does during a tick, from a profiler's trace of a short run: backbone, head with sampling, idling."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mdkern import DiT, sample
+from mdkern.profile import Setting
+
+# A tick runs from one `_begin` to the next: `_begin`, the backbone's kernels, from `_project` on the head's, `_end`.
+BEGIN, HEAD = "_begin", "_project"
+TRACED_STEPS = 100
+
+
+class Kernel(NamedTuple):
+    name: str
+    start: float  # microseconds
+    end: float
+
+
+def trace_ticks(model: DiT, setting: Setting) -> dict[str, Any]:
+    """Trace a run in which as many positions are masked for each step as in the setting's, but few."""
+    from torch.profiler import ProfilerActivity, profile
+
+    steps = min(TRACED_STEPS, setting.steps)
+    masked = max(1, setting.length * steps // setting.steps)
+    ids = torch.zeros(setting.batch_size, setting.length, dtype=torch.int64, device=model.embedding.device)
+    ids[:, torch.linspace(0, setting.length - 1, masked).long()] = model.config.mask_id
+    options: dict[str, Any] = {"input_ids": ids, "steps": steps, "batch_size": setting.batch_size, "progress": False}
+    sample(model, seed=0, **options)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        sample(model, seed=0, **options)
+        torch.cuda.synchronize()
+    kernels = [
+        Kernel(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return split_ticks(kernels)
+
+
+def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
+    """Means over all ticks but the last.
+
+    Returns:
+        In milliseconds: ``tick_ms`` from one `_begin` to the next; ``backbone_ms``, and ``head_ms`` with sampling and
+        bookkeeping, that their kernels lasted. ``idle_share`` of the time in which no kernel ran. The dearest kernels.
+    """
+    ordered = sorted(kernels, key=lambda kernel: kernel.start)
+    begins = [index for index, kernel in enumerate(ordered) if kernel.name == BEGIN]
+    if len(begins) < 2:
+        return {"ticks": 0}
+    inside = ordered[begins[0] : begins[-1]]
+    span, ticks = ordered[begins[-1]].start - ordered[begins[0]].start, len(begins) - 1
+    spent, by_name = defaultdict[str, float](float), defaultdict[str, float](float)
+    stage, busy, reached = "head", 0.0, inside[0].start
+    for kernel in inside:
+        if kernel.name == HEAD:
+            stage = "head"
+        lasted = kernel.end - kernel.start
+        spent["head" if kernel.name == BEGIN else stage] += lasted
+        by_name[kernel.name] += lasted
+        busy += max(0.0, kernel.end - max(kernel.start, reached))  # a kernel may start before the one it waits for ends
+        reached = max(reached, kernel.end)
+        if kernel.name == BEGIN:
+            stage = "backbone"
+    dearest = sorted(by_name, key=lambda name: -by_name[name])[:12]
+    return {
+        "ticks": ticks,
+        "tick_ms": span / ticks / 1e3,
+        "backbone_ms": spent["backbone"] / ticks / 1e3,
+        "head_ms": spent["head"] / ticks / 1e3,
+        "idle_share": 1.0 - busy / span,
+        "kernels_us": {name[:60]: by_name[name] / ticks for name in dearest},
+    }
