@@ -1,9 +1,9 @@
 """`mdkern.kernels.select` in Triton: one program per sequence, no sort.
 
-Best first, every rule admits an entry by the number (or the summed entropies) of those better than it and by its own
-score, and admits none after the first that it refuses. So there is a lowest score at which an entry would still be
-admitted. It is found by halving twice a round: the entries that are still in question are counted by the next
-`DIGIT` bits of their scores. Entries of equal score are told apart at the end, by counting them in order.
+Best first, every rule admits an entry by how many are better (or what their entropies sum to) and by its own score, and
+after the first that it refuses it admits no other. So there is a lowest score that would be admitted. It is found by
+bisection over the ordered bits of the scores, one reduction a round, until a single entry or a single score is left in
+question; entries of equal score are told apart at the end, by counting them in order.
 """
 
 # mypy: ignore-errors
