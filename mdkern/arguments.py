@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from mdkern.decoders import Decoder, Planned, by_name
 from mdkern.models import Denoiser, adapt
@@ -17,6 +18,7 @@ from mdkern.models.denoiser import available_device
 from mdkern.schedule import NAME, Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
+LEAST_TEMPERATURE = 1e-30  # below, logits over it may leave float32's range; it is taken for 0
 CACHES = "none", "prefix", "dual"
 
 
@@ -271,7 +273,10 @@ def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
     return float(scale)
 
 
-def check_hook(name: str, hook: Any) -> Any:
+def check_hook(name: str, hook: Any, kind: type[list[Any]]) -> Any:
+    """A callable or a list of them, as `kind` of transformers; None for an empty list."""
+    if isinstance(hook, list) and all(map(callable, hook)):
+        return kind(hook) if hook else None
     if hook is not None and not callable(hook):
         raise TypeError(f"{name} must be callable, as those of transformers are, not {type(hook).__name__}")
     return hook
@@ -329,7 +334,7 @@ def resolve_blocks(
     last = wanted.shape[1] - 1 - wanted.flip(-1).int().argmax(-1)
     longest = int((last - first).max()) + 1
     if block_length >= longest:
-        return longest if keep_one else None, 1, steps
+        return longest if keep_one else None, 1, steps or longest
     blocks = -(-longest // block_length)
     if steps is None:
         steps = blocks * block_length
@@ -343,37 +348,37 @@ def resolve_blocks(
 
 def resolve(
     heavy: Any,
-    light: Any,
-    schedule: Any,
+    light: Any = None,
+    schedule: Any = None,
     *,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    num_samples: int | None,
-    length: int | None,
-    steps: int | None,
-    batch_size: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    guidance_scale: float,
-    logits_processor: Any,
-    decoder: Any,
-    block_length: int | None,
-    cache: str,
-    stop_at_eos: bool,
-    stopping_criteria: Any,
-    streamer: Any,
-    seed: int | None,
-    generator: torch.Generator | None,
-    sample_ids: Sequence[int] | Tensor | None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_samples: int | None = None,
+    length: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    guidance_scale: float = 0.0,
+    logits_processor: Any = None,
+    decoder: Any = "ancestral",
+    block_length: int | None = None,
+    cache: str = "none",
+    stop_at_eos: bool = False,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
 ) -> Request:
     """Check every argument of `mdkern.sample` and fill in what is left open."""
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
     filters = check_filters(top_k, top_p, min_p)
-    logits_processor = check_hook("logits_processor", logits_processor)
-    stopping_criteria = check_hook("stopping_criteria", stopping_criteria)
+    logits_processor = check_hook("logits_processor", logits_processor, LogitsProcessorList)
+    stopping_criteria = check_hook("stopping_criteria", stopping_criteria, StoppingCriteriaList)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
         steps = check_count("steps", steps)
@@ -395,7 +400,7 @@ def resolve(
     if not isinstance(stop_at_eos, bool):
         raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
-    if (stop_at_eos or stopping_criteria) and first.eos_id is None:
+    if (stop_at_eos or stopping_criteria is not None) and first.eos_id is None:
         raise ValueError(f"{stops} needs a model with an eos_id: {first.name} has none")
     steps = steps or ids.shape[1]
     return Request(
@@ -413,7 +418,7 @@ def resolve(
         attention_mask=mask,
         sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
         batch_size=batch_size,
-        temperature=float(temperature),
+        temperature=float(temperature) if temperature >= LEAST_TEMPERATURE else 0.0,
         filters=filters,
         guidance_scale=check_guidance(guidance_scale, denoisers),
         logits_processor=logits_processor,

@@ -45,6 +45,7 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -
     kept = prepare(stretch)
     progress.begin_segment(stretch.state, settings, stretch.stop)
     wait_all(progress, kept)
+    progress.report.copy_(progress.status)
     watch = watcher(progress, int(progress.status[1]), bar, drafts)
     while True:
         busy, first = outlook(settings, progress, kept, length).tolist()
@@ -157,7 +158,8 @@ class Windowed(Denoiser):
     """A denoiser whose `hidden` is that of windows of its sequences; of as many batches of them as it is given."""
 
     def __init__(self, denoiser: Denoiser, cache: Tensor, columns: Tensor | None) -> None:
-        self.denoiser, self.cache, self.columns, self.mask_id = denoiser, cache, columns, denoiser.mask_id
+        self.denoiser, self.cache, self.columns = denoiser, cache, columns
+        self.mask_id, self.head = denoiser.mask_id, denoiser.head
 
     def hidden(
         self,

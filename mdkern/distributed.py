@@ -18,8 +18,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mdkern.arguments import resolve_input, resolve_models, resolve_sample_ids, resolve_seed
-from mdkern.sampling import SampleOutput, counted_saving, sample
+from mdkern.arguments import resolve
+from mdkern.sampling import SampleOutput, counted_saving, run_request
 from mdkern.schedule import Schedule
+from mdkern.state import Timings
 
 TIMEOUT = 1800.0  # seconds
 # An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.
@@ -73,7 +74,7 @@ class Ranks:
         except RuntimeError as error:
             raise TimeoutError(
                 f"rank {self.rank} lost another rank after waiting {time.perf_counter() - began:.1f} s of at most "
-                f"{self.timeout:g}: it has died or hangs ({str(error).splitlines()[0]})"
+                f"{self.timeout:g}: it has died or hangs ({first_line(error)})"
             ) from error
 
     @contextmanager
@@ -92,6 +93,10 @@ class Ranks:
             rank, (kind, message) = failures[0]
             known = {error.__name__: error for error in TOLD}
             raise known.get(kind, RuntimeError)(f"rank {rank}: {message}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def kind_of(error: Exception) -> type[Exception]:
@@ -133,6 +138,8 @@ def sample_distributed(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
+    return_history: bool = False,
+    cuda_graphs: bool = True,
     progress: bool | None = None,
     timeout: float = TIMEOUT,
     **options: Any,
@@ -163,32 +170,39 @@ def sample_distributed(
     ranks = Ranks(timeout)
     try:
         with ranks.together():
-            denoisers, schedule = resolve_models(heavy, light, schedule)
-            first = next(iter(denoisers.values()))
-            ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
-            numbers = resolve_sample_ids(sample_ids, len(ids), ids.device)
+            request = resolve(
+                heavy,
+                light,
+                schedule,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                num_samples=num_samples,
+                length=length,
+                seed=seed,
+                generator=generator,
+                sample_ids=sample_ids,
+                **options,
+            )
+            ids, mask, numbers = request.input_ids, request.attention_mask, request.sample_ids
             plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
-            asked = (str(schedule), tuple(ids.shape), int(ids.sum()), int(numbers.sum()), seed, plain)
-            drawn = resolve_seed(seed, generator)
-        calls = ranks.gather((asked, drawn))
+            asked = (str(request.schedule), tuple(ids.shape), int(ids.sum()), int(numbers.sum()), seed, plain)
+        calls = ranks.gather((asked, request.seed))
         differing = [rank for rank, (theirs, _) in enumerate(calls) if theirs != calls[0][0]]
         if differing:
             raise ValueError(f"the arguments on rank {differing[0]} differ from those on rank 0")
         mine = share(len(ids), ranks.rank, ranks.count)
         output: SampleOutput | None = None
-        guard = torch.cuda.device(ids.device) if ids.is_cuda else nullcontext()  # kernels launch on the current device
-        with ranks.together(), guard:
+        with ranks.together():
             if len(ids[mine]):
-                output = sample(
-                    denoisers,
-                    schedule,
+                part = replace(
+                    request,
                     input_ids=ids[mine],
                     attention_mask=None if mask is None else mask[mine],
                     sample_ids=numbers[mine],
                     seed=calls[0][1],
-                    progress=progress if ranks.rank == 0 else False,
-                    **options,
                 )
+                shown = progress if ranks.rank == 0 else False
+                output = run_request(part, Timings(time.perf_counter()), return_history, cuda_graphs, shown)
         parts = [part for part in ranks.gather(moved(output, "cpu")) if part is not None]
     finally:
         ranks.close()
@@ -196,7 +210,8 @@ def sample_distributed(
     assert whole.nfe is not None
     assert whole.tokens_per_forward is not None
     assert whole.timings is not None
-    whole.flops_saved = counted_saving(denoisers, whole.nfe, whole.tokens_per_forward, ids.shape[1])
+    if request.cache == "none":
+        whole.flops_saved = counted_saving(request.denoisers, whole.nfe, whole.tokens_per_forward, ids.shape[1])
     whole.timings["total"] = time.perf_counter() - began
     return whole
 

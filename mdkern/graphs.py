@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 MOST_WORKSPACES = 4  # idle ones kept
 MOST_GRAPHS = 32  # of a workspace
+MOST_PARTS = 16  # of a workspace when a call begins: with more it starts anew
 TICKS_AHEAD = 32  # replays between two events; the host runs at most four events ahead of the device
 EVENTS_AHEAD = 4
 
 _idle: list[Workspace] = []  # the most recently used last
 _lock = threading.Lock()  # of `_idle`, and of capturing: one capture at a time in a process
-_refused: weakref.WeakSet[Any] = weakref.WeakSet()  # models that could not be captured, warned of once
+_refused: set[tuple[int, Hashable]] = set()  # what could not be captured, by model and mark: warned of once
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ class Graph:
     name: str  # of the denoiser
     captured: torch.cuda.CUDAGraph
     model: Callable[[], Any]  # a weak reference where the graph outlives the call
-    mark: Hashable  # fingerprint of the model; None where there can be none
+    mark: Hashable  # what was taken for constant of the denoiser; None where nothing can be told of it
     bias: Tensor  # the head's, a copy of our own that each call refreshes
     memory: int  # bytes that capturing it added to what PyTorch reserves
     loop: DeviceLoop | None = None  # the step again and again
@@ -62,7 +63,7 @@ class Workspace:
     state: SamplerState
     parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
-    marks: dict[int, Hashable] = field(default_factory=dict)  # fingerprints of this call's models
+    marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers
     pool: Any = None  # memory that the graphs share: they never run at the same time
 
     def forget_the_dead(self) -> None:
@@ -70,6 +71,14 @@ class Workspace:
         for key, graph in list(self.graphs.items()):
             if graph.mark is None or graph.model() is None:
                 del self.graphs[key]
+
+    def state_memory(self) -> int:
+        """Bytes of the state and the parts."""
+        things = [self.state, *self.parts.values()]
+        tensors = [value for thing in things for value in vars(thing).values() if isinstance(value, Tensor)]
+        ticks = [vars(thing.ticks).values() for thing in things if hasattr(thing, "ticks")]
+        tensors += [value for values in ticks for value in values if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def part(self, key: Hashable, make: Callable[[], Part]) -> Part:
         """What was made under this key, made on first use: it stays at its addresses."""
@@ -99,13 +108,14 @@ class Workspace:
             None if it could not be captured; then a warning has named the reason, once for the model.
         """
         model = model_of(denoiser)
-        if model in _refused:
+        if id(denoiser) not in self.marks:
+            self.marks[id(denoiser)] = mark_of(denoiser)
+        mark = self.marks[id(denoiser)]
+        if (id(model), mark) in _refused:
             return None
-        if id(model) not in self.marks:
-            self.marks[id(model)] = fingerprint(model)
-        mark, key = self.marks[id(model)], (id(model), key)
+        key = id(model), mark, key
         graph = self.graphs.pop(key, None)
-        if graph is None or graph.model() is not model or graph.mark != mark:
+        if graph is None or graph.model() is not model:
             graph = None  # its memory goes back to the pool first
             idle()
             bias = denoiser.head.bias.clone()
@@ -115,7 +125,7 @@ class Workspace:
             try:
                 captured, memory = capture(lambda: step(head), self.pool, bias.device, loop_while is not None)
             except CaptureError as error:
-                refuse(denoiser, error)
+                refuse(denoiser, mark, error)
                 return None
             alive = weakref.ref(model) if mark is not None else lambda: model
             loop = None if loop_while is None else make_loop(captured, loop_while)
@@ -156,7 +166,7 @@ def capture(
             except BaseException as error:
                 with suppress(RuntimeError):
                     graph.capture_end()  # the stream must leave capture
-                if isinstance(error, RuntimeError):
+                if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                     raise CaptureError(str(error)) from error
                 raise
             graph.capture_end()
@@ -172,11 +182,11 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def refuse(denoiser: Denoiser, error: Exception) -> None:
+def refuse(denoiser: Denoiser, mark: Hashable, error: Exception) -> None:
     """Remember that a model can't be captured, and warn."""
-    _refused.add(model_of(denoiser))
+    _refused.add((id(model_of(denoiser)), mark))
     torch.cuda.synchronize(denoiser.device)
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error.__cause__ or error).__name__).splitlines()[0]
     warnings.warn(
         f"{denoiser.name} can't be captured in a CUDA graph and runs eagerly, which is slower: {reason}", stacklevel=6
     )
@@ -218,8 +228,12 @@ def lease(request: Request) -> Iterator[Workspace]:
     found.state.load(request)
     found.marks.clear()
     found.forget_the_dead()
+    if len(found.parts) > MOST_PARTS:  # the graphs hold their addresses, so they go together
+        found.graphs.clear()
+        found.parts.clear()
     yield found
     found.forget_the_dead()
+    torch.cuda.current_stream(request.device).synchronize()  # the next call may be on another stream
     with _lock:
         _idle.append(found)
         del _idle[:-MOST_WORKSPACES]
@@ -231,25 +245,49 @@ def model_of(denoiser: Denoiser) -> Any:
 
 
 def held() -> list[tuple[str, int]]:
-    """Denoiser and bytes of every graph that is kept between calls. Those of one call share much of their memory."""
+    """Denoiser and bytes of every graph that is kept between calls, and "state" and bytes of what they work on.
+
+    Graphs of one call share much of their memory.
+    """
     with _lock:
-        return [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
+        kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
+        return kept + [("state", workspace.state_memory()) for workspace in _idle]
 
 
 def clear() -> None:
-    """Give back the memory of all graphs that no call is using."""
+    """Give back the memory of all graphs that no call is using, and try again what could not be captured."""
     with _lock:
         _idle.clear()
+        _refused.clear()
+
+
+def mark_of(denoiser: Denoiser) -> Hashable:
+    """What a captured step takes for constant: of the model, of the denoiser around it, and of the process.
+
+    None where nothing can be told of the model.
+    """
+    model = fingerprint(model_of(denoiser))
+    if model is None:
+        return None
+    around = {name: value for name, value in vars(denoiser).items() if name not in ("model", "name", "head")}
+    modules = tuple(fingerprint(value) for value in around.values() if isinstance(value, nn.Module))
+    head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # the bias is copied anew in each call
+    process = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.backends.cuda.matmul.allow_tf32
+    return type(denoiser), model, describe(around), modules, describe(head), process
 
 
 def fingerprint(model: Any) -> Hashable:
     """What a captured graph takes for constant of a model: addresses of tensors, settings, which modules.
 
-    A module replaced, an adapter switched on, a parameter assigned anew, another attention backend: all change it. None
-    for plain functions, which nothing can be told of: their graphs serve one call only.
+    A module replaced, an adapter switched on, a parameter assigned anew, a transformers config changed: all change it.
+    Settings inside other objects are not looked into. None for plain functions, which nothing can be told of: their
+    graphs serve one call only.
     """
     if isinstance(model, nn.Module):
-        return tuple((name, type(module), describe(own(module))) for name, module in model.named_modules())
+        config = getattr(model, "config", None)  # of transformers: one for all its modules
+        settings = repr(vars(config)) if hasattr(config, "to_dict") else None
+        modules = tuple((name, type(module), describe(own(module))) for name, module in model.named_modules())
+        return settings, modules
     if isinstance(model, Denoiser):
         parts = (
             fingerprint(value) if isinstance(value, nn.Module) else describe(value) for value in vars(model).values()

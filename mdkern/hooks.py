@@ -47,7 +47,16 @@ def guided_hidden(
     both = torch.cat((input_ids, torch.where(given, denoiser.mask_id, input_ids)))
     hidden = denoiser.hidden(both, twice(t), twice(positions), twice(attention_mask))
     conditional, unconditional = hidden.float().chunk(2)
-    return torch.lerp(unconditional, conditional, scale + 1.0).to(hidden.dtype)
+    guided = torch.lerp(unconditional, conditional, scale + 1.0)
+    if denoiser.head.weight is None:  # logits, with -inf in both where an id is impossible
+        guided = torch.where(conditional == unconditional, conditional, guided)
+    return guided.to(hidden.dtype)
+
+
+def stopped(criteria: Callable[[Tensor, Any], Any], input_ids: Tensor) -> Tensor:
+    """bool ``[B]``: which sequences a stopping criterion of transformers ends."""
+    answer = torch.as_tensor(criteria(input_ids, None), device=input_ids.device).bool()
+    return answer.expand(len(input_ids))
 
 
 def row_statistics(
@@ -111,9 +120,12 @@ class Drafts:
     and then.
     """
 
-    def __init__(self, streamer: Any, ids: Tensor, given: Tensor) -> None:
-        """`ids` and `given`, int64 and bool ``[N, L]``, are read whenever a draft is shown."""
-        self.streamer, self.ids, self.given = streamer, ids, given
+    def __init__(self, streamer: Any, ids: Tensor, given: Tensor, attended: Tensor | None = None) -> None:
+        """`ids` and `given`, int64 and bool ``[N, L]``, are read whenever a draft is shown.
+
+        `attended`, bool ``[N, L]`` or None, says what is no padding: finished sequences are put without it.
+        """
+        self.streamer, self.ids, self.given, self.attended = streamer, ids, given, attended
         self.put_draft = getattr(streamer, "put_draft", None)
         self.last = time.monotonic()
         self.stream = torch.cuda.Stream(ids.device) if ids.is_cuda and self.put_draft else None
@@ -135,7 +147,9 @@ class Drafts:
         if self.streamer is None:
             return
         ids, given = self.ids.cpu(), self.given.cpu()
-        for sequence, known in zip(ids, given):
+        attended = torch.ones_like(given) if self.attended is None else self.attended.cpu()
+        for row, known, text in zip(ids, given, attended):
+            sequence, known = row[text], known[text]
             prompt = int((~known).int().argmax())
             self.streamer.put(sequence[:prompt])
             self.streamer.put(sequence[prompt:])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mdkern.arguments import Request
 from mdkern.decoders import Canvas, Planned
 from mdkern.graphs import Pacer, Workspace
-from mdkern.hooks import Drafts, guided_hidden, row_statistics
+from mdkern.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.kernels.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -31,6 +31,7 @@ def run(
     """All of a request: draw the plan, then segment after segment."""
     plan = draw_plan(request, state)
     model = torch.full_like(plan.step, GIVEN)
+    ended = torch.zeros(len(plan.step), dtype=torch.bool, device=request.device)
     filled_at = torch.full_like(plan.step, GIVEN)  # the step before which a position was filled with the end of text
     nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
     bar.reset(total=int(plan.events().sum()))
@@ -40,11 +41,11 @@ def run(
         report_failure(request.denoisers[name], state)
         nfe[name] += plan.events(first, stop)
         model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
-        if stops(request) and stop % (request.steps // request.blocks) == 0:
-            plan, filled = stop_at_end_of_text(request, state, plan, stop)
+        if stops(request) and min(stop, request.steps) % (request.steps // request.blocks) == 0:
+            plan, now, filled = stop_at_end_of_text(request, state, plan, stop)
+            ended |= now
             filled_at[filled] = stop - 1
         timings.lap(name)
-    ended = (filled_at != GIVEN).any(-1)
     reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
     return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason)
 
@@ -217,21 +218,23 @@ def captured_ticks(
 
 def stop_at_end_of_text(
     request: Request, state: SamplerState, plan: RevealPlan, step: int
-) -> tuple[RevealPlan, Tensor]:
+) -> tuple[RevealPlan, Tensor, Tensor]:
     """Drop what is left of the sequences whose block that ended before `step` has the end of text, or that are stopped.
 
     Returns:
-        The plan without it, and the positions dropped, bool ``[N, L]``, which have the end of text.
+        The plan without it; which sequences, bool ``[N]``; and the positions dropped, bool ``[N, L]``, which now have
+        the end of text.
     """
     assert request.eos_id is not None
     ids = state.input_ids[: len(plan.step)]
-    done = (plan.step >= step - request.steps // request.blocks) & (plan.step < step)
+    block_start = min(step, request.steps) - request.steps // request.blocks
+    done = (plan.step >= block_start) & (plan.step < step)
     ended = (done & (ids == request.eos_id)).any(-1) & request.stop_at_eos
     if request.stopping_criteria is not None:
-        ended |= request.stopping_criteria(ids.clone(), None)
+        ended |= stopped(request.stopping_criteria, ids.clone())
     rest = ended[:, None] & (plan.step >= step)
     ids.masked_fill_(rest, request.eos_id)
-    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), rest
+    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), ended, rest
 
 
 def report_failure(denoiser: Denoiser, state: SamplerState) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -53,9 +53,11 @@ class Settings:
 
     def key(self) -> Hashable:
         """What tells settings apart; decoders are compared by their parameters, tensors among them by address."""
-        parameters = tuple(getattr(self.decoder, field.name) for field in fields(self.decoder))  # type: ignore[arg-type]
-        known = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in parameters)
         counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id, self.stop_at_eos
+        if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
+            return self.decoder, self.filters, self.guidance_scale, counts
+        parameters = [getattr(self.decoder, field.name) for field in fields(self.decoder)]
+        known = tuple(value.data_ptr() if isinstance(value, Tensor) else repr(value) for value in parameters)
         return type(self.decoder), known, self.filters, self.guidance_scale, counts
 
 

@@ -101,8 +101,9 @@ def sample(
 ) -> SampleOutput:
     """Sample from masked diffusion language models.
 
-    The samples have the distribution of the step-by-step ancestral sampler (MD4, MDLM) with the schedule's denoiser at
-    each step; each is a function of the seed, its sample number and its prompt, whatever the batch.
+    By default the samples have the distribution of the step-by-step ancestral sampler (MD4, MDLM) with the
+    schedule's denoiser at each step. Each is a function of the seed, its sample number and its prompt, whatever the
+    batch; with `block_length` the longest sequence of the call says how many steps a block has.
 
     Args:
         heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models; then the schedule may be the
@@ -182,17 +183,26 @@ def sample(
         generator=generator,
         sample_ids=sample_ids,
     )
+    return run_request(request, timings, return_history, cuda_graphs, progress)
+
+
+def run_request(
+    request: Request, timings: Timings, return_history: bool, cuda_graphs: bool, progress: bool | None
+) -> SampleOutput:
+    """`sample` of arguments that are resolved."""
     run: Callable[..., Outcome] = planned.run if isinstance(request.decoder, Planned) else RUNS[request.cache]
     hooked = request.logits_processor is not None or (run is not planned.run and request.stopping_criteria is not None)
-    graphed = cuda_graphs and request.device.type == "cuda" and not hooked
+    on_gpu = request.device.type == "cuda"
+    graphed = cuda_graphs and on_gpu and not hooked
     with (
+        torch.cuda.device(request.device) if on_gpu else nullcontext(),  # kernels are launched on the current device
         torch.no_grad(),
         lease(request) if graphed else nullcontext() as workspace,
         tqdm(unit="pass", desc="denoising", disable=None if progress is None else not progress, leave=False) as bar,
     ):
         state = SamplerState.of(request) if workspace is None else workspace.state
         count = len(request.input_ids)
-        drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count])
+        drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count], request.attention_mask)
         outcome = run(request, state, workspace, bar, drafts, timings)
         drafts.end()
         sequences = state.input_ids[:count].clone()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mdkern.arguments import Request
 from mdkern.decoders.base import Proposal, View
 from mdkern.graphs import Graph, Workspace
-from mdkern.hooks import Drafts, guided_hidden, row_statistics
+from mdkern.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.kernels.compact import compact
 from mdkern.kernels.select import select
 from mdkern.models import Denoiser
@@ -382,7 +382,7 @@ def advance(
         assert settings.eos_id is not None
         ended = over & ((new == settings.eos_id) & view_ours(view)).any(-1) & settings.stop_at_eos
         if settings.stopping_criteria is not None:
-            ended = ended | settings.stopping_criteria(ids, None)
+            ended = ended | stopped(settings.stopping_criteria, ids)
         rest = (ids == settings.mask_id) & ours & (ended & active)[:, None]
         ids = torch.where(rest, settings.eos_id, ids)
         state.input_ids[sequence] = ids

@@ -49,6 +49,16 @@ SAME = {  # calls whose result must be that of one process
     "fewer samples than ranks": USUAL | {"seed": 4, "num_samples": 1},
     "numbered samples": USUAL | {"seed": 5, "num_samples": 3, "sample_ids": [7, 0, 2**31]},
     "padded prompts": {"schedule": "L3 H6 L3", "seed": 6, "progress": False} | prompts(),
+    "ragged blocks": {
+        "schedule": "L3 H6 L3",
+        "seed": 8,
+        "progress": False,
+        "decoder": "top_probability",
+        "block_length": 3,
+        "steps": 12,
+        "cache": "dual",
+    }
+    | prompts(),
     "one model": {"num_samples": 4, "length": LENGTH, "steps": 5, "temperature": 0.5, "seed": 7},
 }
 
@@ -76,15 +86,15 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     results["bad input on rank 1"] = attempt(USUAL | ({"length": 0} if rank == 1 else {}))
     results["different arguments"] = attempt(USUAL | {"num_samples": 2 + rank})
     results["different temperatures"] = attempt(USUAL | {"temperature": 1.0 + rank})
-    usual = distributed.sample
+    usual = distributed.run_request
 
     def failing(*_: Any, **__: Any) -> None:
         raise (FloatingPointError if rank == 1 else OSError)(f"failed on {rank}")
 
     if rank == 1:
-        distributed.sample = failing
+        distributed.run_request = failing
     results["NaN on rank 1"] = attempt(USUAL)
-    distributed.sample = usual
+    distributed.run_request = usual
     results["and then a good call"] = attempt(SAME["uneven shares"])
     if rank == 1:
         time.sleep(3.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,53 @@ class TestFingerprint:
         assert graphs.fingerprint(denoiser) != before
 
 
+class EarlyExit(mdkern.Denoiser):
+    """The first blocks of a model as a light one: another denoiser around the same model."""
+
+    def __init__(self, model: DiT, blocks: int) -> None:
+        whole = mdkern.adapt(model)
+        for name in ("vocab_size", "mask_id", "max_length", "device", "dtype", "head"):
+            setattr(self, name, getattr(whole, name))
+        self.model, self.blocks = model, blocks
+
+    def hidden(self, input_ids: Tensor, t: Any = None, positions: Any = None, attention_mask: Any = None) -> Tensor:
+        kept, self.model.blocks = self.model.blocks, self.model.blocks[: self.blocks]
+        try:
+            return self.model.hidden(input_ids, t, positions, attention_mask)
+        finally:
+            self.model.blocks = kept
+
+
+class TestMark:
+    """What tells the steps of two denoisers apart."""
+
+    def test_denoisers_around_one_model_differ(self) -> None:
+        model = random_dit()
+        marks = [graphs.mark_of(EarlyExit(model, blocks)) for blocks in (1, 2, 2)]
+        assert marks[0] != marks[1] == marks[2]
+
+    def test_adapting_anew_makes_no_difference(self) -> None:
+        model = random_dit()
+        assert graphs.mark_of(mdkern.adapt(model)) == graphs.mark_of(mdkern.adapt(model))
+
+    def test_the_process_counts(self) -> None:
+        denoiser = mdkern.adapt(random_dit())
+        before = graphs.mark_of(denoiser)
+        with torch.autocast("cuda", torch.bfloat16, enabled=True):
+            assert graphs.mark_of(denoiser) != before or not torch.is_autocast_enabled("cuda")
+
+    def test_a_config_of_transformers_counts(self) -> None:
+        from transformers import BertConfig, BertForMaskedLM
+
+        small = BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+        model = BertForMaskedLM(small).eval()
+        before = graphs.fingerprint(model)
+        model.set_attn_implementation("eager")
+        assert graphs.fingerprint(model) != before
+
+
 @pytest.fixture
 def pair() -> Iterator[tuple[DiT, DiT]]:
     graphs.clear()
@@ -75,7 +123,7 @@ def draw(pair: tuple[DiT, DiT], **changes: object) -> Tensor:
 class TestReplay:
     def test_graph_eager_and_cpu_give_the_same_tokens(self, pair: tuple[DiT, DiT]) -> None:
         replayed, eager = draw(pair), draw(pair, cuda_graphs=False)
-        assert len(graphs.held()) >= 2, "nothing was captured"
+        assert {"DiT-3", "DiT-1"} <= {name for name, _ in graphs.held()}, "nothing was captured"
         assert torch.equal(replayed, eager)
         on_cpu = mdkern.sample(pair[0].cpu(), pair[1].cpu(), "L10 H20 L10", **OPTIONS).sequences
         assert (on_cpu == replayed.cpu()).float().mean() > 0.99
@@ -208,6 +256,12 @@ class TestReplay:
             both[0], mdkern.sample(adapted, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences
         )
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_two_denoisers_around_one_model(self, pair: tuple[DiT, DiT]) -> None:
+        models = {"H": EarlyExit(pair[0], 3), "L": EarlyExit(pair[0], 1)}
+        both = [mdkern.sample(models, "L10 H20 L10", **OPTIONS, cuda_graphs=on).sequences for on in (True, False)]
+        assert torch.equal(*both)
+
     def test_nan_is_reported_and_the_next_call_works(self, pair: tuple[DiT, DiT]) -> None:
         plain = draw(pair)
 
@@ -241,7 +295,7 @@ class TestReplay:
         assert graphs.held()
         del other
         mdkern.sample(pair[1], length=24, steps=6, seed=0)
-        assert {name for name, _ in graphs.held()} == {"DiT-1"}
+        assert {name for name, _ in graphs.held()} == {"DiT-1", "state"}
 
     def test_no_host_synchronisation_between_replays(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
         draw(pair)

@@ -75,6 +75,15 @@ class TestGuidance:
         with pytest.raises(ValueError, match="without a soft cap"):
             draw(denoiser, "ancestral", guidance_scale=1.0)
 
+    def test_impossible_ids_stay_impossible(self) -> None:
+        """A model that gives -inf to the mask itself, as MDLM's do, can be guided."""
+
+        def logits(input_ids: Tensor) -> Tensor:
+            return torch.nn.functional.pad(MODEL.logits(input_ids).float(), (0, 1), value=-torch.inf)
+
+        out = draw(mdkern.adapt(logits, vocab_size=VOCAB + 1, mask_id=MASK), "ancestral", guidance_scale=1.5)
+        assert torch.equal(out.sequences, draw(MODEL.denoiser(), "ancestral", guidance_scale=1.5).sequences)
+
 
 class TestProcessor:
     @pytest.mark.parametrize("decoder", DECODERS)
@@ -133,6 +142,9 @@ def test_stopping_criteria_end_single_sequences(decoder: str) -> None:
     denoiser = mdkern.adapt(lambda x: MODEL.logits(x).float(), vocab_size=VOCAB, mask_id=MASK, eos_id=6)
     options = {"input_ids": ids, "block_length": 2, "steps": 8}
     out = draw(denoiser, decoder, stopping_criteria=StoppingCriteriaList([Ends()]), **options)
+    assert torch.equal(out.sequences, draw(denoiser, decoder, stopping_criteria=[Ends()], **options).sequences)
+    numbers = draw(denoiser, decoder, stopping_criteria=lambda ids, _: Ends()(ids, None).int().tolist(), **options)
+    assert torch.equal(out.sequences, numbers.sequences)
     whole = draw(denoiser, decoder, **options)
     assert out.stop_reason == ["end_of_text", "all_revealed"] * 2 + ["end_of_text"]
     assert (out.sequences[::2, 5:] == 6).all()
@@ -166,6 +178,16 @@ def test_a_streamer_gets_drafts_and_the_final_text(decoder: str, monkeypatch: py
     assert len(set(masks)) > 3
     for draft in recorder.drafts:
         assert torch.equal(draft[draft != MASK], out.sequences[draft != MASK])
+
+
+def test_a_streamer_gets_no_padding() -> None:
+    ids, mask = prompts(2), torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[1, :2] = 0
+    recorder = Recorder()
+    model = random_dit()
+    ids[ids == MASK] = model.config.mask_id
+    out = mdkern.sample(model, input_ids=ids, attention_mask=mask, seed=0, streamer=recorder)
+    assert recorder.texts == [out.sequences[0].tolist(), out.sequences[1, 2:].tolist(), []]
 
 
 def test_a_streamer_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,18 @@ class TestBlocksAndStops:
         assert (out.history.step[:, 1:] >= 0).all()
         assert torch.equal(out.tokens_per_forward, (~filled).sum(-1) / out.nfe["H"])
 
+    @pytest.mark.parametrize("decoder", ["threshold", "top_probability", "random"])
+    def test_the_end_of_text_in_the_last_block_counts(self, decoder: str) -> None:
+        ends = mdkern.adapt(lambda ids: torch.eye(5)[3].expand(*ids.shape, 5) * 50, vocab_size=5, mask_id=4, eos_id=3)
+        out = mdkern.sample(ends, length=4, decoder=decoder, steps=4, temperature=0.0, seed=0, stop_at_eos=True)
+        assert out.stop_reason == ["end_of_text"]
+
+    def test_an_infinite_entropy_bound_reveals_all(self) -> None:
+        flat = mdkern.adapt(lambda ids: torch.zeros(*ids.shape, 50_000), vocab_size=50_000, mask_id=50_000)
+        bound = decoders.EntropyBound(float("inf"))
+        out = mdkern.sample(flat, length=1600, decoder=bound, seed=0, top_k=3)
+        assert int(out.nfe["H"]) == 1
+
     def test_sequences_take_their_own_number_of_passes(self) -> None:
         """No sequence waits for, or is cut short by, another: alone or together it is the same."""
         ids = starts(8)

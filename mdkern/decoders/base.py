@@ -111,7 +111,10 @@ class Stepwise(Decoder):
         return view.masked
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
-        """Which masked positions get their proposed token."""
+        """Which masked positions get their proposed token.
+
+        Of an `adaptive` decoder at least one, wherever something is masked: its run ends with the last mask.
+        """
         raise NotImplementedError
 
     def edit(self, view: View, proposal: Proposal) -> Tensor | None:

@@ -198,7 +198,7 @@ def select(
         chosen = (rank < passes.int().cumprod(-1).sum(-1, keepdim=True)) | (rank == 0)
     else:
         entropy = fixed_point(-best_first)
-        passes = entropy.cumsum(-1) - entropy <= fixed_point(torch.tensor(bound, device=scores.device))
+        passes = entropy.cumsum(-1) - entropy <= fixed_bound(bound)
         chosen = (rank < passes.int().cumprod(-1).sum(-1, keepdim=True)) | (rank == 0)
     chosen &= able
     row, entry = chosen.nonzero(as_tuple=True)
@@ -209,6 +209,11 @@ def select(
     if remaining is not None:
         remaining -= chosen.sum(-1)
     return chosen
+
+
+def fixed_bound(bound: float) -> int:
+    """`fixed_point` of a bound of sums; infinity is above every sum of 2^16 entropies."""
+    return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound)))
 
 
 def fixed_point(entropy: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ THRESHOLD = tl.constexpr(1)
 FACTOR = tl.constexpr(2)
 ENTROPY_BOUND = tl.constexpr(3)
 NUMBERS = {"top_k": TOP_K, "threshold": THRESHOLD, "factor": FACTOR, "entropy_bound": ENTROPY_BOUND}
-MOST_ENTRIES = 65_535  # of a sequence: what one of the four 16-bit counts in an int64 holds
+MOST_ENTRIES = 65_535  # of a sequence: sums of entropies, each held below 2^46, stay below 2^62
 MOST_HELD = 4096  # entries
 
 
@@ -273,7 +273,7 @@ def select(
         entries,
         input_ids.shape[1],
         bound,
-        int(reference.fixed_point(torch.tensor(bound))) if rule == "entropy_bound" else 0,
+        reference.fixed_bound(bound) if rule == "entropy_bound" else 0,
         temperature,
         RULE=NUMBERS[rule],
         RANDOM=temperature > 0.0,
