@@ -24,7 +24,10 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+csrc:
+	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/loop_condition.ptx
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint csrc clean

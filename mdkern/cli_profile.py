@@ -48,6 +48,7 @@ def add_profile(commands: argparse._SubParsersAction[Any]) -> None:
         "--timed-steps",
         metavar="N",
         type=positive,
+        default=20,
         help="of the baselines, whose run is extrapolated (default: 20)",
     )
     run.add_argument("--repeats", metavar="N", type=positive, default=3, help="runs of mdkern (default: 3)")

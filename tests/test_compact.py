@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdkern.kernels import compact
 from mdkern.kernels.compact import _compact, reference
-from tests.test_vocab_projection import run_apart
+from tests.apart import run_apart
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(1, 1), (1, 31), (3, 40), (2, 512), (5, 700)]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mdkern.kernels import reference, vocab_projection
 from mdkern.kernels.vocab_projection import _vocab_projection
+from tests.apart import run_apart
 from tests.filters_problem import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.kernels_problem import SEED
-from tests.test_vocab_projection import chi_square, filtered, head, run_apart
+from tests.test_vocab_projection import chi_square, filtered, head
 
 HALF, FULL = torch.bfloat16, torch.float32
 V = 50_258

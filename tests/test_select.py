@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mdkern.kernels import reference, select, triton_select
 from mdkern.kernels.select import _select
+from tests.apart import run_apart
 from tests.kernels_selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selection, outcomes, random_selection
-from tests.test_vocab_projection import run_apart
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if interpreted:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,22 +11,10 @@ from torch import Tensor
 
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.vocab_projection import _vocab_projection
+from tests.apart import run_apart
 from tests.kernels_problem import SEED, Problem, check_against_reference, exact_statistics
 
 V = 50_258
-
-
-def run_apart(*command: str, **environment: str) -> None:
-    """Run a Python module in a process of its own and pass on what it says if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *command],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("part", ["not selection", "selection"])

@@ -52,7 +52,8 @@ def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | None:
     Medians on an H100 at D = 768, V = 50,258 with a temperature per row, a bias and all statistics, over the padded
     cuBLAS product alone (in brackets what `triton_projection` takes): 1.12 at 16 rows (1.19), 1.14 at 64 (1.29), 1.10
     at 128 (1.37), 1.16 at 256 (1.39), 1.23 at 512 (1.35), 1.26 at 1,024 (1.45), 1.25 at 4,096 and 16,384 (1.40, 1.46).
-    At D = 4096, V = 126,464: 0.97 at 64 rows (1.02) and 1.10 at 4,096 (1.14), but 1.20 at 1,024 (1.05).
+    At D = 4096, V = 126,464: 0.97 at 64 rows (1.02) and 1.10 at 4,096 (1.14), but 1.20 at 1,024 (1.05), which is
+    therefore left to `triton_projection`. benchmarks/results has an H200's.
     """
     depth, size = hidden.shape[1], hidden.element_size()
     if hidden.dtype not in ELEMENT or depth % 8:  # bulk copies want rows of a multiple of 16 bytes

@@ -1,8 +1,9 @@
 """`DiT.hidden` for inference on a GPU: the same computation in few passes over memory.
 
 One H100, bf16, in a CUDA graph, 16 sequences of 1,024, width 768, 12 blocks, the last at 8 rows a sequence: 13.8 ms by
-the modules, 6.6 ms with these passes and cuBLAS's products; 4 blocks 1.95 ms. Of a block's 577 us in kernels the
-products take 356, attention 125, norms with the residual updates 2 x 32, rotary 32. What was tried and left out:
+the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with those of `hopper_linear`; 4 blocks 1.92 and
+1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention 125,
+norms 2 x 32, rotary 32. What was tried and left out:
 
 - Gates folded into the weights, so that cuBLAS adds to the stream: 0.8 % faster with 8 rows a sequence, 3 % with all,
   but a second copy of the weights, which a captured graph would go on reading after the first has changed.
