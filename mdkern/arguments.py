@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -13,9 +12,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from mdkern.decoders import Decoder, Planned, by_name
-from mdkern.models import Denoiser, adapt
-from mdkern.models.denoiser import available_device
-from mdkern.schedule import NAME, Schedule, Segment
+from mdkern.models import Denoiser
+from mdkern.named_models import resolve_models
+from mdkern.schedule import Schedule, Segment
 
 DEFAULT_BATCH_SIZE = 16
 LEAST_TEMPERATURE = 1e-30  # below, logits over it may leave float32's range; it is taken for 0
@@ -69,86 +68,6 @@ class Request:
     @property
     def mask_id(self) -> int:
         return next(iter(self.denoisers.values())).mask_id
-
-
-def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
-    """The denoisers by upper-case name, and the schedule over them."""
-    if isinstance(heavy, Mapping):
-        if schedule is None and isinstance(light, str | Schedule):
-            light, schedule = None, light
-        if light is not None:
-            raise ValueError("light must not be given when the first argument is a mapping of models: put it in there")
-        if not heavy or not all(isinstance(name, str) and re.fullmatch(NAME, name) for name in heavy):
-            names = ", ".join(map(repr, heavy)) or "nothing"
-            raise ValueError(f"models must map at least one name, of letters only, to a model: it maps {names}")
-        models = {name.upper(): model for name, model in heavy.items()}
-        if len(models) < len(heavy):
-            raise ValueError(f"model names must differ in more than their case: {', '.join(heavy)}")
-    else:
-        if isinstance(light, str | Schedule):
-            raise ValueError(
-                "light must be a model: with one model and a schedule write sample({'H': model}, schedule)"
-            )
-        models = {"H": heavy} | ({"L": light} if light is not None else {})
-    if schedule is None:
-        if len(models) > 1:
-            raise ValueError(
-                f"schedule must be given to say when each of {', '.join(models)} runs, e.g. 'L32 H192 L32'"
-            )
-        schedule = Schedule.constant(next(iter(models)))
-    elif isinstance(schedule, str):
-        schedule = Schedule(schedule)
-    elif not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule or a text such as 'L32 H192 L32', not {type(schedule).__name__}")
-    unknown = [name for name in schedule.models if name not in models]
-    if unknown:
-        raise ValueError(f"schedule {schedule} names {', '.join(unknown)}, but the models are {', '.join(models)}")
-    denoisers = {name: adapt_named(name, models[name]) for name in schedule.models}
-    check_models(denoisers)
-    return denoisers, schedule
-
-
-def adapt_named(name: str, model: Any) -> Denoiser:
-    """`adapt`, its complaints under the schedule's name for the model."""
-    try:
-        return adapt(model)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"model {name}: {error}") from error
-
-
-def check_models(denoisers: Mapping[str, Denoiser]) -> None:
-    """One vocabulary, one mask, one device that is there; floating heads; finite weights."""
-    first_name, first = next(iter(denoisers.items()))
-    for name, denoiser in denoisers.items():
-        for what in ("vocab_size", "mask_id", "device"):
-            ours, theirs = getattr(denoiser, what), getattr(first, what)
-            if ours != theirs:
-                raise ValueError(
-                    f"models must share their {what}: {name} has {ours}, {first_name} has {theirs}"
-                    + (": move one of them" if what == "device" else ": their tokenizers differ")
-                )
-    available_device(first.device)
-    for name, denoiser in denoisers.items():
-        if denoiser.device.type == "meta":
-            raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
-        if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():
-            raise ValueError(f"model {name} has a head of {denoiser.head.weight.dtype}: a floating dtype is needed")
-        broken = not_finite(denoiser)
-        if broken:
-            raise ValueError(f"model {name} has NaN or infinite weights in {', '.join(broken[:3])}")
-
-
-def not_finite(denoiser: Denoiser) -> list[str]:
-    """Names of the weights that hold a NaN or an infinity: each read once, one synchronisation for all."""
-    weights = {name: weight.detach() for name, weight in denoiser.named_weights() if weight.numel()}
-    largest = [
-        torch.linalg.vector_norm(weight, torch.inf).to(denoiser.device, torch.float64)
-        for weight in weights.values()
-        if weight.is_floating_point() and weight.element_size() > 1  # of 8-bit formats PyTorch has no norm
-    ]
-    if not largest or bool(torch.stack(largest).isfinite().all()):
-        return []
-    return [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
 
 
 def check_count(name: str, value: Any) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.arguments import check_count, resolve_input, resolve_models, resolve_seed
+from mdkern.arguments import check_count, resolve_input, resolve_seed
+from mdkern.named_models import resolve_models
 from mdkern.schedule import Schedule
 
 

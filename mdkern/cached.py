@@ -25,8 +25,9 @@ from mdkern.hooks import Drafts, guided_hidden
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.progress import Progress, Settings
+from mdkern.slots import Slots
 from mdkern.state import SamplerState
-from mdkern.stepwise import Slots, Stretch, decode_tick, run_steps, watcher
+from mdkern.stepwise import Stretch, decode_tick, run_steps, watcher
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from mdkern.arguments import check_count, resolve_input, resolve_models, resolve_seed
+from mdkern.arguments import check_count, resolve_input, resolve_seed
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import Head
 from mdkern.models.dit import HOPPER_ATTENTION
+from mdkern.named_models import resolve_models
 from mdkern.schedule import Schedule
 
 
