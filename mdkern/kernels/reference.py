@@ -213,7 +213,7 @@ def select(
 
 def fixed_bound(bound: float) -> int:
     """`fixed_point` of a bound of sums; infinity is above every sum of 2^16 entropies."""
-    return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound)))
+    return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound, device="cpu")))
 
 
 def fixed_point(entropy: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def _select(
     for start in range(0, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         at = tl.minimum(index, entries - 1)
-        token = tl.load(tokens + at)  # again: held until here, they are registers that spill
+        token = tl.load(tokens + at)  # again: of long sequences they were not held
         column = index
         if positions is not None:
             column = tl.load(positions + at)
