@@ -221,8 +221,6 @@ def check_streamer(streamer: Any) -> Any:
 
 
 def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
-    if isinstance(decoder, str):
-        decoder = by_name(decoder)
     if not isinstance(decoder, Decoder):
         raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
     return decoder.fitted(denoiser.vocab_size, denoiser.device)

@@ -137,12 +137,13 @@ def windows(
     window: int | None,
 ) -> Tensor:
     """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the windows."""
-    ids, given, columns, positions = slots.ids, state.given[slots.sequence], None, slots.column
+    ids, columns, positions = slots.ids, None, slots.column
+    given = state.given[slots.sequence] if settings.guidance_scale else None
     if window is not None:
         length, device = ids.shape[1], ids.device
         columns = (slots.column[:, :1] + torch.arange(window, device=device)).clamp(max=length)
         inside = columns.clamp(max=length - 1)
-        ids, given = ids.gather(1, inside), given.gather(1, inside)
+        ids, given = ids.gather(1, inside), None if given is None else given.gather(1, inside)
         positions = torch.arange(slots.column.shape[1], device=device).expand_as(slots.column)
     return guided_hidden(
         Windowed(denoiser, cache, columns),

@@ -22,7 +22,7 @@ def guided_hidden(
     denoiser: Denoiser,
     scale: float,
     input_ids: Tensor,
-    given: Tensor,
+    given: Tensor | None,
     t: Tensor | None,
     positions: Tensor | None,
     attention_mask: Tensor | None,
@@ -35,11 +35,12 @@ def guided_hidden(
 
     Args:
         scale: 0: no guidance, one plain pass.
-        given: bool ``[B, L]``, masked for u.
+        given: bool ``[B, L]``, masked for u; not read at scale 0.
         input_ids, t, positions, attention_mask: as in `Denoiser.hidden`.
     """
     if scale == 0.0:
         return denoiser.hidden(input_ids, t, positions, attention_mask)
+    assert given is not None
 
     def twice(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.cat((x, x))

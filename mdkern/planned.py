@@ -112,20 +112,18 @@ def reveal_tick(
         batch,
         capacity,
     )
-    time = inputs.time if denoiser.time_conditioning else None
-    if request.guidance_scale == 0.0:
-        hidden = denoiser.hidden(inputs.input_ids, time, inputs.positions, inputs.attention_mask)
-    else:
+    given = None
+    if request.guidance_scale:
         given = state.given[ticks.sequence.index_select(0, state.tick)[0, :batch]]
-        hidden = guided_hidden(
-            denoiser,
-            request.guidance_scale,
-            inputs.input_ids,
-            given,
-            time,
-            inputs.positions,
-            inputs.attention_mask,
-        )
+    hidden = guided_hidden(
+        denoiser,
+        request.guidance_scale,
+        inputs.input_ids,
+        given,
+        inputs.time if denoiser.time_conditioning else None,
+        inputs.positions,
+        inputs.attention_mask,
+    )
     statistics = row_statistics(
         request.logits_processor,
         head,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.arguments import Request
-from mdkern.decoders.base import Proposal, View
+from mdkern.decoders.base import Proposal
 from mdkern.graphs import Graph, Workspace
 from mdkern.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.kernels.compact import compact
@@ -174,7 +174,7 @@ def whole_sequences(
         denoiser,
         settings.guidance_scale,
         slots.ids,
-        state.given[slots.sequence],
+        state.given[slots.sequence] if settings.guidance_scale else None,
         progress.times[slots.view.step] if denoiser.time_conditioning else None,
         None if settings.block_length is None else slots.column,
         None if state.attention_mask is None else state.attention_mask[slots.sequence],
@@ -290,8 +290,9 @@ def advance(
     """Sequences to their next step or block, slots to their next sequence."""
     decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
     scratch = len(progress.start) - 1
+    ours_in_block = view.masked | view.revealed  # what the sampler writes
     had_masks = view.masked.any(-1)
-    has_masks = ((new == settings.mask_id) & (view.masked | view.revealed)).any(-1)
+    has_masks = ((new == settings.mask_id) & ours_in_block).any(-1)
     closing = progress.closing[sequence] + ~had_masks
     block_step = view.block_step + 1
     if decoder.adaptive:
@@ -305,7 +306,7 @@ def advance(
     ours = progress.wanted[sequence]
     if settings.stop_at_eos or settings.stopping_criteria is not None:
         assert settings.eos_id is not None
-        ended = over & ((new == settings.eos_id) & view_ours(view)).any(-1) & settings.stop_at_eos
+        ended = over & ((new == settings.eos_id) & ours_in_block).any(-1) & settings.stop_at_eos
         if settings.stopping_criteria is not None:
             ended = ended | stopped(settings.stopping_criteria, ids)
         rest = (ids == settings.mask_id) & ours & (ended & active)[:, None]
@@ -342,8 +343,3 @@ def advance(
     masked_in_all = ((state.input_ids == settings.mask_id) & progress.wanted).sum()
     progress.status.copy_(torch.stack(((progress.slot != scratch).sum(), masked_in_all)))
     progress.report.copy_(progress.status, non_blocking=True)
-
-
-def view_ours(view: View) -> Tensor:
-    """bool ``[B, R]``: what the sampler writes in the block."""
-    return view.masked | view.revealed
