@@ -10,26 +10,14 @@ import pytest
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import interpreter
 
 from mdkern.kernels import triton_modulated_norm, triton_rotary
 from mdkern.kernels.modulated_norm import plain_gathered_norm, plain_modulated_norm
 from mdkern.kernels.rotary import plain_rotary
 from tests.inference_problem import modulation, normal
+from tests.kernels_interpreted import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def mend_interpreter() -> None:
-    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does."""
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
 
 
 @pytest.mark.parametrize("sequences", [0, 1, 6])

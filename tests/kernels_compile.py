@@ -90,7 +90,6 @@ def projection(
         "HIDDEN_TMA": False,
         "WEIGHT_TMA": bulk,
         "FROM_LOGITS": False,
-        "SWAP": False,
         "PRECISION": "ieee",
         "PDL": capability >= 90,
     }

@@ -79,7 +79,6 @@ SMALL = Tiling(16, 128, 64, 4, 3)
 TILINGS = {
     "pointers": Tiling(16, 128, 64, 4, 3, bulk_copy=False),
     "bulk": SMALL,
-    "swapped": Tiling(16, 128, 64, 4, 3, swap=True),
     "gathered": Tiling(32, 256, 64, 8, 3, gather=True),
     "one group": Tiling(16, 64, 32, 4, 3),
 }

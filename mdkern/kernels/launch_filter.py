@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mdkern.kernels import triton_filter as kernels
 from mdkern.kernels import triton_filter_search
-from mdkern.kernels.launch_projection import capability, copies_in_bulk
+from mdkern.kernels.launch_projection import capability, copies_in_bulk, empty_outputs, unit_stride
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
@@ -31,7 +31,6 @@ class Tiles:
     warps: int
     stages: int
     gather: bool = False
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,11 @@ def vocab_projection(
     """`mdkern.kernels.vocab_projection` with filters on a GPU (or, on the CPU, in Triton's interpreter)."""
     device, capacity = hidden.device, row_index.shape[0]
     columns = hidden.shape[1] if weight is None else weight.shape[0]
-
-    def statistic(wanted: bool = True) -> Tensor:
-        return torch.empty(capacity if wanted else 0, dtype=torch.float32, device=device)
-
-    token = torch.empty(capacity, dtype=torch.int64, device=device)
-    log_prob, logsumexp = statistic(), statistic()
-    top1, top2, entropy = statistic(want_top), statistic(want_top), statistic(want_entropy)
+    outputs = empty_outputs(capacity, want_top, want_entropy, device)
     if capacity == 0:
-        return token, log_prob, top1, top2, entropy, logsumexp
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    if weight is not None and weight.stride(1) != 1:
-        raise ValueError(f"weight must have unit stride along its rows, not strides {weight.stride()}")
+        return outputs
+    token, log_prob, top1, top2, entropy, logsumexp = outputs
+    hidden = unit_stride(hidden, weight)
     keys, row_index = keys.contiguous(), row_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
@@ -226,5 +217,4 @@ def write_logits(
         **wanted,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )

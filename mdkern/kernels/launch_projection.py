@@ -32,10 +32,8 @@ class Tiling:
     warps: int
     stages: int
     per_processor: int = 1  # programs resident on a multiprocessor at a time
-    swap: bool = False
     gather: bool = False
     bulk_copy: bool = True
-    registers: int | None = None
 
 
 @cache
@@ -108,20 +106,11 @@ def vocab_projection(
     device, capacity = hidden.device, row_index.shape[0]
     depth = hidden.shape[1]
     columns = depth if weight is None else weight.shape[0]
-
-    def statistic(wanted: bool = True) -> Tensor:
-        return torch.empty(capacity if wanted else 0, dtype=torch.float32, device=device)
-
-    token = torch.empty(capacity, dtype=torch.int64, device=device)
-    log_prob, logsumexp = statistic(), statistic()
-    top1, top2, entropy = statistic(want_top), statistic(want_top), statistic(want_entropy)
+    outputs = empty_outputs(capacity, want_top, want_entropy, device)
     if capacity == 0:
-        return token, log_prob, top1, top2, entropy, logsumexp
-
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    if weight is not None and weight.stride(1) != 1:
-        raise ValueError(f"weight must have unit stride along its rows, not strides {weight.stride()}")
+        return outputs
+    token, log_prob, top1, top2, entropy, logsumexp = outputs
+    hidden = unit_stride(hidden, weight)
     keys, row_index = keys.contiguous(), row_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
@@ -235,14 +224,31 @@ def project(
         HIDDEN_TMA=gather,
         WEIGHT_TMA=bulk_copy,
         FROM_LOGITS=weight is None,
-        SWAP=tiling.swap,
         PRECISION="tf32x3" if hidden.dtype == torch.float32 else "ieee",
         PDL=pdl,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        maxnreg=tiling.registers,
         **wanted,
     )
+
+
+def empty_outputs(
+    capacity: int, want_top: bool, want_entropy: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Token, log-probability, top-1, top-2, entropy and logsumexp of `capacity` rows; what is not wanted is empty."""
+
+    def statistic(wanted: bool = True) -> Tensor:
+        return torch.empty(capacity if wanted else 0, dtype=torch.float32, device=device)
+
+    token = torch.empty(capacity, dtype=torch.int64, device=device)
+    return token, statistic(), statistic(want_top), statistic(want_top), statistic(want_entropy), statistic()
+
+
+def unit_stride(hidden: Tensor, weight: Tensor | None) -> Tensor:
+    """`hidden` with unit stride along its rows, copied if need be; a weight is too large to copy, so it is refused."""
+    if weight is not None and weight.stride(1) != 1:
+        raise ValueError(f"weight must have unit stride along its rows, not strides {weight.stride()}")
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
 def copies_in_bulk(matrix: Tensor) -> bool:

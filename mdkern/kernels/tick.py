@@ -7,7 +7,7 @@ operations they are about 25 launches.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,29 +78,13 @@ _begin_tick = torch.library.custom_op("mdkern::begin_tick", begin_in_pytorch, mu
 
 @_begin_tick.register_kernel("cuda")
 def _begin_on_gpu(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    text_position: Tensor,
-    sample: Tensor,
-    temperature: Tensor,
-    closing_step: Tensor,
-    sequence: Tensor,
-    step: Tensor,
-    time: Tensor,
-    position: Tensor,
-    row: Tensor,
-    row_count: Tensor,
-    tick: Tensor,
-    batch: int,
-    capacity: int,
+    input_ids: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = (input_ids, attention_mask, text_position, sample, temperature, closing_step)
-    ticks = (sequence, step, time, position, row, row_count, tick)
     if not has_triton(input_ids.device):
-        return begin_in_pytorch(*state, *ticks, batch, capacity)
+        return begin_in_pytorch(input_ids, *arguments)
     from mdkern.kernels import triton_tick  # imports Triton, which is no business of a machine without a GPU
 
-    return triton_tick.begin_tick(*state, *ticks, batch, capacity)
+    return triton_tick.begin_tick(input_ids, *arguments)
 
 
 @_begin_tick.register_fake
@@ -201,20 +185,16 @@ _end_tick = torch.library.custom_op("mdkern::end_tick", end_in_pytorch, mutates_
 
 
 @_end_tick.register_kernel("cuda")
-def _end_on_gpu(
-    input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor
-) -> None:
+def _end_on_gpu(input_ids: Tensor, *arguments: Any) -> None:
     if not has_triton(input_ids.device):
-        return end_in_pytorch(input_ids, failed, tick, token, target, row_count)
+        return end_in_pytorch(input_ids, *arguments)
     from mdkern.kernels import triton_tick
 
-    triton_tick.end_tick(input_ids, failed, tick, token, target, row_count)
+    triton_tick.end_tick(input_ids, *arguments)
 
 
 @_end_tick.register_fake
-def _end_fake(
-    input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor
-) -> None:
+def _end_fake(*_: Any) -> None:
     return None
 
 

@@ -7,7 +7,7 @@ logarithm. `triton_finish` combines the vocabulary splits of each row and picks 
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005, SIM102, SIM108
+# ruff: noqa: N803, N806, RUF005, SIM102
 
 import triton
 import triton.language as tl
@@ -222,7 +222,6 @@ def _project(
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
     FROM_LOGITS: tl.constexpr,
-    SWAP: tl.constexpr,  # multiply [BN, BK] by [BK, BM]: tensor cores want 64 of the left operand, few rows have none
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -280,10 +279,7 @@ def _project(
                 x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < columns, other=LOWEST).to(tl.float32)
                 x = tl.where(x < LOWEST, LOWEST, x)
             else:
-                if SWAP:
-                    product = tl.zeros([BN, BM], tl.float32)
-                else:
-                    product = tl.zeros([BM, BN], tl.float32)
+                x = tl.zeros([BM, BN], tl.float32)
                 for k in range(0, depth_tiles):
                     inner = k * BK + tl.arange(0, BK)
                     if HIDDEN_TMA:
@@ -301,14 +297,7 @@ def _project(
                         w = tl.load(
                             weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :], mask=inside, other=0.0
                         )
-                    if SWAP:
-                        product = tl.dot(w, h.T, product, input_precision=PRECISION)
-                    else:
-                        product = tl.dot(h, w.T, product, input_precision=PRECISION)
-                if SWAP:
-                    x = product.T
-                else:
-                    x = product
+                    x = tl.dot(h, w.T, x, input_precision=PRECISION)
             if HAS_SCALE:
                 x = x * scale
             if HAS_CAP:
