@@ -1,4 +1,4 @@
-"""Every decoder beside the loop that its public code runs, at three sizes.
+"""Every decoder beside the loop that its public code runs, at three sizes; and what caches do to the text.
 
     python -m benchmarks.bench_decoders                        # all parts: about two minutes on an H100
     python -m benchmarks.bench_decoders --parts pair --anew    # one part again
@@ -70,6 +70,8 @@ def measure_part(bench: Bench, part: str, path: Path, until: float, anew: bool) 
 
 
 def short(row: Row) -> str:
+    if "differ" in row:
+        return f"{row['tokens_per_second']:,.0f} tokens/s, {row['differ']:.0%} differ, {row['loss']:.3f} nats"
     if "plain" not in row:
         return f"{row['way']} {row['tokens_per_second']:,.0f} tokens/s, peak {row.get('peak_gib', 0.0):.1f} GiB"
     ours, theirs = row["ours"], row["plain"]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks import plain_decoders as plain
 from benchmarks.bench_sampling import seconds
+from benchmarks.cache_setting import cache_rows
 from benchmarks.decoder_cases import Case, Gauge, make_cases
 from benchmarks.plain_decoders import Plain
 from mdkern import DiT, DiTConfig, decoders, graphs, load_pair, sample
@@ -321,6 +322,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[tuple[str, Callable[[], Row]]]]] = {
     "size": size_rows,
     "pair": pair_rows,
     "llada": llada_rows,
+    "caches": cache_rows,
 }
 
 

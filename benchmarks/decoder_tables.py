@@ -112,4 +112,33 @@ def llada() -> str:
     return text + markdown(["batch", "", "passes", "tokens/s", "to the plain loop", "peak memory"], body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"decoders": pair, "decoders-size": size, "llada-shapes": llada}
+def caches() -> str:
+    """What caches do to the text of the shipped pair."""
+    rows, machine = read("caches")
+    samples = next(iter(rows.values()))["samples"]
+    text = (
+        f"{machine}. The shipped heavy model, {samples} samples of {SIZE.pair_length} tokens in {SIZE.pair_steps} "
+        f"steps, blocks of {SIZE.pair_block}. Loss: the model's own cross-entropy of half of the tokens given the "
+        "other half.\n\n"
+    )
+    body = [
+        [
+            name,
+            f"{row['passes']:.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['differ']:.0%}",
+            f"{row['differ_in_first_block']:.0%}",
+            f"{row['loss']:.2f}",
+        ]
+        for name, row in rows.items()
+    ]
+    header = ["decoder, cache", "passes", "tokens/s", "tokens that differ", "in the first block", "loss, nats a token"]
+    return text + markdown(header, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "decoders": pair,
+    "decoders-size": size,
+    "llada-shapes": llada,
+    "caches": caches,
+}

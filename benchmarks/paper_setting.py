@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.bench_sampling import write_text_whole
 from benchmarks.harness import environment
-from benchmarks.tick_trace import trace_ticks
+from benchmarks.tick_trace import few_masked, trace_ticks
 from mdkern import DiT, SampleOutput, Schedule, adapt, graphs, sample
 from mdkern.profile import Hollow, Setting, StepTimes, Unpadded, ddpm_autocast, random_dit, time_steps
 from mdkern.sampling import counted_saving
@@ -243,21 +243,27 @@ def other_sizes(bench: Bench) -> dict[str, Any]:
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
-    """Seconds over the number of samples, light model, a quarter of the length; also numbers that fill no batch."""
-    usual = bench.size.setting
-    setting = Setting(usual.batch_size, usual.length // 4, usual.length // 4)
-    models, rows = {HEAVY: bench.half[LIGHT]}, list[dict[str, Any]]()
-    for count in [usual.batch_size * factor for factor in (1, 4, 16)] + [usual.batch_size * 3 // 2]:
-        turns = [timed_run(models, HEAVY_ONLY, setting, seed, count)[0] for seed in range(bench.size.runs + 1)]
-        seconds = turns[1:]
+    """Seconds over the number of samples, light model; also for a number that leaves the last batch half empty.
+
+    Graphs are captured before: with several batches by a short run of the same shapes.
+    """
+    usual, model = bench.size.setting, bench.half[LIGHT]
+    rows = list[dict[str, Any]]()
+    for count in (usual.batch_size * halves // 2 for halves in (2, 3, 8, 32)):
+        many = count >= 4 * usual.batch_size
+        if many:
+            sample(model, **few_masked(model, usual, count))
+        else:
+            timed_run({HEAVY: model}, HEAVY_ONLY, usual, 0, count)
+        runs = 1 if many else bench.size.runs
+        seconds = [timed_run({HEAVY: model}, HEAVY_ONLY, usual, seed, count)[0] for seed in range(runs)]
         rows.append({"samples": count, "seconds": seconds, "per_sample": statistics.median(seconds) / count})
     per_sample = {row["samples"]: row["per_sample"] for row in rows}
-    most = per_sample[16 * usual.batch_size]
     return {
-        "length": setting.length,
-        "steps": setting.steps,
+        "length": usual.length,
+        "steps": usual.steps,
         "rows": rows,
-        "first_over_last": per_sample[usual.batch_size] / most,
+        "first_over_last": per_sample[usual.batch_size] / per_sample[16 * usual.batch_size],
         "half_batch_waste": per_sample[usual.batch_size * 3 // 2] / per_sample[usual.batch_size] - 1.0,
     }
 

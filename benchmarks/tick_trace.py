@@ -22,18 +22,23 @@ class Kernel(NamedTuple):
     end: float
 
 
-def trace_ticks(model: DiT, setting: Setting) -> dict[str, Any]:
-    """Trace a run in which as many positions are masked for each step as in the setting's, but few."""
-    from torch.profiler import ProfilerActivity, profile
-
+def few_masked(model: DiT, setting: Setting, sequences: int) -> dict[str, Any]:
+    """`sample`'s arguments for a short run: as many positions are masked for each step as in the setting's, but few."""
     steps = min(TRACED_STEPS, setting.steps)
     masked = max(1, setting.length * steps // setting.steps)
-    ids = torch.zeros(setting.batch_size, setting.length, dtype=torch.int64, device=model.embedding.device)
+    ids = torch.zeros(sequences, setting.length, dtype=torch.int64, device=model.embedding.device)
     ids[:, torch.linspace(0, setting.length - 1, masked).long()] = model.config.mask_id
-    options: dict[str, Any] = {"input_ids": ids, "steps": steps, "batch_size": setting.batch_size, "progress": False}
-    sample(model, seed=0, **options)
+    return {"input_ids": ids, "steps": steps, "batch_size": setting.batch_size, "seed": 0, "progress": False}
+
+
+def trace_ticks(model: DiT, setting: Setting) -> dict[str, Any]:
+    """Trace a short run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    options = few_masked(model, setting, setting.batch_size)
+    sample(model, **options)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        sample(model, seed=0, **options)
+        sample(model, **options)
         torch.cuda.synchronize()
     kernels = [
         Kernel(event.name, event.time_range.start, event.time_range.end)

@@ -191,6 +191,16 @@ def test_every_decoder_is_measured(results: Path) -> None:
     assert {row["batch"] for row in parts["llada"].values()} == {1, 2}
 
 
+def test_caches_are_compared_with_doing_without(results: Path) -> None:
+    rows = json.loads(results.read_text())["parts"]["caches"]
+    assert len(rows) == 9
+    for name, row in rows.items():
+        assert name.endswith(row["cache"])
+        assert 0.0 <= row["differ"] <= 1.0
+        if row["cache"] == "none":
+            assert row["differ"] == row["differ_in_first_block"] == 0.0
+
+
 def test_what_is_measured_is_not_measured_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads(results.read_text())
     del before["parts"]["size"]["margin"]
