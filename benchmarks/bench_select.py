@@ -21,7 +21,7 @@ from benchmarks.bench_sampling import RESULTS, write_text_whole
 from benchmarks.harness import GpuTimer, environment
 from mdkern.kernels import select
 
-SIZES = [(sequences, entries) for sequences in (1, 16, 128) for entries in (128, 1024, 4096)]
+SIZES = [(sequences, entries) for sequences in (1, 16, 128) for entries in (128, 1024, 4096)] + [(16, 32_768)]
 BOUNDS = {"top_k": 0.0, "threshold": 0.9, "factor": 1.0, "entropy_bound": 0.1}
 
 
