@@ -4,7 +4,9 @@
 
 Writes ``benchmarks/results/vocab_projection.json``. Ours returns the token, its log-probability, the two
 largest probabilities, the entropy and the logsumexp; every peer returns less. FlashInfer and cut-cross-entropy take
-part where they are installed.
+part where they are installed; FlashInfer's first call compiles its sampler where ``flashinfer-jit-cache`` lacks it.
+Peers may draw a column of the padding: only their time is compared. A row of the table holds ``ms``, milliseconds;
+``peak_mib``, the most memory that one call takes at a time; and ``left_out``, why a peer has neither.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -39,11 +42,13 @@ class Shape:
 
 SHAPES = (
     Shape(50_258, 768, (1, 16, 64, 128, 256, 512, 1024, 4096, 16_384)),
-    Shape(126_464, 4096, (1, 64, 1024, 4096)),
+    Shape(126_464, 4096, (1, 16, 64, 1024, 4096, 16_384)),
 )
 COMPILED_ROWS = (16, 1024, 16_384)  # torch.compile takes many seconds for each
 GREEDY, SAMPLED, MIXED = "mdkern, greedy", "mdkern, sampled", "mdkern, a temperature per row"
 GEMM = "cuBLAS GEMM, V padded"
+Runs = dict[str, Callable[[], object]]
+INSTALLED = {"flashinfer": "flashinfer-python", "cut_cross_entropy": "cut-cross-entropy"}  # module: distribution
 
 
 class Problem:
@@ -87,11 +92,30 @@ def plain_sampler(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def contenders(problem: Problem, shape: Shape) -> dict[str, Callable[[], object]]:
+def gemm_and_flashinfer(hidden: Tensor, weight: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
+    """Token, int32 ``[M]``, as serving stacks draw it: logits in memory, then one kernel for Gumbel-max.
+
+    ``seed`` and ``offset`` are int64 ``[1]`` on the device, as a captured graph needs them. FlashInfer copies the
+    logits to float32. The import stands here, for a broken installation to leave out this peer alone.
+    """
+    from flashinfer.sampling import sampling_from_logits
+
+    token: Tensor = sampling_from_logits(F.linear(hidden, weight), seed=seed, offset=offset)
+    return token
+
+
+def cce_logsumexp(source: Tensor, weight: Tensor, row_index: Tensor) -> Tensor:
+    from cut_cross_entropy.cce_lse_forward import cce_lse_forward_kernel
+
+    logsumexp: Tensor = cce_lse_forward_kernel(source, weight, valids=row_index)
+    return logsumexp
+
+
+def contenders(problem: Problem, shape: Shape) -> Runs:
     from benchmarks import flash_sampling
 
     hidden, weight, padded = problem.hidden, problem.weight, problem.padded
-    runs: dict[str, Callable[[], object]] = {
+    runs: Runs = {
         SAMPLED: lambda: problem.ours(1.0),
         GEMM: lambda: F.linear(hidden, padded),
         "PyTorch eager": lambda: plain_sampler(hidden, padded),
@@ -104,13 +128,11 @@ def contenders(problem: Problem, shape: Shape) -> dict[str, Callable[[], object]
         compiled = torch.compile(plain_sampler, dynamic=False)
         runs["torch.compile"] = lambda: compiled(hidden, padded)
     if importlib.util.find_spec("flashinfer"):
-        from flashinfer.sampling import sampling_from_logits
-
-        runs["GEMM + FlashInfer"] = lambda: sampling_from_logits(F.linear(hidden, padded).float(), seed=1, offset=0)
+        seed = problem.seed.view(1)
+        offset = torch.zeros_like(seed)
+        runs["GEMM + FlashInfer"] = lambda: gemm_and_flashinfer(hidden, padded, seed, offset)
     if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy.cce_lse_forward import cce_lse_forward_kernel
-
-        runs["CCE, logsumexp only"] = lambda: cce_lse_forward_kernel(problem.source, weight, valids=problem.row_index)
+        runs["CCE, logsumexp only"] = lambda: cce_logsumexp(problem.source, weight, problem.row_index)
     return runs
 
 
@@ -126,11 +148,12 @@ def test_on_gpu(benchmark: Any) -> None:
             problem = Problem(shape, rows, "cuda", torch.bfloat16)
             torch._dynamo.reset()
             heavy = rows * shape.columns * shape.depth > 1e11
-            times = timer.compare(
-                working(contenders(problem, shape)), turns=1 if heavy else 8, rounds=7 if heavy else 11
-            )
+            runs, left_out = working(contenders(problem, shape))
+            peaks = {name: peak_mib(run) for name, run in runs.items()}
+            times = timer.compare(runs, turns=1 if heavy else 8, rounds=7 if heavy else 11)
             milliseconds = {name: timing.as_dict() for name, timing in times.items()}
-            table.append({"columns": shape.columns, "depth": shape.depth, "rows": rows, "ms": milliseconds})
+            measured = {"ms": milliseconds, "peak_mib": peaks, "left_out": left_out}
+            table.append({"columns": shape.columns, "depth": shape.depth, "rows": rows, **measured})
             write_result(table)
             if shape is SHAPES[0] and rows == 1024:
                 benchmark.pedantic(timed, args=(problem,), rounds=20, warmup_rounds=3)
@@ -140,9 +163,9 @@ def test_on_gpu(benchmark: Any) -> None:
         assert ours < 2 * floor, f"{row['rows']} rows: {ours:.3f} ms, against {floor:.3f} ms of the GEMM alone"
 
 
-def working(runs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Leave out peers that do not run here, and say so; ours and the GEMM must."""
-    failed = {}
+def working(runs: Runs) -> tuple[Runs, dict[str, str]]:
+    """Those that run here, after a first call each, and why the others do not; ours and the GEMM must."""
+    left_out = {}
     for name, run in runs.items():
         try:
             run()
@@ -150,9 +173,18 @@ def working(runs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], obj
         except Exception as error:
             if name == GEMM or name.startswith("mdkern"):
                 raise
-            failed[name] = error
-            warnings.warn(f"{name} is left out: {error}", stacklevel=1)
-    return {name: run for name, run in runs.items() if name not in failed}
+            left_out[name] = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{name} is left out: {left_out[name]}", stacklevel=1)
+    return {name: run for name, run in runs.items() if name not in left_out}, left_out
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """MiB that one call takes at most at a time, its outputs included; what an earlier call has kept does not count."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def timed(problem: Problem) -> None:
@@ -161,7 +193,8 @@ def timed(problem: Problem) -> None:
 
 
 def write_result(table: list[dict[str, Any]]) -> None:
-    record = {"environment": environment("flashinfer", "cut_cross_entropy"), "table": table}
+    peers = {module: version(name) for module, name in INSTALLED.items() if importlib.util.find_spec(module)}
+    record = {"environment": environment() | peers, "table": table}
     write_text_whole(RESULTS / "vocab_projection.json", json.dumps(record, indent=1) + "\n")
 
 

@@ -39,7 +39,7 @@ def shapes(content: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def vocab_projection() -> str:
-    """Per shape: microseconds of ours, with the ratio to the GEMM alone, and of every peer."""
+    """Per shape: microseconds of ours, with the ratio to the GEMM alone, and of every peer; and the memory it takes."""
     content = load("vocab_projection")
     text = f"{caption(content)}, bfloat16; medians in µs inside CUDA graphs, L2 emptied; × is over the GEMM alone.\n"
     for columns, depth in shapes(content):
@@ -61,7 +61,14 @@ def vocab_projection() -> str:
             for row in rows
         ]
         text += f"\nV = {columns:,}, D = {depth}:\n\n" + markdown(["rows", *ours, GEMM, *peers], body)
+        text += memory(rows[-1])
     return text
+
+
+def memory(row: dict[str, Any]) -> str:
+    """What a call of each contender takes at the most rows, where it was measured."""
+    peaks = "; ".join(f"{name} {mib:,.1f} MiB" for name, mib in row.get("peak_mib", {}).items())
+    return f"\nPeak memory of one call at {row['rows']:,} rows, outputs included: {peaks}.\n" if peaks else ""
 
 
 def select() -> str:
