@@ -45,6 +45,7 @@ def sampling(device: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "sampling-cpu": lambda: sampling("cpu"),
+    "sampling-cuda": lambda: sampling("cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
     **paper_tables.TABLES,
