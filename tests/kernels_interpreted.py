@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mdkern.kernels import noise, reference, triton_noise
+from mdkern.kernels import launch_projection, noise, reference, triton_noise
 from mdkern.kernels.launch_projection import Tiling, vocab_projection
+from mdkern.kernels.triton_projection import _item, _items, _schedule
 from mdkern.kernels.triton_select import select
 from tests.kernels_problem import SEED, Problem, check_against_reference
 from tests.kernels_selection import RULES, random_selection
@@ -120,6 +121,42 @@ def test_programs_do_not_matter(programs: int) -> None:
     check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=programs))
 
 
+@triton.jit
+def walk_kernel(visits, slots, loads, count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Count who is where, as the projections' kernels walk."""
+    program = tl.program_id(0)
+    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    whole, _, chunk, _, _, vocab_tiles = schedule
+    for item in range(_items(program, schedule, PROGRAMS)):
+        row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+        first, last = 0, vocab_tiles
+        if row_tile >= whole:
+            first, last = part * chunk, tl.minimum((part + 1) * chunk, vocab_tiles)
+        tl.store(slots + slot, tl.load(slots + slot) + 1)
+        tl.store(loads + program, tl.load(loads + program) + last - first)
+        for tile in range(first, last):
+            at = visits + row_tile * vocab_tiles + tile
+            tl.store(at, tl.load(at) + 1)
+
+
+@pytest.mark.parametrize("columns", [60, 3000])
+@pytest.mark.parametrize("rows", [1, 40, 100, 130, 208, 500])
+@pytest.mark.parametrize("programs", [1, 7, 13])
+def test_every_tile_is_visited_once_and_work_is_even(programs: int, rows: int, columns: int) -> None:
+    row_tiles, vocab_tiles = triton.cdiv(rows, 16), triton.cdiv(columns, 64)
+    visits = torch.zeros(row_tiles, vocab_tiles, dtype=torch.int32)
+    slots = torch.zeros(row_tiles + programs, dtype=torch.int32)
+    loads = torch.zeros(programs, dtype=torch.int32)
+    walk_kernel[(programs,)](visits, slots, loads, rows, columns, BM=16, BN=64, PROGRAMS=programs)
+    assert (visits == 1).all()
+    assert slots.max() == 1  # nobody overwrites another's results
+    rest = row_tiles % programs
+    alone = triton.cdiv(vocab_tiles, programs // rest) if rest else 0  # were the programs that are left idle
+    assert loads.max() <= row_tiles // programs * vocab_tiles + alone
+    if (rows, columns, programs) == (130, 3000, 13):  # 9 row tiles of 47: 4 programs are left, and take 3 x 11
+        assert loads.max() == 36
+
+
 def test_strides() -> None:
     """Rows of a wider tensor, one temperature for all rows, columns of a matrix of keys."""
     problem = Problem(rows=9, columns=200, depth=64)
@@ -129,6 +166,18 @@ def test_strides() -> None:
     wide[:, 5:69] = problem.hidden
     problem.hidden = wide[:, 5:69]
     check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=3))
+
+
+@pytest.mark.parametrize("count", [None, 130])
+def test_rows_gathered_in_parts_are_the_same(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(rows=300, columns=130, depth=32, count=count)
+    arguments = problem.arguments(False)
+    whole = vocab_projection(*arguments, TILINGS["gathered"], programs=3)
+    monkeypatch.setattr(launch_projection, "GATHERED", 128 * 32 * 4)
+    sizes = [part.stop - part.start for part in launch_projection.parts(300, problem.hidden, True)]
+    assert sizes == [128, 128, 128]
+    for want, got in zip(whole, vocab_projection(*arguments, TILINGS["gathered"], programs=3)):
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_no_rows() -> None:

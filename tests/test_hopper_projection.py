@@ -11,39 +11,22 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-
 from mdkern.kernels import hopper_projection, launch_hopper, launch_projection
-from mdkern.kernels.launch_hopper import DEPTH, ELEMENT, SHARED, HopperTiling, choose_hopper_tiling
+from mdkern.kernels.launch_few import ELEMENT, SHARED, FewTiling
+from mdkern.kernels.launch_hopper import DEPTH, HopperTiling, choose_hopper_tiling
+from tests import kernels_hopper
+from tests.kernels_hopper import SHARED_MEMORY
 from tests.kernels_problem import Problem, check_against_reference
-
-SHARED_MEMORY = 227 * 1024  # bytes that a program may have on compute capability 9
-POINTERS = {"row_index": "*i64", "row_count": "*i64", "seed": "*i64", "keys": "*i64", "hidden": "*bf16"}
-NUMBERS = {"capacity": "i32", "columns": "i32", "depth": "i32", "hidden_stride": "i64"}
-SCALARS = ("scale", "soft_cap", "uniform_temperature")
 
 
 def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     """Compile `_project` for compute capability 9, as `project_on_hopper` would ask for it."""
-    kernel = hopper_projection._project
     fixed = launch_hopper.constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
     fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False} | constants
-    layout = gl.NVMMASharedLayout.get_default_for([tiling.columns, DEPTH], gl.bfloat16)
-    types = {"weight": f"tensordesc<bf16[{tiling.columns},{DEPTH}],{layout!r}>"}
+    types = {"weight": kernels_hopper.descriptor([tiling.columns, DEPTH])}
     if not tiling.stationary:
-        types["hidden"] = f"tensordesc<bf16[{tiling.rows},{DEPTH}],{layout!r}>"
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        kind = types.get(name) or POINTERS.get(name) or NUMBERS.get(name) or ("fp32" if name in SCALARS else "*fp32")
-        signature[name] = "constexpr" if name in fixed else kind
-        if signature[name].startswith("*") or name in ("depth", "hidden_stride"):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, fixed, aligned)
-    options = {"num_warps": 4, "maxnreg": tiling.registers}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        types["hidden"] = kernels_hopper.descriptor([tiling.rows, DEPTH])
+    return kernels_hopper.build(hopper_projection._project, fixed, types, num_warps=4, maxnreg=tiling.registers)
 
 
 TILINGS = {
@@ -75,13 +58,20 @@ def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
     for depth in range(8, 9000, 8):
         hidden = torch.empty(4, depth, dtype=dtype, device="meta")
         tiling = choose_hopper_tiling(rows, hidden)
-        if tiling is None:
+        if tiling is None or isinstance(tiling, FewTiling):  # test_hopper_few has the latter
             continue
         stage = (tiling.columns + (0 if tiling.stationary else tiling.rows)) * DEPTH * 2
         held = -(-depth // DEPTH) * 64 * DEPTH * 2 if tiling.stationary else 0
         assert tiling.stages >= 4
         assert tiling.head_start <= tiling.stages
         assert held + tiling.stages * stage <= SHARED
+
+
+def test_gathered_rows_are_whole_tiles() -> None:
+    hidden, row_index = torch.randn(9, 16), torch.tensor([8, 0, 3, 3, 5])
+    gathered = launch_hopper.gather_rows(hidden, row_index, 4)
+    assert gathered.shape == (8, 16)
+    assert torch.equal(gathered[:5], hidden[row_index])
 
 
 def test_what_bulk_copies_cannot_describe_is_left_to_triton() -> None:
@@ -92,9 +82,7 @@ def test_what_bulk_copies_cannot_describe_is_left_to_triton() -> None:
 
 # On a GPU.
 
-needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs compute capability 9"
-)
+needs_hopper = pytest.mark.skipif(not kernels_hopper.has_hopper(), reason="needs compute capability 9")
 HALF = torch.bfloat16
 ON_GPU = [
     {"rows": 1, "count": 1, "biased": True},
@@ -103,6 +91,8 @@ ON_GPU = [
     {"rows": 200, "count": 65, "biased": True, "temperature": "greedy"},
     {"rows": 50, "columns": 4_095, "depth": 136, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}},
     {"rows": 40, "columns": 3_000, "depth": 4096, "biased": True, "count": 0},
+    {"rows": 100, "columns": 3_000, "depth": 4096, "biased": True, "count": 90},
+    {"rows": 300, "columns": 3_000, "depth": 4096},
     {"rows": 511, "columns": 5_001, "biased": True, "count": 300},
     {"rows": 3000, "columns": 5_001, "biased": True, "count": 2900},
 ]

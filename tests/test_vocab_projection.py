@@ -322,6 +322,30 @@ def test_gpu_memory_has_no_logits(rows: int) -> None:
 
 
 @pytest.mark.gpu
+def test_gpu_memory_has_no_copy_of_many_rows() -> None:
+    """Rows that are gathered first are so in parts: 16,384 rows of 8 KiB are 128 MiB."""
+    problem = Problem(rows=16_384, columns=1000, depth=4096, dtype=torch.bfloat16, device="cuda", count=16_000)
+    whole = problem.run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    problem.run()
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    assert (whole.token[16_000:] == -1).all()
+    some = torch.arange(0, 16_000, 997, device="cuda")
+    few = vocab_projection(
+        problem.hidden,
+        problem.weight,
+        None,
+        problem.row_index[some],
+        problem.temperatures[some],
+        problem.seed,
+        problem.keys[some],
+    )
+    assert int((whole.token[some] != few.token).sum()) <= 1
+
+
+@pytest.mark.gpu
 def test_gpu_graph_reads_the_count_and_never_synchronises() -> None:
     problem = Problem(rows=200, columns=3000, depth=128, dtype=torch.bfloat16, device="cuda", count=200)
     whole = problem.run()

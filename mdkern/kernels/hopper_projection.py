@@ -20,25 +20,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.hopper_fold import COLUMN, ROW, ROWS, TILE, _absorb, _cut, _logit_groups, _pairs, _races, _shifted
-from mdkern.kernels.triton_projection import GREEDY, GROUP_SIZE, LOG2E, LOWEST, STATISTICS, _schedule
+from mdkern.kernels.triton_projection import GREEDY, GROUP_SIZE, LOG2E, LOWEST, STATISTICS, _item, _items, _schedule
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and 3.7
 
 
 @gluon.jit
 def _position(item, program, schedule, PROGRAMS: gl.constexpr):
-    """A program's item: row tile; its first vocabulary tile and their distance; slot of the partial results."""
-    whole, rest, splits, _ = schedule
-    row_tile = item * PROGRAMS + program
-    slot = row_tile
-    first = program * 0
-    stride = first + 1
-    if row_tile >= whole:
-        row_tile = whole + program % rest
-        first = program // rest
+    """A program's item: row tile; first and last of its vocabulary tiles and their distance; slot of the results."""
+    whole, _, chunk, splits, _, vocab_tiles = schedule
+    row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+    first = part
+    last = vocab_tiles
+    stride = program * 0 + 1
+    if row_tile >= whole:  # neighbours' tiles are neighbours
+        last = gl.minimum(splits * chunk, vocab_tiles)
         stride = splits
-        slot = whole + (program % rest) * splits + first
-    return row_tile, first, stride, slot
+        if part == splits:
+            first = last
+            last = vocab_tiles
+            stride = stride * 0 + 1
+    return row_tile, first, last, stride, slot
 
 
 @gluon.jit
@@ -66,8 +68,8 @@ def _copy(
     stage = program * 0
     phase = stage + 1
     for item in range(items):
-        row_tile, first, stride, _ = _position(item, program, schedule, PROGRAMS)
-        for tile in range(first, schedule[3], stride):
+        row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS)
+        for tile in range(first, last, stride):
             for k in range(DEPTH_TILES):
                 if HEAD_START > 0:
                     mbarrier.wait(asked, 0, pred=k >= HEAD_START)
@@ -120,7 +122,7 @@ def _multiply(
     stage = program * 0
     phase = program * 0
     for item in range(items):
-        row_tile, first, stride, slot = _position(item, program, schedule, PROGRAMS)
+        row_tile, first, last, stride, slot = _position(item, program, schedule, PROGRAMS)
         if STATIONARY:  # first of all: behind the weights' copies each of these loads would wait its turn
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index = gl.load(row_index + gathered, mask=gathered < count, other=0).to(gl.int64)
@@ -166,7 +168,7 @@ def _multiply(
         leader = gl.full([ROWS, GROUP_SIZE], -float("inf"), gl.float32, layout=TILE)
         zero = gl.full([ROWS], 0, gl.int32, layout=ROW)
         state = top, nothing, nothing, lowest, best, zero, leader
-        for tile in range(first, schedule[3], stride):
+        for tile in range(first, last, stride):
             if bias is not None:
                 ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
                 shift = gl.load(bias + ids, mask=ids < columns, other=LOWEST)
@@ -292,11 +294,10 @@ def _project(
     count = capacity
     if row_count is not None:
         count = gl.minimum(gl.load(row_count).to(gl.int32), capacity)
-    whole, rest, _, splits, vocab_tiles = _schedule(count, columns, BM, BN, PROGRAMS)
-    items = whole // PROGRAMS + (program < rest * splits).to(gl.int32)
+    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
     # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
     rings = (hidden_ring, weight_ring, full, empty, asked)
-    work = (program, items, (whole, rest, splits, vocab_tiles))
+    work = (program, _items(program, schedule, PROGRAMS), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
     sizes = (count, columns, depth, hidden_stride, scale, soft_cap)
     if CONSUMERS == 1:

@@ -12,10 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels import hopper_projection
+from mdkern.kernels.launch_few import ELEMENT, SHARED, FewTiling, choose_few_tiling, project_few
+
+__all__ = ["ELEMENT", "FewTiling", "HopperTiling", "choose_hopper_tiling", "project_few", "project_on_hopper"]
 
 DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memory swizzle
-SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchanges between lanes
-ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class HopperTiling:
         return 64 * self.warpgroups
 
     @property
+    def gather(self) -> bool:
+        """Whether the rows are copied together first."""
+        return not self.stationary
+
+    @property
     def registers(self) -> int:
         """Of a thread at launch. Some are left over, for `_finish` to be in place before this kernel ends: at 64 rows
         both take 38.7 us of an H100, and 44.5 where this kernel takes every register."""
@@ -46,30 +52,31 @@ class HopperTiling:
         return 224
 
 
-def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | None:
-    """Tiles for at most `rows` rows; None where `triton_projection` is to serve.
+def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | FewTiling | None:
+    """Tiles for at most `rows` rows; None where `triton_projection` is to serve. At most 16: `choose_few_tiling`.
 
-    Medians on an H100 at D = 768, V = 50,258 with a temperature per row, a bias and all statistics, over the padded
-    cuBLAS product alone (in brackets what `triton_projection` takes): 1.12 at 16 rows (1.19), 1.14 at 64 (1.29), 1.10
-    at 128 (1.37), 1.16 at 256 (1.39), 1.23 at 512 (1.35), 1.26 at 1,024 (1.45), 1.25 at 4,096 and 16,384 (1.40, 1.46).
-    At D = 4096, V = 126,464: 0.97 at 64 rows (1.02) and 1.10 at 4,096 (1.14), but 1.20 at 1,024 (1.05), which is
-    therefore left to `triton_projection`. benchmarks/results has an H200's.
+    Medians at D = 768, V = 50,258 with a temperature per row, a bias and all statistics, over the padded cuBLAS product
+    alone, on an H100 (in brackets what `triton_projection` takes): 1.14 at 64 rows (1.29), 1.10 at 128 (1.37), 1.16 at
+    256 (1.39), 1.23 at 512 (1.35), 1.26 at 1,024 (1.45), 1.25 at 4,096 and 16,384 (1.40, 1.46). At D = 4096,
+    V = 126,464, sampled, on an H200: 0.96 at 128 rows (1.09), 1.11 at 256 (1.22), 1.06 at 512 (1.09), 1.05 at 1,024
+    (1.08) and 4,096, 1.03 at 16,384. benchmarks/results has all of an H200's.
     """
     depth, size = hidden.shape[1], hidden.element_size()
     if hidden.dtype not in ELEMENT or depth % 8:  # bulk copies want rows of a multiple of 16 bytes
         return None
+    few = choose_few_tiling(rows, hidden)
+    if few is not None:
+        return few
     stages = (SHARED - triton.cdiv(depth, DEPTH) * 64 * DEPTH * size) // (128 * DEPTH * size)
     shallow = stages >= 5  # 64 rows fit beside a ring
     aligned = depth % 16 == 0 and hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
     if rows <= 256 and shallow and aligned:
         return HopperTiling(1, 128, min(stages, 7), stationary=True, waits=True)
-    if rows <= 64:
+    if rows <= (64 if shallow else 128):
         return HopperTiling(1, 128, stages=8)
     if rows <= 1024 and shallow:
         return HopperTiling(2, 128, stages=6)
-    if rows > 1024 and (shallow or rows >= 4096):
-        return HopperTiling(2, 256, stages=4)
-    return None
+    return HopperTiling(2, 256, stages=4)
 
 
 def project_on_hopper(
@@ -89,8 +96,8 @@ def project_on_hopper(
         return TensorDescriptor.from_tensor(matrix, block, layout)
 
     source: Any = hidden
-    if not tiling.stationary:
-        source = descriptor(hidden.index_select(0, rows[0]), [tiling.rows, DEPTH])
+    if tiling.gather:
+        source = descriptor(gather_rows(hidden, rows[0], tiling.rows), [tiling.rows, DEPTH])
     hopper_projection._project[(wanted["PROGRAMS"],)](
         source,
         descriptor(weight, [tiling.columns, DEPTH]),
@@ -105,6 +112,15 @@ def project_on_hopper(
         **constants(tiling, hidden.shape[1]),
         **wanted,
     )
+
+
+def gather_rows(hidden: Tensor, row_index: Tensor, tile: int) -> Tensor:
+    """The rows in a matrix of whole tiles, for no copy to reach over its end: with that D = 4096, V = 126,464 took an
+    H200 274 us at 1 row, 256 us at 64. What is behind the rows is not written; nothing is made of it."""
+    count = row_index.shape[0]
+    gathered = hidden.new_empty((triton.cdiv(count, tile) * tile, hidden.shape[1]))
+    torch.index_select(hidden, 0, row_index, out=gathered[:count])
+    return gathered
 
 
 def constants(tiling: HopperTiling, depth: int) -> dict[str, Any]:

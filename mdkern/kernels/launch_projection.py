@@ -16,10 +16,12 @@ from mdkern.kernels import triton_projection as kernels
 from mdkern.kernels.triton_finish import _finish
 
 if TYPE_CHECKING:
+    from mdkern.kernels.launch_few import FewTiling
     from mdkern.kernels.launch_hopper import HopperTiling
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
+GATHERED = 32 << 20  # bytes: the most that rows gathered for bulk copies may take
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def hopper_launcher(device: torch.device) -> ModuleType | None:
     return launch_hopper
 
 
-def choose_tiling(rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool) -> Tiling | HopperTiling:
+def choose_tiling(rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool) -> Tiling | HopperTiling | FewTiling:
     """Tiles for at most `rows` rows: Gluon's on Hopper where they win (`choose_hopper_tiling`), else Triton's.
 
     Triton's medians on an H100 at D = 768, V = 50,258, sampled with all statistics, over the padded cuBLAS product
@@ -69,7 +71,7 @@ def choose_tiling(rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool)
     by bulk copy. (At 1,024 rows 128 x 128 tiles were 5 % faster, but spill registers with temperatures per row.)
     """
     hopper = hopper_launcher(hidden.device) if bulk_copy else None
-    tiling: HopperTiling | None = None if hopper is None else hopper.choose_hopper_tiling(rows, hidden)
+    tiling: HopperTiling | FewTiling | None = None if hopper is None else hopper.choose_hopper_tiling(rows, hidden)
     if tiling is not None:
         return tiling
     if from_logits:
@@ -99,71 +101,91 @@ def vocab_projection(
     soft_cap: float,
     want_top: bool,
     want_entropy: bool,
-    tiling: Tiling | HopperTiling | None = None,
+    tiling: Tiling | HopperTiling | FewTiling | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mdkern.kernels.vocab_projection` on a GPU (or, on the CPU, in Triton's interpreter)."""
     device, capacity = hidden.device, row_index.shape[0]
-    depth = hidden.shape[1]
-    columns = depth if weight is None else weight.shape[0]
     outputs = empty_outputs(capacity, want_top, want_entropy, device)
     if capacity == 0:
         return outputs
-    token, log_prob, top1, top2, entropy, logsumexp = outputs
     hidden = unit_stride(hidden, weight)
     keys, row_index = keys.contiguous(), row_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
-    mode = kernels.GREEDY if temperature is None and uniform_temperature == 0.0 else kernels.MIXED
-
     bulk_copy = weight is not None and capability(device) >= 9 and copies_in_bulk(weight)
     tiling = tiling or choose_tiling(capacity, hidden, bulk_copy, weight is None)
     programs = programs or processors(device) * tiling.per_processor
+    options: dict[str, Any] = {
+        "PROGRAMS": programs,
+        "MODE": kernels.GREEDY if temperature is None and uniform_temperature == 0.0 else kernels.MIXED,
+        "WANT_TOP": want_top,
+        "WANT_ENTROPY": want_entropy,
+    }
+    for part in parts(capacity, hidden, tiling.gather):
+        rows = (
+            row_index[part],
+            None if row_count is None else (row_count - part.start).clamp_(min=0) if part.start else row_count,
+            None if temperature is None else temperature[part],
+            uniform_temperature,
+            seed,
+            keys[part],
+        )
+        results = tuple(output[part] for output in outputs)
+        project_part(hidden, weight, bias, rows, scale, soft_cap, tiling, bulk_copy, options, results)
+    return outputs
+
+
+def parts(capacity: int, hidden: Tensor, gather: bool) -> list[slice]:
+    """The rows, or where they are gathered first, so many at a time that their copy is at most `GATHERED` bytes."""
+    held = capacity * hidden.shape[1] * hidden.element_size()
+    if not gather or held <= GATHERED:
+        return [slice(0, capacity)]
+    size = triton.cdiv(triton.cdiv(capacity, triton.cdiv(held, GATHERED)), 128) * 128
+    return [slice(start, start + size) for start in range(0, capacity, size)]
+
+
+def project_part(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: tuple[Any, ...],
+    scale: float,
+    soft_cap: float,
+    tiling: Tiling | HopperTiling | FewTiling,
+    bulk_copy: bool,
+    options: dict[str, Any],
+    outputs: tuple[Tensor, ...],
+) -> None:
+    """Both kernels, for `rows`: row_index, row_count, temperature(s), seed and keys."""
+    device, capacity, programs = hidden.device, rows[0].shape[0], options["PROGRAMS"]
+    columns = hidden.shape[1] if weight is None else weight.shape[0]
+    hopper = None if isinstance(tiling, Tiling) else hopper_launcher(device)
+    if hopper is not None and isinstance(tiling, hopper.FewTiling):
+        hopper.project_few(hidden, weight, bias, rows, scale, soft_cap, tiling, options, outputs)
+        return
     row_tiles = triton.cdiv(capacity, tiling.rows)
     slots = row_tiles + programs
     statistics = torch.empty((slots, tiling.rows, STATISTICS), dtype=torch.float32, device=device)
     leaders = torch.empty((slots, tiling.rows, GROUP_SIZE), dtype=torch.float32, device=device)
     pdl = device.type == "cuda" and capability(device) >= 9
-    rows = (
-        row_index,
-        row_count,
-        temperature,
-        uniform_temperature,
-        seed,
-        keys,
-        statistics,
-        leaders,
-        capacity,
-        columns,
-        depth,
-    )
-    wanted: dict[str, Any] = {
-        "PROGRAMS": programs,
-        "MODE": mode,
-        "HAS_SCALE": scale != 1.0,
-        "HAS_CAP": soft_cap > 0.0,
-        "WANT_TOP": want_top,
-        "WANT_ENTROPY": want_entropy,
-    }
+    arguments = (*rows, statistics, leaders, capacity, columns, hidden.shape[1])
+    wanted = {**options, "HAS_SCALE": scale != 1.0, "HAS_CAP": soft_cap > 0.0}
     if isinstance(tiling, Tiling):
-        project(hidden, weight, bias, rows, scale, soft_cap, tiling, bulk_copy and tiling.bulk_copy, pdl, wanted)
+        project(hidden, weight, bias, arguments, scale, soft_cap, tiling, bulk_copy and tiling.bulk_copy, pdl, wanted)
     else:
-        hopper = hopper_launcher(device)
         assert hopper is not None
-        hopper.project_on_hopper(hidden, weight, bias, rows, scale, soft_cap, tiling, wanted)
+        hopper.project_on_hopper(hidden, weight, bias, arguments, scale, soft_cap, tiling, wanted)
 
     split_rows = row_tiles % programs  # row tiles whose vocabulary is split, when all of the capacity is used
     full_splits = programs // split_rows if split_rows else 1
     # Few rows have many splits: a warp per row, which reads them all at once. Three shapes only, to compile no more.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
+    token, log_prob, top1, top2, entropy, logsumexp = outputs
     _finish[(triton.cdiv(capacity, rows_at_once),)](
         statistics,
         leaders,
-        row_count,
-        temperature,
-        uniform_temperature,
-        seed,
-        keys,
+        *rows[1:],
         token,
         log_prob,
         logsumexp,
@@ -174,17 +196,13 @@ def vocab_projection(
         columns,
         BM=tiling.rows,
         BN=tiling.columns,
-        PROGRAMS=programs,
         ROWS=rows_at_once,
         SPLITS=split_block,
-        MODE=mode,
-        WANT_TOP=want_top,
-        WANT_ENTROPY=want_entropy,
         PDL=pdl,
         num_warps=1 if rows_at_once == 1 else 4,
         launch_pdl=pdl,
+        **options,
     )
-    return token, log_prob, top1, top2, entropy, logsumexp
 
 
 def project(

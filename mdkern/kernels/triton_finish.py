@@ -98,6 +98,42 @@ def _merge(
     return top, total, moment, second, best, best_group, best_split
 
 
+@triton.jit
+def _write(
+    rows,
+    inside,
+    valid,  # rows that are there; the others get -1 and NaN
+    winner,
+    winner_logit,
+    top,
+    total,
+    moment,
+    second,
+    token,
+    log_prob,
+    logsumexp,
+    top1,
+    top2,
+    entropy,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+):
+    """The outputs of rows from their merged state."""
+    offset = top * LOG2E
+    log2_total = tl.log2(total)
+    sum_log = (offset + log2_total) * LN2
+    nan = float("nan")
+    good = valid & (top > LOWEST / 2) & (tl.abs(sum_log) < float("inf"))
+    tl.store(token + rows, tl.where(good, winner, -1).to(tl.int64), mask=inside)
+    tl.store(log_prob + rows, tl.where(good, (winner_logit * LOG2E - offset - log2_total) * LN2, nan), mask=inside)
+    tl.store(logsumexp + rows, tl.where(good, sum_log, nan), mask=inside)
+    if WANT_TOP:
+        tl.store(top1 + rows, tl.where(good, tl.exp2(top * LOG2E - offset) / total, nan), mask=inside)
+        tl.store(top2 + rows, tl.where(good, tl.exp2(second * LOG2E - offset) / total, nan), mask=inside)
+    if WANT_ENTROPY:
+        tl.store(entropy + rows, tl.where(good, (log2_total - moment / total) * LN2, nan), mask=inside)
+
+
 @triton.jit(do_not_specialize=["capacity", "columns"])
 def _finish(
     statistics,
@@ -128,7 +164,7 @@ def _finish(
     count = capacity
     if row_count is not None:
         count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
-    whole, _, _, splits, _ = _schedule(count, columns, BM, BN, PROGRAMS)
+    whole, _, _, _, parts, _ = _schedule(count, columns, BM, BN, PROGRAMS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
     wide = rows.to(tl.int64)
@@ -144,8 +180,8 @@ def _finish(
         gdc_wait()
 
     row_tile = rows // BM
-    split_count = tl.where(row_tile < whole, 1, splits)
-    first_slot = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * splits).to(tl.int64)
+    split_count = tl.where(row_tile < whole, 1, parts)
+    first_slot = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * parts).to(tl.int64)
     nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
     no_group = tl.full([ROWS], 2147483647, tl.int32)
     state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0
@@ -180,17 +216,7 @@ def _finish(
     if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second as well
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
-    offset = top * LOG2E
-    log2_total = tl.log2(total)
-    sum_log = (offset + log2_total) * LN2
-    nan = float("nan")
-    good = valid & (top > LOWEST / 2) & (tl.abs(sum_log) < float("inf"))
-    inside = rows < capacity
-    tl.store(token + rows, tl.where(good, winner, -1).to(tl.int64), mask=inside)
-    tl.store(log_prob + rows, tl.where(good, (winner_logit * LOG2E - offset - log2_total) * LN2, nan), mask=inside)
-    tl.store(logsumexp + rows, tl.where(good, sum_log, nan), mask=inside)
-    if WANT_TOP:
-        tl.store(top1 + rows, tl.where(good, tl.exp2(top * LOG2E - offset) / total, nan), mask=inside)
-        tl.store(top2 + rows, tl.where(good, tl.exp2(second * LOG2E - offset) / total, nan), mask=inside)
-    if WANT_ENTROPY:
-        tl.store(entropy + rows, tl.where(good, (log2_total - moment / total) * LN2, nan), mask=inside)
+    _write(
+        rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, token, log_prob, logsumexp,
+        top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
+    )  # fmt: skip
