@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mdkern.arguments import Request
 from mdkern.device_loop import DeviceLoop, make_loop
 from mdkern.models import Denoiser
-from mdkern.models.denoiser import Head
+from mdkern.models.denoiser import PREPARED, Head
 from mdkern.state import SamplerState
 
 Part = TypeVar("Part")
@@ -63,7 +63,7 @@ class Workspace:
     state: SamplerState
     parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
-    marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers
+    marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers, as they are prepared for it
     pool: Any = None  # memory that the graphs share: they never run at the same time
 
     def forget_the_dead(self) -> None:
@@ -245,13 +245,19 @@ def model_of(denoiser: Denoiser) -> Any:
 
 
 def held() -> list[tuple[str, int]]:
-    """Denoiser and bytes of every graph that is kept between calls, and "state" and bytes of what they work on.
+    """Denoiser and bytes of every graph that is kept between calls, and of what they work on: "state" and bytes,
+    "prepared weights" and bytes.
 
     Graphs of one call share much of their memory.
     """
     with _lock:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
-        return kept + [("state", workspace.state_memory()) for workspace in _idle]
+        kept += [("state", workspace.state_memory()) for workspace in _idle]
+        return kept + [("prepared weights", nested_bytes(tensors)) for tensors in PREPARED.values()]
+
+
+def nested_bytes(tensors: Any) -> int:
+    return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(nested_bytes, tensors))
 
 
 def clear() -> None:
@@ -259,6 +265,7 @@ def clear() -> None:
     with _lock:
         _idle.clear()
         _refused.clear()
+        PREPARED.clear()
 
 
 def mark_of(denoiser: Denoiser) -> Hashable:

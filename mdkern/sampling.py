@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -200,8 +200,11 @@ def run_request(
         lease(request) if graphed else nullcontext() as workspace,
         tqdm(unit="pass", desc="denoising", disable=None if progress is None else not progress, leave=False) as bar,
     ):
+        count, length = request.input_ids.shape
+        rows = min(request.batch_size, count) * length
+        prepared = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
+        request = replace(request, denoisers=prepared)
         state = SamplerState.of(request) if workspace is None else workspace.state
-        count = len(request.input_ids)
         drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count], request.attention_mask)
         outcome = run(request, state, workspace, bar, drafts, timings)
         drafts.end()

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mdkern.kernels import triton_modulated_norm, triton_rotary
+from mdkern.kernels import triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels.folded_norm import plain_fold_norm, plain_gathered_sums
 from mdkern.kernels.modulated_norm import plain_gathered_norm, plain_modulated_norm
 from mdkern.kernels.rotary import plain_rotary
 from tests.inference_problem import modulation, normal
@@ -59,6 +60,29 @@ def test_gathered_rows_are_the_references(sequences: int) -> None:
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
         assert tensor.isnan().any(-1).tolist() == [False] * 4 + [True] * 2 + [False] * 2
     assert torch.equal(got[0][:4], table[index[:4].long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_folded_weights_are_the_references(dtype: torch.dtype, biased: bool) -> None:
+    weight, bias = normal(1, 9, 256).to(dtype), normal(2, 9).to(dtype)
+    norm, shift, scale, _ = modulation(256, 0, dtype)
+    outcomes = []
+    for implementation in (plain_fold_norm, triton_folded_norm.fold_norm):
+        folded = torch.empty_like(weight), torch.empty_like(bias)
+        implementation(*folded, weight, bias if biased else None, norm, shift, scale)
+        outcomes.append(folded)
+    precision = 1e-5 if dtype == torch.float32 else 2e-3  # a unit in the last place
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=precision, atol=precision)
+    assert (outcomes[1][0].double().sum(1).abs() < 1e-5).all()
+
+
+def test_gathered_rows_have_the_references_sums() -> None:
+    table = normal(3, 9, 515)[:, 1:513]
+    index = torch.tensor([0, 8, 3, 3, -1, 9, 5], dtype=torch.int32)  # two of them are not there
+    want, got = (gather(table, index) for gather in (plain_gathered_sums, triton_folded_norm.gathered_sums))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got[0].isnan().any(-1).tolist() == [False] * 4 + [True] * 2 + [False]
 
 
 def turned(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tensor:

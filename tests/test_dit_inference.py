@@ -144,7 +144,7 @@ def test_the_operators_are_well_registered(sequences: int) -> None:
     check(rotary._rotary, (x.view(12, 2, 4), angle.cos(), angle.sin(), None, 6))
     check(linear._linear_rotary, (x, matrix, angle.cos(), angle.sin(), 1, 6))
     check(linear._linear_gelu, (x, matrix, bias))
-    check(linear._linear_residual, (x, x.clone(), matrix, bias, gate))
+    check(linear._linear_residual, (x, x.clone(), matrix, bias, gate, None))
 
 
 # The whole.

@@ -3,17 +3,13 @@
 A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
 output tiles; two warpgroups multiply 64 rows each and finish their rows in registers. The finished tile leaves from a
 buffer of its own while the next one is multiplied; with a residual, the stream's tile comes in through that buffer.
+Layer normalisation goes along: a residual's epilogue sums up the rows that it holds, and the next product's divides by
+their spread (`mdkern.kernels.folded_norm`).
 """
 
 # mypy: ignore-errors
 # ruff: noqa: N803, N806, RUF005, SIM102
 
-from dataclasses import dataclass
-from functools import cache
-
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+from mdkern.kernels.modulated_norm import EPS as NORM_EPS
+
 ROWS = gl.constexpr(64)  # of a warpgroup
 PART = gl.constexpr(64)  # columns that are finished at a time: 128 bytes, the width of the shared-memory swizzle
 WARPGROUPS = gl.constexpr(2)
+SPAN = gl.constexpr(256)  # columns that a row's sums are of
+EPS = gl.constexpr(NORM_EPS)
 
 # 64 and 32 columns as the tensor cores leave them.
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
@@ -71,6 +69,27 @@ def _gelu_of_twice(h):
 @gluon.jit
 def _turn(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
+
+
+@gluon.jit
+def _load_sums(sums, row, rows, SPANS: gl.constexpr):
+    """Sums and sums of squares of 64 rows' spans of columns."""
+    at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+    loaded = ()
+    for number in gl.static_range(2 * SPANS):
+        loaded = loaded + (gl.load(sums + number * rows + at, mask=at < rows, other=0.0),)
+    return loaded
+
+
+@gluon.jit
+def _one_over_spread(loaded, SPANS: gl.constexpr):
+    total, squares = loaded[0], loaded[1]
+    for span in gl.static_range(1, SPANS):
+        total += loaded[2 * span]
+        squares += loaded[2 * span + 1]
+    mean = total / (SPANS * SPAN)
+    variance = squares / (SPANS * SPAN) - mean * mean
+    return gl.rsqrt(gl.maximum(variance, 0.0) + EPS)
 
 
 @gluon.jit
@@ -138,18 +157,20 @@ def _multiply(
     places,
     HALF: gl.constexpr,  # which 64 of the tile's rows
     BN: gl.constexpr,
-    STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,  # head_dim / 2
+    SPANS: gl.constexpr,  # of a row of the left matrix, with sums
 ):
     """A multiplying warpgroup."""
-    bias, gate, cos, sin = tables
+    bias, gate, cos, sin, left_sums, out_sums = tables
     left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
-    length, turned, rows_of_sequence, last_sequence, gate_stride = places
+    rows, length, turned, rows_of_sequence, last_sequence, gate_stride = places
     PARTS: gl.constexpr = BN // PART
+    STAGES: gl.constexpr = left_ring.shape[0]
+    BUFFERS: gl.constexpr = leaving.shape[0] // WARPGROUPS
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     pair_layout: gl.constexpr = THIN if PAIRS == 32 else WIDE
     program = gl.program_id(0)
@@ -176,6 +197,8 @@ def _multiply(
             position = (row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, pair_layout))) % length
             angle = position[:, None] * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))[None, :]
             c, s = gl.load(cos + angle), gl.load(sin + angle)
+        if left_sums is not None:
+            loaded = _load_sums(left_sums, row, rows, SPANS)
         product = gl.zeros([ROWS, BN], gl.float32, layout=product_layout)
         previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
         for k in range(steps):
@@ -200,17 +223,26 @@ def _multiply(
         mbarrier.arrive(empty.index(previous))
 
         parts = _parts(product)
+        if left_sums is not None:
+            scale = _one_over_spread(loaded, SPANS)[:, None] * (0.5 if GELU else 1.0)
+        if out_sums is not None:
+            total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
+            squares = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
         if stream is not None:
             mbarrier.wait(stream_full.index(HALF), stream_phase)
             stream_phase ^= 1
-        else:
-            tma.store_wait(0)
         for two in gl.static_range(PARTS // 2):
             first, second = parts[2 * two], parts[2 * two + 1]
-            near, far = leaving.index(HALF * PARTS + 2 * two), leaving.index(HALF * PARTS + 2 * two + 1)
+            at = HALF * BUFFERS + 2 * two % BUFFERS
+            near, far = leaving.index(at), leaving.index(at + 1)
+            if left_sums is not None:
+                first = first * scale
+                second = second * scale
+            elif GELU:
+                first, second = first * 0.5, second * 0.5
             if GELU:
-                first = _gelu_of_twice(first * 0.5 + (shifts[2 * two].to(gl.float32) * 0.5)[None, :])
-                second = _gelu_of_twice(second * 0.5 + (shifts[2 * two + 1].to(gl.float32) * 0.5)[None, :])
+                first = _gelu_of_twice(first + (shifts[2 * two].to(gl.float32) * 0.5)[None, :])
+                second = _gelu_of_twice(second + (shifts[2 * two + 1].to(gl.float32) * 0.5)[None, :])
             elif bias is not None:
                 first += shifts[2 * two].to(gl.float32)[None, :]
                 second += shifts[2 * two + 1].to(gl.float32)[None, :]
@@ -232,16 +264,27 @@ def _multiply(
                         a, b = _halves(second)
                         a, b = _turn(gl.convert_layout(a, THIN, True), gl.convert_layout(b, THIN, True), c, s)
                         second = gl.convert_layout(_beside(a, b), WIDE, True)
+            if out_sums is not None:  # before rounding, which would cost its undoing
+                total += gl.sum(first + second, 1)
+                squares += gl.sum(first * first + second * second, 1)
+            if stream is None:
+                if two % (BUFFERS // 2) == 0:  # what left these buffers before has been read
+                    tma.store_wait(0)
             near.store(first.to(out.dtype))
             far.store(second.to(out.dtype))
-        fence_async_shared()
-        for part in gl.static_range(PARTS):
-            tma.async_copy_shared_to_global(out, [row, column + PART * part], leaving.index(HALF * PARTS + part))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [row, column + 2 * PART * two], near)
+            tma.async_copy_shared_to_global(out, [row, column + 2 * PART * two + PART], far)
+        if out_sums is not None:
+            at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+            sums = out_sums + column // BN * 2 * rows + at
+            gl.store(sums, total, mask=at < rows)
+            gl.store(sums + rows, squares, mask=at < rows)
     tma.store_wait(0)
 
 
 # Not specialised, so that no length or batch size is compiled anew.
-COUNTS = ("row_tiles", "column_tiles", "steps", "length", "turned", "rows_of_sequence", "last_sequence")
+COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "turned", "rows_of_sequence", "last_sequence")
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -254,9 +297,12 @@ def _linear(
     gate,
     cos,
     sin,
+    left_sums,
+    out_sums,
     row_tiles,
     column_tiles,
     steps,
+    rows,
     length,
     turned,
     rows_of_sequence,
@@ -269,12 +315,14 @@ def _linear(
     PROGRAMS: gl.constexpr,
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,
+    SPANS: gl.constexpr,
+    BUFFERS: gl.constexpr,  # of a warpgroup, through which its finished parts leave
     REGISTERS: gl.constexpr,
 ):
     BM: gl.constexpr = ROWS * WARPGROUPS
     left_ring = gl.allocate_shared_memory(left.dtype, [STAGES, BM, BK], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BN, BK], right.layout)
-    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * (BN // PART), ROWS, PART], out.layout)
+    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * BUFFERS, ROWS, PART], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     stream_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
@@ -289,85 +337,14 @@ def _linear(
     # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
     rings = (left_ring, right_ring, leaving, full, empty, stream_full, stream_empty)
     sizes = (row_tiles, column_tiles, steps)
-    places = (length, turned, rows_of_sequence, last_sequence, gate_stride)
-    tables = (bias, gate, cos, sin)
+    places = (rows, length, turned, rows_of_sequence, last_sequence, gate_stride)
+    tables = (bias, gate, cos, sin, left_sums, out_sums)
     gl.warp_specialize(
         [
-            (_multiply, (out, stream, tables, rings, sizes, places, 0, BN, STAGES, GROUP, PROGRAMS, GELU, PAIRS)),
-            (_multiply, (out, stream, tables, rings, sizes, places, 1, BN, STAGES, GROUP, PROGRAMS, GELU, PAIRS)),
+            (_multiply, (out, stream, tables, rings, sizes, places, 0, BN, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_multiply, (out, stream, tables, rings, sizes, places, 1, BN, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
             (_copy, (left, right, stream, rings, sizes, BN, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],
         [REGISTERS, 24],
     )
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the work is cut."""
-
-    columns: int = 256
-    depth: int = 64
-    stages: int = 3
-    group: int = 16
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    *,
-    stream: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    length: int = 1,
-    turned: int = 0,
-    gelu: bool = False,
-    cut: Cut = Cut(),
-) -> None:
-    """``out = [stream +] [gate *] [gelu] (x @ weight.T + bias)``, the first `turned` columns turned by `cos`, `sin`."""
-    rows, depth = x.shape
-    columns = weight.shape[0]
-    element = ELEMENT[x.dtype]
-
-    def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, element))
-
-    row_tiles, column_tiles = triton.cdiv(rows, 128), triton.cdiv(columns, cut.columns)
-    programs = min(processors(x.device), row_tiles * column_tiles)
-    sequences = gate.shape[0] if gate is not None and gate.ndim == 2 else 1
-    _linear[(programs,)](
-        describe(x, [128, cut.depth]),
-        describe(weight, [cut.columns, cut.depth]),
-        describe(out, [64, 64]),
-        None if stream is None else describe(stream, [64, 64]),
-        bias,
-        gate,
-        cos,
-        sin,
-        row_tiles,
-        column_tiles,
-        triton.cdiv(depth, cut.depth),
-        length,
-        turned,
-        rows // sequences,
-        sequences - 1,
-        gate.stride(0) if sequences > 1 else 0,
-        BN=cut.columns,
-        BK=cut.depth,
-        STAGES=cut.stages,
-        GROUP=cut.group,
-        PROGRAMS=programs,
-        GELU=gelu,
-        PAIRS=0 if cos is None else cos.shape[1],
-        REGISTERS=240,
-        num_warps=4,
-        maxnreg=168,
-    )
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdkern.models import dit_cached
+from mdkern.models import dit_cached, dit_inference
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import DiT, gather_rows
 
@@ -82,6 +83,7 @@ class DiTDenoiser(Denoiser):
     """Our `DiT`, with the last block pruned to the wanted rows."""
 
     takes_cache = True
+    folds: dit_inference.Folds | None = None
 
     def __init__(self, model: DiT, name: str | None = None) -> None:
         config = model.config
@@ -100,7 +102,17 @@ class DiTDenoiser(Denoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return self.model.hidden(input_ids, t, positions, attention_mask)
+        return self.model.hidden(input_ids, t, positions, attention_mask, self.folds)
+
+    def prepared(self, rows: int) -> DiTDenoiser:
+        """With the norms folded into the weights, where that serves."""
+        with torch.no_grad():
+            folds = dit_inference.fold(self.model, rows)
+        if folds is None:
+            return self
+        prepared = copy.copy(self)
+        prepared.folds = folds
+        return prepared
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return dit_cached.cache_shape(self.model.config, batch, length)

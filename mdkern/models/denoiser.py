@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels.reference import finish_logits
+
+# What prepared denoisers keep from one call of `sample` to the next, by model: tensors in tuples, read by CUDA graphs.
+PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def available_device(device: torch.device | str) -> torch.device:
@@ -85,6 +90,17 @@ class Denoiser:
             ``[B, L, D]`` or ``[B, R, D]``.
         """
         raise NotImplementedError
+
+    def prepared(self, rows: int) -> Denoiser:
+        """The denoiser to run one call of `sample` by: itself, or one that shares its weights.
+
+        It may keep what it computes here from the weights as they are now, which no one changes during the call: as an
+        attribute, by which CUDA graphs recognise it, and in `PREPARED`, at the same addresses in the next call.
+
+        Args:
+            rows: positions of the largest pass, over all its sequences.
+        """
+        return self
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         """Shape of the tensor, of the denoiser's dtype, that keeps the keys and values of B sequences of L positions.

@@ -249,16 +249,18 @@ class DiT(nn.Module):
         t: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        folds: dit_inference.Folds | None = None,
     ) -> Tensor:
         """The head's input: ``[B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``. See `Denoiser.hidden`.
 
-        For inference in 16 bits on a GPU by `dit_inference`, the same function in fewer passes over memory.
+        For inference in 16 bits on a GPU by `dit_inference`, the same function in fewer passes over memory; in
+        fewer still with `folds` made of the weights as they are, by `dit_inference.fold`.
         """
         if not dit_inference.covers(self):
             return self.plain_hidden(input_ids, t, positions, attention_mask)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         with attention_priority(input_ids.device):
-            return dit_inference.hidden(self, input_ids, self.condition(t), positions, key_mask)
+            return dit_inference.hidden(self, input_ids, self.condition(t), positions, key_mask, folds)
 
     def condition(self, t: Tensor | None) -> Tensor | None:
         """The embedded time ``[B, cond_dim]``; None without time conditioning."""
