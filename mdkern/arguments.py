@@ -241,10 +241,12 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
         raise ValueError(f"cache={cache!r} needs a block_length, e.g. 32: what is kept is renewed block by block")
     without = [name for name, denoiser in denoisers.items() if not denoiser.takes_cache]
     if without:
+        denoiser = denoisers[without[0]]
+        because = f" because {denoiser.no_cache_reason}" if denoiser.no_cache_reason else ""
         raise ValueError(
             f"cache={cache!r} needs models that can run a part of a sequence on kept keys and values: model"
-            f" {without[0]} ({denoisers[without[0]].name}) cannot. A DiT can, and a Denoiser with takes_cache;"
-            " a model that runs by its logits cannot, even where its own call takes past keys and values"
+            f" {without[0]} ({denoiser.name}) cannot{because}. A DiT can, a Hugging Face model with bidirectional sdpa"
+            " attention, and a Denoiser with takes_cache"
         )
     return cache
 

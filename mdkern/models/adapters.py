@@ -1,19 +1,21 @@
-"""`adapt`: people's models as denoisers. Our DiT is split into backbone and head; others run by their logits."""
+"""`adapt`: people's models as denoisers, split into backbone and head where that can be; others run by their logits."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.models import dit_cached, dit_inference
 from mdkern.models.denoiser import Denoiser, Head, available_device
+from mdkern.models.dissection import examine
 from mdkern.models.dit import DiT, gather_rows
+from mdkern.models.model_facts import accepted_arguments, end_of_text, first_setting, longest_input, output_layer
+from mdkern.models.split import SplitDenoiser, serving
 
 
 def adapt(
@@ -25,9 +27,14 @@ def adapt(
     max_length: int | None = None,
     num_blocks: int | None = None,
     device: torch.device | str | None = None,
+    shifted: bool | None = None,
     name: str | None = None,
 ) -> Denoiser:
     """Make a `Denoiser` of a model.
+
+    A module with ``get_output_embeddings``, as those of Hugging Face, is split: its own forward runs up to its output
+    layer, which mdkern runs at the wanted positions only. What it can do is tried here by a few passes of a few ids,
+    once for a model. Where it can't be split it runs by its logits, and a warning says why.
 
     Args:
         model: a `DiT`; a Hugging Face masked language model; any callable from ids int64 ``[B, L]`` to logits
@@ -37,18 +44,23 @@ def adapt(
         mask_id: the mask token's id. Needed for callables, and for Hugging Face models whose config has none.
         eos_id, max_length, num_blocks: as in `Denoiser`.
         device: where a callable wants its ids; taken from a module's parameters.
+        shifted: whether the logits at a position are those of the next one, as of models that were autoregressive;
+            then position i is served by i - 1, and by itself where nothing is before it. None: if the config's
+            ``model_type`` is Dream's.
         name: what to call it in messages.
 
     Raises:
         TypeError: not a model.
-        ValueError: a missing or impossible `vocab_size` or `mask_id`, one that contradicts the model's own, a model in
-            training mode, a device that is not there.
+        ValueError: a missing or impossible `vocab_size` or `mask_id`, one that contradicts the model's own, `shifted`
+            for a DiT or a `Denoiser`, a model in training mode, a device that is not there.
     """
     if isinstance(model, Denoiser | DiT):
         known = model.config if isinstance(model, DiT) else model
         for argument, value in (("vocab_size", vocab_size), ("mask_id", mask_id)):
             if value is not None and value != getattr(known, argument):
                 raise ValueError(f"{argument}={value} contradicts the model's own {getattr(known, argument)}")
+        if shifted:
+            raise ValueError(f"shifted must not be given for a {type(model).__name__}: its states are in their places")
     if isinstance(model, Denoiser):
         return model
     if isinstance(model, nn.Module) and not isinstance(model, DiT) and model.training:
@@ -67,16 +79,28 @@ def adapt(
             raise ValueError(f"{argument} must be a whole number, not {value!r}")
     assert vocab_size is not None
     assert mask_id is not None
-    return LogitsDenoiser(
-        model,
-        vocab_size=vocab_size,
-        mask_id=mask_id,
-        eos_id=eos_id if eos_id is not None else getattr(config, "eos_token_id", None),
-        max_length=max_length if max_length is not None else longest_input(model),
-        num_blocks=num_blocks if num_blocks is not None else getattr(config, "num_hidden_layers", None),
-        device=device,
-        name=name,
-    )
+    check_ids(vocab_size, mask_id)
+    max_length = max_length if max_length is not None else longest_input(model)
+    anatomy = examine(model, vocab_size, max_length)
+    described: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "mask_id": mask_id,
+        "eos_id": eos_id if eos_id is not None else end_of_text(model),
+        "max_length": max_length,
+        "num_blocks": num_blocks if num_blocks is not None else first_setting(model, "num_hidden_layers", "n_layers"),
+        "shifted": str(getattr(config, "model_type", "")).lower() == "dream" if shifted is None else shifted,
+        "name": name or str(getattr(model, "__name__", type(model).__name__)),
+    }
+    if isinstance(anatomy, str):
+        return LogitsDenoiser(model, device=device, reason=anatomy if isinstance(model, nn.Module) else "", **described)
+    return SplitDenoiser(model, anatomy, **described)
+
+
+def check_ids(vocab_size: int, mask_id: int) -> None:
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
+    if not 0 <= mask_id <= vocab_size:
+        raise ValueError(f"mask_id must lie in 0..{vocab_size} for logits of {vocab_size} columns, not {mask_id}")
 
 
 class DiTDenoiser(Denoiser):
@@ -138,40 +162,46 @@ class DiTDenoiser(Denoiser):
 class LogitsDenoiser(Denoiser):
     """Any callable from ids to logits. Exact, but every forward pass computes the logits of every position."""
 
+    no_cache_reason = "it runs by its logits"
+
     def __init__(
         self,
         model: Callable[..., Any],
         *,
         vocab_size: int,
         mask_id: int,
-        eos_id: int | None = None,
-        max_length: int | None = None,
-        num_blocks: int | None = None,
-        device: torch.device | str | None = None,
-        name: str | None = None,
+        eos_id: int | None,
+        max_length: int | None,
+        num_blocks: int | None,
+        device: torch.device | str | None,
+        shifted: bool,
+        name: str,
+        reason: str,
     ) -> None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
-        if not 0 <= mask_id <= vocab_size:
-            raise ValueError(f"mask_id must lie in 0..{vocab_size} for logits of {vocab_size} columns, not {mask_id}")
+        """`reason`: why it can't be split, for the warning; "" if nobody could expect it to be."""
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.model = model
-        self.name = name or str(getattr(model, "__name__", type(model).__name__))
+        self.model, self.name, self.shifted = model, name, shifted
         # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
-        self.columns, self.vocab_size = vocab_size, max(vocab_size, mask_id + 1)
-        self.mask_id, self.eos_id, self.max_length, self.num_blocks = mask_id, eos_id, max_length, num_blocks
+        self.vocab_size, self.mask_id = max(vocab_size, mask_id + 1), mask_id
+        self.eos_id, self.max_length, self.num_blocks = eos_id, max_length, num_blocks
+        layer = output_layer(model)
+        rows = 0 if isinstance(layer, str) else len(cast(Tensor, layer.weight))
+        self.columns = max(vocab_size, rows)  # of the logits: tables may be padded
         chosen = available_device(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = parameter.dtype if parameter is not None else torch.float32
         accepted = accepted_arguments(model)
         self.time_conditioning = "t" in accepted
         self.takes_attention_mask = "attention_mask" in accepted
-        bias = torch.zeros(vocab_size, dtype=torch.float32, device=chosen)
+        bias = torch.zeros(self.columns, dtype=torch.float32, device=chosen)
         self.device = bias.device  # with its index, so that it compares equal to those of other tensors there
+        bias[vocab_size:] = -torch.inf
         if mask_id < vocab_size:
             bias[mask_id] = -torch.inf
         self.head = Head(None, bias)
+        because = f" because {reason}" if reason else ""
         warnings.warn(
-            f"{self.name} runs by its logits: the output layer is computed at every position of every forward pass",
+            f"{self.name} runs by its logits{because}: the output layer is computed at every position of every forward"
+            " pass",
             stacklevel=3,
         )
 
@@ -195,28 +225,10 @@ class LogitsDenoiser(Denoiser):
             raise ValueError(
                 f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}"
             )
+        if self.shifted:
+            positions = serving(input_ids, positions, attention_mask)
         return logits if positions is None else gather_rows(logits, positions)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         if isinstance(self.model, nn.Module):
             yield from self.model.named_parameters()
-
-
-def longest_input(model: Any) -> int | None:
-    """Positions that a Hugging Face model can read. RoBERTa's first ones are taken: its positions count from
-    `padding_idx` + 1."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        table = getattr(module, "position_embeddings", None)
-        if positions is not None and isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return positions - table.padding_idx - 1
-    return positions
-
-
-def accepted_arguments(model: Callable[..., Any]) -> set[str]:
-    """Names of the parameters that a model's call takes."""
-    function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin without a signature
-        return set()

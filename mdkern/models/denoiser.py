@@ -66,6 +66,7 @@ class Denoiser:
     time_conditioning: bool = False
     takes_attention_mask: bool = True  # whether sequences may be padded
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are there
+    no_cache_reason: str = ""  # why not, for messages
     device: torch.device
     dtype: torch.dtype
     head: Head

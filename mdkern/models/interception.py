@@ -1,0 +1,233 @@
+"""A forward pass of somebody else's model, changed at two places while nothing in the model is.
+
+The pass runs under a `TorchFunctionMode`, which sees the calls of PyTorch's functions in its own thread: the output
+layer, known by its weight, hands its input over instead of computing logits, and attention may be computed otherwise:
+with a mask for padding, or from a window of the sequences over keys and values kept from earlier passes. The model's
+modules, weights and hooks stay as they are, so several passes and threads may use it at once, and so may CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ID_ROOM = 8  # numbers that have room for an id, an int32, in every floating dtype, and keep rows aligned
+
+
+class HeadPass(TorchFunctionMode):
+    """Keeps what the linear layer of `weight` is given; the layer's result has no columns.
+
+    No columns rather than an exception, which would skip hooks that undo something, and rather than the input itself,
+    which models scale in place.
+    """
+
+    def __init__(self, weight: Tensor, attention: Callable[..., Tensor] | None = None) -> None:
+        """`attention` takes the place of `scaled_dot_product_attention`, and its arguments."""
+        super().__init__()
+        self.weight, self.attention = weight, attention
+        self.calls = 0
+        self.hidden: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.attention is not None:
+            return self.attention(*args, **kwargs)
+        if func is F.linear:
+            hidden, weight, bias = linear_arguments(*args, **kwargs)
+            if weight is self.weight:
+                self.calls += 1
+                self.hidden, self.bias = hidden, bias
+                return hidden.new_empty((*hidden.shape[:-1], 0))
+        return func(*args, **kwargs)
+
+
+def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+class Layout(NamedTuple):
+    """What is kept of a column: rotated keys and values of every layer. A tuple: graphs are found by its items."""
+
+    layers: int
+    heads: int  # of keys and values
+    head_dim: int
+
+    def shape(self, batch: int, length: int, extra: int = 0) -> tuple[int, ...]:
+        """``[layers, 2, B, L + 1, H * head_dim + extra]``; column L is scratch."""
+        return self.layers, 2, batch, length + 1, self.heads * self.head_dim + extra
+
+    def heads_of(self, cache: Tensor) -> Tensor:
+        """``[layers, 2, B, L + 1, H, head_dim]`` of a cache of `shape`."""
+        return cache[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, self.head_dim))
+
+
+def kept_ids(cache: Tensor) -> Tensor:
+    """int32 ``[B, L + 1]``: the columns' ids, in what the first layer's keys have of `ID_ROOM` extra numbers."""
+    return cache[0, 0, :, :, -ID_ROOM:].view(torch.int32)[:, :, 0]
+
+
+class WatchedAttention:
+    """Attention as it is, and what can be told of it from the calls of one pass of whole sequences."""
+
+    def __init__(self, kv_heads: int | None) -> None:
+        """`kv_heads`: how many heads of keys and values differ, if fewer may than there are."""
+        self.kv_heads = kv_heads
+        self.seen: list[tuple[int, int]] = []  # heads and head_dim of each call
+        self.reason = ""  # why keys and values can't be kept
+        self.masked = False  # whether a call had a mask, though it may hide nothing
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.reason = self.reason or self.objection(query, key, value, *args, **kwargs)
+        self.masked = self.masked or isinstance(args[0] if args else kwargs.get("attn_mask"), Tensor)
+        distinct = key[:, :: key.shape[1] // self.kv_heads] if self.repeats(key) and self.kv_heads else key
+        self.seen.append((distinct.shape[1], key.shape[3]))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+    def repeats(self, key: Tensor) -> bool:
+        """Whether each head of keys stands there as often as queries need it."""
+        if self.kv_heads is None or key.shape[1] % self.kv_heads:
+            return False
+        groups = key.unflatten(1, (self.kv_heads, -1))
+        return bool((groups == groups[:, :, :1]).all())
+
+    @staticmethod
+    def objection(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> str:
+        if is_causal:
+            return "its attention looks to the left only"
+        if query.shape[2] != key.shape[2] or key.shape != value.shape:
+            return "its keys, values and queries differ in their shapes"
+        if attn_mask is None:
+            return ""
+        open_to_all = attn_mask.all() if attn_mask.dtype == torch.bool else (attn_mask == 0).all()
+        return "" if bool(open_to_all) else "its attention has a mask or a bias of its own"
+
+    def layout(self) -> Layout | str:
+        """How keys and values can be kept, or why they can't."""
+        if not self.seen:
+            return "its attention is not PyTorch's scaled_dot_product_attention (attn_implementation='sdpa')"
+        if self.reason:
+            return self.reason
+        if len(set(self.seen)) > 1:
+            return "its layers' keys and values differ in their shapes"
+        return Layout(len(self.seen), *self.seen[0])
+
+
+class WholeAttention:
+    """Attention of whole sequences that sees all but padding, whatever mask the model has made for itself.
+
+    Without padding, too: some versions of transformers make a mask that hides nothing while a graph is captured
+    (`is_tracing` in their masking_utils), which would keep the graph from the kernels that take none.
+    """
+
+    def __init__(self, attention_mask: Tensor | None) -> None:
+        """`attention_mask`: bool ``[B, L]``, False at padding; None: there is none."""
+        self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        return attend(query, key, value, self.key_mask, scale)
+
+
+class KeptAttention:
+    """Attention of a window's queries over all columns of its sequences; the window's own keys and values are kept.
+
+    One object serves one pass: the calls are the layers in order.
+    """
+
+    def __init__(
+        self, layout: Layout, cache: Tensor, columns: Tensor | None, attention_mask: Tensor | None, turn: Turn | None
+    ) -> None:
+        """
+        Args:
+            cache: of `Layout.shape`.
+            columns: int64 ``[B, W]`` in 0..L, where keys and values go; None: W = L, each to its own.
+            attention_mask: bool ``[B, L]``, False at padding; None: there is none.
+            turn: what is missing in the window's positions, for models that take it to begin at 0.
+        """
+        self.kept, self.columns, self.turn = layout.heads_of(cache), columns, turn
+        self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        self.sequence = torch.arange(cache.shape[2], device=cache.device)[:, None]
+        self.layer = 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if self.turn is not None:
+            query, key = self.turn(query), self.turn(key)
+        kept = self.kept[self.layer]  # [2, B, L + 1, H, head_dim]
+        self.layer += 1
+        for old, new in zip(kept, (key, value)):
+            once = new[:, :: new.shape[1] // kept.shape[3]].transpose(1, 2).to(old.dtype)  # [B, W, H, head_dim]
+            if self.columns is None:
+                old[:, :-1] = once
+            else:
+                old[self.sequence, self.columns] = once
+        keys, values = kept[:, :, :-1].transpose(2, 3).to(query.dtype)
+        return attend(query, keys, values, self.key_mask, scale)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq; bool mask ``[B, 1, 1, L]`` or None."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and mask is not None:  # with a mask, grouped queries are left to PyTorch's plain implementation
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        groups = 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
+
+
+class Turn:
+    """Rotary positions moved: queries and keys turned as position i become those of another column.
+
+    Rotations add up, so this serves models that count a window's positions from 0. In their precision it rounds a
+    second time.
+    """
+
+    def __init__(self, rotary: Callable[[Tensor, Tensor], Any], length: int, head_dim: int, columns: Tensor) -> None:
+        """`rotary` turns queries and keys ``[1, 1, L, head_dim]`` by their index; ``columns [B, W]`` in 0..L-1."""
+        half = head_dim // 2
+        unit = torch.zeros(1, 1, length, head_dim, device=columns.device)
+        unit[..., :half] = 1.0
+        turned = rotary(unit, unit)[0][0, 0]  # [L, head_dim]: cosines, then sines
+        by = columns - torch.arange(columns.shape[1], device=columns.device)
+        self.cos = turned[:, :half][by.abs()][:, None]  # [B, 1, W, head_dim / 2]
+        self.sin = (turned[:, half:][by.abs()] * by.sign()[..., None])[:, None]
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """``[B, H, W, head_dim]``."""
+        first, second = heads.float().chunk(2, dim=-1)
+        turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+        return turned.to(heads.dtype)
