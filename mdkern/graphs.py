@@ -83,7 +83,8 @@ class Workspace:
     def part(self, key: Hashable, make: Callable[[], Part]) -> Part:
         """What was made under this key, made on first use: it stays at its addresses."""
         if key not in self.parts:
-            self.parts[key] = make()
+            with torch.inference_mode(False):
+                self.parts[key] = make()
         part: Part = self.parts[key]
         return part
 
@@ -118,7 +119,9 @@ class Workspace:
         if graph is None or graph.model() is not model:
             graph = None  # its memory goes back to the pool first
             idle()
-            bias = denoiser.head.bias.clone()
+            with torch.inference_mode(False):
+                bias = torch.empty_like(denoiser.head.bias)
+            bias.copy_(denoiser.head.bias)
             head = replace(denoiser.head, bias=bias)
             if not self.graphs:  # a pool ends with its last graph
                 self.pool = torch.cuda.graph_pool_handle()
@@ -223,7 +226,8 @@ def lease(request: Request) -> Iterator[Workspace]:
         if found is not None:
             _idle.remove(found)
     if found is None:
-        state = SamplerState.allocate(room, length, request.attention_mask is not None, request.device)
+        with torch.inference_mode(False):  # it outlasts the call
+            state = SamplerState.allocate(room, length, request.attention_mask is not None, request.device)
         found = Workspace(key, state)
     found.state.load(request)
     found.marks.clear()
@@ -253,7 +257,7 @@ def held() -> list[tuple[str, int]]:
     with _lock:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
         kept += [("state", workspace.state_memory()) for workspace in _idle]
-        return kept + [("prepared weights", nested_bytes(tensors)) for tensors in PREPARED.values()]
+        return kept + [("prepared weights", nested_bytes(tensors)) for tensors in list(PREPARED.values())]
 
 
 def nested_bytes(tensors: Any) -> int:

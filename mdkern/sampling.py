@@ -201,9 +201,10 @@ def run_request(
         tqdm(unit="pass", desc="denoising", disable=None if progress is None else not progress, leave=False) as bar,
     ):
         count, length = request.input_ids.shape
-        rows = min(request.batch_size, count) * length
-        prepared = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
-        request = replace(request, denoisers=prepared)
+        if request.cache == "none":  # else passes are of windows, by `window_hidden`
+            rows = min(request.batch_size, count) * length * (2 if request.guidance_scale else 1)
+            prepared = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
+            request = replace(request, denoisers=prepared)
         state = SamplerState.of(request) if workspace is None else workspace.state
         drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count], request.attention_mask)
         outcome = run(request, state, workspace, bar, drafts, timings)

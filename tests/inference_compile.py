@@ -50,7 +50,7 @@ def rotary(capability: int, head_dim: int, placed: bool) -> None:
 
 def fold(capability: int) -> None:
     types = dict.fromkeys(("weight", "bias", "norm_weight", "shift", "scale", "folded", "added"), "*bf16")
-    constants = {"WIDTH": 768, "BLOCK": 1024, "ROUNDS": 3}
+    constants = {"WIDTH": 768, "BLOCK": 1024, "ROUNDS": 3, "NEAR_ZERO": 0.2}
     build(triton_folded_norm._fold, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
     types = {"table": "*bf16", "row_index": "*i64", "x": "*bf16", "sums": "*fp32"}
     types |= {"rows": "i32", "table_rows": "i32", "stride": "i64"}

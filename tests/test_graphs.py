@@ -206,6 +206,13 @@ class TestReplay:
         assert torch.equal(found[1], alone[0])
         assert torch.equal(found[2], alone[1])
 
+    def test_what_inference_mode_made_serves_outside_of_it(self, pair: tuple[DiT, DiT]) -> None:
+        graphs.clear()
+        with torch.inference_mode():
+            inside = draw(pair)
+        assert torch.equal(draw(pair), inside)
+        graphs.clear()
+
     def test_inside_a_stream_of_the_callers(self, pair: tuple[DiT, DiT]) -> None:
         plain = draw(pair)
         stream = torch.cuda.Stream()

@@ -18,7 +18,10 @@ from torch import Tensor
 from mdkern.kernels.modulated_norm import EPS, runs_fused, wide
 
 SPAN = 256  # columns that a row's sums are of: a column tile of the product that leaves them
-ROUNDS = 3  # in which the rounded rows are brought near a sum of 0, before one entry takes what is left
+# What a rounded row is off a sum of 0 goes to its entries near 0, whose grid is fine, in so many rounds; then one entry
+# takes the rest. Constant modulation makes rounding go one way: one entry alone would be off by more than their spread.
+ROUNDS = 3
+NEAR_ZERO = 0.2  # of the row's root mean square
 
 
 def plain_fold_norm(
@@ -35,8 +38,11 @@ def plain_fold_norm(
     added.copy_(full @ shift.to(full.dtype) + (0 if bias is None else bias))
     exact = full * (norm_weight * (1 + scale.to(full.dtype)))
     exact -= exact.mean(1, keepdim=True)
+    near = exact.abs() < NEAR_ZERO * exact.square().mean(1, keepdim=True).sqrt()
+    near |= ~near.any(1, keepdim=True)
     for _ in range(ROUNDS):
-        exact -= exact.to(folded.dtype).to(full.dtype).mean(1, keepdim=True)
+        left = exact.to(folded.dtype).to(full.dtype).sum(1, keepdim=True)
+        exact -= torch.where(near, left / near.sum(1, keepdim=True), 0)
     rounded = exact.to(folded.dtype)
     smallest = exact.abs().argmin(1, keepdim=True)
     left = rounded.to(full.dtype).sum(1, keepdim=True)
@@ -57,7 +63,10 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def one_over_spread(sums: Tensor) -> Tensor:
-    """``rstd [N]`` of rows from their `row_sums`."""
+    """``rstd [N]`` of rows from their `row_sums`.
+
+    In float32 it is off by 2e-4 where the mean is 50 times the spread, by 3e-3 at 200 times.
+    """
     mean, square = sums.sum(0) / (SPAN * sums.shape[0])
     return (square - mean.square()).clamp(min=0).add(EPS).rsqrt()
 

@@ -237,7 +237,7 @@ def _multiply(
     inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
     nothing = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
     lowest = gl.full([ROWS], -float("inf"), gl.float32, layout=by_row)
-    best = gl.where(value == 0.0, lowest, nothing)
+    best = gl.where(inv_temperature == 0.0, lowest, nothing)
     top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
     leader = gl.full([GROUP_SIZE, ROWS], -float("inf"), gl.float32, layout=tile)
     state = top, nothing, nothing, lowest, best, row * 0, leader, leader

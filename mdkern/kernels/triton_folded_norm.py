@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.folded_norm import ROUNDS, SPAN, new_sums
+from mdkern.kernels.folded_norm import NEAR_ZERO, ROUNDS, SPAN, new_sums
 from mdkern.kernels.triton_modulated_norm import unit_stride
 
 
@@ -24,6 +24,7 @@ def _fold(
     WIDTH: tl.constexpr,  # D
     BLOCK: tl.constexpr,
     ROUNDS: tl.constexpr,
+    NEAR_ZERO: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -37,9 +38,12 @@ def _fold(
     one_plus_scale = 1.0 + tl.load(scale + column, mask=within, other=0.0).to(tl.float32)
     exact = held * (one_plus_scale * tl.load(norm_weight + column, mask=within, other=0.0).to(tl.float32))
     exact = tl.where(within, exact - tl.sum(exact, 0) / WIDTH, 0.0)
+    near = within & (tl.abs(exact) < NEAR_ZERO * tl.sqrt(tl.sum(exact * exact, 0) / WIDTH))
+    near = tl.where(tl.sum(near.to(tl.int32), 0) > 0, near, within)
+    count = tl.sum(near.to(tl.float32), 0)
     for _ in tl.static_range(ROUNDS):
         rounded = exact.to(folded.dtype.element_ty).to(tl.float32)
-        exact = tl.where(within, exact - tl.sum(rounded, 0) / WIDTH, 0.0)
+        exact -= tl.where(near, tl.sum(rounded, 0) / count, 0.0)
     rounded = exact.to(folded.dtype.element_ty).to(tl.float32)
     smallest = tl.argmin(tl.where(within, tl.abs(exact), float("inf")), 0)
     rounded = tl.where(column == smallest, rounded - tl.sum(rounded, 0), rounded)
@@ -88,7 +92,16 @@ def fold_norm(
     block = triton.next_power_of_2(width)
     vectors = (unit_stride(vector) for vector in (bias, norm_weight, shift, scale))
     _fold[(rows,)](
-        weight, *vectors, folded, added, weight.stride(0), WIDTH=width, BLOCK=block, ROUNDS=ROUNDS, num_warps=4
+        weight,
+        *vectors,
+        folded,
+        added,
+        weight.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        ROUNDS=ROUNDS,
+        NEAR_ZERO=NEAR_ZERO,
+        num_warps=4,
     )
 
 

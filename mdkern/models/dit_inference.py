@@ -89,11 +89,15 @@ Folds = tuple[FoldedBlock, ...]
 def fold(model: DiT, rows: int) -> Folds | None:
     """The blocks' folded layers, computed now from the weights as they are, always in the same memory.
 
-    They take as much memory as the layers themselves, for as long as the model lives, or until `mdkern.graphs.clear`.
+    They take as much memory as the layers themselves, for as long as the model lives where it is, or until
+    `mdkern.graphs.clear`. (In float16 a product of weight and modulation below 6e-5 loses bits.)
     None where `hidden` has no use for them: passes of less than 4,096 rows, time conditioning, other cards.
     """
     blocks = cast("list[Block]", list(model.blocks))
-    if not covers(model) or not folds_fit(model, rows):
+    if not covers(model):
+        PREPARED.pop(model, None)
+        return None
+    if not folds_fit(model, rows):
         return None
     folds: Folds | None = PREPARED.get(model)
     if folds is None or len(folds) != len(blocks) or not all(map(fits, folds, blocks)):
@@ -123,7 +127,8 @@ def folds_fit(model: DiT, rows: int) -> bool:
 
 def new_fold(layer: nn.Linear) -> Folded:
     shape = layer.weight.shape
-    return Folded(layer.weight.new_empty(shape), layer.weight.new_empty(shape[0]))
+    with torch.inference_mode(False):  # they outlast the call
+        return Folded(layer.weight.new_empty(shape), layer.weight.new_empty(shape[0]))
 
 
 def fits(folded: FoldedBlock, block: Block) -> bool:
