@@ -274,6 +274,31 @@ def test_gpu_agrees_with_float64(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("temperature", ["mixed", "greedy"])
+@pytest.mark.parametrize("rows", [3, 16, 40, 200, 1500])
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_gpu_long_runs_of_suppressed_ids(dtype: torch.dtype, rows: int, temperature: str) -> None:
+    """A program's first tile, or all of its tiles, may hold nothing that is possible."""
+    for columns, possible in ((20_000, slice(12_000, 12_500)), (129, slice(0, 128))):
+        problem = Problem(rows, columns, 128, dtype, "cuda", biased=True, temperature=temperature)
+        assert problem.bias is not None
+        kept = problem.bias[possible].clone()
+        problem.bias.fill_(-torch.inf)
+        problem.bias[possible] = kept
+        check_against_reference(problem, reordered(problem.run()), differing=rows // 1000 + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [12, 16_384])
+def test_gpu_sums_over_hundreds_of_tiles_stay_exact(rows: int) -> None:
+    problem = Problem(rows, V, 64, HALF, "cuda", biased=True, temperature="one")
+    result = problem.run()
+    some = torch.arange(0, rows, max(1, rows // 50), device="cuda")
+    logits = problem.hidden[problem.row_index[some]].double() @ problem.weight.double().T + problem.bias
+    torch.testing.assert_close(result.logsumexp[some].double(), logits.logsumexp(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
 def test_gpu_addresses_past_two_billion_elements() -> None:
     """Rows of logits that together are more than 2^31 elements; the last ones are looked at."""
     rows = (1 << 31) // V + 10

@@ -168,10 +168,10 @@ def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.conste
     top, total, moment, second, best, best_group, leader, leader_value = state
     group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, _merge_top2)
     second = gl.maximum(gl.maximum(second, group_second), gl.minimum(top, group_top))
-    old_offset = top * LOG2E
+    old_top = top
     top = gl.maximum(top, group_top)
     offset = top * LOG2E
-    shift = old_offset - offset
+    shift = (old_top - top) * LOG2E  # as in `triton_projection._absorb`
     rescale = gl.exp2(shift)
     d = x * LOG2E - offset[None, :]
     e = gl.exp2(d)

@@ -135,10 +135,10 @@ def _absorb(
     if WANT_TOP:
         second = gl.maximum(gl.maximum(second, tile_second), gl.minimum(top, tile_top))
 
-    old_offset = top * LOG2E
+    old_top = top
     top = gl.maximum(top, tile_top)
     offset = top * LOG2E
-    shift = old_offset - offset
+    shift = (old_top - top) * LOG2E
     rescale = gl.exp2(shift)
     if WANT_ENTROPY:
         moment = (moment + total * shift) * rescale

@@ -62,12 +62,11 @@ def _merge(
     part_moment = tl.load(at + 2, mask=inside, other=0.0)
     part_second = tl.load(at + 3, mask=inside, other=-float("inf"))
 
-    old_offset = top * LOG2E
     old_top = top
     peak = _largest(part_top)
     top = tl.maximum(top, peak)
     offset = top * LOG2E
-    shift = old_offset - offset
+    shift = (old_top - top) * LOG2E
     part_shift = part_top * LOG2E - offset[:, None]
     if MODE == MIXED:
         greedy = inv_temperature == 0.0

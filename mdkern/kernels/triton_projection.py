@@ -18,7 +18,9 @@ from mdkern.kernels import triton_noise as noise
 GROUP_SIZE = tl.constexpr(64)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf, and is finite: neither differences with it nor 0 * it are NaN
+# Stands for -inf, and is finite: neither differences with it nor 0 * it are NaN. -2^100: its product with LOG2E is
+# exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, in whatever way it is compiled.
+LOWEST = tl.constexpr(-1.2676506002282294e30)
 GREEDY = tl.constexpr(0)
 MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
 # Floats per row and slot, besides the 64 logits: 6, and 2 to fill 32 bytes. Memory that is written in part is read anew
@@ -169,10 +171,12 @@ def _absorb(
     if WANT_TOP:
         second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
 
-    old_offset = top * LOG2E
+    old_top = top
     top = tl.maximum(top, tile_top)
     offset = top * LOG2E
-    shift = old_offset - offset
+    # 0 where nothing has changed. The difference of two products is compiled to be rounded once: not 0, and over
+    # hundreds of tiles the sum is off by 1e-4.
+    shift = (old_top - top) * LOG2E
     rescale = tl.exp2(shift)
     d = x * LOG2E - offset[:, None]
     e = tl.exp2(d)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf, and is finite: neither differences with it nor 0 * it are NaN
+LOWEST = tl.constexpr(-1.2676506002282294e30)  # stands for -inf, as in `triton_projection`
 IMPOSSIBLE = tl.constexpr(-5.0e29)  # anything at or below it counts as -inf
 
 
