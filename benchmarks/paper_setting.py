@@ -197,11 +197,13 @@ def peak_memory(bench: Bench, name: str) -> dict[str, float]:
 def savings(bench: Bench) -> dict[str, Any]:
     """Runs at 0, 10, ..., 100 % light steps in a sandwich; the first one again at the end, against a drifting clock.
 
-    Each schedule is run once before, since the batch sizes of its segments are its own, and their graphs are captured.
+    Each schedule is run once before, since the batch sizes of its segments are its own, and their graphs are captured;
+    those of the schedule before are forgotten, since there are more than are kept.
     """
     setting = bench.size.setting
     rows: list[dict[str, Any]] = []
     for share in (*SHARES, 0.0):
+        graphs.clear()
         timed_run(bench.half, Schedule.sandwich(share), setting)
         took, output = timed_run(bench.half, Schedule.sandwich(share), setting)
         rows.append({"share": share, "seconds": took, "flops_saved": flops_saved(bench, output)})

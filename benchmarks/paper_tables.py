@@ -122,7 +122,7 @@ def scaling() -> str:
         [f"{row['samples']}", f"{row['per_sample'] * row['samples']:.3f} s", f"{1e3 * row['per_sample']:.1f} ms"]
         for row in sorted(found["rows"], key=lambda row: row["samples"])
     ]
-    text = f"{machine}; light model, batches of 16, {found['length']} tokens in {found['steps']} steps.\n\n"
+    text = f"{machine}; light model, batches of 16, {found['length']:,} tokens in {found['steps']:,} steps.\n\n"
     return text + markdown(["samples", "time", "a sample"], rows)
 
 
