@@ -6,8 +6,9 @@ the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with those o
 norms 2 x 32, rotary 32.
 
 Without time conditioning, `fold` puts the norms into the weights (`mdkern.kernels.folded_norm`), once for a call of
-`sample`. One H200, the same pass again and again, at the card's power limit: 6.77 ms without, 6.50 with; 4 blocks 1.96
-and 1.88. The result is as exact: at 4 blocks 5.1e-3 off float64 both, 6.1e-3 by the modules.
+`sample`. One H200, the same pass again and again, at the card's power limit: 6.77 ms without, 6.52 with, by a ring of
+three stages; the four that stand now were measured in bursts only. The result is as exact: at 4 blocks 5.1e-3 off
+float64 both, 6.1e-3 by the modules.
 
 What was tried and left out:
 
