@@ -5,9 +5,10 @@ is cut finely. One warp copies the output layer through a ring, group after grou
 of groups to come; four multiply and fold. The rows stay in shared memory. A program leaves 32 bytes per row, its
 candidate for the token among them, and `hopper_choose` merges the programs'.
 
-On an H200 at D = 768, V = 50,258 and 16 rows, with a temperature per row and a bias, copies alone take 19.3 us and
-both kernels 24.3, cuBLAS's product alone times 1.06 (1.04 at 1 row, 0.94 to 0.96 at D = 4096, V = 126,464). While the
-multiplying warps drew the noise themselves and asked for a group's bias as they came to it, they took 27.1.
+On an H200 at D = 768, V = 50,258 and 16 rows, with a temperature per row and a bias, both kernels take 23.9 us,
+cuBLAS's product alone times 1.05 (benchmarks/results; 1.01 at 1 row). In earlier runs copies alone took 19.3 us and
+both kernels 24.3; while the multiplying warps drew the noise themselves and asked for a group's bias as they came to
+it, 27.1.
 """
 
 # mypy: ignore-errors

@@ -133,6 +133,7 @@ def _gelu_fake(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = No
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+# `sums` has no default here: PyTorch 2.11 fails on a mutated argument that is left to its default.
 @torch.library.custom_op("mdkern::linear_residual", mutates_args=("stream", "sums"))
 def _linear_residual(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
