@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_sampling import seconds
-from mdkern import DiT, decoders, sample
+from benchmarks.decoder_cases import Case, run_ours
+from mdkern import DiT, decoders
 
 Row = dict[str, Any]
 CASES = {  # by name: decoder and temperature
@@ -44,23 +45,13 @@ def cache_rows(bench: Any) -> Iterator[tuple[str, Callable[[], Row]]]:
     """
     size = bench.size
     model = bench.pair(bench.device)[0]
+    nothing = torch.full((size.pair_samples, size.pair_length), model.config.mask_id, device=bench.device)
     plain: dict[str, Tensor] = {}
 
-    def run(name: str, cache: str, seed: int = 0) -> Any:
+    def run(name: str, cache: str) -> Any:
         decoder, temperature = CASES[name]
-        return sample(
-            model,
-            num_samples=size.pair_samples,
-            length=size.pair_length,
-            steps=size.pair_steps,
-            block_length=size.pair_block,
-            batch_size=size.pair_samples,
-            decoder=decoder,
-            temperature=temperature,
-            cache=cache,
-            seed=seed,
-            progress=False,
-        )
+        case = Case(name, "Fast-dLLM", decoder, None, temperature, size.pair_block)  # no plain loop is run
+        return run_ours(model, case, nothing, size.pair_steps, 0, cache=cache)
 
     def measure(name: str, cache: str) -> Row:
         if name not in plain:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import plain_decoders as plain
 from benchmarks.plain_decoders import Plain
-from mdkern import decoders
+from mdkern import decoders, sample
 from mdkern.decoders import Decoder
 
 
@@ -53,6 +53,23 @@ class Case:
     temperature: float = 1.0
     block_length: int | None = None
     top_p: float = 1.0
+
+
+def run_ours(model: Any, case: Case, ids: Tensor, steps: int, seed: int, **more: Any) -> Any:
+    """`sample` of ``ids [N, L]`` in one batch by the case's decoder."""
+    return sample(
+        model,
+        input_ids=ids,
+        steps=steps,
+        batch_size=len(ids),
+        temperature=case.temperature,
+        top_p=case.top_p,
+        decoder=case.ours,
+        block_length=case.block_length,
+        seed=seed,
+        progress=False,
+        **more,
+    )
 
 
 def make_cases(

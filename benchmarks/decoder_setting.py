@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import plain_decoders as plain
 from benchmarks.bench_sampling import seconds
 from benchmarks.cache_setting import cache_rows
-from benchmarks.decoder_cases import Case, Gauge, make_cases
+from benchmarks.decoder_cases import Case, Gauge, make_cases, run_ours
 from benchmarks.plain_decoders import Plain
 from mdkern import DiT, DiTConfig, decoders, graphs, load_pair, sample
 from mdkern.baselines import ddpm
@@ -130,22 +130,6 @@ class Bench:
 
         judge: Any = GPT2LMHeadModel.from_pretrained(JUDGE, dtype=torch.float32)
         return judge.to(self.device).eval()
-
-
-def run_ours(model: Any, case: Case, ids: Tensor, steps: int, seed: int, **more: Any) -> Any:
-    return sample(
-        model,
-        input_ids=ids,
-        steps=steps,
-        batch_size=len(ids),
-        temperature=case.temperature,
-        top_p=case.top_p,
-        decoder=case.ours,
-        block_length=case.block_length,
-        seed=seed,
-        progress=False,
-        **more,
-    )
 
 
 def time_ours(model: Any, case: Case, ids: Tensor, steps: int, runs: int, **more: Any) -> Row:

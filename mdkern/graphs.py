@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 MOST_WORKSPACES = 4  # idle ones kept
 MOST_GRAPHS = 32  # of a workspace
-MOST_PARTS = 16  # of a workspace when a call begins: with more it starts anew
+MOST_UNUSED = 1 << 30  # bytes of a workspace's parts that the last call did without: with more the next starts anew
 TICKS_AHEAD = 32  # replays between two events; the host runs at most four events ahead of the device
 EVENTS_AHEAD = 4
 
 _idle: list[Workspace] = []  # the most recently used last
 _lock = threading.Lock()  # of `_idle`, and of capturing: one capture at a time in a process
-_refused: set[tuple[int, Hashable]] = set()  # what could not be captured, by model and mark: warned of once
+_refused: dict[tuple[int, Hashable], Any] = {}  # what could not be captured, by model and mark: warned of once
 
 
 @dataclass(eq=False)
@@ -62,6 +62,7 @@ class Workspace:
     key: tuple[Hashable, ...]
     state: SamplerState
     parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
+    used: set[Hashable] = field(default_factory=set)  # keys of the parts that the call, or the last one, asked for
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
     marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers, as they are prepared for it
     pool: Any = None  # memory that the graphs share: they never run at the same time
@@ -72,16 +73,27 @@ class Workspace:
             if graph.mark is None or graph.model() is None:
                 del self.graphs[key]
 
-    def state_memory(self) -> int:
+    def begin(self, request: Request) -> None:
+        """Load a request, and drop what no call can use.
+
+        Where parts have piled up that the last call did without, all parts and graphs go. So calls of one kind keep
+        theirs, however large.
+        """
+        self.state.load(request)
+        self.marks.clear()
+        self.forget_the_dead()
+        if sum(bytes_of(part) for key, part in self.parts.items() if key not in self.used) > MOST_UNUSED:
+            self.graphs.clear()  # they hold the parts' addresses, so they go together
+            self.parts.clear()
+        self.used.clear()
+
+    def memory(self) -> int:
         """Bytes of the state and the parts."""
-        things = [self.state, *self.parts.values()]
-        tensors = [value for thing in things for value in vars(thing).values() if isinstance(value, Tensor)]
-        ticks = [vars(thing.ticks).values() for thing in things if hasattr(thing, "ticks")]
-        tensors += [value for values in ticks for value in values if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(map(bytes_of, (self.state, *self.parts.values())))
 
     def part(self, key: Hashable, make: Callable[[], Part]) -> Part:
         """What was made under this key, made on first use: it stays at its addresses."""
+        self.used.add(key)
         if key not in self.parts:
             with torch.inference_mode(False):
                 self.parts[key] = make()
@@ -166,13 +178,13 @@ def capture(
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 step()
+                graph.capture_end()
             except BaseException as error:
                 with suppress(RuntimeError):
                     graph.capture_end()  # the stream must leave capture
                 if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                     raise CaptureError(str(error)) from error
                 raise
-            graph.capture_end()
         current.wait_stream(stream)
         memory = torch.cuda.memory_reserved() - before
     logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
@@ -186,8 +198,13 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def refuse(denoiser: Denoiser, mark: Hashable, error: Exception) -> None:
-    """Remember that a model can't be captured, and warn."""
-    _refused.add((id(model_of(denoiser)), mark))
+    """Remember for the life of a model that it can't be captured, and warn."""
+    model = model_of(denoiser)
+    key = id(model), mark
+    try:
+        _refused[key] = weakref.ref(model, lambda _: _refused.pop(key, None))  # its id may become another one's
+    except TypeError:  # objects with `__slots__`, for one
+        _refused[key] = model
     torch.cuda.synchronize(denoiser.device)
     reason = (str(error).strip() or type(error.__cause__ or error).__name__).splitlines()[0]
     warnings.warn(
@@ -229,13 +246,13 @@ def lease(request: Request) -> Iterator[Workspace]:
         with torch.inference_mode(False):  # it outlasts the call
             state = SamplerState.allocate(room, length, request.attention_mask is not None, request.device)
         found = Workspace(key, state)
-    found.state.load(request)
-    found.marks.clear()
-    found.forget_the_dead()
-    if len(found.parts) > MOST_PARTS:  # the graphs hold their addresses, so they go together
-        found.graphs.clear()
-        found.parts.clear()
-    yield found
+    try:
+        found.begin(request)
+        yield found
+    except BaseException:
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(request.device)  # before memory goes back that steps still under way write to
+        raise
     found.forget_the_dead()
     torch.cuda.current_stream(request.device).synchronize()  # the next call may be on another stream
     with _lock:
@@ -256,12 +273,18 @@ def held() -> list[tuple[str, int]]:
     """
     with _lock:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
-        kept += [("state", workspace.state_memory()) for workspace in _idle]
+        kept += [("state", workspace.memory()) for workspace in _idle]
         return kept + [("prepared weights", nested_bytes(tensors)) for tensors in list(PREPARED.values())]
 
 
 def nested_bytes(tensors: Any) -> int:
-    return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(nested_bytes, tensors))
+    return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(nested_bytes, tensors or ()))
+
+
+def bytes_of(thing: Any) -> int:
+    """Of the tensors that an object has, and of those of its ticks if it has any."""
+    tensors = [value for value in vars(thing).values() if isinstance(value, Tensor)]
+    return nested_bytes(tensors) + (bytes_of(thing.ticks) if hasattr(thing, "ticks") else 0)
 
 
 def clear() -> None:

@@ -27,7 +27,8 @@ from torch import Tensor
 from mdkern.baselines import ddpm
 from mdkern.models import Denoiser, DiT, DiTConfig, adapt
 from mdkern.models.denoiser import Head
-from mdkern.sampling import sample
+from mdkern.sampling import SampleOutput, sample
+from mdkern.schedule import Schedule
 from mdkern.strong_baseline import Compiled, Wrapped, ddpm_compiled, plain_hidden
 
 logger = logging.getLogger(__name__)
@@ -217,14 +218,17 @@ def time_steps(
     return StepTimes(backbone[warm:], head[warm:], closing)
 
 
-def time_run(denoiser: Denoiser, setting: Setting, seed: int) -> float:
-    """Seconds of a whole run of `mdkern.sample`."""
-    if denoiser.device.type == "cuda":
-        torch.cuda.synchronize(denoiser.device)
+def time_run(
+    models: Any, setting: Setting, seed: int = 0, schedule: str | Schedule | None = None, samples: int | None = None
+) -> tuple[float, SampleOutput]:
+    """Seconds of a whole run of `mdkern.sample`, and what it returned; by default of one batch."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     began = time.perf_counter()
     output = sample(
-        denoiser,
-        num_samples=setting.batch_size,
+        models,
+        schedule=schedule,
+        num_samples=samples or setting.batch_size,
         length=setting.length,
         steps=setting.steps,
         batch_size=setting.batch_size,
@@ -233,7 +237,7 @@ def time_run(denoiser: Denoiser, setting: Setting, seed: int) -> float:
     )
     assert output.sequences is not None
     output.sequences[0, 0].item()  # waits for the device
-    return time.perf_counter() - began
+    return time.perf_counter() - began, output
 
 
 def profile_loop(name: str, sampler: str, times: StepTimes, steps: int) -> Profile:
@@ -247,8 +251,8 @@ def profile_mdkern(name: str, denoiser: Denoiser, setting: Setting, repeats: int
     size = setting.batch_size, setting.length
     variants = denoiser, Hollow(denoiser, *size), Hollow(denoiser, *size, columns=FEW_COLUMNS)
     for variant in variants:  # kernels are compiled and graphs captured
-        time_run(variant, setting, 0)
-    rounds = [[time_run(variant, setting, seed) for variant in variants] for seed in range(repeats)]
+        time_run(variant, setting)
+    rounds = [[time_run(variant, setting, seed)[0] for variant in variants] for seed in range(repeats)]
     whole, headed, rest = (statistics.median(seconds) for seconds in zip(*rounds))
     return Profile(name, "mdkern", whole - headed, headed - rest, rest, f"{repeats} runs")
 

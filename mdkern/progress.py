@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdkern.arguments import Filters, Request
 from mdkern.decoders import Stepwise
+from mdkern.graphs import describe, fingerprint
 from mdkern.state import ALL_REVEALED, RUNNING, SamplerState
 
 
@@ -52,13 +53,25 @@ class Settings:
         return type(self.decoder).remask is not Stepwise.remask
 
     def key(self) -> Hashable:
-        """What tells settings apart; decoders are compared by their parameters, tensors among them by address."""
+        """What tells settings apart; decoders are compared by their parameters."""
         counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id, self.stop_at_eos
         if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
             return self.decoder, self.filters, self.guidance_scale, counts
-        parameters = [getattr(self.decoder, field.name) for field in fields(self.decoder)]
-        known = tuple(value.data_ptr() if isinstance(value, Tensor) else repr(value) for value in parameters)
+        known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))
         return type(self.decoder), known, self.filters, self.guidance_scale, counts
+
+
+def identity(value: Any) -> Hashable:
+    """What tells a decoder's parameter apart from others of all times.
+
+    Functions and modules are held by it, so that no other gets their address. Of a tensor the address itself is what
+    counts: a captured step reads what is there now.
+    """
+    try:
+        hash(value)
+    except TypeError:  # a list, for one
+        return describe(value)
+    return describe(value) if isinstance(value, Tensor) else (value, fingerprint(value))
 
 
 @dataclass

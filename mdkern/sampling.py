@@ -114,7 +114,7 @@ def sample(
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding, which is neither read nor written.
         num_samples: N, without `input_ids`. Default 1.
         length: L in tokens, without `input_ids`. Default: the model's longest.
-        steps: T. Default: the schedule's own, or else L.
+        steps: T. Default: the schedule's own, or else L; with `block_length`, as many as its blocks have positions.
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum

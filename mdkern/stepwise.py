@@ -24,6 +24,7 @@ from mdkern.kernels.compact import compact
 from mdkern.kernels.select import select
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
+from mdkern.plan import GIVEN
 from mdkern.planned import report_failure
 from mdkern.progress import Progress, Settings
 from mdkern.slots import Slots, observe
@@ -278,6 +279,16 @@ def write(
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
 
 
+def fill(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, ended: Tensor) -> None:
+    """The end of text, of no model, at all that is masked in the sequences of the slots that ``ended [B]`` names."""
+    assert settings.eos_id is not None
+    sequence, ids = slots.sequence, state.input_ids[slots.sequence]
+    rest = (ids == settings.mask_id) & progress.wanted[sequence] & ended[:, None]
+    state.input_ids[sequence] = torch.where(rest, settings.eos_id, ids)
+    progress.reveal_step[sequence] = torch.where(rest, slots.view.step[:, None], progress.reveal_step[sequence])
+    progress.reveal_model[sequence] = torch.where(rest, GIVEN, progress.reveal_model[sequence])  # of before a remask
+
+
 def advance(
     settings: Settings,
     state: SamplerState,
@@ -302,21 +313,15 @@ def advance(
     else:
         over = ~has_masks | (block_step >= settings.block_steps)
 
-    ids = state.input_ids[sequence]  # [B, L]
-    ours = progress.wanted[sequence]
+    ended = torch.zeros_like(over)
+    if settings.stop_at_eos:
+        ended = over & ((new == settings.eos_id) & ours_in_block).any(-1)
+    if settings.stopping_criteria is not None:
+        ended = ended | stopped(settings.stopping_criteria, state.input_ids[sequence])
     if settings.stop_at_eos or settings.stopping_criteria is not None:
-        assert settings.eos_id is not None
-        ended = over & ((new == settings.eos_id) & ours_in_block).any(-1) & settings.stop_at_eos
-        if settings.stopping_criteria is not None:
-            ended = ended | stopped(settings.stopping_criteria, ids)
-        rest = (ids == settings.mask_id) & ours & (ended & active)[:, None]
-        ids = torch.where(rest, settings.eos_id, ids)
-        state.input_ids[sequence] = ids
-        reveal_step = progress.reveal_step[sequence]
-        progress.reveal_step[sequence] = torch.where(rest, view.step[:, None], reveal_step)
-    else:
-        ended = torch.zeros_like(over)
-    masked = (ids == settings.mask_id) & ours
+        fill(settings, state, progress, slots, ended & active)
+    ids = state.input_ids[sequence]  # [B, L]
+    masked = (ids == settings.mask_id) & progress.wanted[sequence]
     left = masked.sum(-1)
     finished = (over & (left == 0)) | ended | failed
     if settings.block_length is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,10 @@ from torch import Tensor, nn
 
 import mdkern
 from mdkern import DiT, graphs, planned
+from mdkern.arguments import Request, resolve
+from mdkern.state import SamplerState, TickBuffer
 from tests.conftest import random_dit
+from tests.test_sampling import OPEN
 
 SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
 OPTIONS = {"num_samples": 11, "length": 48, "steps": 40, "seed": 3, "batch_size": 4}
@@ -103,6 +109,106 @@ class TestMark:
         before = graphs.fingerprint(model)
         model.set_attn_implementation("eager")
         assert graphs.fingerprint(model) != before
+
+
+def part(megabytes: int) -> SimpleNamespace:
+    return SimpleNamespace(tensor=torch.empty(megabytes << 20, dtype=torch.uint8))
+
+
+class TestWorkspace:
+    """What is kept from call to call."""
+
+    @pytest.fixture
+    def request_of(self) -> Request:
+        return resolve(mdkern.adapt(random_dit()), None, None, **(OPEN | {"length": 8}))
+
+    def call(self, workspace: graphs.Workspace, request: Request, **sizes: int) -> dict[str, SimpleNamespace]:
+        workspace.begin(request)
+        return {key: workspace.part(key, partial(part, size)) for key, size in sizes.items()}
+
+    def test_a_call_that_comes_again_keeps_its_parts(self, request_of: Request, monkeypatch) -> None:
+        monkeypatch.setattr(graphs, "MOST_UNUSED", 1 << 20)
+        workspace = graphs.Workspace((), SamplerState.of(request_of))
+        first = self.call(workspace, request_of, cache=3, ticks=2)
+        for _ in range(3):
+            again = self.call(workspace, request_of, cache=3, ticks=2)
+            assert all(again[key] is first[key] for key in first)
+
+    def test_what_other_calls_left_is_bounded(self, request_of: Request, monkeypatch) -> None:
+        monkeypatch.setattr(graphs, "MOST_UNUSED", 4 << 20)
+        workspace = graphs.Workspace((), SamplerState.of(request_of))
+        state, generator, renewed = workspace.memory(), random.Random(0), 0
+        for _ in range(200):
+            size = generator.randrange(1, 8)
+            workspace.graphs["a graph"] = SimpleNamespace(mark=1, model=lambda: 1)
+            before = len(workspace.parts)
+            self.call(workspace, request_of, **{f"of {size}": size})
+            renewed += len(workspace.parts) < before
+            of_two_calls = 7 + size << 20  # the one before, at most, and this one
+            assert workspace.memory() - state <= graphs.MOST_UNUSED + of_two_calls
+            assert bool(workspace.graphs) == (len(workspace.parts) >= before)  # they hold the parts' addresses
+        assert 20 < renewed < 200
+
+    def test_ticks_are_counted(self, request_of: Request) -> None:
+        workspace = graphs.Workspace((), SamplerState.of(request_of))
+        before = workspace.memory()
+        buffer = workspace.part("ticks", partial(TickBuffer, 4, 2, 8, 1, request_of.device))
+        held = [value for value in vars(buffer.ticks).values() if isinstance(value, Tensor)]
+        assert workspace.memory() - before == sum(tensor.nbytes for tensor in held) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*runs by its logits")
+class TestRefusal:
+    """A model that can't be captured is not tried again, and warned of once; another one is."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_can_be_captured(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        def fail(*_: object) -> None:
+            raise graphs.CaptureError("no")
+
+        monkeypatch.setattr(graphs, "capture", fail)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        graphs.clear()
+        yield
+        graphs.clear()
+
+    def warnings_of(self, model: Any) -> int:
+        request = resolve(model, None, None, **(OPEN | {"length": 8}))
+        workspace = graphs.Workspace((), SamplerState.of(request))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert workspace.graph(request.denoisers["H"], "a step", print, lambda: None) is None
+        return len(caught)
+
+    def test_once_for_a_model(self) -> None:
+        model = random_dit()
+        assert [self.warnings_of(model) for _ in range(3)] == [1, 0, 0]
+        assert self.warnings_of(random_dit()) == 1
+
+    def test_functions_that_come_and_go(self) -> None:
+        """They take each other's addresses."""
+        seen = set()
+        for _ in range(20):
+            function = mdkern.adapt(lambda ids: torch.zeros(*ids.shape, 9), vocab_size=9, mask_id=8)
+            seen.add(id(function.model))
+            assert self.warnings_of(function) == 1
+            assert self.warnings_of(function) == 0
+            del function
+        assert len(seen) < 20, "no address came again: nothing was put to the test"
+        assert not graphs._refused
+
+    def test_what_no_weak_reference_can_be_made_of(self) -> None:
+        class Slotted:
+            __slots__ = ()
+
+            def __call__(self, ids: Tensor) -> Tensor:
+                return torch.zeros(*ids.shape, 9)
+
+        for _ in range(5):
+            model = mdkern.adapt(Slotted(), vocab_size=9, mask_id=8)
+            assert [self.warnings_of(model) for _ in range(2)] == [1, 0]
+            del model
 
 
 @pytest.fixture
@@ -262,6 +368,37 @@ class TestReplay:
         assert torch.equal(
             both[0], mdkern.sample(adapted, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences
         )
+
+    def test_work_that_is_left_on_another_stream_is_no_capture(self) -> None:
+        table, side = torch.randn(70, 70, device="cuda"), torch.cuda.Stream()
+
+        class Forking(nn.Module):
+            def forward(self, input_ids: Tensor) -> Tensor:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    table.sum()  # the caller's stream never waits for it
+                return table[input_ids]
+
+        model = mdkern.adapt(Forking().eval(), vocab_size=70, mask_id=69, device="cuda")
+        with pytest.warns(UserWarning, match="can't be captured"):
+            drawn = mdkern.sample(model, num_samples=3, length=20, seed=1).sequences
+        assert torch.equal(drawn, mdkern.sample(model, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences)
+
+    def test_a_failing_call_waits_for_what_it_began(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
+        """Its workspace's memory goes back to the stream that it was made on, which may be another."""
+        plain = draw(pair)
+
+        def fail(*_: object) -> None:
+            torch.cuda._sleep(10**9)
+            raise ZeroDivisionError
+
+        stream = torch.cuda.Stream()
+        with monkeypatch.context() as patch:
+            patch.setattr("mdkern.planned.report_failure", fail)
+            with torch.cuda.stream(stream), pytest.raises(ZeroDivisionError):
+                draw(pair)
+        assert stream.query(), "the device is still at work"
+        assert torch.equal(draw(pair), plain)
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_two_denoisers_around_one_model(self, pair: tuple[DiT, DiT]) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import mdkern
-from mdkern import hooks
+from mdkern import decoders, hooks
 from mdkern.kernels import vocab_projection
 from tests.conftest import random_dit
 from tests.decoder_loop import PairModel
@@ -35,7 +35,7 @@ def prompts(count: int = 5) -> Tensor:
     return ids
 
 
-def draw(denoiser: Any, decoder: str, **options: Any) -> mdkern.SampleOutput:
+def draw(denoiser: Any, decoder: Any, **options: Any) -> mdkern.SampleOutput:
     defaults = {"input_ids": prompts(), "decoder": decoder, "steps": 10, "seed": 4, "batch_size": 2}
     return mdkern.sample(denoiser, **(defaults | options))
 
@@ -150,6 +150,25 @@ def test_stopping_criteria_end_single_sequences(decoder: str) -> None:
     assert (out.sequences[::2, 5:] == 6).all()
     assert torch.equal(out.sequences[1::2], whole.sequences[1::2])
     assert (out.nfe["H"][::2] < whole.nfe["H"][::2]).all()
+
+
+def test_what_is_filled_in_is_no_models() -> None:
+    """Also where a model's token had been before, and was put back to mask."""
+    never = torch.zeros(VOCAB).index_fill(0, torch.tensor(6), -torch.inf)  # the end of text, which only filling gives
+    denoiser = mdkern.adapt(lambda x: (MODEL.logits(x) + never).float(), vocab_size=VOCAB, mask_id=MASK, eos_id=6)
+    ids, passes = prompts(20), 0
+
+    def ends(ids: Tensor, _: Any) -> bool:
+        nonlocal passes
+        passes += 1
+        return passes == 8
+
+    options = {"input_ids": ids, "batch_size": 20, "return_history": True, "stopping_criteria": ends}
+    out = draw(denoiser, decoders.ReMDM("cap", eta=0.5), **options)
+    filled = (out.sequences == 6) & (ids == MASK)
+    assert 20 < int(filled.sum()) < int((ids == MASK).sum())
+    assert torch.equal(out.history.model == -1, filled | (ids != MASK))
+    assert torch.equal(out.history.step == -1, ids != MASK)
 
 
 class Recorder:

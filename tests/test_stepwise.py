@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mdkern
 from mdkern import decoders, graphs, stepwise
@@ -187,6 +188,58 @@ class TestBlocksAndStops:
 
 SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
 GPU_DECODERS = STEPWISE | {"position aware": decoders.PositionAware(torch.full((70,), 1 / 70))}
+
+
+class Weighed(nn.Module):
+    """A learned part of a decoder."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+
+@dataclass(frozen=True)
+class Learned(Stepwise):
+    part: Any
+
+
+class TestKey:
+    """A captured step serves a decoder only if all that it takes for constant is the same."""
+
+    @staticmethod
+    def key(decoder: Stepwise) -> object:
+        request = resolve(MODEL.denoiser(), None, None, **(OPEN | {"length": LENGTH, "decoder": decoder}))
+        return stepwise.Settings.of(request).key()
+
+    @pytest.mark.parametrize("name", STEPWISE)
+    def test_decoders_made_alike_are_alike(self, name: str) -> None:
+        decoder = STEPWISE[name]
+        assert self.key(decoder) == self.key(replace(decoder))
+        assert hash(self.key(decoder)) == hash(self.key(replace(decoder)))
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (0.5, 0.25),
+            (Weighed(1.0), Weighed(2.0)),  # written alike
+            ([1, [2]], [1, [3]]),
+            (torch.zeros(3), torch.zeros(3)),
+            ("even", "dream"),
+        ],
+    )
+    def test_other_parameters_are_told_apart(self, one: Any, other: Any) -> None:
+        assert self.key(Learned(one)) == self.key(Learned(one))
+        assert self.key(Learned(one)) != self.key(Learned(other))
+
+    def test_a_modules_new_weights_are_seen(self) -> None:
+        part = Weighed(1.0)
+        before = self.key(Learned(part))
+        part.weight = nn.Parameter(torch.tensor(1.0))
+        assert self.key(Learned(part)) != before
+
+    def test_no_function_gets_the_address_of_one_that_is_gone(self) -> None:
+        keys = [self.key(Learned(lambda view: view)) for _ in range(20)]
+        assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,19 @@ from torch.overrides import TorchFunctionMode
 ID_ROOM = 8  # numbers that have room for an id, an int32, in every floating dtype, and keep rows aligned
 
 
+class AttentionCall(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`."""
+
+    query: Tensor  # [B, Hq, W, head_dim]
+    key: Tensor  # [B, H, L, head_dim]
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
 class HeadPass(TorchFunctionMode):
     """Keeps what the linear layer of `weight` is given; the layer's result has no columns.
 
@@ -26,8 +39,8 @@ class HeadPass(TorchFunctionMode):
     which models scale in place.
     """
 
-    def __init__(self, weight: Tensor, attention: Callable[..., Tensor] | None = None) -> None:
-        """`attention` takes the place of `scaled_dot_product_attention`, and its arguments."""
+    def __init__(self, weight: Tensor, attention: Callable[[AttentionCall], Tensor] | None = None) -> None:
+        """`attention` takes the place of `scaled_dot_product_attention`."""
         super().__init__()
         self.weight, self.attention = weight, attention
         self.calls = 0
@@ -39,7 +52,7 @@ class HeadPass(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.attention is not None:
-            return self.attention(*args, **kwargs)
+            return self.attention(AttentionCall(*args, **kwargs))
         if func is F.linear:
             hidden, weight, bias = linear_arguments(*args, **kwargs)
             if weight is self.weight:
@@ -84,12 +97,13 @@ class WatchedAttention:
         self.reason = ""  # why keys and values can't be kept
         self.masked = False  # whether a call had a mask, though it may hide nothing
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.reason = self.reason or self.objection(query, key, value, *args, **kwargs)
-        self.masked = self.masked or isinstance(args[0] if args else kwargs.get("attn_mask"), Tensor)
+    def __call__(self, call: AttentionCall) -> Tensor:
+        self.reason = self.reason or objection(call)
+        self.masked = self.masked or call.attn_mask is not None
+        key = call.key
         distinct = key[:, :: key.shape[1] // self.kv_heads] if self.repeats(key) and self.kv_heads else key
         self.seen.append((distinct.shape[1], key.shape[3]))
-        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        return F.scaled_dot_product_attention(**call._asdict())
 
     def repeats(self, key: Tensor) -> bool:
         """Whether each head of keys stands there as often as queries need it."""
@@ -97,26 +111,6 @@ class WatchedAttention:
             return False
         groups = key.unflatten(1, (self.kv_heads, -1))
         return bool((groups == groups[:, :, :1]).all())
-
-    @staticmethod
-    def objection(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> str:
-        if is_causal:
-            return "its attention looks to the left only"
-        if query.shape[2] != key.shape[2] or key.shape != value.shape:
-            return "its keys, values and queries differ in their shapes"
-        if attn_mask is None:
-            return ""
-        open_to_all = attn_mask.all() if attn_mask.dtype == torch.bool else (attn_mask == 0).all()
-        return "" if bool(open_to_all) else "its attention has a mask or a bias of its own"
 
     def layout(self) -> Layout | str:
         """How keys and values can be kept, or why they can't."""
@@ -127,6 +121,19 @@ class WatchedAttention:
         if len(set(self.seen)) > 1:
             return "its layers' keys and values differ in their shapes"
         return Layout(len(self.seen), *self.seen[0])
+
+
+def objection(call: AttentionCall) -> str:
+    """Why the keys and values of a call of whole sequences can't be kept; "" if they can."""
+    if call.is_causal:
+        return "its attention looks to the left only"
+    if call.query.shape[2] != call.key.shape[2] or call.key.shape != call.value.shape:
+        return "its keys, values and queries differ in their shapes"
+    mask = call.attn_mask
+    if mask is None:
+        return ""
+    open_to_all = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
+    return "" if bool(open_to_all) else "its attention has a mask or a bias of its own"
 
 
 class WholeAttention:
@@ -140,18 +147,8 @@ class WholeAttention:
         """`attention_mask`: bool ``[B, L]``, False at padding; None: there is none."""
         self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        return attend(query, key, value, self.key_mask, scale)
+    def __call__(self, call: AttentionCall) -> Tensor:
+        return attend(call.query, call.key, call.value, self.key_mask, call.scale)
 
 
 class KeptAttention:
@@ -175,29 +172,20 @@ class KeptAttention:
         self.sequence = torch.arange(cache.shape[2], device=cache.device)[:, None]
         self.layer = 0
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        query, key = call.query, call.key
         if self.turn is not None:
             query, key = self.turn(query), self.turn(key)
         kept = self.kept[self.layer]  # [2, B, L + 1, H, head_dim]
         self.layer += 1
-        for old, new in zip(kept, (key, value)):
+        for old, new in zip(kept, (key, call.value)):
             once = new[:, :: new.shape[1] // kept.shape[3]].transpose(1, 2).to(old.dtype)  # [B, W, H, head_dim]
             if self.columns is None:
                 old[:, :-1] = once
             else:
                 old[self.sequence, self.columns] = once
         keys, values = kept[:, :, :-1].transpose(2, 3).to(query.dtype)
-        return attend(query, keys, values, self.key_mask, scale)
+        return attend(query, keys, values, self.key_mask, call.scale)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -55,7 +55,7 @@ class SplitDenoiser(Denoiser):
         self.shifted = shifted
         weight = output_weight(model)
         accepted = accepted_arguments(model)
-        self.fixed = tuple((argument, False) for argument in ("use_cache",) if argument in accepted)
+        self.fixed = {"use_cache": False} if "use_cache" in accepted else {}  # arguments of every call
         self.time_conditioning = "t" in accepted
         self.layout, self.rotary, self.padding = anatomy.layout, anatomy.rotary, anatomy.padding
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
@@ -97,7 +97,7 @@ class SplitDenoiser(Denoiser):
         if self.time_conditioning:
             arguments["t"] = t
         with HeadPass(weight, attention) as run:
-            self.model(input_ids, **dict(self.fixed), **arguments)
+            self.model(input_ids, **self.fixed, **arguments)
         if run.hidden is None:
             raise RuntimeError(f"{self.name} did not run its output layer, which it did when it was adapted")
         return run.hidden.to(known.dtype)
