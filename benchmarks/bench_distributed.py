@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.bench_distributed
 
 Rank 0 draws all samples alone while the others wait, then all draw their shares together; the rounds take turns. A
-light model of the paper's width, random weights. Prints a line for each round and writes
+light model of the paper's size, random weights. Prints a line for each round and writes
 ``benchmarks/results/distributed.json``.
 """
 
@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab-size", type=int, default=50_258)
-    parser.add_argument("--num-samples", type=int, default=256)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     on_gpu = torch.cuda.is_available()

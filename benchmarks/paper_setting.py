@@ -13,7 +13,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,12 +25,12 @@ from benchmarks.bench_sampling import write_text_whole
 from benchmarks.harness import environment
 from benchmarks.tick_trace import few_masked, trace_ticks
 from mdkern import DiT, SampleOutput, Schedule, adapt, graphs, sample
-from mdkern.profile import Hollow, Setting, StepTimes, Unpadded, ddpm_autocast, random_dit, time_steps
+from mdkern.models.adapters import DiTDenoiser
+from mdkern.profile import Hollow, Setting, StepTimes, Unpadded, ddpm_autocast, random_dit, time_run, time_steps
 from mdkern.sampling import counted_saving
 from mdkern.strong_baseline import Compiled, ddpm_compiled
 
-HEAVY, LIGHT = "H", "L"
-HEAVY_ONLY = Schedule.constant(HEAVY)
+HEAVY, LIGHT = "H", "L"  # a model alone is "H"
 PAPER = Setting(batch_size=16, length=1024, steps=1000)
 SHARES = tuple(tenth / 10 for tenth in range(11))
 PRODUCT = 8192  # side of the product whose rate is the card's
@@ -77,32 +77,12 @@ class Bench:
         return baseline(time_steps(ddpm_autocast, Unpadded(self.full[name]), setting, steps), setting.steps)
 
 
-def timed_run(
-    models: Mapping[str, Any], schedule: str | Schedule, setting: Setting, seed: int = 0, samples: int | None = None
-) -> tuple[float, SampleOutput]:
-    """Seconds of a whole run of `mdkern.sample`, and what it returned; by default one batch."""
-    began = time.perf_counter()
-    output = sample(
-        models,
-        schedule,
-        num_samples=samples or setting.batch_size,
-        length=setting.length,
-        steps=setting.steps,
-        batch_size=setting.batch_size,
-        seed=seed,
-        progress=False,
-    )
-    assert output.sequences is not None
-    output.sequences[0, 0].item()  # waits for the device
-    return time.perf_counter() - began, output
-
-
 def timed_runs(model: Any, setting: Setting, count: int) -> dict[str, Any]:
     """Whole runs with one model, after a first one that compiles kernels and captures graphs."""
-    first, _ = timed_run({HEAVY: model}, HEAVY_ONLY, setting)
+    first, _ = time_run(model, setting)
     seconds, passes = [], 0.0
     for seed in range(count):
-        took, output = timed_run({HEAVY: model}, HEAVY_ONLY, setting, seed)
+        took, output = time_run(model, setting, seed)
         assert output.nfe is not None
         seconds.append(took)
         passes = float(output.nfe[HEAVY].double().mean())
@@ -154,12 +134,18 @@ def inside(bench: Bench) -> dict[str, Any]:
             timed_runs(variant, setting, 1)["median"]
             for variant in (model, Hollow(adapt(model), setting.batch_size, setting.length))
         )
-        flops = setting.batch_size * model.flops(setting.length, 1)
+        flops = setting.batch_size * (model.flops(setting.length, 1) - looked_up(model, setting))
         part = {"head_share": headed / whole, "arithmetic_ms": flops / found["product_tflops"] / 1e9}
         if bench.device.type == "cuda":
             part |= trace_ticks(model, setting) | peak_memory(bench, name)
         found[name] = part
     return found
+
+
+def looked_up(model: DiT, setting: Setting) -> int:
+    """FLOPs of a sequence's pass that are read from a table instead of being done."""
+    folds = DiTDenoiser(model).prepared(setting.batch_size * setting.length).folds
+    return 0 if folds is None or folds.heads is None else 2 * setting.length * model.config.width * folds.heads.shape[1]
 
 
 def product_rate(device: torch.device) -> float:
@@ -186,7 +172,7 @@ def peak_memory(bench: Bench, name: str) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(bench.device)
     allocated, reserved = torch.cuda.memory_allocated(bench.device), torch.cuda.memory_reserved(bench.device)
-    timed_run({HEAVY: bench.half[name]}, HEAVY_ONLY, bench.size.setting)
+    time_run(bench.half[name], bench.size.setting)
     return {
         "peak_allocated_mib": (torch.cuda.max_memory_allocated(bench.device) - allocated) / 2**20,
         "peak_reserved_mib": (torch.cuda.max_memory_reserved(bench.device) - reserved) / 2**20,
@@ -204,8 +190,8 @@ def savings(bench: Bench) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for share in (*SHARES, 0.0):
         schedule = Schedule.sandwich(share)
-        timed_run(bench.half, schedule, setting)
-        runs = [timed_run(bench.half, schedule, setting) for _ in range(bench.size.runs)]
+        time_run(bench.half, setting, schedule=schedule)
+        runs = [time_run(bench.half, setting, schedule=schedule) for _ in range(bench.size.runs)]
         took = [seconds for seconds, _ in runs]
         row = {"share": share, "runs": took, "seconds": statistics.median(took)}
         rows.append(row | {"flops_saved": flops_saved(bench, runs[0][1])})
@@ -258,9 +244,9 @@ def scaling(bench: Bench) -> dict[str, Any]:
         if many:
             sample(model, **few_masked(model, usual, count))
         else:
-            timed_run({HEAVY: model}, HEAVY_ONLY, usual, 0, count)
+            time_run(model, usual, samples=count)
         runs = 1 if many else bench.size.runs
-        seconds = [timed_run({HEAVY: model}, HEAVY_ONLY, usual, seed, count)[0] for seed in range(runs)]
+        seconds = [time_run(model, usual, seed, samples=count)[0] for seed in range(runs)]
         rows.append({"samples": count, "seconds": seconds, "per_sample": statistics.median(seconds) / count})
     per_sample = {row["samples"]: row["per_sample"] for row in rows}
     return {

@@ -10,12 +10,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mdkern.kernels import hopper_linear, triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels import (
+    hopper_linear,
+    hopper_residual,
+    launch_linear,
+    triton_folded_norm,
+    triton_modulated_norm,
+    triton_rotary,
+)
 
-MOST_REGISTERS = 168  # at launch of `hopper_linear._linear`
 
-
-def build(kernel: Any, source: Any, capability: int, types: dict[str, str], constants: dict[str, Any], **options: Any):
+def build(
+    kernel: Any, source: Any, capability: int, types: dict[str, str], constants: dict[str, Any], **options: Any
+) -> Any:
     """Compile to machine code; arguments without a type are absent (None)."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     values = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
@@ -48,35 +55,53 @@ def rotary(capability: int, head_dim: int, placed: bool) -> None:
     build(triton_rotary._rotate, ASTSource, capability, types, constants, num_warps=4)
 
 
+def heads(capability: int) -> None:
+    types = dict.fromkeys(("embedding", "table", "x", "product"), "*bf16") | {"row_index": "*i64"}
+    types |= {"cos": "*fp32", "sin": "*fp32"} | dict.fromkeys(("rows", "table_rows", "length"), "i32")
+    types |= {"embedding_stride": "i64", "table_stride": "i64"}
+    constants = {"WIDTH": 768, "COLUMNS": 2304, "HEADS": 24, "HALF": 32, "ROWS": 4}
+    constants |= {"HEAD_BLOCK": 8, "HALF_BLOCK": 32, "COLUMN_BLOCK": 256}
+    build(triton_rotary._gather, ASTSource, capability, types, constants, num_warps=4)
+
+
 def fold(capability: int) -> None:
     types = dict.fromkeys(("weight", "bias", "norm_weight", "shift", "scale", "folded", "added"), "*bf16")
     constants = {"WIDTH": 768, "BLOCK": 1024, "ROUNDS": 3, "NEAR_ZERO": 0.2}
     build(triton_folded_norm._fold, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
-    types = {"table": "*bf16", "row_index": "*i64", "x": "*bf16", "sums": "*fp32"}
-    types |= {"rows": "i32", "table_rows": "i32", "stride": "i64"}
-    constants = {"SPANS": 3, "SPAN": 256, "ROWS": 4}
-    build(triton_folded_norm._gather, ASTSource, capability, types, constants, num_warps=4)
 
 
-def linear(**changes: Any) -> None:
-    """Only Hopper has its tensor-core instructions."""
-    element = changes.get("element", "bf16")
-    types = dict.fromkeys((*hopper_linear.COUNTS, "gate_stride"), "i32")
-    constants = {"BN": 256, "BK": 64, "STAGES": 3, "GROUP": 16, "PROGRAMS": 132, "REGISTERS": 240}
-    constants |= {"GELU": changes.get("gelu", False), "PAIRS": changes.get("pairs", 0)}
-    constants |= {"SPANS": 3 if "left_sums" in changes else 0, "BUFFERS": changes.get("buffers", 4)}
-    constants |= {"STAGES": changes.get("stages", 3)}
-    blocks = {"left": [128, 64], "right": [256, 64], "out": [64, 64]}
-    if "stream" in changes:
-        blocks["stream"] = [64, 64]
-    for name, block in blocks.items():
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
-        types[name] = f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
-    types |= {name: f"*{element}" for name in ("bias", "gate") if name in changes}
-    types |= {"cos": "*fp32", "sin": "*fp32"} if changes.get("pairs") else {}
-    types |= {name: "*fp32" for name in ("left_sums", "out_sums") if name in changes}
-    built = build(hopper_linear._linear, GluonASTSource, 90, types, constants, num_warps=4, maxnreg=MOST_REGISTERS)
+def descriptor(element: str, block: list[int]) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
+    return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
+
+
+def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
+    """Only Hopper has its tensor-core instructions, and the compiler must let many of them be under way at a time."""
+    options = {name: value for name, value in launch_linear.SETTING.items() if not name.isupper()}
+    constants = {name: value for name, value in launch_linear.SETTING.items() if name.isupper()} | constants
+    built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
     assert built.metadata.shared <= 227 * 1024
+    sass = built.asm["sass"]
+    assert sass.count("WARPGROUP.DEPBAR") < sass.count("HGMMA"), "each waits for the one before it"
+
+
+def linear(element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: int = 0, spans: int = 0) -> None:
+    types = dict.fromkeys(hopper_linear.COUNTS, "i32")
+    types |= {"left": descriptor(element, [64, 64]), "right": descriptor(element, [256, 64])}
+    types |= {"out": descriptor(element, [64, 64])}
+    types |= {"bias": f"*{element}"} if bias else {}
+    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
+    types |= {"sums": "*fp32"} if spans else {}
+    product(hopper_linear._linear, types, {"GELU": gelu, "PAIRS": pairs, "SPANS": spans})
+
+
+def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> None:
+    types = dict.fromkeys((*hopper_residual.COUNTS, "gate_stride"), "i32") | {"gate": f"*{element}"}
+    types |= {"left": descriptor(element, [128, 64]), "right": descriptor(element, [256, 64])}
+    types |= {"stream": descriptor(element, [64, 64])}
+    types |= {"bias": f"*{element}"} if bias else {}
+    types |= {"sums": "*fp32"} if sums else {}
+    product(hopper_residual._add_linear, types, {})
 
 
 def main() -> None:
@@ -86,14 +111,16 @@ def main() -> None:
         for head_dim in (64, 80):
             rotary(capability, head_dim, placed=head_dim == 80)
         fold(capability)
-    linear(pairs=32)
-    linear(pairs=32, left_sums=True, bias=True, stages=4, buffers=2)
-    linear(gelu=True, left_sums=True, bias=True, stages=4, buffers=2)
-    linear(stream=True, gate=True, out_sums=True)
-    linear(pairs=64, element="fp16")
-    linear(bias=True, gelu=True)
-    linear(stream=True, gate=True)
-    linear(stream=True, gate=True, bias=True)
+        heads(capability)
+    linear(pairs=32, bias=False)
+    linear(pairs=32, spans=3)
+    linear(pairs=64, bias=False, element="fp16")
+    linear(gelu=True)
+    linear(gelu=True, spans=3)
+    residual(bias=False)
+    residual(bias=False, sums=True)
+    residual()
+    residual(element="fp16", sums=True)
 
 
 if __name__ == "__main__":

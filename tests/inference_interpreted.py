@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from mdkern.kernels import triton_folded_norm, triton_modulated_norm, triton_rotary
-from mdkern.kernels.folded_norm import plain_fold_norm, plain_gathered_sums
+from mdkern.kernels.folded_norm import plain_fold_norm
 from mdkern.kernels.modulated_norm import plain_gathered_norm, plain_modulated_norm
-from mdkern.kernels.rotary import plain_rotary
+from mdkern.kernels.rotary import plain_gathered_heads, plain_rotary
 from tests.inference_problem import modulation, normal
 from tests.kernels_interpreted import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -77,14 +77,6 @@ def test_folded_weights_are_the_references(dtype: torch.dtype, biased: bool) -> 
     assert (outcomes[1][0].double().sum(1).abs() < 1e-5).all()
 
 
-def test_gathered_rows_have_the_references_sums() -> None:
-    table = normal(3, 9, 515)[:, 1:513]
-    index = torch.tensor([0, 8, 3, 3, -1, 9, 5], dtype=torch.int32)  # two of them are not there
-    want, got = (gather(table, index) for gather in (plain_gathered_sums, triton_folded_norm.gathered_sums))
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert got[0].isnan().any(-1).tolist() == [False] * 4 + [True] * 2 + [False]
-
-
 def turned(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tensor:
     x = x.clone()
     implementation(x[:, :heads], *arguments)
@@ -100,3 +92,21 @@ def test_rotary_is_the_references(heads: int, head_dim: int, placed: bool) -> No
     got = turned(x, heads, triton_rotary.rotary, angle.cos(), angle.sin(), positions if placed else None, 7)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(got[:, heads:], x[:, heads:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "turned", "head_dim"), [(36, 24, 64), (24, 12, 64), (9, 6, 20), (3, 3, 6), (2, 0, 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gathered_heads_are_the_references(heads: int, turned: int, head_dim: int, dtype: torch.dtype) -> None:
+    embedding, table = normal(3, 9, 50, dtype=dtype)[:, 1:41], normal(6, 9, (heads + 1) * head_dim, dtype=dtype)
+    table = table[:, head_dim:]
+    index = torch.tensor([0, 8, 3, 3, -1, 9, 5], dtype=torch.int32)  # two of them are not there
+    angle = normal(5, 4, head_dim // 2)
+    arguments = (embedding, table, index, angle.cos(), angle.sin(), turned, 3)
+    want, got = (gather(*arguments) for gather in (plain_gathered_heads, triton_rotary.gathered_heads))
+    precision = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(got, want, rtol=precision, atol=precision, equal_nan=True)
+    for rows in got:
+        assert rows.isnan().all(-1).tolist() == [False] * 4 + [True] * 2 + [False]
+    assert torch.equal(got[0][:4], embedding[index[:4].long()])

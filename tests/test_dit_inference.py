@@ -89,6 +89,18 @@ def test_rotary_makes_products_depend_on_distance_alone() -> None:
     torch.testing.assert_close(product(9, 9), (query * key).sum(-1), rtol=1e-4, atol=1e-4)
 
 
+def test_gathered_heads_are_those_of_gathered_ids() -> None:
+    embedding, weight, index = normal(1, 9, 10), normal(2, 24, 10), torch.tensor([3, 8, 0, 3, 9, -1])
+    angle = normal(4, 3, 4)
+    x, heads = rotary.gathered_heads(
+        embedding, embedding @ weight.T, index, angle.cos(), angle.sin(), heads=2, length=3
+    )
+    assert torch.equal(x[:4], embedding[index[:4]])
+    assert x.isnan().all(1).tolist() == heads.isnan().all(1).tolist() == [False] * 4 + [True] * 2
+    want = linear_rotary(x, weight, angle.cos(), angle.sin(), heads=2, length=3)
+    torch.testing.assert_close(heads, want, equal_nan=True, **EXACT)
+
+
 def test_products_by_definition() -> None:
     x, weight, bias = normal(1, 12, 10), normal(2, 24, 10), normal(3, 24)
     torch.testing.assert_close(linear_gelu(x, weight, bias), F.gelu(x @ weight.T + bias, approximate="tanh"), **EXACT)
@@ -127,6 +139,18 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         rotary.rotary(normal(1, 4, 2, 4), torch.ones(4, 2), torch.ones(4, 2), length=5)
     with pytest.raises(ValueError, match="lie together"):
         rotary.rotary(normal(1, 4, 4, 4)[:, ::2], torch.ones(4, 2), torch.ones(4, 2), length=4)
+    angles = torch.ones(4, 2), torch.ones(4, 2)
+    for match, table, index, heads in (
+        ("row_index", normal(2, 12, 8), torch.ones(3), 1),
+        ("rows", normal(2, 11, 8), torch.tensor([1]), 1),
+        ("heads", normal(2, 12, 8), torch.tensor([1]), 3),
+        ("heads", normal(2, 12, 6), torch.tensor([1]), 1),
+        ("together", normal(2, 8, 12).T, torch.tensor([1]), 1),
+    ):
+        with pytest.raises(ValueError, match=match):
+            rotary.gathered_heads(x, table, index, *angles, heads=heads, length=4)
+    with pytest.raises(ValueError, match="length"):
+        rotary.gathered_heads(x, normal(2, 12, 8), torch.tensor([1]), *angles, heads=1, length=5)
     with pytest.raises(ValueError, match="weight"):
         linear_gelu(x, normal(2, 24, 19), normal(3, 24))
     with pytest.raises(ValueError, match="stream"):
@@ -142,6 +166,8 @@ def test_the_operators_are_well_registered(sequences: int) -> None:
     check(modulated_norm._modulated_norm, (x, weight, shift, scale, None, None))
     check(modulated_norm._gathered_norm, (x, torch.tensor([3, 1, 1]), weight, shift, scale))
     check(rotary._rotary, (x.view(12, 2, 4), angle.cos(), angle.sin(), None, 6))
+    index = torch.tensor([3, 1, 1])
+    check(rotary._gathered_heads, (x, normal(5, 12, 16), index, angle.cos(), angle.sin(), 3, 6))
     check(linear._linear_rotary, (x, matrix, angle.cos(), angle.sin(), 1, 6))
     check(linear._linear_gelu, (x, matrix, bias))
     check(linear._linear_residual, (x, x.clone(), matrix, bias, gate, None))
@@ -336,6 +362,29 @@ def test_gpu_rotary_is_exact(dtype: torch.dtype, heads: int, head_dim: int) -> N
         rotary.rotary(exact[:, :heads], cos.double(), sin.double(), positions=positions, length=300)
         assert relative_error(got, exact) < 2 * relative_error(exact.to(dtype), exact)
         assert torch.equal(got[:, heads:], x[:, heads:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [6003, 100])
+@pytest.mark.parametrize(("heads", "head_dim"), [(24, 64), (6, 128), (5, 80)])
+def test_gpu_heads_are_gathered_and_turned_exactly(dtype: torch.dtype, rows: int, heads: int, head_dim: int) -> None:
+    embedding, angle = normal(1, 500, 256, dtype=dtype, device="cuda"), normal(2, 300, head_dim // 2).cuda()
+    table = normal(3, 500, (heads + 3) * head_dim, dtype=dtype, device="cuda")
+    index = torch.randint(-1, 501, (rows,), generator=torch.Generator().manual_seed(4)).cuda()
+    there = (index >= 0) & (index < 500)
+    cos, sin = angle.cos(), angle.sin()
+    for first in (0, 1):  # columns of the table may be left out
+        part = table[:, first * head_dim :]
+        x, got = rotary.gathered_heads(embedding, part, index, cos, sin, heads=heads, length=300)
+        exact = part[index.clamp(0, 499)].double().unflatten(1, (-1, head_dim))
+        rotary.rotary(exact[:, :heads], cos.double(), sin.double(), length=300)
+        assert torch.equal(x[there], embedding[index[there]])
+        assert x[~there].isnan().all()
+        assert got[~there].isnan().all()
+        got, exact = got[there], exact.flatten(1)[there]
+        assert relative_error(got, exact) < 1.1 * relative_error(exact.to(dtype), exact)
+        assert torch.equal(got[:, heads * head_dim :].double(), exact[:, heads * head_dim :])
 
 
 @pytest.mark.gpu

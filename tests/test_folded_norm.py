@@ -14,7 +14,7 @@ from mdkern import DiT, adapt, sample
 from mdkern.graphs import mark_of
 from mdkern.kernels import folded_norm
 from mdkern.kernels import linear as products
-from mdkern.kernels.folded_norm import fold_norm, gathered_sums, new_sums, row_sums
+from mdkern.kernels.folded_norm import fold_norm, new_sums, row_sums
 from mdkern.kernels.linear import linear_gelu, linear_residual, linear_rotary
 from mdkern.kernels.modulated_norm import plain_modulated_norm
 from mdkern.models import dit_inference
@@ -85,14 +85,6 @@ def test_a_residual_leaves_the_sums_of_its_rows() -> None:
     torch.testing.assert_close(folded_norm.one_over_spread(sums), (spread + 1e-5).rsqrt())
 
 
-def test_gathered_rows_come_with_their_sums() -> None:
-    table, index = normal(1, 9, 512), torch.tensor([3, 8, 0, 3, 9, -1])
-    rows, sums = gathered_sums(table, index)
-    assert torch.equal(rows[:4], table[index[:4]])
-    assert rows.isnan().any(1).tolist() == [False] * 4 + [True] * 2
-    torch.testing.assert_close(sums, row_sums(rows), equal_nan=True)
-
-
 def test_arguments_that_do_not_fit_are_refused() -> None:
     x, weight, bias = normal(1, 12, 256), normal(2, 256, 256), normal(3, 256)
     with pytest.raises(ValueError, match="sums"):
@@ -103,15 +95,12 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         fold_norm(weight, bias, bias, bias[1:], bias, out=(weight.clone(), bias.clone()))
     with pytest.raises(ValueError, match="out"):
         fold_norm(weight, bias, bias, bias, bias, out=(weight[1:].clone(), bias.clone()))
-    with pytest.raises(ValueError, match="table"):
-        gathered_sums(normal(1, 9, 100), torch.tensor([1]))
 
 
 def test_the_operators_are_well_registered() -> None:
     check, (layer, folded) = torch.library.opcheck, folded_layer(256, torch.float32)
     x, angle = normal(3, 12, 256), normal(4, 6, 32)
     check(folded_norm._fold_norm, (*folded, *layer))
-    check(folded_norm._gathered_sums, (x, torch.tensor([3, 1, 1])))
     check(products._linear_rotary, (x, folded[0], angle.cos(), angle.sin(), 4, 6, folded[1], row_sums(x)))
     check(products._linear_gelu, (x, *folded, row_sums(x)))
     check(products._linear_residual, (x, x.clone(), normal(5, 256, 256), None, normal(6, 256), new_sums(x)))
@@ -140,10 +129,17 @@ def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fused_everywhere")
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_it_is_the_modules_function(make_dit: MakeDiT, blocks: int, rows: int | None) -> None:
+@pytest.mark.parametrize("largest_table", [dit_inference.LARGEST_TABLE, 0])
+def test_it_is_the_modules_function(
+    make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int | None, largest_table: int
+) -> None:
+    monkeypatch.setattr(dit_inference, "LARGEST_TABLE", largest_table)
+    monkeypatch.setattr(dit_inference, "TABLE_PART", 7)  # of the 100 rows
     model = make_dit(**WIDE | {"num_blocks": blocks}).requires_grad_(False)
     ids, positions = question(model, 3, 16, rows)
-    got = adapt(model).prepared(ids.numel()).hidden(ids, None, positions)
+    prepared = adapt(model).prepared(ids.numel())
+    assert (prepared.folds.heads is not None) == bool(largest_table)
+    got = prepared.hidden(ids, None, positions)
     torch.testing.assert_close(got, model.plain_hidden(ids, None, positions), rtol=1e-4, atol=1e-5)
 
 

@@ -49,13 +49,6 @@ def plain_fold_norm(
     folded.copy_(rounded.scatter(1, smallest, (rounded.gather(1, smallest) - left).to(folded.dtype)))
 
 
-def plain_gathered_sums(table: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-    """`gathered_sums` in plain PyTorch."""
-    outside = (row_index < 0) | (row_index >= table.shape[0])
-    x = table[row_index.masked_fill(outside, 0)].masked_fill(outside[:, None], torch.nan)
-    return x, row_sums(x)
-
-
 def row_sums(x: Tensor) -> Tensor:
     """Sums and sums of squares of each row's spans of columns: ``x [N, C]`` -> float ``[C / SPAN, 2, N]``."""
     spans = x.to(wide(x)).unflatten(1, (-1, SPAN))
@@ -115,26 +108,6 @@ def _fold_fake(
     return None
 
 
-@torch.library.custom_op("mdkern::gathered_sums", mutates_args=())
-def _gathered_sums(table: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-    return plain_gathered_sums(table, row_index)
-
-
-@_gathered_sums.register_kernel("cuda")
-def _gathered_on_gpu(table: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_fused(table):
-        return plain_gathered_sums(table, row_index)
-    from mdkern.kernels import triton_folded_norm
-
-    return triton_folded_norm.gathered_sums(table, row_index)
-
-
-@_gathered_sums.register_fake
-def _gathered_fake(table: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-    x = table.new_empty(row_index.shape[0], table.shape[1])
-    return x, new_sums(x)
-
-
 def new_sums(x: Tensor) -> Tensor:
     """Room for `row_sums` of `x`."""
     return x.new_empty((x.shape[1] // SPAN, 2, x.shape[0]), dtype=wide(x))
@@ -172,26 +145,3 @@ def fold_norm(
     if not all(tensor.is_contiguous() for tensor in (folded, added)):
         raise ValueError("out is to be contiguous")
     _fold_norm(folded, added, weight, bias, norm_weight, shift, scale)
-
-
-def gathered_sums(
-    table: Tensor,  # [T, D]
-    row_index: Tensor,  # [N]
-) -> tuple[Tensor, Tensor]:
-    """``x = table[row_index]`` and its `row_sums`: an embedding whose norm the product that follows it does.
-
-    Args:
-        table: floating ``[T, D]``, any row stride; D a multiple of 256.
-        row_index: int32 or int64 ``[N]``. A row that `table` does not have gives NaN.
-
-    Returns:
-        ``[N, D]`` of the dtype of `table`, and float32 ``[D / 256, 2, N]``.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
-    """
-    if row_index.ndim != 1 or row_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"row_index must be int64 [N], not {row_index.dtype} {list(row_index.shape)}")
-    if table.ndim != 2 or not table.is_floating_point() or table.shape[1] % SPAN:
-        raise ValueError(f"table must be floating [T, D], D a multiple of {SPAN}, not {list(table.shape)}")
-    return _gathered_sums(table, row_index)

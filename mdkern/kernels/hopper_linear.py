@@ -1,14 +1,16 @@
 """`mdkern.kernels.linear` for Hopper in Gluon: products whose epilogues do what would otherwise be a pass over memory.
 
 A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
-output tiles; two warpgroups multiply 64 rows each and finish their rows in registers. The finished tile leaves from a
-buffer of its own while the next one is multiplied; with a residual, the stream's tile comes in through that buffer.
-Layer normalisation goes along: a residual's epilogue sums up the rows that it holds, and the next product's divides by
-their spread (`mdkern.kernels.folded_norm`).
+output tiles; two warpgroups multiply 192 rows by 128 columns each and finish them in registers, 64 rows at a time. The
+finished rows leave through buffers of their own while the next tile is multiplied. A layer normalisation's division by
+the rows' spread goes along, if their sums are known (`mdkern.kernels.folded_norm`).
+
+The tile, 192 x 256, is as large as the registers allow: 192 of a thread's 240 hold it. At the card's power limit a
+product takes as long as its energy does, and a larger tile is copied fewer times from the cache.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005, SIM102
+# ruff: noqa: N803, N806, RUF005
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,42 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mdkern.kernels.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _beside, _corner, _halves, _onward
 from mdkern.kernels.modulated_norm import EPS as NORM_EPS
 
-ROWS = gl.constexpr(64)  # of a warpgroup
-PART = gl.constexpr(64)  # columns that are finished at a time: 128 bytes, the width of the shared-memory swizzle
-WARPGROUPS = gl.constexpr(2)
-SPAN = gl.constexpr(256)  # columns that a row's sums are of
+BLOCKS = gl.constexpr(3)  # of `ROWS` in a tile
+COLUMNS = gl.constexpr(128)  # of a warpgroup
+BUFFERS = gl.constexpr(3)  # of a warpgroup, 64 x 64 each, through which what is finished leaves
+PADDED = gl.constexpr(256)  # a tile's 192 rows, up to a power of two
 EPS = gl.constexpr(NORM_EPS)
 
-# 64 and 32 columns as the tensor cores leave them.
-WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+# 32 and 16 columns as the tensor cores leave them.
 THIN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]))
-
-
-@gluon.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@gluon.jit
-def _beside(left, right):
-    """Undoes `_halves`."""
-    return gl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
-
-
-@gluon.jit
-def _parts(x):
-    """``[64, 256]`` as a tuple of ``[64, 64]``: no register moves."""
-    left, right = _halves(x)
-    a, b = _halves(left)
-    c, d = _halves(right)
-    return (
-        gl.convert_layout(a, WIDE, True),
-        gl.convert_layout(b, WIDE, True),
-        gl.convert_layout(c, WIDE, True),
-        gl.convert_layout(d, WIDE, True),
-    )
+SLIM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16]))
+FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+PAIRWISE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -67,96 +48,168 @@ def _gelu_of_twice(h):
 
 
 @gluon.jit
-def _turn(first, second, cos, sin):
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@gluon.jit
-def _load_sums(sums, row, rows, SPANS: gl.constexpr):
-    """Sums and sums of squares of 64 rows' spans of columns."""
-    at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-    loaded = ()
-    for number in gl.static_range(2 * SPANS):
-        loaded = loaded + (gl.load(sums + number * rows + at, mask=at < rows, other=0.0),)
-    return loaded
-
-
-@gluon.jit
-def _one_over_spread(loaded, SPANS: gl.constexpr):
-    total, squares = loaded[0], loaded[1]
+def _one_over_spread(sums, row, rows, SPANS: gl.constexpr):
+    """Of a tile's rows, from the sums and sums of squares of their spans of columns."""
+    at = row + gl.arange(0, PADDED, layout=PAIRWISE)
+    total = gl.load(sums + at, mask=at < rows, other=0.0)
+    squares = gl.load(sums + rows + at, mask=at < rows, other=0.0)
     for span in gl.static_range(1, SPANS):
-        total += loaded[2 * span]
-        squares += loaded[2 * span + 1]
+        total += gl.load(sums + 2 * span * rows + at, mask=at < rows, other=0.0)
+        squares += gl.load(sums + (2 * span + 1) * rows + at, mask=at < rows, other=0.0)
     mean = total / (SPANS * SPAN)
     variance = squares / (SPANS * SPAN) - mean * mean
     return gl.rsqrt(gl.maximum(variance, 0.0) + EPS)
 
 
 @gluon.jit
-def _corner(tile, row_tiles, column_tiles, BN: gl.constexpr, GROUP: gl.constexpr):
-    """Top left of a tile: `GROUP` row tiles by all columns at a time, so that the second operand stays in the cache."""
-    first = tile // (GROUP * column_tiles) * GROUP
-    rows = gl.minimum(row_tiles - first, GROUP)
-    rest = tile % (GROUP * column_tiles)
-    return (first + rest % rows) * (ROWS * WARPGROUPS), rest // rows * BN
+def _load_angles(cos, sin, row, length, PAIRS: gl.constexpr, UNIT: gl.constexpr):
+    """Cosines and sines of 16 pairs of columns at 64 rows' positions."""
+    position = (row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SLIM))) % length
+    pair = UNIT * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, SLIM))
+    at = position[:, None] * PAIRS + pair[None, :]
+    return gl.load(cos + at), gl.load(sin + at)
+
+
+@gluon.jit
+def _turn(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@gluon.jit
+def _quarters(x):
+    """``[64, 64]`` as four of ``[64, 16]``: no register moves."""
+    left, right = _halves(x, THIN)
+    return _halves(left, SLIM) + _halves(right, SLIM)
+
+
+@gluon.jit
+def _replaced(quarters, x, AT: gl.constexpr):
+    """The whole of `quarters`, with `x` in the place of one."""
+    a = x if AT == 0 else quarters[0]
+    b = x if AT == 1 else quarters[1]
+    c = x if AT == 2 else quarters[2]
+    d = x if AT == 3 else quarters[3]
+    return _beside(_beside(a, b, THIN), _beside(c, d, THIN), WIDE)
+
+
+@gluon.jit
+def _turn_pairs(first, second, cos, sin, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """A quarter of each of two parts, turned."""
+    left, right = _quarters(first), _quarters(second)
+    a, b = _turn(left[FIRST], right[SECOND], cos, sin)
+    return _replaced(left, a, FIRST), _replaced(right, b, SECOND)
+
+
+@gluon.jit
+def _turn_within(part, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 64 columns, turned."""
+    quarters = _quarters(part)
+    a, b = _turn(quarters[UNIT], quarters[UNIT + 2], cos, sin)
+    return _replaced(_quarters(_replaced(quarters, a, UNIT)), b, UNIT + 2)
+
+
+@gluon.jit
+def _turn_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
+    """128 columns: two heads of 64, or one. (Loading the next rows' angles ahead spills, and is no faster.)"""
+    for unit in gl.static_range(PAIRS // 16):
+        c, s = _load_angles(cos, sin, row, length, PAIRS, unit)
+        if PAIRS == 32:
+            first, second = _turn_within(first, c, s, unit), _turn_within(second, c, s, unit)
+        else:
+            first, second = _turn_pairs(first, second, c, s, unit, unit)
+    return first, second
 
 
 @gluon.jit
 def _copy(
     left,
     right,
-    stream,
     rings,
     sizes,
-    BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
     """The copying warp."""
-    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    left_ring, right_ring, _, _, _, full, empty = rings
     row_tiles, column_tiles, steps = sizes
-    BM: gl.constexpr = ROWS * WARPGROUPS
-    PARTS: gl.constexpr = BN // PART
+    BM: gl.constexpr = ROWS * BLOCKS
+    BN: gl.constexpr = COLUMNS * WARPGROUPS
     program = gl.program_id(0)
     stage = program * 0
     phase = stage + 1
-    stream_phase = stage + 1
     for tile in range(program, row_tiles * column_tiles, PROGRAMS):
-        row, column = _corner(tile, row_tiles, column_tiles, BN, GROUP)
+        row, column = _corner(tile, row_tiles, column_tiles, BM, BN, GROUP)
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
             mbarrier.expect(ready, (BM + BN) * BK * 2)
             tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
-            tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage = stage * 0
-                phase ^= 1
-            if stream is not None:
-                if k == steps // 2:
-                    for half in gl.static_range(WARPGROUPS):
-                        mbarrier.wait(stream_empty.index(half), stream_phase)
-                        mbarrier.expect(stream_full.index(half), ROWS * BN * 2)
-                        for part in gl.static_range(PARTS):
-                            at = [row + ROWS * half, column + PART * part]
-                            buffer = leaving.index(half * PARTS + part)
-                            tma.async_copy_global_to_shared(stream, at, stream_full.index(half), buffer)
-        stream_phase ^= 1
+            for block in gl.static_range(BLOCKS):  # a copy's rows are a power of two
+                buffer = left_ring.index(stage * BLOCKS + block)
+                tma.async_copy_global_to_shared(left, [row + ROWS * block, k * BK], ready, buffer)
+            stage, phase = _onward(stage, phase, STAGES)
+
+
+@gluon.jit
+def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr):
+    """One step of the depth, left under way."""
+    left_ring, right_ring, _, _, _, full, _ = rings
+    mbarrier.wait(full.index(stage), phase)
+    right = right_ring.index(stage).slice(HALF * COLUMNS, COLUMNS, dim=0).permute((1, 0))
+    begun = ()
+    for block in gl.static_range(BLOCKS):
+        left = left_ring.index(stage * BLOCKS + block)
+        begun = begun + (warpgroup_mma(left, right, products[block], use_acc=not FIRST, is_async=True),)
+    return begun
+
+
+@gluon.jit
+def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, FACTOR: gl.constexpr):
+    """What the end of the tile needs, fetched into shared memory: in registers there is no room for it."""
+    bias, _, _, sums = tables
+    _, _, _, shifts, scales, _, _ = rings
+    if bias is not None:
+        fetched = gl.load(bias + column + gl.arange(0, COLUMNS, layout=FLAT))
+    if sums is not None:
+        scales.index(HALF).store(_one_over_spread(sums, row, rows, SPANS) * FACTOR)
+    if bias is not None:
+        shifts.index(HALF).store(fetched)
+
+
+@gluon.jit
+def _affine(x, tables, rings, HALF: gl.constexpr, BLOCK: gl.constexpr, SIDE: gl.constexpr, FACTOR: gl.constexpr):
+    """64 x 64 of the product, scaled by row, plus the bias; both times `FACTOR`."""
+    bias, _, _, sums = tables
+    _, _, _, shifts, scales, _, _ = rings
+    if sums is not None:
+        x = x * scales.index(HALF).slice(BLOCK * ROWS, ROWS).load(gl.SliceLayout(1, WIDE))[:, None]
+    elif FACTOR != 1.0:
+        x = x * FACTOR
+    if bias is not None:
+        shift = shifts.index(HALF).slice(SIDE * PART, PART).load(gl.SliceLayout(0, WIDE))
+        x += (shift.to(gl.float32) * FACTOR)[None, :]
+    return x
+
+
+@gluon.jit
+def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexpr):
+    buffer = leaving.index(HALF * BUFFERS + NUMBER % BUFFERS)
+    tma.store_wait(BUFFERS - 1)  # what left this buffer before has been read
+    buffer.store(x.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], buffer)
 
 
 @gluon.jit
 def _multiply(
     out,
-    stream,
     tables,
     rings,
     sizes,
     places,
-    HALF: gl.constexpr,  # which 64 of the tile's rows
-    BN: gl.constexpr,
+    HALF: gl.constexpr,  # which half of the tile's columns
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GELU: gl.constexpr,
@@ -164,127 +217,57 @@ def _multiply(
     SPANS: gl.constexpr,  # of a row of the left matrix, with sums
 ):
     """A multiplying warpgroup."""
-    bias, gate, cos, sin, left_sums, out_sums = tables
-    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    _, cos, sin, _ = tables
+    _, right_ring, leaving, _, _, _, empty = rings
     row_tiles, column_tiles, steps = sizes
-    rows, length, turned, rows_of_sequence, last_sequence, gate_stride = places
-    PARTS: gl.constexpr = BN // PART
-    STAGES: gl.constexpr = left_ring.shape[0]
-    BUFFERS: gl.constexpr = leaving.shape[0] // WARPGROUPS
-    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    pair_layout: gl.constexpr = THIN if PAIRS == 32 else WIDE
+    rows, length, turned = places
+    STAGES: gl.constexpr = right_ring.shape[0]
+    FACTOR: gl.constexpr = 0.5 if GELU else 1.0
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     program = gl.program_id(0)
     stage = program * 0
     phase = program * 0
-    stream_phase = program * 0
     for tile in range(program, row_tiles * column_tiles, PROGRAMS):
-        row, column = _corner(tile, row_tiles, column_tiles, BN, GROUP)
-        row += HALF * ROWS
-        # What the end of the tile needs is fetched at its start: later it would be waited for.
-        within = gl.arange(0, PART, layout=gl.SliceLayout(0, WIDE))
-        shifts = ()
-        factors = ()
-        for part in gl.static_range(PARTS):
-            at = gl.multiple_of(column + PART * part, PART) + within
-            if bias is not None:
-                shifts = shifts + (gl.load(bias + at),)
-            if gate is not None:
-                sequence = gl.minimum(
-                    row // rows_of_sequence, last_sequence
-                )  # the last tile's rows may be past the end
-                factors = factors + (gl.load(gate + sequence * gate_stride + at),)
-        if cos is not None:
-            position = (row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, pair_layout))) % length
-            angle = position[:, None] * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))[None, :]
-            c, s = gl.load(cos + angle), gl.load(sin + angle)
-        if left_sums is not None:
-            loaded = _load_sums(left_sums, row, rows, SPANS)
-        product = gl.zeros([ROWS, BN], gl.float32, layout=product_layout)
+        row, column = _corner(tile, row_tiles, column_tiles, ROWS * BLOCKS, COLUMNS * WARPGROUPS, GROUP)
+        column += HALF * COLUMNS
+        nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=product_layout)
+        products = _step((nothing, nothing, nothing), rings, stage, phase, HALF, True)
+        _set_aside(tables, rings, row, column, rows, HALF, SPANS, FACTOR)
+        a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # for none of them
         previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
-        for k in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            ours = left_ring.index(stage).slice(HALF * ROWS, ROWS, dim=0)
-            product = warpgroup_mma(
-                ours, right_ring.index(stage).permute((1, 0)), product, use_acc=k > 0, is_async=True
-            )
-            if stream is not None:
-                if k == 0:  # the last tile has left the buffer by now
-                    tma.store_wait(0)
-                    mbarrier.arrive(stream_empty.index(HALF), pred=tile != program)
-            product = warpgroup_mma_wait(1, deps=(product,))
-            mbarrier.arrive(empty.index(previous), pred=k > 0)
+        stage, phase = _onward(stage, phase, STAGES)
+        for _k in range(1, steps):
+            products = _step((a, b, c), rings, stage, phase, HALF, False)
+            a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)
+            mbarrier.arrive(empty.index(previous))
             previous = stage + 0
-            stage += 1
-            if stage == STAGES:
-                stage = stage * 0
-                phase ^= 1
+            stage, phase = _onward(stage, phase, STAGES)
 
-        product = warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(empty.index(previous))
-
-        parts = _parts(product)
-        if left_sums is not None:
-            scale = _one_over_spread(loaded, SPANS)[:, None] * (0.5 if GELU else 1.0)
-        if out_sums is not None:
-            total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
-            squares = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
-        if stream is not None:
-            mbarrier.wait(stream_full.index(HALF), stream_phase)
-            stream_phase ^= 1
-        for two in gl.static_range(PARTS // 2):
-            first, second = parts[2 * two], parts[2 * two + 1]
-            at = HALF * BUFFERS + 2 * two % BUFFERS
-            near, far = leaving.index(at), leaving.index(at + 1)
-            if left_sums is not None:
-                first = first * scale
-                second = second * scale
-            elif GELU:
-                first, second = first * 0.5, second * 0.5
+        a, b, c = warpgroup_mma_wait(BLOCKS - 1, deps=(a, b, c))
+        for block in gl.static_range(BLOCKS):
+            if block == 1:
+                a, b, c = warpgroup_mma_wait(0, deps=(a, b, c))
+                mbarrier.arrive(empty.index(previous))
+            at = row + ROWS * block
+            first, second = _halves(a if block == 0 else b if block == 1 else c, WIDE)
+            first = _affine(first, tables, rings, HALF, block, 0, FACTOR)
             if GELU:
-                first = _gelu_of_twice(first + (shifts[2 * two].to(gl.float32) * 0.5)[None, :])
-                second = _gelu_of_twice(second + (shifts[2 * two + 1].to(gl.float32) * 0.5)[None, :])
-            elif bias is not None:
-                first += shifts[2 * two].to(gl.float32)[None, :]
-                second += shifts[2 * two + 1].to(gl.float32)[None, :]
-            if gate is not None:
-                first = first * factors[2 * two].to(gl.float32)[None, :]
-                second = second * factors[2 * two + 1].to(gl.float32)[None, :]
-            if stream is not None:
-                held = near.load(WIDE), far.load(WIDE)
-                first += held[0].to(gl.float32)
-                second += held[1].to(gl.float32)
+                first = _gelu_of_twice(first)
+            if cos is None:
+                _leave(first, out, leaving, at, column, HALF, 2 * block)
+            second = _affine(second, tables, rings, HALF, block, 1, FACTOR)
+            if GELU:
+                second = _gelu_of_twice(second)
             if cos is not None:
-                if column + 2 * PART * two < turned:
-                    if PAIRS == 64:
-                        first, second = _turn(first, second, c, s)
-                    else:
-                        a, b = _halves(first)
-                        a, b = _turn(gl.convert_layout(a, THIN, True), gl.convert_layout(b, THIN, True), c, s)
-                        first = gl.convert_layout(_beside(a, b), WIDE, True)
-                        a, b = _halves(second)
-                        a, b = _turn(gl.convert_layout(a, THIN, True), gl.convert_layout(b, THIN, True), c, s)
-                        second = gl.convert_layout(_beside(a, b), WIDE, True)
-            if out_sums is not None:  # before rounding, which would cost its undoing
-                total += gl.sum(first + second, 1)
-                squares += gl.sum(first * first + second * second, 1)
-            if stream is None:
-                if two % (BUFFERS // 2) == 0:  # what left these buffers before has been read
-                    tma.store_wait(0)
-            near.store(first.to(out.dtype))
-            far.store(second.to(out.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out, [row, column + 2 * PART * two], near)
-            tma.async_copy_shared_to_global(out, [row, column + 2 * PART * two + PART], far)
-        if out_sums is not None:
-            at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-            sums = out_sums + column // BN * 2 * rows + at
-            gl.store(sums, total, mask=at < rows)
-            gl.store(sums + rows, squares, mask=at < rows)
+                if column < turned:
+                    first, second = _turn_heads(first, second, cos, sin, at, length, PAIRS)
+                _leave(first, out, leaving, at, column, HALF, 2 * block)
+            _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1)
     tma.store_wait(0)
 
 
 # Not specialised, so that no length or batch size is compiled anew.
-COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "turned", "rows_of_sequence", "last_sequence")
+COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "turned")
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -292,23 +275,16 @@ def _linear(
     left,  # descriptor of [M, K]
     right,  # descriptor of [N, K]
     out,  # descriptor of [M, N]
-    stream,  # descriptor of [M, N], what is added to
     bias,
-    gate,
     cos,
     sin,
-    left_sums,
-    out_sums,
+    sums,
     row_tiles,
     column_tiles,
     steps,
     rows,
     length,
     turned,
-    rows_of_sequence,
-    last_sequence,
-    gate_stride,
-    BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
@@ -316,34 +292,29 @@ def _linear(
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,
     SPANS: gl.constexpr,
-    BUFFERS: gl.constexpr,  # of a warpgroup, through which its finished parts leave
     REGISTERS: gl.constexpr,
 ):
-    BM: gl.constexpr = ROWS * WARPGROUPS
-    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES, BM, BK], left.layout)
-    right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BN, BK], right.layout)
+    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES * BLOCKS, ROWS, BK], left.layout)
+    right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, COLUMNS * WARPGROUPS, BK], right.layout)
     leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * BUFFERS, ROWS, PART], out.layout)
+    shifts = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, COLUMNS], PLAIN)
+    scales = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, PADDED], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    stream_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
-    stream_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(WARPGROUPS):
-        mbarrier.init(stream_full.index(half), count=1)
-        mbarrier.init(stream_empty.index(half), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
     fence_async_shared()
     # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
-    rings = (left_ring, right_ring, leaving, full, empty, stream_full, stream_empty)
+    rings = (left_ring, right_ring, leaving, shifts, scales, full, empty)
     sizes = (row_tiles, column_tiles, steps)
-    places = (rows, length, turned, rows_of_sequence, last_sequence, gate_stride)
-    tables = (bias, gate, cos, sin, left_sums, out_sums)
+    places = (rows, length, turned)
+    tables = (bias, cos, sin, sums)
     gl.warp_specialize(
         [
-            (_multiply, (out, stream, tables, rings, sizes, places, 0, BN, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
-            (_multiply, (out, stream, tables, rings, sizes, places, 1, BN, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
-            (_copy, (left, right, stream, rings, sizes, BN, BK, STAGES, GROUP, PROGRAMS)),
+            (_multiply, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_multiply, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_copy, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -1,9 +1,9 @@
 """`linear_rotary`, `linear_gelu`, `linear_residual`: a transformer's matrix products with what follows them.
 
-The contract, and the operators in plain PyTorch; `hopper_linear` runs them where many rows meet a Hopper GPU. What
-there is to save (one H100, bf16, 16,384 rows, width 768): cuBLAS takes 89 us for queries, keys and values and a pass
-that turns them 32; 120 us for the up product with its bias, 135 with its GELU; a norm 17 us, 32 if it also adds the
-residual. Plain Triton (tiles of 128 x 256, persistent, bulk copies) took 102 us turned and 166 with GELU.
+The contract, and the operators in plain PyTorch; `hopper_linear` and `hopper_residual` run them where many rows meet a
+Hopper GPU. What there is to save (one H100, bf16, 16,384 rows, width 768): cuBLAS takes 89 us for queries, keys and
+values and a pass that turns them 32; 120 us for the up product with its bias, 135 with its GELU; a norm 17 us, 32 if it
+also adds the residual. Plain Triton (tiles of 128 x 256, persistent, bulk copies) took 102 us turned and 166 with GELU.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _residual_on_gpu(
         return
     from mdkern.kernels import launch_linear
 
-    launch_linear.linear(x, weight, stream, stream=stream, bias=bias, gate=gate, out_sums=sums)
+    launch_linear.add_linear(stream, x, weight, bias, gate, sums)
 
 
 @_linear_residual.register_fake
@@ -161,7 +161,7 @@ def _residual_fake(
 
 
 def runs_fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether `hopper_linear` takes the product: many rows, whole column tiles, matrices that bulk copies can read."""
+    """Whether a Hopper kernel takes the product: many rows, whole column tiles, matrices that bulk copies can read."""
     return (
         x.is_cuda
         and is_hopper(x.device)

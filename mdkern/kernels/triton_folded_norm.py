@@ -1,4 +1,4 @@
-"""`mdkern.kernels.folded_norm` in Triton: a program holds a row of a weight, or a row of the stream, in registers."""
+"""`mdkern.kernels.folded_norm` in Triton: a program holds a row of a weight in registers."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.folded_norm import NEAR_ZERO, ROUNDS, SPAN, new_sums
+from mdkern.kernels.folded_norm import NEAR_ZERO, ROUNDS
 from mdkern.kernels.triton_modulated_norm import unit_stride
 
 
@@ -50,33 +50,6 @@ def _fold(
     tl.store(folded + row * WIDTH + column, rounded.to(folded.dtype.element_ty), mask=within)
 
 
-@triton.jit(do_not_specialize=["rows", "table_rows"])
-def _gather(
-    table,
-    row_index,
-    x,
-    sums,
-    rows,  # N
-    table_rows,
-    stride,  # of a row of the table
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    ROWS: tl.constexpr,  # of a program
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    source = tl.load(row_index + row, mask=real, other=0).to(tl.int64)
-    inside = (real & (source >= 0) & (source < table_rows))[:, None]
-    for span in tl.static_range(SPANS):
-        column = (span * SPAN + tl.arange(0, SPAN))[None, :]
-        held = tl.load(table + source[:, None] * stride + column, mask=inside, other=float("nan"))
-        tl.store(x + row[:, None] * (SPANS * SPAN) + column, held, mask=real[:, None])
-        wide = held.to(tl.float32)
-        at = sums + 2 * span * rows.to(tl.int64) + row
-        tl.store(at, tl.sum(wide, 1), mask=real)
-        tl.store(at + rows, tl.sum(wide * wide, 1), mask=real)
-
-
 def fold_norm(
     folded: Tensor,
     added: Tensor,
@@ -103,26 +76,3 @@ def fold_norm(
         NEAR_ZERO=NEAR_ZERO,
         num_warps=4,
     )
-
-
-def gathered_sums(table: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-    """`mdkern.kernels.gathered_sums` on a GPU (or, on the CPU, in Triton's interpreter)."""
-    rows, width = row_index.shape[0], table.shape[1]
-    table, x = unit_stride(table), table.new_empty(rows, width)
-    sums = new_sums(x)
-    if rows:
-        rows_of_program = 4
-        _gather[(triton.cdiv(rows, rows_of_program),)](
-            table,
-            row_index.contiguous(),
-            x,
-            sums,
-            rows,
-            table.shape[0],
-            table.stride(0),
-            SPANS=width // SPAN,
-            SPAN=SPAN,
-            ROWS=rows_of_program,
-            num_warps=4,
-        )
-    return x, sums

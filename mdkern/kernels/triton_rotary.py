@@ -8,6 +8,51 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.jit
+def _turn(
+    source,  # of each row, [ROWS]
+    target,
+    cos,
+    sin,
+    position,
+    readable,
+    writable,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,  # head_dim / 2
+    HEAD_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):
+    """The first heads of some rows. What cannot be read is NaN."""
+    dimension = tl.arange(0, HALF_BLOCK)
+    half = (dimension < HALF)[None, None, :]
+    readable = readable[:, None, None] & half
+    writable = writable[:, None, None] & half
+    angle = (position * HALF)[:, None, None] + dimension[None, None, :]
+    c = tl.load(cos + angle, mask=writable, other=1.0)  # [ROWS, 1, HALF_BLOCK]
+    s = tl.load(sin + angle, mask=writable, other=0.0)
+    for start in tl.static_range(0, HEADS, HEAD_BLOCK):
+        head = start + tl.arange(0, HEAD_BLOCK)
+        inside = (head < HEADS)[None, :, None]
+        at = (head * (2 * HALF))[None, :, None] + dimension[None, None, :]
+        read = source[:, None, None] + at
+        first = tl.load(read, mask=readable & inside, other=float("nan")).to(tl.float32)
+        second = tl.load(read + HALF, mask=readable & inside, other=float("nan")).to(tl.float32)
+        write = target[:, None, None] + at
+        element = target.dtype.element_ty
+        tl.store(write, (first * c - second * s).to(element), mask=writable & inside)
+        tl.store(write + HALF, (second * c + first * s).to(element), mask=writable & inside)
+
+
+@triton.jit
+def _copy(source, target, readable, writable, FIRST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The columns of some rows from `FIRST` on. What cannot be read is NaN."""
+    for start in tl.static_range(FIRST, COLUMNS, BLOCK):
+        column = (start + tl.arange(0, BLOCK))[None, :]
+        inside = column < COLUMNS
+        held = tl.load(source[:, None] + column, mask=readable[:, None] & inside, other=float("nan"))
+        tl.store(target[:, None] + column, held, mask=writable[:, None] & inside)
+
+
 @triton.jit(do_not_specialize=["rows", "length"])
 def _rotate(
     x,
@@ -24,21 +69,43 @@ def _rotate(
     HALF_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dimension = tl.arange(0, HALF_BLOCK)
     real = row < rows
     position = row % length if positions is None else tl.load(positions + row, mask=real, other=0).to(tl.int64)
-    at_angle = (position * HALF)[:, None, None] + dimension[None, None, :]
-    half = real[:, None, None] & (dimension < HALF)[None, None, :]
-    c = tl.load(cos + at_angle, mask=half, other=1.0)  # [ROWS, 1, HALF_BLOCK]
-    s = tl.load(sin + at_angle, mask=half, other=0.0)
-    for start in tl.static_range(0, HEADS, HEAD_BLOCK):
-        head = start + tl.arange(0, HEAD_BLOCK)
-        inside = half & (head < HEADS)[None, :, None]
-        at = x + (row * stride)[:, None, None] + (head * (2 * HALF))[None, :, None] + dimension[None, None, :]
-        first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, (first * c - second * s).to(x.dtype.element_ty), mask=inside)
-        tl.store(at + HALF, (second * c + first * s).to(x.dtype.element_ty), mask=inside)
+    at = x + row * stride
+    _turn(at, at, cos, sin, position, real, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows", "table_rows", "length"])
+def _gather(
+    embedding,
+    table,
+    row_index,
+    cos,
+    sin,
+    x,
+    product,
+    rows,  # N
+    table_rows,
+    length,
+    embedding_stride,
+    table_stride,
+    WIDTH: tl.constexpr,  # of the embedding
+    COLUMNS: tl.constexpr,  # of the table
+    HEADS: tl.constexpr,  # that are turned
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    index = tl.load(row_index + row, mask=real, other=0).to(tl.int64)
+    inside = real & (index >= 0) & (index < table_rows)
+    _copy(embedding + index * embedding_stride, x + row * WIDTH, inside, real, 0, WIDTH, COLUMN_BLOCK)
+    source, target = table + index * table_stride, product + row * COLUMNS
+    _turn(source, target, cos, sin, row % length, inside, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
+    _copy(source, target, inside, real, 2 * HALF * HEADS, COLUMNS, COLUMN_BLOCK)
 
 
 def rotary(
@@ -73,3 +140,37 @@ def rotary(
         HALF_BLOCK=half_block,
         num_warps=warps,
     )
+
+
+def gathered_heads(
+    embedding: Tensor, table: Tensor, row_index: Tensor, cos: Tensor, sin: Tensor, heads: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """`mdkern.kernels.gathered_heads` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    rows, half = row_index.shape[0], cos.shape[1]
+    x, product = embedding.new_empty(rows, embedding.shape[1]), table.new_empty(rows, table.shape[1])
+    if rows:
+        rows_of_program = 4 if rows >= 4096 else 1
+        _gather[(triton.cdiv(rows, rows_of_program),)](
+            embedding,
+            table,
+            row_index.contiguous(),
+            cos,
+            sin,
+            x,
+            product,
+            rows,
+            table.shape[0],
+            length,
+            embedding.stride(0),
+            table.stride(0),
+            WIDTH=embedding.shape[1],
+            COLUMNS=table.shape[1],
+            HEADS=heads,
+            HALF=half,
+            ROWS=rows_of_program,
+            HEAD_BLOCK=8,
+            HALF_BLOCK=triton.next_power_of_2(half),
+            COLUMN_BLOCK=256,
+            num_warps=4,
+        )
+    return x, product

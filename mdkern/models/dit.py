@@ -323,7 +323,8 @@ class DiT(nn.Module):
     def flops(self, length: int, rows: int) -> int:
         """Floating-point operations of one sequence's forward pass with the head at `rows` rows.
 
-        Matrix products only (2 per multiply-add), the last block's queries, output and MLP at `rows` rows.
+        Matrix products only (2 per multiply-add), the last block's queries, output and MLP at `rows` rows. Of the
+        modules: what `dit_inference` looks up in a table is counted as the product that the modules do.
         """
         width, ratio = self.config.width, self.config.mlp_ratio
         key_value = 2 * length * width * 2 * width

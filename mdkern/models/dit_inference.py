@@ -5,10 +5,11 @@ the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with those o
 1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention 125,
 norms 2 x 32, rotary 32.
 
-Without time conditioning, `fold` puts the norms into the weights (`mdkern.kernels.folded_norm`), once for a call of
-`sample`. One H200, the same pass again and again, at the card's power limit: 6.77 ms without, 6.52 with, by a ring of
-three stages; the four that stand now were measured in bursts only. The result is as exact: at 4 blocks 5.1e-3 off
-float64 both, 6.1e-3 by the modules.
+Without time conditioning, `fold` puts the norms into the weights (`mdkern.kernels.folded_norm`), and what the first
+block makes of each id into a table, once for a call of `sample`. One H200, the same pass again and again, at the card's
+power limit: 6.77 ms without either, 6.44 with the norms folded, 6.36 with the table, too; 4 blocks 1.86 and 1.77 ms.
+(The larger tiles of `hopper_linear` came later: 6.08 and 1.70 ms, on another card of the same kind.) In 4 blocks of
+random weights the result is 5.9e-3 off float64 without, 6.5e-3 with, 6.9e-3 by the modules.
 
 What was tried and left out:
 
@@ -34,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels import linear as products
-from mdkern.kernels.folded_norm import SPAN, fold_norm, gathered_sums, new_sums
+from mdkern.kernels.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.modulated_norm import gathered_norm, modulated_norm, runs_fused
-from mdkern.kernels.rotary import rotary
+from mdkern.kernels.rotary import gathered_heads, rotary
 from mdkern.models.denoiser import PREPARED
 
 if TYPE_CHECKING:
@@ -78,41 +79,74 @@ class Folded(NamedTuple):
 
 
 class FoldedBlock(NamedTuple):
-    """The two layers of a block that read norms."""
+    """The two layers of a block that read norms. The first block's first one reads no stream that has sums."""
 
-    attn_qkv: Folded
+    attn_qkv: Folded | None
     mlp_up: Folded
 
 
-Folds = tuple[FoldedBlock, ...]
+class Folds(NamedTuple):
+    """What is computed from the weights once for a call of `sample`."""
+
+    heads: Tensor | None  # [V, 3 D]: queries, keys and values that the first block makes of each id, not yet turned
+    blocks: tuple[FoldedBlock, ...]
+
+
+LARGEST_TABLE = 1 << 28  # bytes of `Folds.heads`
+TABLE_PART = 1 << 14  # rows of it that are computed at a time
 
 
 def fold(model: DiT, rows: int) -> Folds | None:
-    """The blocks' folded layers, computed now from the weights as they are, always in the same memory.
+    """The blocks' folded layers and the first block's table, computed now from the weights as they are.
 
-    They take as much memory as the layers themselves, for as long as the model lives where it is, or until
-    `mdkern.graphs.clear`. (In float16 a product of weight and modulation below 6e-5 loses bits.)
-    None where `hidden` has no use for them: passes of less than 4,096 rows, time conditioning, other cards.
+    They are always in the same memory, as much as the layers themselves and up to 256 MiB for the table, for as long
+    as the model lives where it is, or until `mdkern.graphs.clear`. (In float16 a product of weight and modulation below
+    6e-5 loses bits.) None where `hidden` has no use for them: passes of less than 4,096 rows, time conditioning, other
+    cards.
     """
-    blocks = cast("list[Block]", list(model.blocks))
     if not covers(model):
         PREPARED.pop(model, None)
         return None
     if not folds_fit(model, rows):
         return None
     folds: Folds | None = PREPARED.get(model)
-    if folds is None or len(folds) != len(blocks) or not all(map(fits, folds, blocks)):
-        folds = PREPARED[model] = tuple(
-            FoldedBlock(*(new_fold(layer) for layer in (block.attn_qkv, block.mlp_up))) for block in blocks
-        )
-    for block, folded in zip(blocks, folds):
+    device = model.embedding.device
+    if folds is None or folds.blocks[0].mlp_up.weight.device != device or sizes(folds) != sizes(room(model, "meta")):
+        with torch.inference_mode(False):  # it outlasts the call
+            folds = PREPARED[model] = room(model, device)
+    for block, folded in zip(cast("list[Block]", list(model.blocks)), folds.blocks):
         shift1, scale1, _, shift2, scale2, _ = modulation(block.modulation, None)
-        for layer, norm, shift, scale, out in (
-            (block.attn_qkv, block.norm1, shift1, scale1, folded.attn_qkv),
-            (block.mlp_up, block.norm2, shift2, scale2, folded.mlp_up),
-        ):
-            fold_norm(layer.weight, layer.bias, norm.weight, shift, scale, out=out)
+        if folded.attn_qkv is not None:
+            fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
+        elif folds.heads is not None:
+            for ids, heads in zip(model.embedding.split(TABLE_PART), folds.heads.split(TABLE_PART)):
+                torch.mm(modulated_norm(ids, block.norm1.weight, shift1, scale1), block.attn_qkv.weight.T, out=heads)
+        fold_norm(block.mlp_up.weight, block.mlp_up.bias, block.norm2.weight, shift2, scale2, out=folded.mlp_up)
     return folds
+
+
+def room(model: DiT, device: torch.device | str) -> Folds:
+    """Memory for the folds of a model."""
+    blocks = cast("list[Block]", list(model.blocks))
+    embedding, qkv = model.embedding, blocks[0].attn_qkv.weight
+    table = embedding.new_empty((len(embedding), len(qkv)), device="meta")
+    return Folds(
+        table.new_empty(table.shape, device=device) if table.nbytes <= LARGEST_TABLE else None,
+        tuple(
+            FoldedBlock(new_fold(block.attn_qkv, device) if number else None, new_fold(block.mlp_up, device))
+            for number, block in enumerate(blocks)
+        ),
+    )
+
+
+def new_fold(layer: nn.Linear, device: torch.device | str) -> Folded:
+    shape = layer.weight.shape
+    return Folded(*(layer.weight.new_empty(size, device=device) for size in (shape, shape[:1])))
+
+
+def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
+    tensors = [folds.heads, *(tensor for block in folds.blocks for layer in block for tensor in layer or ())]
+    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
 
 
 def folds_fit(model: DiT, rows: int) -> bool:
@@ -124,17 +158,6 @@ def folds_fit(model: DiT, rows: int) -> bool:
         and config.width % SPAN == 0
         and products.turns_fused(model.rotary[0], config.num_heads)
     )
-
-
-def new_fold(layer: nn.Linear) -> Folded:
-    shape = layer.weight.shape
-    with torch.inference_mode(False):  # they outlast the call
-        return Folded(layer.weight.new_empty(shape), layer.weight.new_empty(shape[0]))
-
-
-def fits(folded: FoldedBlock, block: Block) -> bool:
-    pairs = (folded.attn_qkv.weight, block.attn_qkv.weight), (folded.mlp_up.weight, block.mlp_up.weight)
-    return all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in pairs)
 
 
 class Operands(NamedTuple):
@@ -195,23 +218,21 @@ def hidden(
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
-        folded = None if folds is None else folds[number]
-        if stream is None and folded is not None:
-            stream = Stream(*gathered_sums(model.embedding, input_ids.flatten()))
+        folded = None if folds is None else folds.blocks[number]
+        pruned = positions is not None and number + 1 == len(blocks)
+        kinds, turned = (2, 1) if pruned else (3, 2)
         if stream is None:
-            x, normed = gathered_norm(model.embedding, input_ids.flatten(), block.norm1.weight, shift1, scale1)
-            stream, heads = Stream(x), Operands(normed, block.attn_qkv.weight, None)
+            stream, heads = first_heads(model, block, input_ids, kinds, turned, shift1, scale1, folds)
         else:
-            heads = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
-        if positions is None or number + 1 < len(blocks):
-            query, key, value = heads_of(block, heads, 3, 2, model.rotary, batch)
-        else:
-            key, value = heads_of(block, heads, 2, 1, model.rotary, batch)
+            operands = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
+            heads = heads_of(block, operands, kinds, turned, model.rotary, length)
+        *queries, key, value = heads.view(batch, length, kinds, block.num_heads, -1).unbind(2)
+        if positions is not None and pruned:
             first = torch.arange(0, batch * length, length, device=positions.device)[:, None]
             x, normed = gathered_norm(stream.x, (first + positions).flatten(), block.norm1.weight, shift1, scale1)
             stream = Stream(x)
-            query = queries_at(block, normed, positions, model.rotary)
-        attended = attend(query, key, value, key_mask).view(stream.x.shape)
+            queries = [queries_at(block, normed, positions, model.rotary)]
+        attended = attend(queries[0], key, value, key_mask).view(stream.x.shape)
         stream.add(attended, block.attn_out, gate1, sums=folded is not None)
         up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
         assert up.bias is not None
@@ -228,16 +249,37 @@ def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ..
     return tuple(part.squeeze(1) if part.ndim == 3 else part for part in module(condition))
 
 
+def first_heads(
+    model: DiT,
+    block: Block,
+    input_ids: Tensor,
+    kinds: int,
+    turned: int,
+    shift: Tensor,
+    scale: Tensor,
+    folds: Folds | None,
+) -> tuple[Stream, Tensor]:
+    """The stream as it begins, and `heads_of` the first block: looked up, if there is a table."""
+    ids, length = input_ids.flatten(), input_ids.shape[1]
+    if folds is not None and folds.heads is not None:
+        table = folds.heads[:, -kinds * model.config.width :]
+        cos, sin = model.rotary
+        x, heads = gathered_heads(model.embedding, table, ids, cos, sin, heads=turned * block.num_heads, length=length)
+        return Stream(x), heads
+    x, normed = gathered_norm(model.embedding, ids, block.norm1.weight, shift, scale)
+    operands = Operands(normed, block.attn_qkv.weight, None)
+    return Stream(x), heads_of(block, operands, kinds, turned, model.rotary, length)
+
+
 def heads_of(
-    block: Block, operands: Operands, kinds: int, turned: int, tables: tuple[Tensor, Tensor], batch: int
-) -> tuple[Tensor, ...]:
-    """The last `kinds` of queries, keys and values, ``[B, L, H, head_dim]``, the first `turned` of them turned."""
+    block: Block, operands: Operands, kinds: int, turned: int, tables: tuple[Tensor, Tensor], length: int
+) -> Tensor:
+    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``, the first `turned` of them turned."""
     rows, weight, bias, sums = operands
     columns = kinds * rows.shape[1]
     bias = None if bias is None else bias[-columns:]
-    length, heads = rows.shape[0] // batch, turned * block.num_heads
-    product = products.linear_rotary(rows, weight[-columns:], *tables, heads=heads, length=length, bias=bias, sums=sums)
-    return product.view(batch, length, kinds, block.num_heads, -1).unbind(2)
+    heads = turned * block.num_heads
+    return products.linear_rotary(rows, weight[-columns:], *tables, heads=heads, length=length, bias=bias, sums=sums)
 
 
 def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
