@@ -169,8 +169,8 @@ def run_steps(
     while start < len(ticks):
         count = buffer.load(ticks, start)
         state.tick.zero_()
-        for batch in ticks.batch[start : start + count]:
-            graphs[batch].replay()
+        for batch, size in zip(ticks.batch[start : start + count], ticks.size[start : start + count]):
+            graphs[size].replay()
             bar.update(batch)
             if pacer.replayed():
                 drafts.show()
@@ -191,14 +191,14 @@ def captured_ticks(
     scratch, device = len(workspace.state.sample) - 1, workspace.state.sample.device
     buffer = workspace.part(("ticks", *shape), partial(TickBuffer, *shape, scratch, device))
     graphs: dict[int, torch.cuda.CUDAGraph] = {}
-    for batch in sorted(set(ticks.batch)):
+    for size in sorted(set(ticks.size)):
         step = partial(
             reveal_tick,
             denoiser,
             request=request,
             state=workspace.state,
             ticks=buffer.ticks,
-            batch=batch,
+            batch=size,
             capacity=rows,
         )
 
@@ -206,11 +206,11 @@ def captured_ticks(
             buffer.idle()
             workspace.state.tick.zero_()
 
-        key = "reveal", *shape, batch, request.filters, request.guidance_scale
+        key = "reveal", *shape, size, request.filters, request.guidance_scale
         graph = workspace.graph(denoiser, key, step, idle)
         if graph is None:
             return None
-        graphs[batch] = graph.captured
+        graphs[size] = graph.captured
     return buffer, graphs
 
 

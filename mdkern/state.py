@@ -124,6 +124,7 @@ class TickBuffer:
             row=zeros(rows),
             row_count=zeros(),
             batch=[],
+            size=[],
             rows=[],
         )
 

@@ -1,4 +1,4 @@
-"""The reveal plan: its law, and that its ticks run every event once, in order, with no slot idle."""
+"""The reveal plan: its law, and that its ticks run every event once, in order, in batches of few sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from mdkern.plan import GIVEN, RevealPlan, positions_in_text
+from mdkern.plan import GIVEN, RevealPlan, pack, positions_in_text
 
 
 def draw(masked: torch.Tensor, steps: int, eps: float = 1e-5, seed: int = 0) -> RevealPlan:
@@ -66,7 +66,7 @@ class TestTicks:
         masked[4] = False  # a sequence with nothing to do
         return draw(masked, self.STEPS)
 
-    def test_every_row_once_in_order_and_no_idle_slot(self, batch_size: int, share: float) -> None:
+    def test_every_row_once_and_in_order(self, batch_size: int, share: float) -> None:
         plan = self.plan(share)
         for first, stop in ((0, self.STEPS + 1), (7, 20)):
             ticks = plan.ticks(first, stop, batch_size)
@@ -93,14 +93,56 @@ class TestTicks:
             assert torch.equal(revealed[inside], plan.step[inside])
             assert (revealed[~inside] == -2).all()
 
-    def test_it_takes_as_few_ticks_as_can_be(self, batch_size: int, share: float) -> None:
+    def test_it_costs_its_events(self, batch_size: int, share: float) -> None:
         plan = self.plan(share)
         ticks = plan.ticks(0, self.STEPS + 1, batch_size)
         assert ticks is not None
-        events = plan.events()
-        assert sum(ticks.batch) == int(events.sum())
-        assert len(ticks) == max(math.ceil(int(events.sum()) / batch_size), int(events.max()))
-        assert len(set(ticks.batch)) <= 2
+        assert sum(ticks.batch) == int(plan.events().sum())
+
+
+def random_counts(seed: int) -> list[int]:
+    """Of events: alike, skewed, or few."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences, most, power = (int(torch.randint(1, high, (), generator=generator)) for high in (21, 41, 6))
+    counts = (most * torch.rand(sequences, generator=generator) ** power).round().long()
+    counts[0] = most  # there is one at least
+    return counts[torch.randperm(sequences, generator=generator)].tolist()
+
+
+class TestPacking:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 100])
+    @pytest.mark.parametrize("seed", range(60))
+    def test_ticks_have_two_sizes_and_few_idle_slots(self, seed: int, batch_size: int) -> None:
+        counts = random_counts(seed)
+        count = torch.tensor(counts)
+        packing = pack(count, batch_size)
+        fewest = max(math.ceil(sum(counts) / batch_size), max(counts))
+        slots = packing.large * packing.full + packing.small * packing.rest
+        assert 1 <= packing.small <= packing.large <= batch_size
+        assert 0 <= slots - sum(counts) < max(packing.small, packing.rest)
+        assert fewest <= packing.full + packing.rest <= fewest * 17 / 16
+        owner = torch.arange(len(counts)).repeat_interleave(count)
+        tick, slot = packing.place(count, owner)
+        size = torch.tensor([packing.large] * packing.full + [packing.small] * packing.rest)
+        assert (slot < size[tick]).all()
+        assert len(set(zip(tick.tolist(), slot.tolist()))) == sum(counts), "a slot runs one event"
+        later, same = tick[1:] > tick[:-1], owner[1:] == owner[:-1]
+        assert later[same].all(), "a sequence's events run in their order"
+        used = torch.bincount(tick, minlength=len(size))
+        assert (used[: packing.full] == packing.large).all(), "the first ticks are full"
+        assert (slot.new_zeros(len(size)).scatter_reduce(0, tick, slot + 1, "amax") == used).all(), "the first slots"
+
+    @pytest.mark.parametrize(("sequences", "batch_size"), [(16, 16), (100, 16), (7, 16), (24, 16)])
+    def test_most_ticks_are_full(self, sequences: int, batch_size: int) -> None:
+        """Of sequences of like lengths; so runs of one batch size share their graphs."""
+        count = draw(torch.ones(sequences, 1024, dtype=torch.bool), 1000).events()
+        packing = pack(count, batch_size)
+        assert packing.large == min(sequences, batch_size)
+        assert packing.small == math.ceil(packing.large / 2)
+        fewest = max(math.ceil(int(count.sum()) / batch_size), int(count.max()))
+        assert packing.full > 0.9 * fewest
+        assert packing.full + packing.rest < 1.03 * fewest
+        assert packing.large * packing.full + packing.small * packing.rest - int(count.sum()) < packing.small
 
 
 def test_no_events_no_ticks() -> None:

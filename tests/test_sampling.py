@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import mdkern
 from mdkern import DiT, DiTConfig
 from mdkern.arguments import resolve
 from mdkern.decoders import Ancestral
+from mdkern.plan import RevealPlan, Ticks
 from mdkern.planned import draw_plan, reveal_tick
 from mdkern.state import SamplerState
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
@@ -102,6 +105,20 @@ class TestInvariance:
     @pytest.mark.parametrize("batch_size", [1, 3, 5])
     def test_batch_size(self, batch_size: int) -> None:
         assert torch.equal(run().sequences, run(batch_size=batch_size).sequences)
+
+    def test_idle_slots(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ticks of the sizes that graphs have, whose last slots may work on scratch."""
+        expected, plain, idle = run().sequences, RevealPlan.ticks, []
+
+        def of_graph_sizes(*arguments: Any) -> Ticks | None:
+            ticks = plain(*arguments)
+            assert ticks is not None
+            idle.append(sum(ticks.size) - sum(ticks.batch))
+            return replace(ticks, batch=ticks.size)
+
+        monkeypatch.setattr(RevealPlan, "ticks", of_graph_sizes)
+        assert torch.equal(run().sequences, expected)
+        assert any(idle)
 
     def test_other_samples_in_the_run(self) -> None:
         assert torch.equal(run().sequences[:5], run(num_samples=5).sequences)
