@@ -180,8 +180,7 @@ def capture(
                 step()
                 graph.capture_end()
             except BaseException as error:
-                with suppress(RuntimeError):
-                    graph.capture_end()  # the stream must leave capture
+                leave(graph, device, pool)
                 if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                     raise CaptureError(str(error)) from error
                 raise
@@ -189,6 +188,16 @@ def capture(
         memory = torch.cuda.memory_reserved() - before
     logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
     return graph, memory
+
+
+def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """End a capture that has failed."""
+    try:
+        graph.capture_end()  # the stream must leave it
+    except RuntimeError:  # the stream's capture is invalid: then PyTorch does not get to the allocator, which must, too
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
 
 
 @cache

@@ -67,11 +67,17 @@ def identity(value: Any) -> Hashable:
     Functions and modules are held by it, so that no other gets their address. Of a tensor the address itself is what
     counts: a captured step reads what is there now.
     """
+    if isinstance(value, Tensor):
+        return describe(value)
+    if isinstance(value, dict):
+        return tuple((key, identity(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(identity, value))
     try:
         hash(value)
-    except TypeError:  # a list, for one
-        return describe(value)
-    return describe(value) if isinstance(value, Tensor) else (value, fingerprint(value))
+    except TypeError:  # it may change, and nobody would see it: it is never the same
+        return object()
+    return value, fingerprint(value)
 
 
 @dataclass

@@ -93,11 +93,11 @@ def _replaced(quarters, x, AT: gl.constexpr):
 
 
 @gluon.jit
-def _turn_pairs(first, second, cos, sin, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    """A quarter of each of two parts, turned."""
+def _turn_across(first, second, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 128 columns, turned."""
     left, right = _quarters(first), _quarters(second)
-    a, b = _turn(left[FIRST], right[SECOND], cos, sin)
-    return _replaced(left, a, FIRST), _replaced(right, b, SECOND)
+    a, b = _turn(left[UNIT], right[UNIT], cos, sin)
+    return _replaced(left, a, UNIT), _replaced(right, b, UNIT)
 
 
 @gluon.jit
@@ -116,7 +116,7 @@ def _turn_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
         if PAIRS == 32:
             first, second = _turn_within(first, c, s, unit), _turn_within(second, c, s, unit)
         else:
-            first, second = _turn_pairs(first, second, c, s, unit, unit)
+            first, second = _turn_across(first, second, c, s, unit)
     return first, second
 
 

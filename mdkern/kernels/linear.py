@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mdkern.kernels.folded_norm import SPAN, one_over_spread, row_sums
 from mdkern.kernels.modulated_norm import per_row, wide
-from mdkern.kernels.rotary import rotary
+from mdkern.kernels.rotary import check_angles, check_heads, check_length, rotary
 
 COLUMN_TILE = SPAN
 FEWEST_ROWS = 4096  # below, column tiles of 256 leave most processors of a Hopper GPU without work
@@ -218,14 +218,9 @@ def linear_rotary(
         ValueError: shapes or dtypes that do not fit.
     """
     check_product(x, weight, bias, sums)
-    if cos.ndim != 2 or cos.shape != sin.shape or heads * 2 * cos.shape[1] > weight.shape[0]:
-        raise ValueError(
-            f"{heads} heads of tables {list(cos.shape)}, {list(sin.shape)} are not in {weight.shape[0]} columns"
-        )
-    if weight.shape[0] % (2 * cos.shape[1]):
-        raise ValueError(f"{weight.shape[0]} columns are not whole heads of {2 * cos.shape[1]}")
-    if not 0 < length <= cos.shape[0]:
-        raise ValueError(f"length must be in 1..{cos.shape[0]}, not {length}")
+    check_angles(x, sin.shape[-1], cos, sin)
+    check_heads(heads, weight.shape[0], cos)
+    check_length(length, cos)
     return _linear_rotary(x, weight, cos, sin, heads, length, bias, sums)
 
 
@@ -288,8 +283,10 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, sums: T
             f"weight must be {x.dtype} [C, {x.shape[-1]}] for x {list(x.shape)}, "
             f"not {weight.dtype} {list(weight.shape)}"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}], not {bias.dtype} {list(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or not bias.is_contiguous()):
+        raise ValueError(
+            f"bias must be contiguous {weight.dtype} [{weight.shape[0]}], not {bias.dtype} {list(bias.shape)}"
+        )
     if sums is not None:
         check_sums(sums, x)
 

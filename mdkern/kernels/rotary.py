@@ -154,9 +154,7 @@ def gathered_heads(
             f"table must be {embedding.dtype} of {len(embedding)} rows, not {table.dtype} {list(table.shape)}"
         )
     check_angles(table, sin.shape[-1], cos, sin)
-    head_dim = 2 * cos.shape[1]
-    if table.shape[1] % head_dim or not 0 <= heads * head_dim <= table.shape[1]:
-        raise ValueError(f"{heads} heads of {head_dim} are not among {table.shape[1]} columns of whole heads")
+    check_heads(heads, table.shape[1], cos)
     check_length(length, cos)
     return _gathered_heads(embedding, table, row_index, cos, sin, heads, length)
 
@@ -166,6 +164,12 @@ def check_angles(x: Tensor, half: int, cos: Tensor, sin: Tensor) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if table.ndim != 2 or table.shape[1] != half or table.dtype != wide or not table.is_contiguous():
             raise ValueError(f"{name} must be contiguous {wide} [P, {half}], not {table.dtype} {list(table.shape)}")
+
+
+def check_heads(heads: int, columns: int, cos: Tensor) -> None:
+    head_dim = 2 * cos.shape[1]
+    if not head_dim or columns % head_dim or not 0 <= heads * head_dim <= columns:
+        raise ValueError(f"{heads} heads of {head_dim} are not among {columns} columns of whole heads")
 
 
 def check_length(length: int, cos: Tensor) -> None:
