@@ -1,7 +1,8 @@
-"""Draw the README's tables from the JSON in ``benchmarks/results``: ``python -m benchmarks.report``.
+"""Draw the tables of README.md and docs/benchmarks.md from ``benchmarks/results``: ``python -m benchmarks.report``.
 
-A table stands in the README between ``<!-- table NAME -->`` and ``<!-- end -->``; everything between is replaced.
-With ``--check`` nothing is written and the exit code says whether the README is up to date.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; everything between is replaced. Sentences with
+figures in them are drawn the same way, so that no figure outlives the run that it is from. With ``--check`` nothing is
+written and the exit code says whether both documents are up to date.
 """
 
 from __future__ import annotations
@@ -9,15 +10,40 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from benchmarks import decoder_tables, kernel_tables, paper_tables
 from benchmarks.bench_sampling import write_text_whole
-from benchmarks.kernel_tables import load, markdown
+from benchmarks.bench_vocab_projection import GEMM
+from benchmarks.decoder_setting import Size
+from benchmarks.kernel_tables import OURS, load, markdown
+from benchmarks.paper_setting import HEAVY
+from benchmarks.paper_tables import LABELS, PAPER_CLOCK, PAPER_FLOPS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NO_TOKEN = "CCE, logsumexp only"  # the one peer whose result no sampler could use
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two things timed in one run."""
+
+    work: str
+    ours: str
+    theirs: str
+    place: str  # the size, or the case, at which they were timed
+    times: float  # how many times as long ours takes
+
+    @property
+    def lost(self) -> bool:
+        """Whether ours is the slower one, to the two decimals that are shown."""
+        return round(self.times, 2) > 1.0
 
 
 def sampling(device: str) -> str:
@@ -43,9 +69,175 @@ def sampling(device: str) -> str:
     return caption + markdown(["schedule", "passes a sequence", "mdkern", *(f"`{peer}`" for peer in peers)], rows)
 
 
+def headline() -> str:
+    """The result in one sentence."""
+    content = load("paper-setting")
+    parts, device = content["parts"], content["environment"]["device"]
+    ours = parts["ours"][HEAVY]["median"]
+    half = next(row for row in parts["savings"]["rows"] if row["share"] == 0.5)
+    middle = len(PAPER_FLOPS) // 2
+    return (
+        f"> One {device} writes 16 texts of 1,024 tokens in 1,000 steps of a 12-block model in {ours:.2f} s, "
+        f"{parts['eager'][HEAVY]['run'] / ours:.1f} times as fast as MDLM's code and "
+        f"{parts['strong'][HEAVY]['run'] / ours:.1f} times as fast as the same sampler under torch.compile; with a "
+        f"4-block model at half of the steps it saves {100 * half['flops_saved']:.0f} % of the FLOPs and "
+        f"{100 * half['clock_saved']:.0f} % of the time (the paper: {PAPER_FLOPS[middle]:.0f} % and "
+        f"{PAPER_CLOCK[middle]:.0f} %).\n"
+    )
+
+
+def decoder_range() -> str:
+    """How many times as fast as their plain loops the decoders are, in one sentence."""
+    parts = load("decoders")["parts"]
+    ratios = {part: [row["ratio"] for row in parts[part].values()] for part in ("size", "pair")}
+    paper, small = (f"{min(found):.1f} to {max(found):.1f}" for found in (ratios["size"], ratios["pair"]))
+    return (
+        f"The {len(ratios['size'])} rules run {paper} times as fast as their plain loops at the paper's size, {small} "
+        "times on the shipped pair.\n"
+    )
+
+
+def output_layer(columns: int, depth: int) -> str:
+    """The output layer at one shape: ours, the product alone, and the fastest other that gives a token."""
+    content = load("vocab_projection")
+    body = []
+    for row in content["table"]:
+        if (row["columns"], row["depth"]) != (columns, depth):
+            continue
+        times = {name: timing["median"] for name, timing in row["ms"].items() if timing}
+        peer = min((name for name in times if name not in (*OURS, GEMM, NO_TOKEN)), key=lambda name: times[name])
+        shown = (f"{1e3 * times[name]:.1f} ({times[name] / times[GEMM]:.2f} ×)" for name in OURS)
+        best = f"{1e3 * times[peer]:.1f} ({times[peer] / times[GEMM]:.2f} ×), {peer}"
+        body.append([f"{row['rows']:,}", *shown, f"{1e3 * times[GEMM]:.1f}", best])
+    caption = (
+        f"{kernel_tables.caption(content)}, bfloat16, V = {columns:,}, D = {depth}; medians in µs inside CUDA graphs, "
+        "L2 emptied; × is over the GEMM alone.\n\n"
+    )
+    return caption + markdown(["rows", *OURS, GEMM, "fastest other that gives a token"], body)
+
+
+def distributed() -> str:
+    """Two GPUs beside one, in one sentence."""
+    found = load("distributed")
+    return (
+        f"{found['processes']} GPUs ({found['environment']['device']}) draw {found['num_samples']} samples of "
+        f"{found['length']} tokens in {found['steps']} steps, {found['blocks']} blocks, width {found['width']}, "
+        f"{found['ratio']:.2f} times as fast as one (medians of {len(found['seconds']['together'])} runs); "
+        f"in bfloat16, {100 * found['same']:.1f} % of the samples are the same to the token.\n"
+    )
+
+
+def agreement() -> str:
+    """What the baseline's float32 categorical does to its samples, in two sentences."""
+    found = load("agreement-cuda")
+    single, ours = found["ddpm in float32 and in float64"], found["mdkern and ddpm in float64"]
+    return (
+        f"At T = {found['steps']} the samples of `ddpm` are more likely to a judge than those of the same code in "
+        f"float64, by {single['judge_baseline'] - single['judge_ours']:.3f} nats a token "
+        f"({abs(single['judge_distance']):.1f} standard errors, {found['num_samples']} samples each, "
+        f"{found['versions']['device']}). mdkern's were {abs(ours['judge_distance']):.1f} standard errors from the "
+        "float64 ones.\n"
+    )
+
+
+def compare_projections() -> Iterator[Comparison]:
+    """Each of ours with the product alone and with every peer."""
+    for row in load("vocab_projection")["table"]:
+        times = {name: timing["median"] for name, timing in row["ms"].items() if timing}
+        work = f"output layer, V = {row['columns']:,}, D = {row['depth']:,}"
+        for ours in (name for name in times if name in OURS):
+            for theirs in (name for name in times if name not in OURS):
+                yield Comparison(work, ours, theirs, f"{row['rows']:,}", times[ours] / times[theirs])
+
+
+def compare_selections() -> Iterator[Comparison]:
+    """`select` with the chain of PyTorch operations."""
+    for row in load("select")["table"]:
+        times = {name: timing["median"] for name, timing in row["ms"].items()}
+        place = f"{row['sequences']:,} × {row['entries']:,}"
+        yield Comparison(f"select, {row['rule']}", "mdkern", "torch", place, times["mdkern"] / times["torch"])
+
+
+def compare_decoders() -> Iterator[Comparison]:
+    """Decoders with their plain loops, and caches with none."""
+    parts, size = load("decoders")["parts"], Size()
+    for part, work in (("size", "decoders, the paper's size"), ("pair", "decoders, the shipped pair")):
+        for name, row in parts[part].items():
+            yield Comparison(work, "mdkern", "plain loop", name, 1 / row["ratio"])
+    speeds = {(row["batch"], row["way"]): row["tokens_per_second"] for row in parts["llada"].values()}
+    for (batch, way), speed in speeds.items():
+        loop = speeds.get((batch, "plain loop"))
+        if way != "plain loop" and loop is not None:
+            yield Comparison("LLaDA's shapes", way, "plain loop", f"batch {batch}", loop / speed)
+    for name, row in parts["caches"].items():
+        decoder, _, cache = name.rpartition(", ")
+        if cache != "none":
+            times = parts["caches"][f"{decoder}, none"]["tokens_per_second"] / row["tokens_per_second"]
+            work = f"caches, the shipped pair, blocks of {size.pair_block}"
+            yield Comparison(work, f"cache {cache}", "no cache", decoder, times)
+
+
+def compare_samplers() -> Iterator[Comparison]:
+    """Whole runs of the ancestral sampler with its baselines."""
+    parts = load("paper-setting")["parts"]
+    for name, label in LABELS.items():
+        for peer in ("eager", "strong"):
+            times = parts["ours"][name]["median"] / parts[peer][name]["run"]
+            yield Comparison("the paper's setting", "mdkern", peer, label, times)
+    for row in parts["other_sizes"]["rows"]:
+        place = f"{LABELS[row['model']]}, batch {row['batch_size']}, length {row['length']:,}, {row['steps']:,} steps"
+        yield Comparison("other sizes", "mdkern", "eager", place, 1 / row["ratio"])
+    for row in load("sampling-cpu")["rows"]:
+        for peer, ratio in row["ratio"].items():
+            yield Comparison("the shipped pair, CPU", "mdkern", peer, row["label"], 1 / ratio)
+
+
+def losses() -> str:
+    """Every pair of times in the results of which ours is the longer, whatever it is held against."""
+    comparisons = [*compare_projections(), *compare_selections(), *compare_decoders(), *compare_samplers()]
+    groups = groupby(comparisons_by_subject(comparisons), key=subject)
+    body, lost = [], 0
+    for (work, ours, theirs), members in groups:
+        run = list(members)
+        times = [entry.times for entry in run if entry.lost]
+        lost += len(times)
+        if times:
+            least, most = f"{min(times):.2f}", f"{max(times):.2f}"
+            body.append([work, ours, theirs, places(run), least if least == most else f"{least}–{most}"])
+    caption = f"{lost} of the {len(comparisons)} pairs of times in `benchmarks/results`, and no others:\n\n"
+    return caption + markdown(["what", "ours", "slower than", "at", "times as long"], body)
+
+
+def subject(entry: Comparison) -> tuple[str, str, str]:
+    return entry.work, entry.ours, entry.theirs
+
+
+def comparisons_by_subject(comparisons: list[Comparison]) -> list[Comparison]:
+    """Those of one subject side by side, subjects and members in the order of their first."""
+    order = {key: index for index, key in enumerate(dict.fromkeys(map(subject, comparisons)))}
+    return sorted(comparisons, key=lambda entry: order[subject(entry)])
+
+
+def places(run: list[Comparison]) -> str:
+    """Where a subject is lost: ``16, 64, 512–4,096`` if all that was measured between 512 and 4,096 is."""
+    sizes = all(re.fullmatch(r"[\d,]+", entry.place) for entry in run)
+    named = []
+    for slower, members in groupby(run, key=lambda entry: entry.lost):
+        found = [entry.place for entry in members]
+        if slower:
+            named += [f"{found[0]}–{found[-1]}"] if sizes and len(found) > 2 else found
+    return ", ".join(named) + " rows" if sizes else "; ".join(named)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "sampling-cpu": lambda: sampling("cpu"),
-    "sampling-cuda": lambda: sampling("cuda"),
+    "headline": headline,
+    "losses": losses,
+    "output-layer": partial(output_layer, 50_258, 768),
+    "decoder-range": decoder_range,
+    "distributed": distributed,
+    "agreement": agreement,
+    "sampling-cpu": partial(sampling, "cpu"),
+    "sampling-cuda": partial(sampling, "cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
     **paper_tables.TABLES,
@@ -53,15 +245,21 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def fill(text: str) -> str:
+    """A document with its tables as the results are now."""
+    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
     check = parser.parse_args().check
-    old = README.read_text()
-    new = PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], old)
+    old = {path: path.read_text() for path in DOCUMENTS}
+    new = {path: fill(text) for path, text in old.items()}
     if check:
         return int(old != new)
-    write_text_whole(README, new)
+    for path, text in new.items():
+        write_text_whole(path, text)
     return 0
 
 

@@ -1,42 +1,119 @@
-"""The README is true: its Python runs as pasted (at smaller sizes), its tables are those of the results."""
+"""README.md and docs/benchmarks.md are true: Python runs as pasted (at smaller sizes), command lines are understood,
+names are those of the code, and every figure is drawn from the results."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
 from benchmarks import report
+from benchmarks.bench_sampling import RESULTS
+from benchmarks.bench_vocab_projection import GEMM, GREEDY, MIXED, SAMPLED
+from benchmarks.report import Comparison
+from mdkern.cli import build_parser
+from mdkern.cli_decoder import parse_decoder
+from mdkern.decoders import DECODERS, by_name
+from tests.their_models import MASK, llada
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SMALLER = {
     r"num_samples=\d+": "num_samples=2",
     r"length=256, steps=256": "length=32, steps=32",
     r"L32 H192 L32": "L4 H24 L4",
-    r"50258": "517",
-    r"50257": "516",
+    r"\(1, 128\)": "(1, 12)",
+    r"block_length=32": "block_length=4",
+    r'"cuda"': '"cpu"',
 }
+FIGURE = re.compile(r"\d (?:×|µs|ms\b|s\b|tokens/s|points)|\d+(?:\.\d+)? times as fast")  # what only a run can tell
 
 
-def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
+class TheirTokenizer:
+    """What the README asks of LLaDA's."""
+
+    def apply_chat_template(self, chat: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+        return "".join(turn["content"] for turn in chat)[:8]
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        ids = [5 + ord(letter) % (MASK - 5) for letter in text]
+        return transformers.BatchEncoding({"input_ids": torch.tensor([ids])})
+
+    def batch_decode(self, sequences: Tensor, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in sequences.tolist()]
+
+
+def test_every_python_block_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: llada())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: TheirTokenizer())
+    assert "```py\n" not in README
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
-
-    def function(input_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*input_ids.shape, 517)
-
-    names: dict[str, Any] = {"function": function}
+    assert len(blocks) >= 5
+    names: dict[str, Any] = {}
     for block in blocks:
         for pattern, smaller in SMALLER.items():
             block = re.sub(pattern, smaller, block)
+        names.pop("out", None)
         with pytest.warns() if "adapt(" in block else pytest.MonkeyPatch.context():
             exec(compile(block, "README.md", "exec"), names)
         assert names["out"].sequences.ndim == 2
     assert "of the FLOPs saved" in capsys.readouterr().out
+
+
+def test_every_command_line_is_understood() -> None:
+    lines = re.findall(r"`mdkern (\w+ [^`]+)`", README)
+    lines += re.findall(r"-m mdkern (\w+ [^`]+)`", README)
+    assert len(lines) >= 3
+    for line in lines:
+        arguments = build_parser().parse_args(shlex.split(line))
+        if hasattr(arguments, "decoder"):
+            parse_decoder(arguments.decoder)
+
+
+def test_the_decoders_are_all_named_and_need_what_is_said() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`(?: \(needs `(\w+)`\))?", README, re.MULTILINE)
+    assert {name: kind for kind, name, _ in rows} == {name: kind.__name__ for name, kind in DECODERS.items()}
+    for _, name, needed in rows:
+        if needed:
+            with pytest.raises(ValueError, match=needed):
+                by_name(name)
+        else:
+            by_name(name)
+
+
+def test_every_module_has_its_place() -> None:
+    places = README[README.index("## Where things are") :]
+    for path in (ROOT / "mdkern").iterdir():
+        part_of_another = path.name.startswith(("_", "cli_")) or path.suffix not in ("", ".py")
+        assert part_of_another or path.name in places, path.name
+    for name in re.findall(r"`(\w+(?:\.py|/))`", places):
+        assert any(ROOT.glob(name)) or any(ROOT.glob(f"mdkern/**/{name}")) or any(ROOT.glob(f"benchmarks/{name}")), name
+
+
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_every_linked_file_is_there(document: Path) -> None:
+    for link, anchor in re.findall(r"\]\(((?!http)[^)#]*)(?:#([\w-]+))?\)", document.read_text()):
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        headings = [line.lstrip("# ").lower().replace(" ", "-") for line in target.read_text().splitlines()
+                    if line.startswith("#")] if anchor else [anchor]  # fmt: skip
+        assert anchor in headings, f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_no_figure_is_written_by_hand(document: Path) -> None:
+    by_hand = report.PLACE.sub("", document.read_text())
+    assert "<!--" not in by_hand, "a mark without its other"
+    assert not FIGURE.findall(by_hand)
 
 
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +121,86 @@ def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> Non
     assert report.main() == 0, "python -m benchmarks.report redraws them"
 
 
-def test_every_named_file_is_there() -> None:
-    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / link).exists(), link
+def test_every_table_that_has_results_is_shown_once() -> None:
+    shown = [name for path in report.DOCUMENTS for _, name, _ in report.PLACE.findall(path.read_text())]
+    assert len(set(shown)) == len(shown)
+    without = {"sampling-cuda"} if not (RESULTS / "sampling-cuda.json").exists() else set()
+    assert set(shown) == set(report.TABLES) - without
+
+
+class TestReport:
+    @pytest.fixture
+    def documents(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Two documents, one of them up to date, and a table that they both have."""
+        found = [tmp_path / "one.md", tmp_path / "two.md"]
+        found[0].write_text("a\n<!-- table figure -->\nnew\n<!-- end -->\nb\n")
+        found[1].write_text(
+            "c\n<!-- table figure -->\nold\nold\n<!-- end -->\nd\n<!-- table figure -->\n<!-- end -->\n"
+        )
+        monkeypatch.setattr(report, "DOCUMENTS", found)
+        monkeypatch.setattr(report, "TABLES", {"figure": lambda: "new\n"})
+        return found
+
+    def test_both_documents_are_filled_and_the_rest_stays(
+        self, documents: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["report"])
+        assert report.main() == 0
+        table = "<!-- table figure -->\nnew\n<!-- end -->\n"
+        assert [path.read_text() for path in documents] == [f"a\n{table}b\n", f"c\n{table}d\n{table}"]
+
+    def test_check_tells_of_either_document_and_writes_none(
+        self, documents: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["report", "--check"])
+        before = [path.read_text() for path in documents]
+        for order in (documents, documents[::-1]):
+            monkeypatch.setattr(report, "DOCUMENTS", order)
+            assert report.main() == 1
+        assert [path.read_text() for path in documents] == before
+        monkeypatch.setattr(report, "DOCUMENTS", documents[:1])
+        assert report.main() == 0
+
+
+class TestLosses:
+    def test_they_are_the_longer_times_and_no_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run of sizes as a range, one that rounds to 1.00 left out, wins never named."""
+
+        def comparisons() -> Iterator[Comparison]:
+            for place, times in (("1", 1.2), ("2", 1.004), ("4", 1.1), ("8", 1.3), ("1,024", 1.006), ("4,096", 0.5)):
+                yield Comparison("head", "mdkern", "GEMM", place, times)
+                yield Comparison("head", "mdkern", "peer", place, 0.9)
+            yield Comparison("loops", "mdkern", "plain", "margin", 1.5)
+
+        for name in ("compare_projections", "compare_selections", "compare_decoders"):
+            monkeypatch.setattr(report, name, lambda: iter(()))
+        monkeypatch.setattr(report, "compare_samplers", comparisons)
+        text = report.losses()
+        assert text.startswith("5 of the 13 ")
+        assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+            "| head | mdkern | GEMM | 1, 4–1,024 rows | 1.01–1.30 |",
+            "| loops | mdkern | plain | margin | 1.50 |",
+        ]
+
+    def test_every_pair_of_times_in_the_results_is_looked_at(self) -> None:
+        """As many as the files have, ours against whatever stands beside it."""
+        table = json.loads((RESULTS / "vocab_projection.json").read_text())["table"]
+        timed = [{name for name, timing in row["ms"].items() if timing} for row in table]
+        ours = {SAMPLED, GREEDY, MIXED}
+        assert len(list(report.compare_projections())) == sum(len(names & ours) * len(names - ours) for names in timed)
+        assert len(list(report.compare_selections())) == len(json.loads((RESULTS / "select.json").read_text())["table"])
+        parts = json.loads((RESULTS / "decoders.json").read_text())["parts"]
+        expected = len(parts["size"]) + len(parts["pair"])
+        expected += sum(row["way"] != "plain loop" for row in parts["llada"].values())
+        expected += sum(not name.endswith(", none") for name in parts["caches"])
+        assert len(list(report.compare_decoders())) == expected
+
+    def test_a_ratio_is_ours_over_theirs(self) -> None:
+        found = next(entry for entry in report.compare_projections() if entry.theirs == GEMM)
+        row = json.loads((RESULTS / "vocab_projection.json").read_text())["table"][0]["ms"]
+        assert found.times == row[found.ours]["median"] / row[GEMM]["median"]
+        parts = json.loads((RESULTS / "decoders.json").read_text())["parts"]
+        for entry in report.compare_decoders():
+            if entry.work.startswith("decoders"):
+                case = parts["size" if "paper" in entry.work else "pair"][entry.place]
+                assert entry.times == pytest.approx(case["ours"]["median"] / case["plain"]["run"]), entry

@@ -237,9 +237,16 @@ class TestKey:
         part.weight = nn.Parameter(torch.tensor(1.0))
         assert self.key(Learned(part)) != before
 
-    def test_no_function_gets_the_address_of_one_that_is_gone(self) -> None:
-        keys = [self.key(Learned(lambda view: view)) for _ in range(20)]
+    @pytest.mark.parametrize("wrap", [lambda part: part, lambda part: [part], lambda part: {"part": (part,)}])
+    def test_no_function_gets_the_address_of_one_that_is_gone(self, wrap: Any) -> None:
+        keys = [self.key(Learned(wrap(lambda view: view))) for _ in range(20)]
         assert len(set(keys)) == len(keys)
+
+    def test_what_may_change_unseen_is_never_the_same(self) -> None:
+        part = bytearray(b"one")
+        before = self.key(Learned(part))
+        part[:] = b"two"
+        assert self.key(Learned(part)) != before
 
 
 @pytest.mark.gpu
