@@ -55,8 +55,8 @@ def sampling(device: str) -> str:
         [
             f"{row['label']} (`{row['schedule']}`)",
             f"{sum(row['nfe_per_sequence'].values()):.0f}",
-            f"{row['median']['mdkern']:.2f} s",
-            *(f"{row['median'][peer]:.2f} s ({row['ratio'][peer]:.2f} ×)" for peer in peers),
+            f"{row['median']['mdkern']:.3f} s",
+            *(f"{row['median'][peer]:.2f} s ({row['ratio'][peer]:.1f} ×)" for peer in peers),
         ]
         for row in content["rows"]
     ]
@@ -66,7 +66,15 @@ def sampling(device: str) -> str:
         f"{len(content['rows'][0]['seconds']['mdkern'])} "
         "interleaved rounds. × is the baseline's time over ours.\n\n"
     )
-    return caption + markdown(["schedule", "passes a sequence", "mdkern", *(f"`{peer}`" for peer in peers)], rows)
+    return caption + markdown(
+        [
+            "schedule",
+            "passes a sequence",
+            "mdkern",
+            *(f"`{peer}`" if peer.startswith("ddpm") else peer for peer in peers),
+        ],
+        rows,
+    )
 
 
 def headline() -> str:
