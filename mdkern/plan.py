@@ -8,6 +8,7 @@ distribution is unchanged.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Ticks:
 
     A tick runs one event of each of up to B sequences. Slots ``0..batch[k]-1`` of tick k are in use. A segment costs
     exactly as many sequence-forward-passes as it has events. Where batch sizes are to be few, each tick runs one of two
-    sizes, and a few slots of a segment idle.
+    sizes, and fewer slots of a segment idle than the smaller one has.
     """
 
     sequence: Tensor  # int64 [K, B], row of the state's input_ids; unused slots: the scratch row
@@ -35,7 +36,7 @@ class Ticks:
     row: Tensor  # int64 [K, M], the used entries of position[k].view(-1), ascending; unused: 0
     row_count: Tensor  # int64 [K]
     batch: list[int]  # [K], on the host: slots in use
-    size: list[int]  # [K], on the host: slots to run if sizes are to be few, at least `batch`; two different values
+    size: list[int]  # [K], on the host: slots to run if sizes are to be few, at least `batch`; two values at most
     rows: list[int]  # [K], on the host: row_count
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class RevealPlan:
     ) -> Ticks | None:
         """Pack the events of steps ``first <= i < stop`` into ticks of at most `batch_size` sequences.
 
-        Full ticks come first, then ticks of half the size (`pack`). In each of the two parts the events of all
+        Full ticks come first, then smaller ones (`pack`). In each of the two parts the events of all
         sequences are laid end to end and the line is cut into as many slots as are needed, each as long as the part has
         ticks (McNaughton's wrap-around rule): no slot idles but at the end of the last one, and a sequence whose events
         fall into two slots has its early ones in the second slot's start and its late ones in the first slot's end,
@@ -182,23 +183,25 @@ def pack(count: Tensor, batch_size: int) -> Packing:
     As few ticks as can be would be of sizes n and n - 1, for whatever n the draw makes. But a pass of one sequence less
     takes hardly less time where it leaves the last round of tiles half empty (one H200, 16 sequences of 1,024, 12
     blocks: 5.99 ms, 15: 5.76, 14: 5.50, 8: 3.24), and every size is a graph to capture. So as many ticks as can be are
-    full, and the others have half the size, or more if it took a sixteenth more ticks.
+    full, and the others have half the size, which leaves fewer slots idle than a small tick has. Where that would take
+    over a sixteenth more ticks, since few sequences have most of the events, the sizes are n and n - 1 after all.
     """
     total, longest = int(count.sum()), int(count.max())
     large = min(batch_size, int((count > 0).sum()))
-    ticks = max(rounded_up(total, large), longest)
+    ticks = max(rounded_up(total, large), longest)  # there cannot be fewer
     while large > 1 and total <= rounded_up(large) * ticks:
         large = rounded_up(large)
     small = rounded_up(large)
-    full = total // large
-    if small < large:
-        full = min(full, rounded_up(total - small * ticks, large - small))
-    while int(count.clamp(max=full).sum()) < large * full:  # too few sequences have an event for each of them
-        full = int(count.clamp(max=full).sum()) // large
-    left = total - large * full
-    if left:
-        small = max(small, rounded_up(left, ticks + ticks // 16 - full))
-    rest = max(ticks - full, rounded_up(left, small)) if left else 0
+    most = rounded_up(total - small * ticks, large - small) if small < large else ticks
+    # Full ticks are too many as soon as too few sequences have an event for each of them.
+    full = bisect_left(range(1, most + 1), True, key=lambda number: int(count.clamp(max=number).sum()) < large * number)
+    rest = rounded_up(total - large * full, small)  # ticks - full or more: `most` is no more than needed
+    if full + rest > ticks + ticks // 16:
+        large = rounded_up(total, ticks)
+        small = large - 1
+        # They can be full: fewer than `large` sequences with more events than that leave small * rest of them at most.
+        full = total - small * ticks
+        rest = ticks - full
     # Each sequence's share of the full ticks: what the others have no room for, then first come, first served.
     forced = (count - rest).clamp(min=0)
     room = count.clamp(max=full) - forced

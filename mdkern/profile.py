@@ -15,7 +15,7 @@ import copy
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class Clock:
         """What is called `name` begins now."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self.marks.append((name, event))
         else:
             self.marks.append((name, time.perf_counter()))
@@ -222,8 +222,9 @@ def time_run(
     models: Any, setting: Setting, seed: int = 0, schedule: str | Schedule | None = None, samples: int | None = None
 ) -> tuple[float, SampleOutput]:
     """Seconds of a whole run of `mdkern.sample`, and what it returned; by default of one batch."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    device = adapt(next(iter(models.values())) if isinstance(models, Mapping) else models).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     began = time.perf_counter()
     output = sample(
         models,

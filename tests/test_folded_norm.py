@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,31 @@ def test_it_is_the_modules_function(
     assert (prepared.folds.heads is not None) == bool(largest_table)
     got = prepared.hidden(ids, None, positions)
     torch.testing.assert_close(got, model.plain_hidden(ids, None, positions), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fused_everywhere")
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_no_sums_are_made_that_nobody_reads(
+    make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int | None
+) -> None:
+    made, read = [], []
+
+    def noting(product: Callable[..., Any], sums_of: list[Tensor]) -> Callable[..., Any]:
+        def noted(*arguments: Any, sums: Tensor | None = None, **options: Any) -> Any:
+            if sums is not None:
+                sums_of.append(sums)
+            return product(*arguments, sums=sums, **options)
+
+        return noted
+
+    for name, sums_of in (("linear_residual", made), ("linear_gelu", read), ("linear_rotary", read)):
+        monkeypatch.setattr(products, name, noting(getattr(products, name), sums_of))
+    model = make_dit(**WIDE | {"num_blocks": blocks}).requires_grad_(False)
+    ids, positions = question(model, 3, 16, rows)
+    adapt(model).prepared(ids.numel()).hidden(ids, None, positions)
+    assert len(made) == 2 * blocks - 1
+    assert all(one is other for one, other in zip(made, read, strict=True))
 
 
 @pytest.mark.usefixtures("fused_everywhere")

@@ -119,7 +119,7 @@ class TestPacking:
         fewest = max(math.ceil(sum(counts) / batch_size), max(counts))
         slots = packing.large * packing.full + packing.small * packing.rest
         assert 1 <= packing.small <= packing.large <= batch_size
-        assert 0 <= slots - sum(counts) < max(packing.small, packing.rest)
+        assert 0 <= slots - sum(counts) < packing.small
         assert fewest <= packing.full + packing.rest <= fewest * 17 / 16
         owner = torch.arange(len(counts)).repeat_interleave(count)
         tick, slot = packing.place(count, owner)
@@ -130,6 +130,7 @@ class TestPacking:
         assert later[same].all(), "a sequence's events run in their order"
         used = torch.bincount(tick, minlength=len(size))
         assert (used[: packing.full] == packing.large).all(), "the first ticks are full"
+        assert (used > 0).all(), "no tick is of scratch alone"
         assert (slot.new_zeros(len(size)).scatter_reduce(0, tick, slot + 1, "amax") == used).all(), "the first slots"
 
     @pytest.mark.parametrize(("sequences", "batch_size"), [(16, 16), (100, 16), (7, 16), (24, 16)])

@@ -6,6 +6,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from mdkern.profile import (
     profile_model,
     random_dit,
     table,
+    time_run,
     time_steps,
 )
 from mdkern.strong_baseline import Compiled, Wrapped, ddpm_compiled
@@ -109,6 +111,24 @@ def test_a_clock_gives_the_time_between_marks() -> None:
     clock.marks = [("backbone", 0.0), ("head", 2.0), ("backbone", 3.0), ("head", 7.0), ("end", 7.5)]
     assert clock.laps("backbone") == [2.0, 4.0]
     assert clock.laps("head") == [1.0, 0.5]
+
+
+def test_a_model_is_timed_on_its_own_device(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever device is current."""
+    device, waited, streams = torch.device("cuda", 1), [], []
+    denoiser = Wrapped(adapt(model))
+    denoiser.device = device
+    done = SimpleNamespace(sequences=torch.zeros(1, 1))
+    monkeypatch.setattr(profile, "sample", lambda *_, **__: done)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda stream=None: streams.append(stream))
+    )
+    assert time_run(denoiser, SETTING)[1] is time_run({"H": denoiser}, SETTING)[1] is done
+    assert waited == [device, device]
+    Clock(device).mark("backbone")
+    assert streams == [device]
 
 
 def test_a_run_is_its_steps_and_the_closing_pass() -> None:

@@ -219,7 +219,8 @@ def hidden(
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
         folded = None if folds is None else folds.blocks[number]
-        pruned = positions is not None and number + 1 == len(blocks)
+        last = number + 1 == len(blocks)
+        pruned = positions is not None and last
         kinds, turned = (2, 1) if pruned else (3, 2)
         if stream is None:
             stream, heads = first_heads(model, block, input_ids, kinds, turned, shift1, scale1, folds)
@@ -237,7 +238,7 @@ def hidden(
         up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
         assert up.bias is not None
         mlp = products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
-        stream.add(mlp, block.mlp_down, gate2, sums=folded is not None)
+        stream.add(mlp, block.mlp_down, gate2, sums=folded is not None and not last)
     assert stream is not None
     return stream.norm(model.norm_final.weight, *modulation(model.modulation_final, condition)).unflatten(
         0, (batch, -1)
