@@ -194,10 +194,16 @@ def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
     """End a capture that has failed."""
     try:
         graph.capture_end()  # the stream must leave it
-    except RuntimeError:  # the stream's capture is invalid: then PyTorch does not get to the allocator, which must, too
+    except RuntimeError:  # the stream's capture is invalid: PyTorch's allocator and generator are still in it
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
             torch._C._cuda_releasePool(device.index, pool)
+        with suppress(RuntimeError):
+            nothing = torch.zeros(1, device=device)
+            valid = torch.cuda.CUDAGraph()
+            valid.capture_begin(capture_error_mode="thread_local")
+            nothing.zero_()
+            valid.capture_end()  # this the generator leaves: else every draw of random numbers would be refused
 
 
 @cache

@@ -368,10 +368,12 @@ class TestReplay:
         assert torch.equal(
             both[0], mdkern.sample(adapted, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences
         )
-        self.the_allocator_is_in_no_capture()
+        self.no_capture_is_left()
 
-    def the_allocator_is_in_no_capture(self) -> None:
-        """In one, it would take back no memory that another stream was recorded for, as long as the process lives."""
+    def no_capture_is_left(self) -> None:
+        """In one, the generator would draw nothing, and the allocator would take back no memory that another stream was
+        recorded for, as long as the process lives."""
+        torch.rand(1, device="cuda")
         torch.cuda.synchronize()
         torch.empty(1, device="cuda")  # now it looks at what has been done
         before = torch.cuda.memory_allocated()
@@ -394,7 +396,7 @@ class TestReplay:
         with pytest.warns(UserWarning, match="can't be captured"):
             drawn = mdkern.sample(model, num_samples=3, length=20, seed=1).sequences
         assert torch.equal(drawn, mdkern.sample(model, num_samples=3, length=20, seed=1, cuda_graphs=False).sequences)
-        self.the_allocator_is_in_no_capture()
+        self.no_capture_is_left()
 
     def test_a_failing_call_waits_for_what_it_began(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
         """Its workspace's memory goes back to the stream that it was made on, which may be another."""
