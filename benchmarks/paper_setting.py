@@ -183,8 +183,7 @@ def peak_memory(bench: Bench, name: str) -> dict[str, float]:
 def savings(bench: Bench) -> dict[str, Any]:
     """Runs at 0, 10, ..., 100 % light steps in a sandwich; the first one again at the end, against a drifting clock.
 
-    Each schedule is run once before, since the batch sizes of its segments are its own, and their graphs are captured.
-    A point is the median of several runs.
+    Each schedule is run once before, so that its graphs are captured. A point is the median of several runs.
     """
     setting = bench.size.setting
     rows: list[dict[str, Any]] = []

@@ -129,7 +129,7 @@ def distributed() -> str:
     found = load("distributed")
     return (
         f"{found['processes']} GPUs ({found['environment']['device']}) draw {found['num_samples']} samples of "
-        f"{found['length']} tokens in {found['steps']} steps, {found['blocks']} blocks, width {found['width']}, "
+        f"{found['length']:,} tokens in {found['steps']:,} steps, {found['blocks']} blocks, width {found['width']}, "
         f"{found['ratio']:.2f} times as fast as one (medians of {len(found['seconds']['together'])} runs); "
         f"in bfloat16, {100 * found['same']:.1f} % of the samples are the same to the token.\n"
     )
@@ -195,9 +195,10 @@ def compare_samplers() -> Iterator[Comparison]:
     for row in parts["other_sizes"]["rows"]:
         place = f"{LABELS[row['model']]}, batch {row['batch_size']}, length {row['length']:,}, {row['steps']:,} steps"
         yield Comparison("other sizes", "mdkern", "eager", place, 1 / row["ratio"])
-    for row in load("sampling-cpu")["rows"]:
-        for peer, ratio in row["ratio"].items():
-            yield Comparison("the shipped pair, CPU", "mdkern", peer, row["label"], 1 / ratio)
+    for device in ("cpu", "cuda"):
+        for row in load(f"sampling-{device}")["rows"]:
+            for peer, ratio in row["ratio"].items():
+                yield Comparison(f"the shipped pair, {device}", "mdkern", peer, row["label"], 1 / ratio)
 
 
 def losses() -> str:

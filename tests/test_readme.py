@@ -124,8 +124,7 @@ def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_table_that_has_results_is_shown_once() -> None:
     shown = [name for path in report.DOCUMENTS for _, name, _ in report.PLACE.findall(path.read_text())]
     assert len(set(shown)) == len(shown)
-    without = {"sampling-cuda"} if not (RESULTS / "sampling-cuda.json").exists() else set()
-    assert set(shown) == set(report.TABLES) - without
+    assert set(shown) == set(report.TABLES)
 
 
 class TestReport:

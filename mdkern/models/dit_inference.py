@@ -1,9 +1,9 @@
 """`DiT.hidden` for inference on a GPU: the same computation in few passes over memory.
 
 One H100, bf16, in a CUDA graph, 16 sequences of 1,024, width 768, 12 blocks, the last at 8 rows a sequence: 13.8 ms by
-the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with those of `hopper_linear`; 4 blocks 1.92 and
-1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention 125,
-norms 2 x 32, rotary 32.
+the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with our own, then in smaller tiles; 4 blocks 1.92
+and 1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention
+125, norms 2 x 32, rotary 32.
 
 Without time conditioning, `fold` puts the norms into the weights (`mdkern.kernels.folded_norm`), and what the first
 block makes of each id into a table, once for a call of `sample`. One H200, the same pass again and again, at the card's
@@ -14,7 +14,7 @@ random weights the result is 5.9e-3 off float64 without, 6.5e-3 with, 6.9e-3 by 
 What was tried and left out:
 
 - Gates folded into the weights, so that cuBLAS adds to the stream: 0.8 % faster with 8 rows a sequence, 3 % with all,
-  but a second copy of the weights, which a captured graph would go on reading after the first has changed.
+  but without the sums of rows that folded norms need, and another copy of weights.
 - Folding in every pass, so that nothing is kept: 6.74 ms of the 6.77 above.
 - Products launched before the kernel before them ends (programmatic dependent launch): 6.55 ms instead of 6.52, both
   with a ring of three stages.
