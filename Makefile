@@ -25,7 +25,7 @@ lint: .venv/installed
 	touch $@
 
 csrc:
-	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/loop_condition.ptx
+	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/engine/loop_condition.ptx
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -25,7 +25,7 @@ import torch
 from benchmarks.bench_sampling import RESULTS, write_text_whole
 from benchmarks.decoder_setting import PARTS, Bench, Row, Size, run_part
 from benchmarks.harness import environment
-from mdkern import graphs
+from mdkern.engine import graphs
 
 FILE = RESULTS / "decoders.json"
 

@@ -23,7 +23,7 @@ from benchmarks.bench_sampling import RESULTS, write_text_whole
 from benchmarks.harness import environment
 from mdkern import DiT, sample
 from mdkern.distributed import sample_distributed
-from mdkern.profile import random_dit
+from mdkern.profiling.profile import random_dit
 
 ROUNDS = 3
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import mdkern
-from mdkern.baselines import ddpm, ddpm_cache
+from mdkern.profiling.eager import ddpm, ddpm_cache
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULES = {"all heavy": "H256", "25 % light": "L32 H192 L32", "all light": "L256"}

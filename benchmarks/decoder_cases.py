@@ -49,7 +49,7 @@ class Case:
     name: str
     source: str  # whose loop it is
     ours: Decoder
-    plain: Plain | None  # None: `mdkern.baselines.ddpm`
+    plain: Plain | None  # None: `mdkern.profiling.eager.ddpm`
     temperature: float = 1.0
     block_length: int | None = None
     top_p: float = 1.0

@@ -28,10 +28,11 @@ from benchmarks.bench_sampling import seconds
 from benchmarks.cache_setting import cache_rows
 from benchmarks.decoder_cases import Case, Gauge, make_cases, run_ours
 from benchmarks.plain_decoders import Plain
-from mdkern import DiT, DiTConfig, decoders, graphs, load_pair, sample
-from mdkern.baselines import ddpm
+from mdkern import DiT, DiTConfig, decoders, load_pair, sample
+from mdkern.engine import graphs
 from mdkern.models.dit import Block
-from mdkern.profile import Clock, Setting, Unpadded, time_steps
+from mdkern.profiling.eager import ddpm
+from mdkern.profiling.profile import Clock, Setting, Unpadded, time_steps
 
 JUDGE = Path(__file__).parent / "judge"
 WARM_STEPS = 2

@@ -24,11 +24,21 @@ import torch
 from benchmarks.bench_sampling import write_text_whole
 from benchmarks.harness import environment
 from benchmarks.tick_trace import few_masked, trace_ticks
-from mdkern import DiT, SampleOutput, Schedule, adapt, graphs, sample
+from mdkern import DiT, SampleOutput, Schedule, adapt, sample
+from mdkern.engine import graphs
 from mdkern.models.adapters import DiTDenoiser
-from mdkern.profile import Hollow, Setting, StepTimes, Unpadded, ddpm_autocast, random_dit, time_run, time_steps
+from mdkern.profiling.compiled import Compiled, ddpm_compiled
+from mdkern.profiling.profile import (
+    Hollow,
+    Setting,
+    StepTimes,
+    Unpadded,
+    ddpm_autocast,
+    random_dit,
+    time_run,
+    time_steps,
+)
 from mdkern.sampling import counted_saving
-from mdkern.strong_baseline import Compiled, ddpm_compiled
 
 HEAVY, LIGHT = "H", "L"  # a model alone is "H"
 PAPER = Setting(batch_size=16, length=1024, steps=1000)

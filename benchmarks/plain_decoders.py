@@ -5,7 +5,7 @@ what it costs: LLaDA's, Fast-dLLM's and PC-Sampler's float64 softmax over all po
 another with a word to the host each; Dream's softmax over the masked positions, sorted whole for its margin; the
 categorical over the whole vocabulary of MDLM and, in float64 and after a nucleus filter, of ReMDM. Where a public
 version asks the host once per position (Fast-dLLM's first), ours here asks once per row. The ancestral sampler itself
-is `mdkern.baselines.ddpm`.
+is `mdkern.profiling.eager.ddpm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mdkern.baselines import categorical
+from mdkern.profiling.eager import categorical
 
 LogitsOf = Callable[[Tensor], Tensor]  # ids int64 [B, L] -> logits floating [B, L, V], -inf at ids never to be produced
 Level = Callable[[float, Tensor, int], Tensor]  # (time, position int64 [n], n) -> noise level [n]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mdkern import DiT, sample
-from mdkern.profile import Setting
+from mdkern.profiling.profile import Setting
 
 # A tick runs from one `_begin` to the next: `_begin`, the backbone's kernels, from `_project` on the head's, `_end`.
 BEGIN, HEAD = "_begin", "_project"

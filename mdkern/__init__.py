@@ -2,6 +2,7 @@
 
 from mdkern.decoders import Ancestral
 from mdkern.distributed import sample_distributed
+from mdkern.engine import graphs
 from mdkern.models import Denoiser, DiT, DiTConfig, adapt
 from mdkern.plan import RevealPlan
 from mdkern.pretrained import load_pair
@@ -20,6 +21,7 @@ __all__ = [
     "SampleOutput",
     "Schedule",
     "adapt",
+    "graphs",
     "load_pair",
     "sample",
     "sample_distributed",

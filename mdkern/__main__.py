@@ -1,5 +1,5 @@
 """``python -m mdkern``."""
 
-from mdkern.cli import main
+from mdkern.cli.main import main
 
 raise SystemExit(main())

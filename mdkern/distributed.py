@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mdkern.arguments import resolve
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import Timings
 from mdkern.sampling import SampleOutput, counted_saving, run_request
 from mdkern.schedule import Schedule
-from mdkern.state import Timings
 
 TIMEOUT = 1800.0  # seconds
 # An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.

@@ -14,15 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import ModelOutput
 
-from mdkern import cached, planned, stepwise
-from mdkern.arguments import Request, resolve
 from mdkern.decoders import Decoder, Planned
-from mdkern.graphs import lease
-from mdkern.hooks import Drafts
+from mdkern.engine import cached, planned, stepwise
+from mdkern.engine.graphs import lease
+from mdkern.engine.hooks import Drafts
+from mdkern.engine.request import Request
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import STOP_REASONS, Outcome, SamplerState, Timings
 from mdkern.models import Denoiser
 from mdkern.plan import GIVEN
 from mdkern.schedule import Schedule
-from mdkern.state import STOP_REASONS, Outcome, SamplerState, Timings
 
 RUNS: dict[str, Callable[..., Outcome]] = {
     "none": stepwise.run,

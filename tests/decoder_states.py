@@ -13,7 +13,7 @@ from torch import Tensor
 from mdkern.decoders import Edit, Entropy, EntropyBound, Factor, Margin, PositionAware, ReMDM, Threshold, TopProbability
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
 from mdkern.kernels import select
-from mdkern.kernels.reference import row_statistics
+from mdkern.kernels.head.reference import row_statistics
 from tests import decoder_references as reference
 
 MASK = 0  # no logit of it above -inf

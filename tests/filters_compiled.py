@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdkern.kernels import triton_divergence, triton_filter
+from mdkern.kernels.head import triton_divergence, triton_filter
 from tests.kernels_compile import SCALARS, build
 
 HEAD = {"EVEN_K": True, "HIDDEN_TMA": False, "FROM_LOGITS": False, "HAS_SCALE": False, "HAS_CAP": False}

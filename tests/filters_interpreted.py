@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels import launch_divergence, launch_filter, triton_filter_search
-from mdkern.kernels.divergence import in_pytorch
+from mdkern.kernels.head import launch_divergence, launch_filter, triton_filter_search
+from mdkern.kernels.head.divergence import in_pytorch
 from tests.filters_problem import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.kernels_interpreted import mend_interpreter  # noqa: F401  a fixture, for every test here
 

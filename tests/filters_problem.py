@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mdkern.kernels import reference
+from mdkern.kernels.head import reference
 from tests.kernels_problem import SEED, exact_statistics
 
 

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mdkern.kernels import (
+from mdkern.kernels.backbone import (
     hopper_linear,
     hopper_residual,
     launch_linear,

@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mdkern.kernels import triton_folded_norm, triton_modulated_norm, triton_rotary
-from mdkern.kernels.folded_norm import plain_fold_norm
-from mdkern.kernels.modulated_norm import plain_gathered_norm, plain_modulated_norm
-from mdkern.kernels.rotary import plain_gathered_heads, plain_rotary
+from mdkern.kernels.backbone import triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels.backbone.folded_norm import plain_fold_norm
+from mdkern.kernels.backbone.modulated_norm import plain_gathered_norm, plain_modulated_norm
+from mdkern.kernels.backbone.rotary import plain_gathered_heads, plain_rotary
 from tests.inference_problem import modulation, normal
 from tests.kernels_interpreted import mend_interpreter  # noqa: F401  a fixture, for every test here
 

@@ -8,7 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mdkern.kernels import triton_finish, triton_projection, triton_select
+from mdkern.kernels.head import triton_projection, triton_reduce
+from mdkern.kernels.loop import triton_select
 
 POINTERS = {
     "hidden": "*bf16",
@@ -98,7 +99,7 @@ def projection(
 
 def finish(capability: int, mode: int) -> None:
     constants = {"BM": 64, "BN": 128, "PROGRAMS": 132, "ROWS": 1, "SPLITS": 256, "MODE": mode, "PDL": capability >= 90}
-    build(triton_finish._finish, capability, SHARED | constants, {}, 1)
+    build(triton_reduce._finish, capability, SHARED | constants, {}, 1)
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mdkern.kernels import launch_projection, noise, reference, triton_noise
-from mdkern.kernels.launch_projection import Tiling, vocab_projection
-from mdkern.kernels.triton_projection import _item, _items, _schedule
-from mdkern.kernels.triton_select import select
+from mdkern.kernels import noise, triton_noise
+from mdkern.kernels.head import launch, reference
+from mdkern.kernels.head.launch import Tiling, vocab_projection
+from mdkern.kernels.head.triton_projection import _item, _items, _schedule
+from mdkern.kernels.loop.triton_select import select
 from tests.kernels_problem import SEED, Problem, check_against_reference
 from tests.kernels_selection import RULES, random_selection
 
@@ -173,8 +174,8 @@ def test_rows_gathered_in_parts_are_the_same(count: int | None, monkeypatch: pyt
     problem = Problem(rows=300, columns=130, depth=32, count=count)
     arguments = problem.arguments(False)
     whole = vocab_projection(*arguments, TILINGS["gathered"], programs=3)
-    monkeypatch.setattr(launch_projection, "GATHERED", 128 * 32 * 4)
-    sizes = [part.stop - part.start for part in launch_projection.parts(300, problem.hidden, True)]
+    monkeypatch.setattr(launch, "GATHERED", 128 * 32 * 4)
+    sizes = [part.stop - part.start for part in launch.parts(300, problem.hidden, True)]
     assert sizes == [128, 128, 128]
     for want, got in zip(whole, vocab_projection(*arguments, TILINGS["gathered"], programs=3)):
         torch.testing.assert_close(got, want, equal_nan=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.kernels import RowStatistics, reference, vocab_projection
+from mdkern.kernels import RowStatistics, vocab_projection
+from mdkern.kernels.head import reference
 
 SEED = 987654321012345
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
-from mdkern.kernels import triton_tick
+from mdkern.kernels.loop import triton_tick
 from tests.tick_problem import check_tick
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mdkern
-from mdkern.baselines import categorical, ddpm, ddpm_cache
+from mdkern.profiling.eager import categorical, ddpm, ddpm_cache
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 JUDGE = Path(__file__).parent.parent / "benchmarks" / "judge"

@@ -20,7 +20,7 @@ from benchmarks.decoder_setting import PARTS, Bench, Shape, Size, run_plain
 from benchmarks.plain_decoders import Plain, even_quotas
 from mdkern import decoders
 from mdkern.decoders import Stepwise
-from mdkern.profile import Unpadded
+from mdkern.profiling.profile import Unpadded
 from tests.conftest import random_dit
 from tests.decoder_loop import PairModel
 

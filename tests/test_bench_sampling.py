@@ -13,7 +13,7 @@ import torch
 from benchmarks import paper_setting, paper_tables
 from benchmarks.paper_setting import HEAVY, LIGHT, PARTS, Bench, Size, baseline, keep
 from benchmarks.tick_trace import Kernel, split_ticks
-from mdkern.profile import Setting, StepTimes
+from mdkern.profiling.profile import Setting, StepTimes
 
 TINY = Size(
     setting=Setting(batch_size=2, length=16, steps=8),

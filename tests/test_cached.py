@@ -12,13 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mdkern
-from mdkern import Denoiser, DiT, adapt, cached, decoders, graphs, stepwise
-from mdkern.arguments import resolve
+from mdkern import Denoiser, DiT, adapt, decoders
 from mdkern.decoders import Stepwise
-from mdkern.hooks import Drafts
-from mdkern.models import Head, dit_cached
+from mdkern.engine import cached, graphs, stepwise
+from mdkern.engine.hooks import Drafts
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState, Timings
+from mdkern.models import Head, dit_window
 from mdkern.sampling import RUNS
-from mdkern.state import SamplerState, Timings
 from tests.conftest import random_dit
 from tests.decoder_loop import PairModel, decode
 from tests.stale_reference import BlockwiseCache, StaleDiT
@@ -308,7 +309,7 @@ def window_of(first: list[int], width: int, length: int) -> Tensor:
 @pytest.fixture(params=["modules", "fused"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to run a window; on a CPU the fused one's operators are their plain versions."""
-    monkeypatch.setattr(dit_cached.dit_inference, "covers", lambda _: request.param == "fused")
+    monkeypatch.setattr(dit_window.dit_fused, "covers", lambda _: request.param == "fused")
     return request.param
 
 
@@ -321,7 +322,7 @@ class TestWindowHidden:
         generator = torch.Generator().manual_seed(0)
         model = adapt(random_dit(3, **vars(model.config)).to(dtype)).model  # rounded, then in float64 as it is
         expected_of = [StaleDiT(model), StaleDiT(model)]
-        cache = torch.zeros(dit_cached.cache_shape(model.config, 2, LENGTH), dtype=dtype)
+        cache = torch.zeros(dit_window.cache_shape(model.config, 2, LENGTH), dtype=dtype)
         t = torch.tensor([0.9, 0.3])
         everything = torch.arange(LENGTH).expand(2, -1)
         for columns in (everything, window_of([2, 5], 4, LENGTH), None, everything, window_of([7, 10], 4, LENGTH)):
@@ -329,7 +330,7 @@ class TestWindowHidden:
             positions = torch.tensor([[0, 1], [1, 0]])
             given = ids if columns is None else ids.gather(1, columns.clamp(max=LENGTH - 1))
             with torch.no_grad():
-                hidden = dit_cached.window_hidden(model, cache, given, columns, positions, t)
+                hidden = dit_window.window_hidden(model, cache, given, columns, positions, t)
                 columns = everything if columns is None else columns
                 for row in range(2):
                     own = [column for column in columns[row].tolist() if column < LENGTH]
@@ -342,11 +343,11 @@ class TestWindowHidden:
         ids = torch.randint(10, (3, LENGTH), generator=torch.Generator().manual_seed(0))
         mask = torch.arange(LENGTH) < torch.tensor([[12], [7], [9]])
         positions = torch.tensor([[0, 11, 3]] * 3)
-        cache = torch.full(dit_cached.cache_shape(HEAVY.config, 3, LENGTH), torch.nan)  # none of it may be read
+        cache = torch.full(dit_window.cache_shape(HEAVY.config, 3, LENGTH), torch.nan)  # none of it may be read
         with torch.no_grad():
-            hidden = dit_cached.window_hidden(HEAVY, cache, ids, None, positions, attention_mask=mask)
+            hidden = dit_window.window_hidden(HEAVY, cache, ids, None, positions, attention_mask=mask)
             expected = HEAVY.plain_hidden(ids, positions=positions, attention_mask=mask)
-            again = dit_cached.window_hidden(
+            again = dit_window.window_hidden(
                 HEAVY, cache, ids[:, 2:7], window_of([2] * 3, 5, 12), positions % 5, None, mask
             )
         assert torch.allclose(hidden, expected, atol=1e-6)
@@ -356,10 +357,10 @@ class TestWindowHidden:
         assert torch.allclose(again, whole, atol=1e-6)  # the ids are the same, so nothing is stale
 
     def test_without_a_time(self) -> None:
-        cache = torch.zeros(dit_cached.cache_shape(TIMED.config, 1, 2))
+        cache = torch.zeros(dit_window.cache_shape(TIMED.config, 1, 2))
         zeros = torch.zeros(1, 2, dtype=torch.int64)
         with pytest.raises(ValueError, match="t must be given"):
-            dit_cached.window_hidden(TIMED, cache, zeros, None, zeros)
+            dit_window.window_hidden(TIMED, cache, zeros, None, zeros)
 
 
 @pytest.mark.parametrize("block_length", [1, 7, 32])
@@ -417,7 +418,7 @@ class TestGpu:
         model = random_dit(0, num_blocks=2, **SHAPE).to(dtype)
         generator = torch.Generator().manual_seed(0)
         hidden: dict[str, list[Tensor]] = {"cpu": [], "cuda": []}
-        caches = {device: torch.zeros(dit_cached.cache_shape(model.config, 2, 40), dtype=dtype) for device in hidden}
+        caches = {device: torch.zeros(dit_window.cache_shape(model.config, 2, 40), dtype=dtype) for device in hidden}
         for columns in (None, window_of([10, 33], 10, 40)):
             ids = torch.randint(70, (2, 40 if columns is None else 10), generator=generator)
             positions = torch.arange(7).expand(2, -1)
@@ -425,7 +426,7 @@ class TestGpu:
                 caches[device] = caches[device].to(device)
                 arguments = (None if x is None else x.to(device) for x in (ids, columns, positions))
                 with torch.no_grad():
-                    results.append(dit_cached.window_hidden(model.to(device), caches[device], *arguments).cpu())
+                    results.append(dit_window.window_hidden(model.to(device), caches[device], *arguments).cpu())
         for ours, theirs in zip(hidden["cuda"], hidden["cpu"]):
             assert (ours - theirs).abs().max() < (1e-3 if dtype == torch.float32 else 0.25)
 

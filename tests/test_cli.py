@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import mdkern
-from mdkern import DiT, DiTConfig, cli, decoders, planned, pretrained
-from mdkern.cli_common import load_tokenizer
+from mdkern import DiT, DiTConfig, decoders, pretrained
+from mdkern.cli import main as cli
+from mdkern.cli.common import load_tokenizer
+from mdkern.engine import planned
 
 LENGTH = 24
 
@@ -275,7 +277,7 @@ def test_a_failure_leaves_no_file(run, monkeypatch, tmp_path, error, code):
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("mdkern.trace.os.replace" if code == 2 else "mdkern.planned.run_steps", failing)
+    monkeypatch.setattr("mdkern.trace.os.replace" if code == 2 else "mdkern.engine.planned.run_steps", failing)
     found, out, err = run("--output", str(tmp_path / "out.jsonl"), "--trace", str(old))
     assert found == code
     assert out == ""

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels import compact
-from mdkern.kernels.compact import _compact, reference
+from mdkern.kernels.loop.compact import _compact, reference
 from tests.apart import run_apart
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(1, 1), (1, 31), (3, 40), (2, 512), (5, 700)]
 SHARES = [0.0, 0.02, 0.6, 1.0]  # of True entries
 if interpreted:
-    from mdkern.kernels import triton_compact
+    from mdkern.kernels.loop import triton_compact
     from tests.kernels_interpreted import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
 
 
@@ -76,7 +76,7 @@ def test_kernel_compiles_for_every_gpu() -> None:
 
 
 def compile_kernel() -> None:
-    from mdkern.kernels import triton_compact
+    from mdkern.kernels.loop import triton_compact
     from tests.kernels_compile import build
 
     types = {"mask": "*i1", "row": "*i64", "count": "*i64", "size": "i32"}

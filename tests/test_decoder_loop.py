@@ -13,7 +13,7 @@ from torch import Tensor
 from mdkern.decoders import Edit, Entropy, EntropyBound, Factor, PositionAware, ReMDM, Threshold, TopProbability
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
 from mdkern.kernels import select
-from mdkern.kernels.reference import row_statistics
+from mdkern.kernels.head.reference import row_statistics
 from tests import decoder_references as reference
 from tests.decoder_loop import Outcome, PairModel, chosen, decode, draw_tokens, even_blocks
 from tests.decoder_states import STEPWISE, State, first_masked, one_row, propose, quota_view, random_state, reveal

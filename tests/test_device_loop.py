@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mdkern.device_loop import PTX, check
+from mdkern.engine.device_loop import PTX, check
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "loop_condition.cu"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import mdkern
-from mdkern import DiT, DiTConfig, cli, distributed, pretrained
-from mdkern.arguments import resolve_seed
+from mdkern import DiT, DiTConfig, distributed, pretrained
+from mdkern.cli import main as cli
 from mdkern.distributed import sample_distributed, share
+from mdkern.engine.resolve import resolve_seed
 
 LENGTH, VOCAB, MASK = 12, 40, 39
 

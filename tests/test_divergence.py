@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mdkern.kernels import divergence, reference
-from mdkern.kernels.divergence import _divergence
+from mdkern.kernels import divergence
+from mdkern.kernels.head import reference
+from mdkern.kernels.head.divergence import _divergence
 
 
 def heads(bias: bool = True) -> tuple[Any, ...]:

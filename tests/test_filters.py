@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.kernels import reference, vocab_projection
-from mdkern.kernels.vocab_projection import _vocab_projection
+from mdkern.kernels import vocab_projection
+from mdkern.kernels.head import reference
+from mdkern.kernels.head.vocab_projection import _vocab_projection
 from tests.apart import run_apart
 from tests.filters_problem import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.kernels_problem import SEED
@@ -212,7 +213,7 @@ def test_gpu_graph_reads_the_count_and_never_synchronises() -> None:
 @pytest.mark.gpu
 def test_gpu_tokens_do_not_depend_on_the_chunks() -> None:
     """Rows of logits, which no matrix product rounds anew: the same tokens whatever rows share a launch."""
-    from mdkern.kernels import launch_filter
+    from mdkern.kernels.head import launch_filter
 
     problem = FilterProblem("integers", rows=300, columns=5003, device="cuda")
     tokens = [

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern import DiT, adapt, sample
-from mdkern.graphs import mark_of
-from mdkern.kernels import folded_norm
-from mdkern.kernels import linear as products
-from mdkern.kernels.folded_norm import fold_norm, new_sums, row_sums
-from mdkern.kernels.linear import linear_gelu, linear_residual, linear_rotary
-from mdkern.kernels.modulated_norm import plain_modulated_norm
-from mdkern.models import dit_inference
+from mdkern.engine.graphs import mark_of
+from mdkern.kernels.backbone import folded_norm
+from mdkern.kernels.backbone import linear as products
+from mdkern.kernels.backbone.folded_norm import fold_norm, new_sums, row_sums
+from mdkern.kernels.backbone.linear import linear_gelu, linear_residual, linear_rotary
+from mdkern.kernels.backbone.modulated_norm import plain_modulated_norm
+from mdkern.models import dit_fused
 from mdkern.models.denoiser import PREPARED
 from tests.inference_problem import modulation, normal
 
@@ -124,18 +124,18 @@ def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "FEWEST_ROWS", 1)
     monkeypatch.setattr(products, "is_hopper", lambda device: True)
     monkeypatch.setattr(products, "adds_in_place", lambda *_: True)
-    monkeypatch.setattr(dit_inference, "covers", lambda model: True)
+    monkeypatch.setattr(dit_fused, "covers", lambda model: True)
 
 
 @pytest.mark.usefixtures("fused_everywhere")
 @pytest.mark.parametrize("rows", [None, 5])
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("largest_table", [dit_inference.LARGEST_TABLE, 0])
+@pytest.mark.parametrize("largest_table", [dit_fused.LARGEST_TABLE, 0])
 def test_it_is_the_modules_function(
     make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int | None, largest_table: int
 ) -> None:
-    monkeypatch.setattr(dit_inference, "LARGEST_TABLE", largest_table)
-    monkeypatch.setattr(dit_inference, "TABLE_PART", 7)  # of the 100 rows
+    monkeypatch.setattr(dit_fused, "LARGEST_TABLE", largest_table)
+    monkeypatch.setattr(dit_fused, "TABLE_PART", 7)  # of the 100 rows
     model = make_dit(**WIDE | {"num_blocks": blocks}).requires_grad_(False)
     ids, positions = question(model, 3, 16, rows)
     prepared = adapt(model).prepared(ids.numel())
@@ -224,7 +224,7 @@ def test_each_call_of_sample_folds_anew(make_dit: MakeDiT, monkeypatch: pytest.M
         block.attn_qkv.weight.data.mul_(-2.0)
         block.mlp_up.weight.data.mul_(-2.0)
     second = tokens()
-    monkeypatch.setattr(dit_inference, "covers", lambda model: False)
+    monkeypatch.setattr(dit_fused, "covers", lambda model: False)
     assert torch.equal(second, tokens())
     assert not torch.equal(second, first)
 

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import mdkern
-from mdkern import DiT, graphs, planned
-from mdkern.arguments import Request, resolve
-from mdkern.state import SamplerState, TickBuffer
+from mdkern import DiT
+from mdkern.engine import graphs, planned
+from mdkern.engine.request import Request
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState, TickBuffer
+from mdkern.models.fingerprint import fingerprint
 from tests.conftest import random_dit
 from tests.test_sampling import OPEN
 
@@ -30,10 +33,10 @@ class TestFingerprint:
 
     def test_it_is_the_same_twice_and_whatever_the_weights_values(self) -> None:
         model = random_dit()
-        before = graphs.fingerprint(model)
+        before = fingerprint(model)
         with torch.no_grad():
             model.head_bias += 1.0
-        assert graphs.fingerprint(model) == before
+        assert fingerprint(model) == before
 
     @pytest.mark.parametrize(
         "change",
@@ -49,19 +52,19 @@ class TestFingerprint:
     )
     def test_changes_are_seen(self, change) -> None:
         model = random_dit()
-        before = graphs.fingerprint(model)
+        before = fingerprint(model)
         change(model)
-        assert graphs.fingerprint(model) != before
+        assert fingerprint(model) != before
 
     def test_a_function_has_none(self) -> None:
-        assert graphs.fingerprint(lambda ids: ids) is None
+        assert fingerprint(lambda ids: ids) is None
 
     def test_a_denoiser_of_ones_own(self) -> None:
         denoiser = mdkern.adapt(random_dit())
-        before = graphs.fingerprint(denoiser)
-        assert graphs.fingerprint(denoiser) == before
+        before = fingerprint(denoiser)
+        assert fingerprint(denoiser) == before
         denoiser.mask_id = 3
-        assert graphs.fingerprint(denoiser) != before
+        assert fingerprint(denoiser) != before
 
 
 class EarlyExit(mdkern.Denoiser):
@@ -106,9 +109,9 @@ class TestMark:
             vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
         )
         model = BertForMaskedLM(small).eval()
-        before = graphs.fingerprint(model)
+        before = fingerprint(model)
         model.set_attn_implementation("eager")
-        assert graphs.fingerprint(model) != before
+        assert fingerprint(model) != before
 
 
 def part(megabytes: int) -> SimpleNamespace:
@@ -330,11 +333,11 @@ class TestReplay:
 
     def test_an_interrupt_leaves_a_process_that_can_sample(self, pair: tuple[DiT, DiT], monkeypatch) -> None:
         plain = draw(pair)
-        for target, after in (("mdkern.planned.reveal_tick", 3), ("mdkern.planned.Pacer.replayed", 5)):
+        for target, after in (("mdkern.engine.planned.reveal_tick", 3), ("mdkern.engine.planned.Pacer.replayed", 5)):
             graphs.clear()
             count = 0
             module, _, _ = target.rpartition(".")
-            original = graphs.Pacer.replayed if "Pacer" in module else mdkern.planned.reveal_tick
+            original = graphs.Pacer.replayed if "Pacer" in module else mdkern.engine.planned.reveal_tick
 
             def interrupted(*arguments: object, original=original, after=after, **named: object) -> object:
                 nonlocal count
@@ -408,7 +411,7 @@ class TestReplay:
 
         stream = torch.cuda.Stream()
         with monkeypatch.context() as patch:
-            patch.setattr("mdkern.planned.report_failure", fail)
+            patch.setattr("mdkern.engine.planned.report_failure", fail)
             with torch.cuda.stream(stream), pytest.raises(ZeroDivisionError):
                 draw(pair)
         assert stream.query(), "the device is still at work"
@@ -464,7 +467,9 @@ class TestReplay:
             return original(self, *arguments)
 
         monkeypatch.setattr(planned.TickBuffer, "load", watched)
-        monkeypatch.setattr("mdkern.planned.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default"))
+        monkeypatch.setattr(
+            "mdkern.engine.planned.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default")
+        )
         try:
             out = draw(pair)
         finally:

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import mdkern
-from mdkern import decoders, hooks
+from mdkern import decoders
+from mdkern.engine import hooks
 from mdkern.kernels import vocab_projection
 from tests.conftest import random_dit
 from tests.decoder_loop import PairModel

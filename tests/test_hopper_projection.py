@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mdkern.kernels import hopper_projection, launch_hopper, launch_projection
-from mdkern.kernels.launch_few import ELEMENT, SHARED, FewTiling
-from mdkern.kernels.launch_hopper import DEPTH, HopperTiling, choose_hopper_tiling
+from mdkern.kernels.head import hopper_projection, launch, launch_hopper
+from mdkern.kernels.head.launch_hopper import DEPTH, HopperTiling, choose_hopper_tiling
+from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, FewTiling
 from tests import kernels_hopper
 from tests.kernels_hopper import SHARED_MEMORY
 from tests.kernels_problem import Problem, check_against_reference
@@ -77,7 +77,7 @@ def test_gathered_rows_are_whole_tiles() -> None:
 def test_what_bulk_copies_cannot_describe_is_left_to_triton() -> None:
     assert choose_hopper_tiling(16, torch.empty(4, 768)) is None
     assert choose_hopper_tiling(16, torch.empty(4, 77, dtype=torch.bfloat16)) is None
-    assert launch_projection.hopper_launcher(torch.device("cpu")) is None
+    assert launch.hopper_launcher(torch.device("cpu")) is None
 
 
 # On a GPU.
@@ -103,7 +103,7 @@ ON_GPU = [
 @pytest.mark.parametrize("changes", ON_GPU, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_gpu_agrees_with_float64(changes: dict[str, Any]) -> None:
     problem = Problem(**{"columns": 50_258, "depth": 768, "device": "cuda", "dtype": HALF} | changes)
-    got = launch_projection.vocab_projection(*problem.arguments(False))
+    got = launch.vocab_projection(*problem.arguments(False))
     check_against_reference(problem, got, differing=problem.rows // 1000 + 1)
 
 
@@ -116,7 +116,7 @@ def test_gpu_tilings_agree_with_each_other(tiling: str, rows: int) -> None:
     problem = Problem(rows=rows, columns=3_001, depth=768, device="cuda", dtype=HALF, biased=True, count=rows)
     for programs in (1, 132):
         arguments = problem.arguments(False)
-        got = launch_projection.vocab_projection(*arguments, tiling=TILINGS[tiling], programs=programs)
+        got = launch.vocab_projection(*arguments, tiling=TILINGS[tiling], programs=programs)
         check_against_reference(problem, got, differing=1)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mdkern import adapt, cli, profile
+from mdkern import adapt
+from mdkern.cli import main as cli
 from mdkern.models import DiT
-from mdkern.profile import (
+from mdkern.profiling import profile
+from mdkern.profiling.compiled import Compiled, Wrapped, ddpm_compiled
+from mdkern.profiling.profile import (
     Clock,
     Hollow,
     Profile,
@@ -29,7 +32,6 @@ from mdkern.profile import (
     time_run,
     time_steps,
 )
-from mdkern.strong_baseline import Compiled, Wrapped, ddpm_compiled
 from tests.toy import MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 SETTING = Setting(batch_size=2, length=16, steps=8)

@@ -20,8 +20,8 @@ from benchmarks import report
 from benchmarks.bench_sampling import RESULTS
 from benchmarks.bench_vocab_projection import GEMM, GREEDY, MIXED, SAMPLED
 from benchmarks.report import Comparison
-from mdkern.cli import build_parser
-from mdkern.cli_decoder import parse_decoder
+from mdkern.cli.decoder import parse_decoder
+from mdkern.cli.main import build_parser
 from mdkern.decoders import DECODERS, by_name
 from tests.their_models import MASK, llada
 

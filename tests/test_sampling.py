@@ -13,11 +13,11 @@ from torch import Tensor
 
 import mdkern
 from mdkern import DiT, DiTConfig
-from mdkern.arguments import resolve
 from mdkern.decoders import Ancestral
+from mdkern.engine.planned import draw_plan, reveal_tick
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState
 from mdkern.plan import RevealPlan, Ticks
-from mdkern.planned import draw_plan, reveal_tick
-from mdkern.state import SamplerState
 from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 SAMPLES, EPS = 200_000, 0.05  # an eps large enough for the closing pass to matter: it reveals 5 % of the positions

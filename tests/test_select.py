@@ -11,8 +11,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mdkern.kernels import reference, select, triton_select
-from mdkern.kernels.select import _select
+from mdkern.kernels import select
+from mdkern.kernels.head import reference
+from mdkern.kernels.loop import triton_select
+from mdkern.kernels.loop.select import _select
 from tests.apart import run_apart
 from tests.kernels_selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selection, outcomes, random_selection
 

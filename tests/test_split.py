@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import mdkern
-from mdkern import adapt, graphs
+from mdkern import adapt
+from mdkern.engine import graphs
 from mdkern.models.adapters import LogitsDenoiser
+from mdkern.models.fingerprint import fingerprint
 from tests.their_models import (
     LONGEST,
     MASK,
@@ -64,7 +66,7 @@ class TestSplit:
 
     def test_the_model_is_left_as_it_was(self, name: str) -> None:
         model, ids = MODELS[name](), random_ids(2, 9)
-        before, want = graphs.fingerprint(model), model(ids).logits.detach().clone()
+        before, want = fingerprint(model), model(ids).logits.detach().clone()
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         denoiser = adapted(model)
         mdkern.sample(denoiser, input_ids=starts(2), seed=0)
@@ -72,7 +74,7 @@ class TestSplit:
         with pytest.raises(ArithmeticError):
             denoiser.hidden(ids)
         handle.remove()
-        assert graphs.fingerprint(model) == before
+        assert fingerprint(model) == before
         assert model(ids).logits.equal(want)
         assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import mdkern
-from mdkern import decoders, graphs, stepwise
-from mdkern.arguments import resolve
+from mdkern import decoders
 from mdkern.decoders import Stepwise
-from mdkern.state import SamplerState
+from mdkern.engine import graphs, stepwise
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState
 from tests.conftest import random_dit
 from tests.decoder_loop import PairModel, decode
 from tests.test_sampling import OPEN
@@ -311,7 +312,7 @@ class TestGpu:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("mdkern.device_loop.time.sleep", interrupt)
+            patch.setattr("mdkern.engine.device_loop.time.sleep", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 self.draw("top probability")
         assert torch.equal(self.draw("top probability").sequences, plain.sequences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mdkern.kernels.tick import _begin_tick, _end_tick, begin_in_pytorch
+from mdkern.kernels.loop.tick import _begin_tick, _end_tick, begin_in_pytorch
 from tests.apart import run_apart
 from tests.tick_problem import arguments, check_tick, random_state
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from mdkern.kernels import vocab_projection
-from mdkern.kernels.vocab_projection import _vocab_projection
+from mdkern.kernels.head.vocab_projection import _vocab_projection
 from tests.apart import run_apart
 from tests.kernels_problem import SEED, Problem, check_against_reference, exact_statistics
 

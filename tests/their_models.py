@@ -26,7 +26,7 @@ from transformers import (
 
 import mdkern
 from mdkern import Denoiser, adapt
-from mdkern.models.split import SplitDenoiser
+from mdkern.models.hf.split import SplitDenoiser
 
 WORDS, MASK, LONGEST = 30, 27, 24
 WIDTH, HEADS = 32, 4

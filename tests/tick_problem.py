@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.kernels import tick
+from mdkern.engine.state import SamplerState
+from mdkern.kernels.loop import tick
 from mdkern.plan import RevealPlan, Ticks
-from mdkern.state import SamplerState
 
 SEQUENCES, LENGTH, STEPS, BATCH = 5, 40, 30, 3
 

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mdkern.kernels.select import Rule
+from mdkern.kernels.loop.select import Rule
 from mdkern.plan import RevealPlan
 
 

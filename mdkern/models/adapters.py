@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mdkern.models import dit_cached, dit_inference
+from mdkern.models import dit_fused, dit_window
 from mdkern.models.denoiser import Denoiser, Head, available_device
-from mdkern.models.dissection import examine
 from mdkern.models.dit import DiT, gather_rows
-from mdkern.models.model_facts import accepted_arguments, end_of_text, first_setting, longest_input, output_layer
-from mdkern.models.split import SplitDenoiser, serving
+from mdkern.models.hf.introspect import accepted_arguments, end_of_text, first_setting, longest_input, output_layer
+from mdkern.models.hf.probe import examine
+from mdkern.models.hf.split import SplitDenoiser, serving
 
 
 def adapt(
@@ -107,7 +107,7 @@ class DiTDenoiser(Denoiser):
     """Our `DiT`, with the last block pruned to the wanted rows."""
 
     takes_cache = True
-    folds: dit_inference.Folds | None = None
+    folds: dit_fused.Folds | None = None
 
     def __init__(self, model: DiT, name: str | None = None) -> None:
         config = model.config
@@ -131,7 +131,7 @@ class DiTDenoiser(Denoiser):
     def prepared(self, rows: int) -> DiTDenoiser:
         """With the norms folded into the weights, where that serves."""
         with torch.no_grad():
-            folds = dit_inference.fold(self.model, rows)
+            folds = dit_fused.fold(self.model, rows)
         if folds is None:
             return self
         prepared = copy.copy(self)
@@ -139,7 +139,7 @@ class DiTDenoiser(Denoiser):
         return prepared
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        return dit_cached.cache_shape(self.model.config, batch, length)
+        return dit_window.cache_shape(self.model.config, batch, length)
 
     def window_hidden(
         self,
@@ -150,7 +150,7 @@ class DiTDenoiser(Denoiser):
         t: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return dit_cached.window_hidden(self.model, cache, input_ids, columns, positions, t, attention_mask)
+        return dit_window.window_hidden(self.model, cache, input_ids, columns, positions, t, attention_mask)
 
     def flops(self, length: int, rows: int) -> int:
         return self.model.flops(length, rows)

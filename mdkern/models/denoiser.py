@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mdkern.kernels.reference import finish_logits
+from mdkern.kernels.head.reference import finish_logits
 
 # What prepared denoisers keep from one call of `sample` to the next, by model: tensors in tuples, read by CUDA graphs.
 PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mdkern.models import dit_inference
+from mdkern.models import dit_fused
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
 TIME_FREQUENCIES = 256
@@ -249,18 +249,18 @@ class DiT(nn.Module):
         t: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        folds: dit_inference.Folds | None = None,
+        folds: dit_fused.Folds | None = None,
     ) -> Tensor:
         """The head's input: ``[B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``. See `Denoiser.hidden`.
 
-        For inference in 16 bits on a GPU by `dit_inference`, the same function in fewer passes over memory; in
-        fewer still with `folds` made of the weights as they are, by `dit_inference.fold`.
+        For inference in 16 bits on a GPU by `dit_fused`, the same function in fewer passes over memory; in
+        fewer still with `folds` made of the weights as they are, by `dit_fused.fold`.
         """
-        if not dit_inference.covers(self):
+        if not dit_fused.covers(self):
             return self.plain_hidden(input_ids, t, positions, attention_mask)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         with attention_priority(input_ids.device):
-            return dit_inference.hidden(self, input_ids, self.condition(t), positions, key_mask, folds)
+            return dit_fused.hidden(self, input_ids, self.condition(t), positions, key_mask, folds)
 
     def condition(self, t: Tensor | None) -> Tensor | None:
         """The embedded time ``[B, cond_dim]``; None without time conditioning."""
@@ -324,7 +324,7 @@ class DiT(nn.Module):
         """Floating-point operations of one sequence's forward pass with the head at `rows` rows.
 
         Matrix products only (2 per multiply-add), the last block's queries, output and MLP at `rows` rows. Of the
-        modules: what `dit_inference` looks up in a table is counted as the product that the modules do.
+        modules: what `dit_fused` looks up in a table is counted as the product that the modules do.
         """
         width, ratio = self.config.width, self.config.mlp_ratio
         key_value = 2 * length * width * 2 * width

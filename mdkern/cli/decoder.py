@@ -1,0 +1,132 @@
+"""``mdkern sample``'s options that say which positions are revealed, and which tokens may be drawn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdkern.cli.common import one_line, positive
+
+if TYPE_CHECKING:
+    from mdkern.decoders import Decoder
+
+REFERENCE_TEXT = "frequency"  # a decoder's parameter that is read off a text: the option names its file
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is written")
+    group.add_argument(
+        "--decoder",
+        metavar="NAME[:KEY=VALUE,...]",
+        default="ancestral",
+        help="which positions are revealed at a step, e.g. threshold:threshold=0.9 or remdm:kind=cap,eta=0.01; a "
+        "wrong name is answered with all that there are. position_aware:frequency=FILE takes the tokens' frequencies "
+        "from a text file (default: ancestral)",
+    )
+    group.add_argument("--block-length", metavar="N", type=positive, help="reveal in blocks of N from left to right")
+    group.add_argument(
+        "--cache",
+        choices=["none", "prefix", "dual"],
+        default="none",
+        help="with --block-length, keep keys and values of what is before the block, or of all around it: faster and "
+        "approximate (default: none)",
+    )
+    group.add_argument(
+        "--stop-at-eos", action="store_true", help="end a sample with the block that has the end of text"
+    )
+    group.add_argument("--top-k", metavar="K", type=int, default=0, help="draw among the K most probable tokens only")
+    group.add_argument("--top-p", metavar="P", type=float, default=1.0, help="among the fewest that sum to P only")
+    group.add_argument(
+        "--min-p", metavar="P", type=float, default=0.0, help="among those P times as probable as the first only"
+    )
+    group.add_argument(
+        "--no-cuda-graphs", action="store_true", help="run every pass from Python, as it may be for debugging"
+    )
+
+
+def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as `mdkern.sample` takes them, but for the decoder."""
+    return {
+        "block_length": arguments.block_length,
+        "cache": arguments.cache,
+        "stop_at_eos": arguments.stop_at_eos,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+        "cuda_graphs": not arguments.no_cuda_graphs,
+    }
+
+
+def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
+    """The decoder that a text names, as a function of the tokenizer and its number of ids.
+
+    All that can be told without them is checked at once.
+
+    Raises:
+        ValueError: an unknown name or parameter, or a value that cannot be right.
+    """
+    from mdkern.decoders import DECODERS, by_name
+
+    name, _, rest = text.partition(":")
+    if name not in DECODERS:
+        by_name(name)  # says so, and what there is
+    kind = DECODERS[name]
+    known = [field.name for field in fields(kind)]
+    options: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise ValueError(f"--decoder {text}: {part!r} must be KEY=VALUE, as in threshold:threshold=0.9")
+        if key not in known:
+            there_is = f"there is {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"--decoder {text}: {name} has no parameter {key!r}, {there_is}")
+        if key in options:
+            raise ValueError(f"--decoder {text}: {key} is given twice")
+        options[key] = literal(value)
+    if REFERENCE_TEXT in known:
+        if REFERENCE_TEXT not in options:
+            raise ValueError(f"--decoder {text}: {name} needs a text file, as in {name}:{REFERENCE_TEXT}=FILE")
+        return with_frequencies(text, kind, options)
+    decoder = build(text, by_name, name) if not options else build(text, kind, **options)
+    return lambda tokenizer, vocab_size: decoder
+
+
+def literal(text: str) -> int | float | str:
+    """A whole number, a number, or else the text itself; the decoders refuse what is not for them."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def build(text: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Decoder:
+    try:
+        decoder: Decoder = make(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--decoder {text}: {one_line(error)}") from error
+    return decoder
+
+
+def with_frequencies(text: str, kind: type[Any], options: dict[str, Any]) -> Callable[[Any, int], Decoder]:
+    """A decoder that wants the tokens' frequencies, which the file in its place has."""
+    import torch
+
+    from mdkern.decoders import reference_frequencies
+
+    path = Path(str(options.pop(REFERENCE_TEXT)))
+    build(text, kind, torch.ones(1), **options)  # the other parameters are right
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--decoder {text}: {path} cannot be read: {one_line(error)}") from error
+
+    def make(tokenizer: Any, vocab_size: int) -> Decoder:
+        ids = torch.tensor(tokenizer.encode(content, add_special_tokens=False), dtype=torch.int64)
+        return build(text, lambda: kind(reference_frequencies(ids, vocab_size), **options))
+
+    return make

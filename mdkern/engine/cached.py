@@ -1,0 +1,202 @@
+"""Decoding in blocks with kept keys and values (Fast-dLLM, Wu et al., 2505.22618): most passes see part of the text.
+
+The slots go through a block in lock-step. A *refresh*, a pass of whole sequences, keeps the keys and values of every
+column and is the block's first step; the steps after it run a window of each sequence and attend to the rest as it was
+kept: ``dual`` runs the block alone, ``prefix`` the block and all that comes after it. A slot whose block is over waits,
+so that a sequence has the same passes alone or among others. When all wait, the next round begins with a refresh; so it
+does where another model takes over, and no keys and values are read that another model or sequence left.
+
+This approximates the decoder without a cache: attention is bidirectional, so what is kept is out of date as soon as
+a token is revealed. A block that takes one step is exact, and so is a window that is the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.engine.graphs import Graph
+from mdkern.engine.hooks import Drafts, guided_hidden
+from mdkern.engine.progress import Progress, Settings
+from mdkern.engine.slots import Slots
+from mdkern.engine.state import SamplerState
+from mdkern.engine.stepwise import Stretch, decode_tick, run_steps, watcher
+from mdkern.models import Denoiser
+from mdkern.models.denoiser import Head
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What outlasts a step, beside the state and the progress."""
+
+    cache: Tensor  # keys and values, of `Denoiser.cache_shape`
+    waiting: Tensor  # int64 [B], the sequence that each slot goes on with in the next round; N: none
+
+
+def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -> None:
+    """A segment's steps, round after round. The host looks up once a round."""
+    progress, settings = stretch.progress, stretch.settings
+    assert settings.block_length is not None
+    length = stretch.state.input_ids.shape[1]
+    kept = prepare(stretch)
+    progress.begin_segment(stretch.state, settings, stretch.stop)
+    wait_all(progress, kept)
+    progress.report.copy_(progress.status)
+    watch = watcher(progress, int(progress.status[1]), bar, drafts)
+    while True:
+        busy, first = outlook(settings, progress, kept, length).tolist()
+        if not busy:
+            return
+        window = settings.block_length if dual else window_length(length - first, settings.block_length, length)
+        # Capturing runs steps of no slot: before the slots have their sequences, and the cache its contents.
+        (refresh, refresh_step), (graph, step) = steps_of(stretch, kept, None), steps_of(stretch, kept, window)
+        progress.slot.copy_(kept.waiting)
+        (refresh_step if refresh is None else refresh.captured.replay)()
+        if progress.status.is_cuda or int(progress.status[0]):  # a GPU may run one step of no slot: it is not asked
+            run_steps(graph, step, progress, watch)
+        watch()
+
+
+def prepare(stretch: Stretch) -> Kept:
+    """Room for the segment's keys and values, at the addresses of the workspace's graphs if there is one.
+
+    Then it is held with the graphs for later calls: of a DiT, ``2 * blocks * B * (L + 1) * width`` numbers, which
+    denoisers of one shape share.
+    """
+    denoiser, progress = stretch.denoiser, stretch.progress
+    slots, length = len(progress.slot), stretch.state.input_ids.shape[1]
+    shape = denoiser.cache_shape(slots * (2 if stretch.settings.guidance_scale else 1), length)
+
+    def allocate() -> Kept:
+        cache = torch.zeros(shape, dtype=denoiser.dtype, device=denoiser.device)
+        return Kept(cache, torch.empty_like(progress.slot))
+
+    if stretch.workspace is None:
+        return allocate()
+    return stretch.workspace.part(("keys and values", shape, denoiser.dtype, slots), allocate)
+
+
+def steps_of(stretch: Stretch, kept: Kept, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
+    """A step's graph, if there can be one, and the step. The refresh (`window` None) is run once, the others looped."""
+    denoiser, progress, settings = stretch.denoiser, stretch.progress, stretch.settings
+    step = partial(
+        cached_tick,
+        denoiser,
+        settings=settings,
+        state=stretch.state,
+        progress=progress,
+        model=stretch.model,
+        kept=kept,
+        window=window,
+    )
+    graph = None
+    if stretch.workspace is not None:
+        key = "cached", window, settings.key(), len(progress.slot), progress.nfe.shape[0], stretch.model
+        looped = None if window is None else progress.status
+        graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=looped)
+    return graph, partial(step, denoiser.head)
+
+
+def cached_tick(
+    denoiser: Denoiser,
+    head: Head,
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    model: int,
+    kept: Kept,
+    window: int | None,
+) -> None:
+    """`decode_tick` over a window of so many columns from each slot's block on, or, for None, over whole sequences.
+
+    A slot whose block is over then waits: it has no sequence, and `kept` says with which one it goes on.
+    """
+    before = progress.slot.clone()
+    decode_tick(denoiser, head, settings, state, progress, model, partial(windows, cache=kept.cache, window=window))
+    none = len(progress.start) - 1
+    after = progress.slot
+    over = (before != none) & ((after != before) | (progress.block_step[after] == 0))
+    kept.waiting.copy_(torch.where(over, after, kept.waiting))
+    progress.slot.copy_(torch.where(over, none, after))
+    progress.status[:1].copy_((progress.slot != none).sum())
+    progress.report.copy_(progress.status, non_blocking=True)
+
+
+def windows(
+    denoiser: Denoiser,
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    slots: Slots,
+    cache: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the windows."""
+    ids, columns, positions = slots.ids, None, slots.column
+    given = state.given[slots.sequence] if settings.guidance_scale else None
+    if window is not None:
+        length, device = ids.shape[1], ids.device
+        columns = (slots.column[:, :1] + torch.arange(window, device=device)).clamp(max=length)
+        inside = columns.clamp(max=length - 1)
+        ids, given = ids.gather(1, inside), None if given is None else given.gather(1, inside)
+        positions = torch.arange(slots.column.shape[1], device=device).expand_as(slots.column)
+    return guided_hidden(
+        Windowed(denoiser, cache, columns),
+        settings.guidance_scale,
+        ids,
+        given,
+        progress.times[slots.view.step] if denoiser.time_conditioning else None,
+        positions,
+        None if state.attention_mask is None else state.attention_mask[slots.sequence],
+    )
+
+
+class Windowed(Denoiser):
+    """A denoiser whose `hidden` is that of windows of its sequences; of as many batches of them as it is given."""
+
+    def __init__(self, denoiser: Denoiser, cache: Tensor, columns: Tensor | None) -> None:
+        self.denoiser, self.cache, self.columns = denoiser, cache, columns
+        self.mask_id, self.head = denoiser.mask_id, denoiser.head
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        t: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        assert positions is not None
+        columns = self.columns
+        if columns is not None:
+            columns = columns.repeat(len(input_ids) // len(columns), 1)
+        return self.denoiser.window_hidden(self.cache, input_ids, columns, positions, t, attention_mask)
+
+
+def wait_all(progress: Progress, kept: Kept) -> None:
+    """Every slot waits with its sequence."""
+    kept.waiting.copy_(progress.slot)
+    progress.idle()
+
+
+def outlook(settings: Settings, progress: Progress, kept: Kept, length: int) -> Tensor:
+    """int64 ``[2]``: slots that wait with a sequence, and the first column of all their blocks."""
+    assert settings.block_length is not None
+    waits = kept.waiting != len(progress.start) - 1
+    first = progress.start[kept.waiting] + progress.block[kept.waiting] * settings.block_length
+    return torch.stack((waits.sum(), torch.where(waits, first, length).min()))
+
+
+def window_length(needed: int, block_length: int, length: int) -> int:
+    """Columns of a window that must have `needed`: 1, 2, 3, 4, 6, 8, 12, ... blocks, as few graphs as there are.
+
+    At most a third of a window is waste. It lies past the end of the sequences, so it does not change the result.
+    """
+    blocks = -(-needed // block_length)
+    power = 1 << (blocks - 1).bit_length()
+    rounded = power * 3 // 4 if power >= 4 and power * 3 // 4 >= blocks else power
+    return min(rounded * block_length, length)

@@ -1,0 +1,157 @@
+"""What others put into the sampler: guidance, logits processors and stopping criteria of transformers, streamers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels import vocab_projection
+from mdkern.kernels.head.reference import CHUNK_ELEMENTS
+from mdkern.kernels.head.vocab_projection import RowStatistics
+from mdkern.models import Denoiser
+from mdkern.models.denoiser import Head
+
+SECONDS_BETWEEN_DRAFTS = 0.1
+
+
+def guided_hidden(
+    denoiser: Denoiser,
+    scale: float,
+    input_ids: Tensor,
+    given: Tensor | None,
+    t: Tensor | None,
+    positions: Tensor | None,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """`Denoiser.hidden` under classifier-free guidance (Ho and Salimans, 2207.12598; in LLaDA, 2502.09992).
+
+    The logits are to be ``u + (scale + 1) (c - u)``, u those with what was given masked too. The head is linear and
+    the two weights sum to 1, so the same combination of hidden states gives these logits, bias included: one pass of
+    twice the batch, one head.
+
+    Args:
+        scale: 0: no guidance, one plain pass.
+        given: bool ``[B, L]``, masked for u; not read at scale 0.
+        input_ids, t, positions, attention_mask: as in `Denoiser.hidden`.
+    """
+    if scale == 0.0:
+        return denoiser.hidden(input_ids, t, positions, attention_mask)
+    assert given is not None
+
+    def twice(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat((x, x))
+
+    both = torch.cat((input_ids, torch.where(given, denoiser.mask_id, input_ids)))
+    hidden = denoiser.hidden(both, twice(t), twice(positions), twice(attention_mask))
+    conditional, unconditional = hidden.float().chunk(2)
+    guided = torch.lerp(unconditional, conditional, scale + 1.0)
+    if denoiser.head.weight is None:  # logits, with -inf in both where an id is impossible
+        guided = torch.where(conditional == unconditional, conditional, guided)
+    return guided.to(hidden.dtype)
+
+
+def stopped(criteria: Callable[[Tensor, Any], Any], input_ids: Tensor) -> Tensor:
+    """bool ``[B]``: which sequences a stopping criterion of transformers ends."""
+    answer = torch.as_tensor(criteria(input_ids, None), device=input_ids.device).bool()
+    return answer.expand(len(input_ids))
+
+
+def row_statistics(
+    processor: Callable[[Tensor, Tensor], Tensor] | None,
+    head: Head,
+    hidden: Tensor,
+    input_ids: Tensor,
+    mask_id: int,
+    row: Tensor,
+    row_count: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    keys: Tensor,
+    **options: Any,
+) -> RowStatistics:
+    """`vocab_projection` of hidden states or, where there is a processor, of logits that it has seen.
+
+    The logits are computed for the rows alone, some at a time.
+
+    Args:
+        processor: of transformers: ids ``[M, L]`` and float32 logits ``[M, V]`` -> logits ``[M, V]``; or None.
+        hidden: ``[B, R, D]``; `row` indexes its ``B * R`` rows.
+        input_ids: int64 ``[B, L]``, what each sequence is now, masks included.
+        mask_id: given a column of its own, of -inf, where the head has none.
+        row, row_count, temperature, seed, keys, options: as in `vocab_projection`; with a processor
+            `row_count` is read, which synchronises.
+    """
+    flat, width = hidden.flatten(0, 1), hidden.shape[1]
+    if processor is None:
+        shaping: dict[str, Any] = {"row_count": row_count, "scale": head.scale, "soft_cap": head.soft_cap}
+        return vocab_projection(flat, head.weight, head.bias, row, temperature, seed, keys, **shaping, **options)
+    count = int(row_count)
+    chunk = max(1, CHUNK_ELEMENTS // head.padded_vocab_size)
+    nothing = vocab_projection(flat.float(), None, None, row[:0], temperature[:0], seed, keys[:0], **options)
+    parts = [nothing]
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        logits = head.logits(flat[row[part]])
+        if mask_id >= logits.shape[1]:
+            logits = torch.nn.functional.pad(logits, (0, mask_id + 1 - logits.shape[1]), value=-torch.inf)
+        logits = processor(input_ids[row[part] // width], logits).float()
+        places = torch.arange(len(logits), device=logits.device)
+        parts.append(vocab_projection(logits, None, None, places, temperature[part], seed, keys[part], **options))
+
+    def whole(values: tuple[Tensor | None, ...], unused: float) -> Tensor | None:
+        if values[0] is None:
+            return None
+        joined = torch.cat([value for value in values if value is not None])
+        return torch.nn.functional.pad(joined, (0, len(row) - count), value=unused)
+
+    token, *statistics = zip(*parts)
+    joined = whole(token, -1), *(whole(values, torch.nan) for values in statistics)
+    return RowStatistics(*joined)  # type: ignore[arg-type]
+
+
+class Drafts:
+    """Hands a streamer the sequences while they are being written, and when they are done.
+
+    A streamer of transformers has ``put`` and ``end``: each finished sequence is put in two parts, what it began with
+    and the rest, then ended. If it has ``put_draft`` it is given all sequences, int64 ``[N, L]`` with their masks, now
+    and then.
+    """
+
+    def __init__(self, streamer: Any, ids: Tensor, given: Tensor, attended: Tensor | None = None) -> None:
+        """`ids` and `given`, int64 and bool ``[N, L]``, are read whenever a draft is shown.
+
+        `attended`, bool ``[N, L]`` or None, says what is no padding: finished sequences are put without it.
+        """
+        self.streamer, self.ids, self.given, self.attended = streamer, ids, given, attended
+        self.put_draft = getattr(streamer, "put_draft", None)
+        self.last = time.monotonic()
+        self.stream = torch.cuda.Stream(ids.device) if ids.is_cuda and self.put_draft else None
+
+    def show(self) -> None:
+        """A draft, unless one was shown just now. Reading it does not wait for the steps that are under way."""
+        if self.put_draft is None or time.monotonic() - self.last < SECONDS_BETWEEN_DRAFTS:
+            return
+        if self.stream is None:
+            draft = self.ids.cpu().clone()
+        else:
+            with torch.cuda.stream(self.stream):
+                draft = self.ids.cpu()
+        self.put_draft(draft)
+        self.last = time.monotonic()
+
+    def end(self) -> None:
+        """The finished sequences."""
+        if self.streamer is None:
+            return
+        ids, given = self.ids.cpu(), self.given.cpu()
+        attended = torch.ones_like(given) if self.attended is None else self.attended.cpu()
+        for row, known, text in zip(ids, given, attended):
+            sequence, known = row[text], known[text]
+            prompt = int((~known).int().argmax())
+            self.streamer.put(sequence[:prompt])
+            self.streamer.put(sequence[prompt:])
+            self.streamer.end()

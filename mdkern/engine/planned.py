@@ -1,0 +1,241 @@
+"""Sampling by a reveal plan: the loop of decoders whose order does not depend on the model.
+
+Every step that reveals something is known beforehand, so a tick is one forward pass of a full batch, with the output
+layer at just the rows that get their token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.decoders import Canvas, Planned
+from mdkern.engine.graphs import Pacer, Workspace
+from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
+from mdkern.engine.request import Request
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings
+from mdkern.kernels.loop.tick import begin_tick, end_tick
+from mdkern.models import Denoiser
+from mdkern.models.denoiser import Head
+from mdkern.plan import GIVEN, RevealPlan, Ticks
+
+
+def run(
+    request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, drafts: Drafts, timings: Timings
+) -> Outcome:
+    """All of a request: draw the plan, then segment after segment."""
+    plan = draw_plan(request, state)
+    model = torch.full_like(plan.step, GIVEN)
+    ended = torch.zeros(len(plan.step), dtype=torch.bool, device=request.device)
+    filled_at = torch.full_like(plan.step, GIVEN)  # the step before which a position was filled with the end of text
+    nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
+    bar.reset(total=int(plan.events().sum()))
+    timings.lap("plan")
+    for name, first, stop in pieces(request):
+        run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar, drafts)
+        report_failure(request.denoisers[name], state)
+        nfe[name] += plan.events(first, stop)
+        model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
+        if stops(request) and min(stop, request.steps) % (request.steps // request.blocks) == 0:
+            plan, now, filled = stop_at_end_of_text(request, state, plan, stop)
+            ended |= now
+            filled_at[filled] = stop - 1
+        timings.lap(name)
+    reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
+    return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason)
+
+
+def stops(request: Request) -> bool:
+    """Whether a sequence may end before its last block."""
+    return request.stop_at_eos or request.stopping_criteria is not None
+
+
+def pieces(request: Request) -> list[tuple[str, int, int]]:
+    """(denoiser, first, stop) of each segment, cut where a block ends if a sequence may stop there.
+
+    The closing pass, step T, goes to the last one.
+    """
+    cuts = {segment.stop for segment in request.segments}
+    if stops(request):
+        cuts |= set(range(0, request.steps, request.steps // request.blocks))
+    out = []
+    for segment in request.segments:
+        inside = sorted({segment.first, segment.stop, *(c for c in cuts if segment.first < c < segment.stop)})
+        out += [(segment.model, first, stop) for first, stop in pairwise(inside)]
+    name, first, stop = out[-1]
+    return [*out[:-1], (name, first, stop + 1)]
+
+
+def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
+    """When each position is revealed."""
+    assert isinstance(request.decoder, Planned)
+    masked = request.masked
+    count, length = masked.shape
+    block = torch.zeros_like(request.input_ids)
+    if request.block_length is not None:
+        column = torch.arange(length, device=masked.device)
+        start = masked.int().argmax(-1, keepdim=True)
+        block = torch.where(masked, (column - start) // request.block_length, 0)
+    canvas = Canvas(
+        masked, block, request.blocks, request.steps, state.seed, state.sample[:count], state.text_position[:count]
+    )
+    return request.decoder.plan(canvas)
+
+
+def reveal_tick(
+    denoiser: Denoiser, head: Head, request: Request, state: SamplerState, ticks: Ticks, batch: int, capacity: int
+) -> None:
+    """Run tick ``state.tick``: one forward pass of `batch` sequences, the head at `capacity` rows, tokens written.
+
+    Everything is read from and written to device tensors; the host gives shapes only. `batch` and `capacity` must be
+    at least the tick's own.
+    """
+    inputs = begin_tick(
+        state.input_ids,
+        state.attention_mask,
+        state.text_position,
+        state.sample,
+        state.temperature,
+        state.closing_step,
+        ticks.sequence,
+        ticks.step,
+        ticks.time,
+        ticks.position,
+        ticks.row,
+        ticks.row_count,
+        state.tick,
+        batch,
+        capacity,
+    )
+    given = None
+    if request.guidance_scale:
+        given = state.given[ticks.sequence.index_select(0, state.tick)[0, :batch]]
+    hidden = guided_hidden(
+        denoiser,
+        request.guidance_scale,
+        inputs.input_ids,
+        given,
+        inputs.time if denoiser.time_conditioning else None,
+        inputs.positions,
+        inputs.attention_mask,
+    )
+    statistics = row_statistics(
+        request.logits_processor,
+        head,
+        hidden,
+        inputs.input_ids,
+        denoiser.mask_id,
+        inputs.row,
+        inputs.row_count,
+        inputs.temperature,
+        state.seed,
+        inputs.keys,
+        **request.filters._asdict(),
+    )
+    end_tick(state.input_ids, state.failed, state.tick, statistics.token, inputs.target, inputs.row_count)
+
+
+def run_steps(
+    request: Request,
+    denoiser: Denoiser,
+    state: SamplerState,
+    plan: RevealPlan,
+    first: int,
+    stop: int,
+    workspace: Workspace | None,
+    bar: tqdm,
+    drafts: Drafts,
+) -> None:
+    """The events of steps ``first <= i < stop``: replayed if there is a workspace and the denoiser can be captured."""
+    times = request.decoder.times(request.steps).to(request.device, torch.float32)
+    ticks = plan.ticks(first, stop, request.batch_size, times, int if workspace is None else bucket)
+    if ticks is None:
+        return
+    replays = None if workspace is None else captured_ticks(denoiser, request, ticks, workspace)
+    if replays is None:
+        state.tick.zero_()
+        for batch, rows in zip(ticks.batch, ticks.rows):
+            reveal_tick(denoiser, denoiser.head, request, state, ticks, batch, rows)
+            bar.update(batch)
+            drafts.show()
+        return
+    buffer, graphs = replays
+    pacer, start = Pacer(), 0
+    while start < len(ticks):
+        count = buffer.load(ticks, start)
+        state.tick.zero_()
+        for batch, size in zip(ticks.batch[start : start + count], ticks.size[start : start + count]):
+            graphs[size].replay()
+            bar.update(batch)
+            if pacer.replayed():
+                drafts.show()
+        start += count
+
+
+def bucket(size: int) -> int:
+    """The power of two at or above, at least 4: graphs are captured for few shapes."""
+    return 1 << max(2, (size - 1).bit_length())
+
+
+def captured_ticks(
+    denoiser: Denoiser, request: Request, ticks: Ticks, workspace: Workspace
+) -> tuple[TickBuffer, dict[int, torch.cuda.CUDAGraph]] | None:
+    """The buffer that a segment's ticks are loaded into, and a graph for each batch size; None if not capturable."""
+    slots, width, rows = ticks.sequence.shape[1], ticks.position.shape[2], ticks.row.shape[1]
+    shape = slots, width, rows
+    scratch, device = len(workspace.state.sample) - 1, workspace.state.sample.device
+    buffer = workspace.part(("ticks", *shape), partial(TickBuffer, *shape, scratch, device))
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    for size in sorted(set(ticks.size)):
+        step = partial(
+            reveal_tick,
+            denoiser,
+            request=request,
+            state=workspace.state,
+            ticks=buffer.ticks,
+            batch=size,
+            capacity=rows,
+        )
+
+        def idle() -> None:
+            buffer.idle()
+            workspace.state.tick.zero_()
+
+        key = "reveal", *shape, size, request.filters, request.guidance_scale
+        graph = workspace.graph(denoiser, key, step, idle)
+        if graph is None:
+            return None
+        graphs[size] = graph.captured
+    return buffer, graphs
+
+
+def stop_at_end_of_text(
+    request: Request, state: SamplerState, plan: RevealPlan, step: int
+) -> tuple[RevealPlan, Tensor, Tensor]:
+    """Drop what is left of the sequences whose block that ended before `step` has the end of text, or that are stopped.
+
+    Returns:
+        The plan without it; which sequences, bool ``[N]``; and the positions dropped, bool ``[N, L]``, which now have
+        the end of text.
+    """
+    assert request.eos_id is not None
+    ids = state.input_ids[: len(plan.step)]
+    block_start = min(step, request.steps) - request.steps // request.blocks
+    done = (plan.step >= block_start) & (plan.step < step)
+    ended = (done & (ids == request.eos_id)).any(-1) & request.stop_at_eos
+    if request.stopping_criteria is not None:
+        ended |= stopped(request.stopping_criteria, ids.clone())
+    rest = ended[:, None] & (plan.step >= step)
+    ids.masked_fill_(rest, request.eos_id)
+    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), ended, rest
+
+
+def report_failure(denoiser: Denoiser, state: SamplerState) -> None:
+    """The segment's one synchronisation."""
+    if bool(state.failed):
+        raise FloatingPointError(f"{denoiser.name} gave NaN or infinite logits, so no token could be drawn")

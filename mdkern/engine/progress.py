@@ -1,0 +1,182 @@
+"""Where the sequences of a step-by-step decoding are: settings of the run, and device tensors that a step moves on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.decoders import Stepwise
+from mdkern.engine.request import Filters, Request
+from mdkern.engine.state import ALL_REVEALED, RUNNING, SamplerState
+from mdkern.models.fingerprint import describe, fingerprint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same at every step of a run."""
+
+    decoder: Stepwise
+    filters: Filters
+    steps: int  # T
+    block_length: int | None  # None: one block, the whole sequence
+    block_steps: int  # T / blocks
+    mask_id: int
+    eos_id: int | None  # what fills a sequence that is stopped
+    stop_at_eos: bool  # whether a block that has it stops the sequence
+    guidance_scale: float
+    logits_processor: Any  # not with graphs
+    stopping_criteria: Any  # not with graphs
+
+    @staticmethod
+    def of(request: Request) -> Settings:
+        assert isinstance(request.decoder, Stepwise)
+        return Settings(
+            decoder=request.decoder,
+            filters=request.filters,
+            steps=request.steps,
+            block_length=request.block_length,
+            block_steps=request.steps // request.blocks,
+            mask_id=request.mask_id,
+            eos_id=request.eos_id,
+            stop_at_eos=request.stop_at_eos,
+            guidance_scale=request.guidance_scale,
+            logits_processor=request.logits_processor,
+            stopping_criteria=request.stopping_criteria,
+        )
+
+    @property
+    def remasks(self) -> bool:
+        return type(self.decoder).remask is not Stepwise.remask
+
+    def key(self) -> Hashable:
+        """What tells settings apart; decoders are compared by their parameters."""
+        counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id, self.stop_at_eos
+        if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
+            return self.decoder, self.filters, self.guidance_scale, counts
+        known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))
+        return type(self.decoder), known, self.filters, self.guidance_scale, counts
+
+
+def identity(value: Any) -> Hashable:
+    """What tells a decoder's parameter apart from others of all times.
+
+    Functions and modules are held by it, so that no other gets their address. Of a tensor the address itself is what
+    counts: a captured step reads what is there now.
+    """
+    if isinstance(value, Tensor):
+        return describe(value)
+    if isinstance(value, dict):
+        return tuple((key, identity(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(identity, value))
+    try:
+        hash(value)
+    except TypeError:  # it may change, and nobody would see it: it is never the same
+        return object()
+    return value, fingerprint(value)
+
+
+@dataclass
+class Progress:
+    """Where the sequences are, beside their ids: device tensors, row N of those over sequences scratch."""
+
+    wanted: Tensor  # bool [N + 1, L], masked at the start: what may be written
+    start: Tensor  # int64 [N + 1], first wanted column, where blocks are counted from
+    total: Tensor  # int64 [N + 1], wanted columns
+    block: Tensor  # int64 [N + 1]
+    block_step: Tensor  # int64 [N + 1]
+    block_masked: Tensor  # int64 [N + 1], masked columns of the block when it began
+    closing: Tensor  # int64 [N + 1], passes of the block after its last mask
+    passes: Tensor  # int64 [N + 1], forward passes so far
+    nfe: Tensor  # int64 [models, N + 1]
+    stop_reason: Tensor  # int64 [N + 1], RUNNING at first
+    confidence: Tensor  # float32 [N + 1, L]
+    reveal_step: Tensor  # int64 [N + 1, L], -1 where given
+    reveal_model: Tensor  # int64 [N + 1, L]
+    slot: Tensor  # int64 [B], the sequence each slot works on; N: none
+    queue: Tensor  # int64 [N + 1], the segment's sequences, N after the last
+    next: Tensor  # int64 [], place in the queue
+    stop: Tensor  # int64 [], the segment's last step, plus 1
+    times: Tensor  # float32 [T + 1]
+    status: Tensor  # int64 [2]: slots that have work, masked columns of all sequences
+    report: Tensor  # int64 [2], on the host: a copy of `status` that comes after each tick
+
+    @staticmethod
+    def allocate(sequences: int, length: int, batch: int, models: int, steps: int, device: torch.device) -> Progress:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rows, grid = sequences + 1, (sequences + 1, length)
+        return Progress(
+            wanted=zeros(*grid, dtype=torch.bool),
+            start=zeros(rows),
+            total=zeros(rows),
+            block=zeros(rows),
+            block_step=zeros(rows),
+            block_masked=zeros(rows),
+            closing=zeros(rows),
+            passes=zeros(rows),
+            nfe=zeros(models, rows),
+            stop_reason=zeros(rows),
+            confidence=zeros(*grid, dtype=torch.float32),
+            reveal_step=zeros(*grid),
+            reveal_model=zeros(*grid),
+            slot=zeros(batch),
+            queue=zeros(rows),
+            next=zeros(),
+            stop=zeros(),
+            times=zeros(steps + 1, dtype=torch.float32),
+            status=zeros(2),
+            report=torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        )
+
+    def load(self, request: Request, settings: Settings) -> None:
+        """Start the request: its sequences in the first rows, each at its first block."""
+        for field in fields(self):
+            getattr(self, field.name).zero_()
+        count, wanted = len(request.input_ids), request.masked
+        self.wanted[:count] = wanted
+        self.start[:count] = wanted.int().argmax(-1)
+        self.total[:] = self.wanted.sum(-1)
+        self.confidence.fill_(1.0)
+        self.reveal_step.fill_(-1)
+        self.reveal_model.fill_(-1)
+        self.stop_reason[count:] = ALL_REVEALED
+        self.times.copy_(request.decoder.times(request.steps))
+        self.idle()
+        if settings.block_length is None:
+            self.block_masked.copy_(self.total)
+        else:
+            column = torch.arange(wanted.shape[1], device=wanted.device)
+            inside = column < self.start[:, None] + settings.block_length
+            self.block_masked.copy_((self.wanted & inside).sum(-1))
+
+    def idle(self) -> None:
+        """Give no slot any work."""
+        self.slot.fill_(len(self.start) - 1)
+
+    def schedule_step(self, settings: Settings, masked: Tensor, sequence: Tensor) -> Tensor:
+        """int64 ``[B]``: which of the T steps a sequence with `masked` columns left is at."""
+        if not settings.decoder.adaptive:
+            return self.block[sequence] * settings.block_steps + self.block_step[sequence]
+        total = self.total[sequence]
+        share = (total - masked) * settings.steps // total.clamp(min=1)
+        return share.clamp(max=settings.steps - 1)
+
+    def begin_segment(self, state: SamplerState, settings: Settings, stop: int) -> None:
+        """Queue the sequences that have steps below `stop` to run, and give the first ones to the slots."""
+        scratch = len(self.start) - 1
+        everyone = torch.arange(scratch + 1, device=self.start.device)
+        masked = ((state.input_ids == settings.mask_id) & self.wanted).sum(-1)
+        eligible = (self.stop_reason == RUNNING) & (self.schedule_step(settings, masked, everyone) < stop)
+        order = torch.argsort(~eligible, stable=True)
+        self.queue.copy_(torch.where(everyone < eligible.sum(), order, scratch))
+        places = torch.arange(len(self.slot), device=self.slot.device).clamp(max=scratch)
+        self.slot.copy_(self.queue[places])
+        self.next.fill_(len(self.slot))
+        self.stop.fill_(stop)
+        self.status.copy_(torch.stack(((self.slot != scratch).sum(), masked.sum())))

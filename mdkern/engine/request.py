@@ -1,0 +1,64 @@
+"""A call of `sample`, resolved: what the loops read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdkern.decoders import Decoder
+from mdkern.models import Denoiser
+from mdkern.schedule import Schedule, Segment
+
+CACHES = "none", "prefix", "dual"
+
+
+class Filters(NamedTuple):
+    """Which ids a token is drawn from, see `mdkern.kernels.vocab_projection`."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of `sample`, resolved: nothing left to check."""
+
+    denoisers: dict[str, Denoiser]  # by the schedule's names, only those that it uses
+    schedule: Schedule
+    segments: list[Segment]
+    decoder: Decoder
+    steps: int
+    block_length: int | None  # None: one block
+    blocks: int  # of the sequence that has most
+    cache: str  # of CACHES
+    eos_id: int | None
+    stop_at_eos: bool
+    input_ids: Tensor  # int64 [N, L] on the denoisers' device
+    attention_mask: Tensor | None  # bool [N, L]; None: no padding
+    sample_ids: Tensor  # int64 [N]
+    batch_size: int
+    temperature: float
+    filters: Filters
+    guidance_scale: float
+    logits_processor: Any  # callable, or None
+    stopping_criteria: Any  # callable, or None
+    streamer: Any
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def masked(self) -> Tensor:
+        """bool ``[N, L]``: the positions where text is wanted."""
+        masked = self.input_ids == self.mask_id
+        return masked if self.attention_mask is None else masked & self.attention_mask
+
+    @property
+    def mask_id(self) -> int:
+        return next(iter(self.denoisers.values())).mask_id

@@ -1,0 +1,309 @@
+"""Resolving and refusing the arguments of `mdkern.sample`: everything that can be wrong is told before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from mdkern.decoders import Decoder, Planned, by_name
+from mdkern.engine.request import CACHES, Filters, Request
+from mdkern.engine.resolve_models import resolve_models
+from mdkern.models import Denoiser
+
+DEFAULT_BATCH_SIZE = 16
+LEAST_TEMPERATURE = 1e-30  # below, logits over it may leave float32's range; it is taken for 0
+
+
+def check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def resolve_input(
+    denoiser: Denoiser,
+    input_ids: Any,
+    attention_mask: Any,
+    num_samples: int | None,
+    length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The start: given ids and mask ids ``[N, L]``, and the attention mask if there is any padding."""
+    num_samples = None if num_samples is None else check_count("num_samples", num_samples)
+    length = None if length is None else check_count("length", length)
+    if input_ids is None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask needs input_ids: without a prompt there is nothing to pad")
+        if length is None:
+            length = denoiser.max_length
+        if length is None:
+            raise ValueError("length must be given: the model has no longest length to take instead")
+        check_length("length", length, denoiser)
+        shape = (num_samples or 1, length)
+        return torch.full(shape, denoiser.mask_id, dtype=torch.int64, device=denoiser.device), None
+
+    if length is not None:
+        raise ValueError(f"length={length} must not be given together with input_ids, whose second dimension it is")
+    check_ids("input_ids", input_ids, denoiser)
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [N, L] with N and L at least 1, not {tuple(input_ids.shape)}")
+    check_length("input_ids' second dimension", input_ids.shape[1], denoiser)
+    input_ids = input_ids.to(torch.int64)
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= denoiser.vocab_size:
+        raise ValueError(f"input_ids must lie in 0..{denoiser.vocab_size - 1}, but run from {low} to {high}")
+    if attention_mask is not None:
+        attention_mask = check_mask(attention_mask, input_ids)
+    if num_samples is not None and num_samples != input_ids.shape[0]:
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"num_samples={num_samples} does not fit the {input_ids.shape[0]} rows of input_ids")
+        input_ids = input_ids.expand(num_samples, -1)
+        attention_mask = None if attention_mask is None else attention_mask.expand(num_samples, -1)
+    masked = input_ids == denoiser.mask_id
+    if attention_mask is not None:
+        masked = masked & attention_mask
+    without = (~masked.any(-1)).nonzero()[:, 0]
+    if len(without):
+        raise ValueError(
+            f"input_ids row {int(without[0])} has no masked position: "
+            f"put the mask id {denoiser.mask_id} where text is wanted"
+        )
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    return input_ids.clone(), attention_mask
+
+
+def check_ids(name: str, ids: Any, denoiser: Denoiser) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor, not {kind}")
+    if ids.device != denoiser.device:
+        raise ValueError(f"{name} is on {ids.device}, the model on {denoiser.device}: move one of them")
+
+
+def check_length(name: str, length: int, denoiser: Denoiser) -> None:
+    if denoiser.max_length is not None and length > denoiser.max_length:
+        raise ValueError(
+            f"{name} must be at most {denoiser.max_length}, the positions of {denoiser.name}, not {length}"
+        )
+
+
+def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, not {shape}")
+    if attention_mask.device != input_ids.device:
+        raise ValueError(
+            f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them"
+        )
+    if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        low, high = attention_mask.min().item(), attention_mask.max().item()
+        raise ValueError(f"attention_mask must hold 0 (padding) and 1 only, not values from {low} to {high}")
+    return attention_mask.bool()
+
+
+def resolve_seed(seed: Any, generator: torch.Generator | None) -> int:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
+    if seed is None:
+        device = generator.device if generator is not None else "cpu"
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    if generator is not None:
+        raise ValueError("seed and generator must not both be given")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**63:
+        raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
+    return int(seed)
+
+
+def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Tensor:
+    if sample_ids is None:
+        return torch.arange(count, device=device)
+    try:
+        numbers = torch.as_tensor(sample_ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sample_ids must be {count} whole numbers, not {sample_ids!r}") from error
+    if numbers.is_floating_point() or numbers.dtype == torch.bool or tuple(numbers.shape) != (count,):
+        raise ValueError(f"sample_ids must be {count} whole numbers, not {numbers.dtype} {tuple(numbers.shape)}")
+    numbers = numbers.long()
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= 2**32:
+        raise ValueError(f"sample_ids must lie in 0..{2**32 - 1}, but run from {low} to {high}")
+    return numbers
+
+
+def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
+        raise ValueError(f"top_k must be a whole number of at least 0, not {top_k!r}")
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
+    if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be a number from 0 to 1, not {min_p!r}")
+    return Filters(int(top_k), float(top_p), float(min_p))
+
+
+def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+        raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale!r}")
+    capped = [name for name, denoiser in denoisers.items() if denoiser.head.soft_cap > 0.0]
+    if scale and capped:
+        raise ValueError(f"guidance_scale needs a head without a soft cap: model {capped[0]} has one")
+    return float(scale)
+
+
+def check_hook(name: str, hook: Any, kind: type[list[Any]]) -> Any:
+    """A callable or a list of them, as `kind` of transformers; None for an empty list."""
+    if isinstance(hook, list) and all(map(callable, hook)):
+        return kind(hook) if hook else None
+    if hook is not None and not callable(hook):
+        raise TypeError(f"{name} must be callable, as those of transformers are, not {type(hook).__name__}")
+    return hook
+
+
+def check_streamer(streamer: Any) -> Any:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
+    return streamer
+
+
+def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
+    if not isinstance(decoder, Decoder):
+        raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
+    return decoder.fitted(denoiser.vocab_size, denoiser.device)
+
+
+def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
+    """Keys and values are kept for decoders that go block by block and whose loop has a slot for each sequence."""
+    if not isinstance(cache, str) or cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(map(repr, CACHES))}, not {cache!r}")
+    if cache == "none":
+        return cache
+    if isinstance(decoder, Planned):
+        raise ValueError(
+            f"cache={cache!r} needs a decoder that looks at the model, such as 'top_probability' or 'threshold': a pass"
+            f" of {type(decoder).__name__} takes whatever sequences reveal something then, so no keys and values stay"
+        )
+    if block_length is None:
+        raise ValueError(f"cache={cache!r} needs a block_length, e.g. 32: what is kept is renewed block by block")
+    without = [name for name, denoiser in denoisers.items() if not denoiser.takes_cache]
+    if without:
+        denoiser = denoisers[without[0]]
+        because = f" because {denoiser.no_cache_reason}" if denoiser.no_cache_reason else ""
+        raise ValueError(
+            f"cache={cache!r} needs models that can run a part of a sequence on kept keys and values: model"
+            f" {without[0]} ({denoiser.name}) cannot{because}. A DiT can, a Hugging Face model with bidirectional sdpa"
+            " attention, and a Denoiser with takes_cache"
+        )
+    return cache
+
+
+def resolve_blocks(
+    block_length: Any, wanted: Tensor, steps: int | None, keep_one: bool
+) -> tuple[int | None, int, int | None]:
+    """Block length, blocks of the sequence that has most, and steps, made to be a multiple of them if left open.
+
+    Blocks are counted from a sequence's first masked position; a `block_length` that takes all in is none or, with
+    `keep_one`, as long as all.
+    """
+    if block_length is None:
+        return None, 1, steps
+    block_length = check_count("block_length", block_length)
+    first = wanted.int().argmax(-1)
+    last = wanted.shape[1] - 1 - wanted.flip(-1).int().argmax(-1)
+    longest = int((last - first).max()) + 1
+    if block_length >= longest:
+        return longest if keep_one else None, 1, steps or longest
+    blocks = -(-longest // block_length)
+    if steps is None:
+        steps = blocks * block_length
+    if steps % blocks:
+        raise ValueError(
+            f"steps must be a multiple of the {blocks} blocks of {block_length} positions, not {steps}: "
+            f"e.g. {max(1, steps // blocks) * blocks}"
+        )
+    return block_length, blocks, steps
+
+
+def resolve(
+    heavy: Any,
+    light: Any = None,
+    schedule: Any = None,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_samples: int | None = None,
+    length: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    guidance_scale: float = 0.0,
+    logits_processor: Any = None,
+    decoder: Any = "ancestral",
+    block_length: int | None = None,
+    cache: str = "none",
+    stop_at_eos: bool = False,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+) -> Request:
+    """Check every argument of `mdkern.sample` and fill in what is left open."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
+    filters = check_filters(top_k, top_p, min_p)
+    logits_processor = check_hook("logits_processor", logits_processor, LogitsProcessorList)
+    stopping_criteria = check_hook("stopping_criteria", stopping_criteria, StoppingCriteriaList)
+    batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
+    if steps is not None:
+        steps = check_count("steps", steps)
+    if isinstance(decoder, str):
+        decoder = by_name(decoder)
+    denoisers, schedule = resolve_models(heavy, light, schedule)
+    first = next(iter(denoisers.values()))
+    ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
+    for denoiser in denoisers.values():
+        check_length("length" if input_ids is None else "input_ids' second dimension", ids.shape[1], denoiser)
+        if mask is not None and not denoiser.takes_attention_mask:
+            raise ValueError(
+                f"attention_mask must be None or all 1: {denoiser.name} takes none, so nothing may be padded"
+            )
+    resolved_decoder = resolve_decoder(decoder, first)
+    wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
+    cache = check_cache(cache, block_length, resolved_decoder, denoisers)
+    block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total, cache != "none")
+    if not isinstance(stop_at_eos, bool):
+        raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
+    stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
+    if (stop_at_eos or stopping_criteria is not None) and first.eos_id is None:
+        raise ValueError(f"{stops} needs a model with an eos_id: {first.name} has none")
+    steps = steps or ids.shape[1]
+    return Request(
+        denoisers=denoisers,
+        schedule=schedule,
+        segments=schedule.segments(steps),
+        decoder=resolved_decoder,
+        steps=steps,
+        block_length=block_length,
+        blocks=blocks,
+        cache=cache,
+        eos_id=first.eos_id,
+        stop_at_eos=stop_at_eos,
+        input_ids=ids,
+        attention_mask=mask,
+        sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
+        batch_size=batch_size,
+        temperature=float(temperature) if temperature >= LEAST_TEMPERATURE else 0.0,
+        filters=filters,
+        guidance_scale=check_guidance(guidance_scale, denoisers),
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        streamer=check_streamer(streamer),
+        seed=resolve_seed(seed, generator),
+    )

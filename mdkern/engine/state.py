@@ -1,0 +1,143 @@
+"""What crosses a tick: the sampler's state and a segment's ticks, in device tensors of fixed addresses."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdkern.engine.request import Request
+from mdkern.plan import Ticks, positions_in_text
+
+RUNNING, ALL_REVEALED, END_OF_TEXT = range(3)  # why a sequence stopped
+STOP_REASONS = ("running", "all_revealed", "end_of_text")
+MOST_ENTRIES = 1 << 22  # int64 entries of a `TickBuffer`: 32 MiB
+MOST_TICKS = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run knows beside its sequences."""
+
+    step: Tensor  # int64 [N, L]: when each position was revealed (last), 0..T-1, T for the closing pass, or GIVEN
+    model: Tensor  # int64 [N, L]: by which of the request's denoisers, GIVEN where the input gave the token
+    nfe: dict[str, Tensor]  # int64 [N] each
+    stop_reason: Tensor  # int64 [N]
+
+
+class Timings:
+    """Seconds by what took them, lap by lap."""
+
+    def __init__(self, began: float) -> None:
+        self.began = self.last = began
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> dict[str, float]:
+        return self.seconds | {"total": time.perf_counter() - self.began}
+
+
+@dataclass
+class SamplerState:
+    """All that crosses a tick. Row N of the tensors over sequences is scratch for unused slots."""
+
+    input_ids: Tensor  # int64 [N + 1, L]
+    attention_mask: Tensor | None  # bool [N + 1, L]
+    given: Tensor  # bool [N + 1, L], not masked at the start
+    text_position: Tensor  # int64 [N + 1, L], keys the noise
+    sample: Tensor  # int64 [N + 1], keys the noise
+    temperature: Tensor  # float32 []
+    closing_step: Tensor  # int64 [], the step whose rows are greedy
+    seed: Tensor  # int64 []
+    tick: Tensor  # int64 [1]
+    failed: Tensor  # bool [], whether a row had NaN logits
+
+    @staticmethod
+    def allocate(sequences: int, length: int, padded: bool, device: torch.device) -> SamplerState:
+        """State for up to `sequences` sequences, all of it scratch."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return SamplerState(
+            input_ids=zeros(sequences + 1, length),
+            attention_mask=torch.ones_like(zeros(sequences + 1, length), dtype=torch.bool) if padded else None,
+            given=zeros(sequences + 1, length, dtype=torch.bool),
+            text_position=zeros(sequences + 1, length),
+            sample=zeros(sequences + 1),
+            temperature=zeros(dtype=torch.float32),
+            closing_step=zeros(),
+            seed=zeros(),
+            tick=zeros(1),
+            failed=zeros(dtype=torch.bool),
+        )
+
+    @staticmethod
+    def of(request: Request) -> SamplerState:
+        """State of just the request's size."""
+        count, length = request.input_ids.shape
+        state = SamplerState.allocate(count, length, request.attention_mask is not None, request.device)
+        state.load(request)
+        return state
+
+    def load(self, request: Request) -> None:
+        """Start the request: its N sequences in the first N rows."""
+        count, length = request.input_ids.shape
+        mask = request.attention_mask
+        self.input_ids[:count] = request.input_ids
+        self.input_ids[count:] = 0  # an id of any vocabulary: unused slots run too
+        self.given[:count] = ~request.masked
+        if self.attention_mask is not None:
+            self.attention_mask[:count] = True if mask is None else mask
+        self.text_position[:count] = (
+            torch.arange(length, device=request.device) if mask is None else positions_in_text(mask)
+        )
+        self.sample[:count] = request.sample_ids
+        self.temperature.fill_(request.temperature)
+        self.closing_step.fill_(request.steps)
+        self.seed.fill_(request.seed)
+        self.failed.fill_(False)
+
+
+class TickBuffer:
+    """Some ticks of a segment at fixed addresses: loaded a chunk at a time, whatever the segment's length."""
+
+    def __init__(self, slots: int, width: int, rows: int, scratch: int, device: torch.device) -> None:
+        self.scratch = scratch
+        count = max(1, min(MOST_TICKS, MOST_ENTRIES // (slots * (width + 3) + rows)))
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros((count, *shape), dtype=dtype, device=device)
+
+        self.ticks = Ticks(
+            sequence=zeros(slots),
+            step=zeros(slots),
+            time=zeros(slots, dtype=torch.float32),
+            position=zeros(slots, width),
+            row=zeros(rows),
+            row_count=zeros(),
+            batch=[],
+            size=[],
+            rows=[],
+        )
+
+    def idle(self) -> None:
+        """Make every tick one that works on scratch only."""
+        self.ticks.sequence.fill_(self.scratch)
+        self.ticks.time.fill_(1.0)
+        for tensor in (self.ticks.step, self.ticks.position, self.ticks.row, self.ticks.row_count):
+            tensor.zero_()
+
+    def load(self, ticks: Ticks, start: int) -> int:
+        """Copy ticks from number `start` on; returns how many."""
+        count = min(len(self.ticks.row_count), len(ticks) - start)
+        for name in ("sequence", "step", "time", "position", "row", "row_count"):
+            getattr(self.ticks, name)[:count].copy_(getattr(ticks, name)[start : start + count])
+        return count

@@ -1,0 +1,350 @@
+"""Decoding step by step: the loop of decoders that look at the model before they say what is revealed.
+
+B slots each work on a sequence; a slot whose sequence has left the segment takes the next one of the queue. Which step
+of which block a sequence is at, what is masked, which sequence a slot has: all of it is on the device, and one call of
+`decode_tick` moves it on by one forward pass without asking the host, until a flag says that no slot has work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.decoders.base import Proposal
+from mdkern.engine.graphs import Graph, Workspace
+from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
+from mdkern.engine.planned import report_failure
+from mdkern.engine.progress import Progress, Settings
+from mdkern.engine.request import Request
+from mdkern.engine.slots import Slots, observe
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings
+from mdkern.kernels.loop.compact import compact
+from mdkern.kernels.loop.select import select
+from mdkern.models import Denoiser
+from mdkern.models.denoiser import Head
+from mdkern.plan import GIVEN
+
+LAG = 2  # replays between a step and the host's look at its flag: the device always has work
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A segment of a run: what the loop over its steps needs."""
+
+    denoiser: Denoiser
+    model: int  # its number in `Progress.nfe`
+    stop: int  # the last step, plus 1
+    settings: Settings
+    state: SamplerState
+    progress: Progress
+    workspace: Workspace | None
+
+
+def run(
+    request: Request,
+    state: SamplerState,
+    workspace: Workspace | None,
+    bar: tqdm,
+    drafts: Drafts,
+    timings: Timings,
+    decode: Callable[[Stretch, tqdm, Drafts], None] | None = None,
+) -> Outcome:
+    """All of a request, segment after segment, each one's steps by `decode`. Default: `decode_stretch`."""
+    settings = Settings.of(request)
+    progress = prepare(request, settings, state, workspace)
+    count = len(request.input_ids)
+    bar.reset(total=int(progress.total.sum()))
+    bar.unit = "token"
+    timings.lap("plan")
+    for segment in request.segments:
+        denoiser, number = request.denoisers[segment.model], list(request.denoisers).index(segment.model)
+        stretch = Stretch(denoiser, number, segment.stop, settings, state, progress, workspace)
+        (decode or decode_stretch)(stretch, bar, drafts)
+        report_failure(denoiser, state)
+        timings.lap(segment.model)
+    return Outcome(
+        progress.reveal_step[:count].clone(),
+        progress.reveal_model[:count].clone(),
+        {name: progress.nfe[number, :count].clone() for number, name in enumerate(request.denoisers)},
+        progress.stop_reason[:count].clone(),
+    )
+
+
+def prepare(request: Request, settings: Settings, state: SamplerState, workspace: Workspace | None) -> Progress:
+    """The request's progress at its start, at the addresses of the workspace's graphs if it has one."""
+    rows, length = state.input_ids.shape
+    shape = min(request.batch_size, len(request.input_ids)), len(request.denoisers), request.steps
+    allocate = partial(Progress.allocate, rows - 1, length, *shape, request.device)
+    progress = allocate() if workspace is None else workspace.part(("progress", *shape), allocate)
+    progress.load(request, settings)
+    return progress
+
+
+def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts) -> None:
+    """A segment's steps, each a pass of whole sequences."""
+    denoiser, settings, state, progress = stretch.denoiser, stretch.settings, stretch.state, stretch.progress
+    step = partial(decode_tick, denoiser, settings=settings, state=state, progress=progress, model=stretch.model)
+    graph = None
+    if stretch.workspace is not None:
+        key = "decode", settings.key(), len(progress.slot), progress.nfe.shape[0], stretch.model
+        graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
+    progress.begin_segment(state, settings, stretch.stop)
+    running, left = progress.status.tolist()
+    if running:
+        progress.report.copy_(progress.status)
+        run_steps(graph, partial(step, denoiser.head), progress, watcher(progress, left, bar, drafts))
+
+
+def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callable[[], None]:
+    """What the host does now and then while steps run, `left` masked columns being known of."""
+
+    def watch() -> None:
+        nonlocal left
+        now = int(progress.report[1])
+        bar.update(left - now)
+        left = now
+        drafts.show()
+
+    return watch
+
+
+def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
+    """Steps until no slot has work: one launch where the device can loop, else replays of the graph, else eagerly."""
+    if graph is not None and graph.loop is not None:
+        graph.loop.run(watch)
+    else:
+        run_one_by_one(step if graph is None else graph.captured.replay, progress, watch)
+    watch()
+
+
+def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
+    """Steps until the flag says that no slot has work. On a GPU the host looks `LAG` steps late: it never idles."""
+    events: deque[torch.cuda.Event] = deque()
+    while True:
+        step()
+        if progress.status.is_cuda:
+            events.append(torch.cuda.Event())
+            events[-1].record()
+            if len(events) <= LAG:
+                continue
+            events.popleft().synchronize()
+        watch()
+        if not int(progress.report[0]):
+            return
+
+
+def decode_tick(
+    denoiser: Denoiser,
+    head: Head,
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    model: int,
+    forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
+) -> None:
+    """One forward pass of every slot, and what the decoder makes of it.
+
+    Everything is read from and written to device tensors; the host gives shapes only.
+
+    Args:
+        denoiser, head: whose pass it is; `model` is its number in `Progress.nfe`.
+        forward: gives the hidden states of the slots' blocks, ``[B, R, D]``. Default: `whole_sequences`.
+    """
+    slots = observe(settings, state, progress)
+    rows = settings.decoder.rows(slots.view) & slots.active[:, None]
+    hidden = (forward or whole_sequences)(denoiser, settings, state, progress, slots)
+    proposal = propose(head, settings, state, slots, rows, hidden)
+    changed, new, failed = decide(settings, state, slots, rows, proposal)
+    write(state, progress, slots, new, changed, proposal, model)
+    progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
+    progress.passes.index_add_(0, slots.sequence, slots.active.long())
+    advance(settings, state, progress, slots, new, changed, failed)
+
+
+def whole_sequences(
+    denoiser: Denoiser, settings: Settings, state: SamplerState, progress: Progress, slots: Slots
+) -> Tensor:
+    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the whole sequences."""
+    return guided_hidden(
+        denoiser,
+        settings.guidance_scale,
+        slots.ids,
+        state.given[slots.sequence] if settings.guidance_scale else None,
+        progress.times[slots.view.step] if denoiser.time_conditioning else None,
+        None if settings.block_length is None else slots.column,
+        None if state.attention_mask is None else state.attention_mask[slots.sequence],
+    )
+
+
+def propose(
+    head: Head, settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, hidden: Tensor
+) -> Proposal:
+    """Tokens and statistics from hidden states ``[B, R, D]``, the output layer run where ``rows [B, R]`` says."""
+    decoder = settings.decoder
+    row, row_count = compact(rows)
+    statistics = row_statistics(
+        settings.logits_processor,
+        head,
+        hidden,
+        slots.ids,
+        settings.mask_id,
+        row,
+        row_count,
+        state.temperature.expand(len(row)),
+        state.seed,
+        slots.view.keys.flatten(0, 1)[row],
+        want_top=decoder.wants_top,
+        want_entropy=decoder.wants_entropy,
+        **settings.filters._asdict(),
+    )
+    # What is past `row_count` goes to a place of its own after all others.
+    place = torch.where(torch.arange(len(row), device=row.device) < row_count, row, len(row))
+
+    def spread(values: Tensor, missing: float) -> Tensor:
+        """Row statistics in their places, ``[B, R]``."""
+        spread_out = values.new_full((len(row) + 1,), missing)
+        spread_out[place] = values
+        return spread_out[:-1].view(rows.shape)
+
+    def spread_if_wanted(values: Tensor | None) -> Tensor | None:
+        return None if values is None else spread(values, torch.nan)
+
+    return Proposal(
+        spread(statistics.token, -1),
+        spread(statistics.log_prob.exp(), torch.nan),
+        spread_if_wanted(statistics.top1),
+        spread_if_wanted(statistics.top2),
+        spread_if_wanted(statistics.entropy),
+    )
+
+
+def decide(
+    settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the decoder makes of a proposal.
+
+    Returns:
+        Which entries take their proposed token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
+        slots whose logits had a NaN, bool ``[B]``.
+    """
+    decoder, view, active = settings.decoder, slots.view, slots.active[:, None]
+    failed = (rows & (proposal.token < 0)).any(-1)
+    state.failed |= failed.any()
+    choice = decoder.choose(view, proposal)
+    edited, remasked = decoder.edit(view, proposal), decoder.remask(view)
+    new = view.ids.clone()
+    changed = select(
+        choice.scores,
+        choice.candidates & active,
+        proposal.token,
+        new,
+        choice.rule,
+        quota=choice.quota,
+        bound=choice.bound,
+        temperature=choice.temperature,
+        seed=state.seed if choice.temperature > 0.0 else None,
+        keys=view.keys if choice.temperature > 0.0 else None,
+    )
+    if edited is not None:
+        changed = changed | (edited & active)
+        new = torch.where(changed, proposal.token, new)
+    if remasked is not None:
+        new = torch.where(remasked & active, settings.mask_id, new)
+    return changed, new, failed
+
+
+def write(
+    state: SamplerState,
+    progress: Progress,
+    slots: Slots,
+    new: Tensor,
+    changed: Tensor,
+    proposal: Proposal,
+    model: int,
+) -> None:
+    """The step's outcome into the state, everything outside the blocks into scratch."""
+    rows, length = state.input_ids.shape
+    scratch, inside = (rows - 1) * length, slots.inside & slots.active[:, None]
+    target = torch.where(inside, slots.sequence[:, None] * length + slots.column, scratch)
+    state.input_ids.view(-1)[target] = torch.where(inside, new, 0)
+    at = torch.where(changed, target, scratch)
+    progress.confidence.view(-1)[at] = proposal.probability
+    progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
+    progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
+
+
+def fill(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, ended: Tensor) -> None:
+    """The end of text, of no model, at all that is masked in the sequences of the slots that ``ended [B]`` names."""
+    assert settings.eos_id is not None
+    sequence, ids = slots.sequence, state.input_ids[slots.sequence]
+    rest = (ids == settings.mask_id) & progress.wanted[sequence] & ended[:, None]
+    state.input_ids[sequence] = torch.where(rest, settings.eos_id, ids)
+    progress.reveal_step[sequence] = torch.where(rest, slots.view.step[:, None], progress.reveal_step[sequence])
+    progress.reveal_model[sequence] = torch.where(rest, GIVEN, progress.reveal_model[sequence])  # of before a remask
+
+
+def advance(
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    slots: Slots,
+    new: Tensor,
+    changed: Tensor,
+    failed: Tensor,
+) -> None:
+    """Sequences to their next step or block, slots to their next sequence."""
+    decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
+    scratch = len(progress.start) - 1
+    ours_in_block = view.masked | view.revealed  # what the sampler writes
+    had_masks = view.masked.any(-1)
+    has_masks = ((new == settings.mask_id) & ours_in_block).any(-1)
+    closing = progress.closing[sequence] + ~had_masks
+    block_step = view.block_step + 1
+    if decoder.adaptive:
+        over = ~has_masks & ((closing >= decoder.closing_steps) | (~had_masks & ~changed.any(-1)))
+    elif settings.remasks:
+        over = block_step >= settings.block_steps
+    else:
+        over = ~has_masks | (block_step >= settings.block_steps)
+
+    ended = torch.zeros_like(over)
+    if settings.stop_at_eos:
+        ended = over & ((new == settings.eos_id) & ours_in_block).any(-1)
+    if settings.stopping_criteria is not None:
+        ended = ended | stopped(settings.stopping_criteria, state.input_ids[sequence])
+    if settings.stop_at_eos or settings.stopping_criteria is not None:
+        fill(settings, state, progress, slots, ended & active)
+    ids = state.input_ids[sequence]  # [B, L]
+    masked = (ids == settings.mask_id) & progress.wanted[sequence]
+    left = masked.sum(-1)
+    finished = (over & (left == 0)) | ended | failed
+    if settings.block_length is None:
+        next_block, next_masked = progress.block[sequence], left
+    else:
+        first = masked.int().argmax(-1)
+        next_block = torch.where(left > 0, (first - progress.start[sequence]) // settings.block_length, 0)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        end = progress.start[sequence] + (next_block + 1) * settings.block_length
+        next_masked = (masked & (column < end[:, None])).sum(-1)
+    moves = over & ~finished
+    progress.block[sequence] = torch.where(moves, next_block, progress.block[sequence])
+    progress.block_masked[sequence] = torch.where(moves, next_masked, view.block_masked)
+    progress.block_step[sequence] = torch.where(moves, 0, block_step)
+    progress.closing[sequence] = torch.where(moves, 0, closing)
+    reason = torch.where(ended, END_OF_TEXT, torch.where(finished, ALL_REVEALED, RUNNING))
+    progress.stop_reason[sequence] = torch.where(active, reason, ALL_REVEALED)
+
+    beyond = progress.schedule_step(settings, left, sequence) >= progress.stop
+    leaves = active & (finished | beyond)
+    place = (progress.next + leaves.cumsum(0) - 1).clamp(max=scratch)
+    progress.slot.copy_(torch.where(leaves, progress.queue[place], sequence))
+    progress.next += leaves.sum()
+    masked_in_all = ((state.input_ids == settings.mask_id) & progress.wanted).sum()
+    progress.status.copy_(torch.stack(((progress.slot != scratch).sum(), masked_in_all)))
+    progress.report.copy_(progress.status, non_blocking=True)

@@ -1,0 +1,1 @@
+"""The backbone's operators: products, rotary embedding, norms."""

@@ -1,0 +1,321 @@
+"""`mdkern.kernels.backbone.linear` for Hopper in Gluon: products whose epilogues do what would otherwise be a pass.
+
+A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
+output tiles; two warpgroups multiply 192 rows by 128 columns each and finish them in registers, 64 rows at a time. The
+finished rows leave through buffers of their own while the next tile is multiplied. A layer normalisation's division by
+the rows' spread goes along, if their sums are known (`mdkern.kernels.backbone.folded_norm`).
+
+The tile, 192 x 256, is as large as the registers allow: 192 of a thread's 240 hold it. At the card's power limit a
+product takes as long as its energy does, and a larger tile is copied fewer times from the cache.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RUF005
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _beside, _corner, _halves, _onward
+from mdkern.kernels.backbone.modulated_norm import EPS as NORM_EPS
+
+BLOCKS = gl.constexpr(3)  # of `ROWS` in a tile
+COLUMNS = gl.constexpr(128)  # of a warpgroup
+BUFFERS = gl.constexpr(3)  # of a warpgroup, 64 x 64 each, through which what is finished leaves
+PADDED = gl.constexpr(256)  # a tile's 192 rows, up to a power of two
+EPS = gl.constexpr(NORM_EPS)
+
+# 32 and 16 columns as the tensor cores leave them.
+THIN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]))
+SLIM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16]))
+FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+PAIRWISE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _gelu_of_twice(h):
+    """``gelu(2 h)``, tanh form: five operations and a hyperbolic tangent accurate to 2^-11."""
+    inner = h * (1.5957691216057308 + 0.28541926508900104 * (h * h))
+    t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=gl.float32, is_pure=True, pack=1)
+    return h * t + h
+
+
+@gluon.jit
+def _one_over_spread(sums, row, rows, SPANS: gl.constexpr):
+    """Of a tile's rows, from the sums and sums of squares of their spans of columns."""
+    at = row + gl.arange(0, PADDED, layout=PAIRWISE)
+    total = gl.load(sums + at, mask=at < rows, other=0.0)
+    squares = gl.load(sums + rows + at, mask=at < rows, other=0.0)
+    for span in gl.static_range(1, SPANS):
+        total += gl.load(sums + 2 * span * rows + at, mask=at < rows, other=0.0)
+        squares += gl.load(sums + (2 * span + 1) * rows + at, mask=at < rows, other=0.0)
+    mean = total / (SPANS * SPAN)
+    variance = squares / (SPANS * SPAN) - mean * mean
+    return gl.rsqrt(gl.maximum(variance, 0.0) + EPS)
+
+
+@gluon.jit
+def _load_angles(cos, sin, row, length, PAIRS: gl.constexpr, UNIT: gl.constexpr):
+    """Cosines and sines of 16 pairs of columns at 64 rows' positions."""
+    position = (row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SLIM))) % length
+    pair = UNIT * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, SLIM))
+    at = position[:, None] * PAIRS + pair[None, :]
+    return gl.load(cos + at), gl.load(sin + at)
+
+
+@gluon.jit
+def _turn(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@gluon.jit
+def _quarters(x):
+    """``[64, 64]`` as four of ``[64, 16]``: no register moves."""
+    left, right = _halves(x, THIN)
+    return _halves(left, SLIM) + _halves(right, SLIM)
+
+
+@gluon.jit
+def _replaced(quarters, x, AT: gl.constexpr):
+    """The whole of `quarters`, with `x` in the place of one."""
+    a = x if AT == 0 else quarters[0]
+    b = x if AT == 1 else quarters[1]
+    c = x if AT == 2 else quarters[2]
+    d = x if AT == 3 else quarters[3]
+    return _beside(_beside(a, b, THIN), _beside(c, d, THIN), WIDE)
+
+
+@gluon.jit
+def _turn_across(first, second, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 128 columns, turned."""
+    left, right = _quarters(first), _quarters(second)
+    a, b = _turn(left[UNIT], right[UNIT], cos, sin)
+    return _replaced(left, a, UNIT), _replaced(right, b, UNIT)
+
+
+@gluon.jit
+def _turn_within(part, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 64 columns, turned."""
+    quarters = _quarters(part)
+    a, b = _turn(quarters[UNIT], quarters[UNIT + 2], cos, sin)
+    return _replaced(_quarters(_replaced(quarters, a, UNIT)), b, UNIT + 2)
+
+
+@gluon.jit
+def _turn_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
+    """128 columns: two heads of 64, or one. (Loading the next rows' angles ahead spills, and is no faster.)"""
+    for unit in gl.static_range(PAIRS // 16):
+        c, s = _load_angles(cos, sin, row, length, PAIRS, unit)
+        if PAIRS == 32:
+            first, second = _turn_within(first, c, s, unit), _turn_within(second, c, s, unit)
+        else:
+            first, second = _turn_across(first, second, c, s, unit)
+    return first, second
+
+
+@gluon.jit
+def _copy(
+    left,
+    right,
+    rings,
+    sizes,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """The copying warp."""
+    left_ring, right_ring, _, _, _, full, empty = rings
+    row_tiles, column_tiles, steps = sizes
+    BM: gl.constexpr = ROWS * BLOCKS
+    BN: gl.constexpr = COLUMNS * WARPGROUPS
+    program = gl.program_id(0)
+    stage = program * 0
+    phase = stage + 1
+    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
+        row, column = _corner(tile, row_tiles, column_tiles, BM, BN, GROUP)
+        for k in range(steps):
+            mbarrier.wait(empty.index(stage), phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, (BM + BN) * BK * 2)
+            tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
+            for block in gl.static_range(BLOCKS):  # a copy's rows are a power of two
+                buffer = left_ring.index(stage * BLOCKS + block)
+                tma.async_copy_global_to_shared(left, [row + ROWS * block, k * BK], ready, buffer)
+            stage, phase = _onward(stage, phase, STAGES)
+
+
+@gluon.jit
+def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr):
+    """One step of the depth, left under way."""
+    left_ring, right_ring, _, _, _, full, _ = rings
+    mbarrier.wait(full.index(stage), phase)
+    right = right_ring.index(stage).slice(HALF * COLUMNS, COLUMNS, dim=0).permute((1, 0))
+    begun = ()
+    for block in gl.static_range(BLOCKS):
+        left = left_ring.index(stage * BLOCKS + block)
+        begun = begun + (warpgroup_mma(left, right, products[block], use_acc=not FIRST, is_async=True),)
+    return begun
+
+
+@gluon.jit
+def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, FACTOR: gl.constexpr):
+    """What the end of the tile needs, fetched into shared memory: in registers there is no room for it."""
+    bias, _, _, sums = tables
+    _, _, _, shifts, scales, _, _ = rings
+    if bias is not None:
+        fetched = gl.load(bias + column + gl.arange(0, COLUMNS, layout=FLAT))
+    if sums is not None:
+        scales.index(HALF).store(_one_over_spread(sums, row, rows, SPANS) * FACTOR)
+    if bias is not None:
+        shifts.index(HALF).store(fetched)
+
+
+@gluon.jit
+def _affine(x, tables, rings, HALF: gl.constexpr, BLOCK: gl.constexpr, SIDE: gl.constexpr, FACTOR: gl.constexpr):
+    """64 x 64 of the product, scaled by row, plus the bias; both times `FACTOR`."""
+    bias, _, _, sums = tables
+    _, _, _, shifts, scales, _, _ = rings
+    if sums is not None:
+        x = x * scales.index(HALF).slice(BLOCK * ROWS, ROWS).load(gl.SliceLayout(1, WIDE))[:, None]
+    elif FACTOR != 1.0:
+        x = x * FACTOR
+    if bias is not None:
+        shift = shifts.index(HALF).slice(SIDE * PART, PART).load(gl.SliceLayout(0, WIDE))
+        x += (shift.to(gl.float32) * FACTOR)[None, :]
+    return x
+
+
+@gluon.jit
+def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexpr):
+    buffer = leaving.index(HALF * BUFFERS + NUMBER % BUFFERS)
+    tma.store_wait(BUFFERS - 1)  # what left this buffer before has been read
+    buffer.store(x.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], buffer)
+
+
+@gluon.jit
+def _multiply(
+    out,
+    tables,
+    rings,
+    sizes,
+    places,
+    HALF: gl.constexpr,  # which half of the tile's columns
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    GELU: gl.constexpr,
+    PAIRS: gl.constexpr,  # head_dim / 2
+    SPANS: gl.constexpr,  # of a row of the left matrix, with sums
+):
+    """A multiplying warpgroup."""
+    _, cos, sin, _ = tables
+    _, right_ring, leaving, _, _, _, empty = rings
+    row_tiles, column_tiles, steps = sizes
+    rows, length, turned = places
+    STAGES: gl.constexpr = right_ring.shape[0]
+    FACTOR: gl.constexpr = 0.5 if GELU else 1.0
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    program = gl.program_id(0)
+    stage = program * 0
+    phase = program * 0
+    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
+        row, column = _corner(tile, row_tiles, column_tiles, ROWS * BLOCKS, COLUMNS * WARPGROUPS, GROUP)
+        column += HALF * COLUMNS
+        nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=product_layout)
+        products = _step((nothing, nothing, nothing), rings, stage, phase, HALF, True)
+        _set_aside(tables, rings, row, column, rows, HALF, SPANS, FACTOR)
+        a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # for none of them
+        previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
+        stage, phase = _onward(stage, phase, STAGES)
+        for _k in range(1, steps):
+            products = _step((a, b, c), rings, stage, phase, HALF, False)
+            a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)
+            mbarrier.arrive(empty.index(previous))
+            previous = stage + 0
+            stage, phase = _onward(stage, phase, STAGES)
+
+        a, b, c = warpgroup_mma_wait(BLOCKS - 1, deps=(a, b, c))
+        for block in gl.static_range(BLOCKS):
+            if block == 1:
+                a, b, c = warpgroup_mma_wait(0, deps=(a, b, c))
+                mbarrier.arrive(empty.index(previous))
+            at = row + ROWS * block
+            first, second = _halves(a if block == 0 else b if block == 1 else c, WIDE)
+            first = _affine(first, tables, rings, HALF, block, 0, FACTOR)
+            if GELU:
+                first = _gelu_of_twice(first)
+            if cos is None:
+                _leave(first, out, leaving, at, column, HALF, 2 * block)
+            second = _affine(second, tables, rings, HALF, block, 1, FACTOR)
+            if GELU:
+                second = _gelu_of_twice(second)
+            if cos is not None:
+                if column < turned:
+                    first, second = _turn_heads(first, second, cos, sin, at, length, PAIRS)
+                _leave(first, out, leaving, at, column, HALF, 2 * block)
+            _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1)
+    tma.store_wait(0)
+
+
+# Not specialised, so that no length or batch size is compiled anew.
+COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "turned")
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def _linear(
+    left,  # descriptor of [M, K]
+    right,  # descriptor of [N, K]
+    out,  # descriptor of [M, N]
+    bias,
+    cos,
+    sin,
+    sums,
+    row_tiles,
+    column_tiles,
+    steps,
+    rows,
+    length,
+    turned,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    GELU: gl.constexpr,
+    PAIRS: gl.constexpr,
+    SPANS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES * BLOCKS, ROWS, BK], left.layout)
+    right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, COLUMNS * WARPGROUPS, BK], right.layout)
+    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * BUFFERS, ROWS, PART], out.layout)
+    shifts = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, COLUMNS], PLAIN)
+    scales = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, PADDED], PLAIN)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+    fence_async_shared()
+    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    rings = (left_ring, right_ring, leaving, shifts, scales, full, empty)
+    sizes = (row_tiles, column_tiles, steps)
+    places = (rows, length, turned)
+    tables = (bias, cos, sin, sums)
+    gl.warp_specialize(
+        [
+            (_multiply, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_multiply, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_copy, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )

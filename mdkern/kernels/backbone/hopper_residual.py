@@ -1,0 +1,206 @@
+"""`mdkern.kernels.linear_residual` for Hopper in Gluon: a product added to the stream in place, as it leaves.
+
+A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
+output tiles; two warpgroups multiply 64 rows by 256 columns each and finish them in registers. The stream's tile comes
+in through the buffers by which it leaves, while the product is made. The epilogue sums up the rows that it holds, for
+the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RUF005
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves, _onward
+
+PARTS = gl.constexpr(SPAN.value // PART.value)  # of a warpgroup's tile, which is as wide as a span
+HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
+
+
+@gluon.jit
+def _copy(
+    left,
+    right,
+    stream,
+    rings,
+    sizes,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """The copying warp."""
+    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    row_tiles, column_tiles, steps = sizes
+    BM: gl.constexpr = ROWS * WARPGROUPS
+    program = gl.program_id(0)
+    stage = program * 0
+    phase = stage + 1
+    stream_phase = stage + 1
+    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
+        row, column = _corner(tile, row_tiles, column_tiles, BM, SPAN, GROUP)
+        for k in range(steps):
+            mbarrier.wait(empty.index(stage), phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, (BM + SPAN) * BK * 2)
+            tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
+            tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
+            stage, phase = _onward(stage, phase, STAGES)
+            if k == steps // 2:
+                for half in gl.static_range(WARPGROUPS):
+                    mbarrier.wait(stream_empty.index(half), stream_phase)
+                    mbarrier.expect(stream_full.index(half), ROWS * SPAN * 2)
+                    for part in gl.static_range(PARTS):
+                        at = [row + ROWS * half, column + PART * part]
+                        buffer = leaving.index(half * PARTS + part)
+                        tma.async_copy_global_to_shared(stream, at, stream_full.index(half), buffer)
+        stream_phase ^= 1
+
+
+@gluon.jit
+def _multiply(
+    stream,
+    tables,
+    rings,
+    sizes,
+    places,
+    HALF: gl.constexpr,  # which 64 of the tile's rows
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """A multiplying warpgroup."""
+    bias, gate, sums = tables
+    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    row_tiles, column_tiles, steps = sizes
+    rows, rows_of_sequence, last_sequence, gate_stride = places
+    STAGES: gl.constexpr = left_ring.shape[0]
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 16])
+    program = gl.program_id(0)
+    stage = program * 0
+    phase = program * 0
+    stream_phase = program * 0
+    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
+        row, column = _corner(tile, row_tiles, column_tiles, ROWS * WARPGROUPS, SPAN, GROUP)
+        row += HALF * ROWS
+        # What the end of the tile needs is fetched at its start: later it would be waited for.
+        within = gl.arange(0, PART, layout=gl.SliceLayout(0, WIDE))
+        sequence = gl.minimum(row // rows_of_sequence, last_sequence)  # the last tile's rows may be past the end
+        shifts = ()
+        factors = ()
+        for part in gl.static_range(PARTS):
+            at = gl.multiple_of(column + PART * part, PART) + within
+            if bias is not None:
+                shifts = shifts + (gl.load(bias + at),)
+            factors = factors + (gl.load(gate + sequence * gate_stride + at),)
+        product = gl.zeros([ROWS, SPAN], gl.float32, layout=product_layout)
+        previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
+        for k in range(steps):
+            mbarrier.wait(full.index(stage), phase)
+            ours = left_ring.index(stage).slice(HALF * ROWS, ROWS, dim=0)
+            theirs = right_ring.index(stage).permute((1, 0))
+            product = warpgroup_mma(ours, theirs, product, use_acc=k > 0, is_async=True)
+            if k == 0:  # the last tile has left the buffer by now
+                tma.store_wait(0)
+                mbarrier.arrive(stream_empty.index(HALF), pred=tile != program)
+            product = warpgroup_mma_wait(1, deps=(product,))
+            mbarrier.arrive(empty.index(previous), pred=k > 0)
+            previous = stage + 0
+            stage, phase = _onward(stage, phase, STAGES)
+
+        product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(empty.index(previous))
+
+        left, right = _halves(product, HALF_SPAN)
+        parts = _halves(left, WIDE) + _halves(right, WIDE)
+        total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
+        squares = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, WIDE))
+        mbarrier.wait(stream_full.index(HALF), stream_phase)
+        stream_phase ^= 1
+        for two in gl.static_range(PARTS // 2):
+            first, second = parts[2 * two], parts[2 * two + 1]
+            near, far = leaving.index(HALF * PARTS + 2 * two), leaving.index(HALF * PARTS + 2 * two + 1)
+            if bias is not None:
+                first += shifts[2 * two].to(gl.float32)[None, :]
+                second += shifts[2 * two + 1].to(gl.float32)[None, :]
+            first = first * factors[2 * two].to(gl.float32)[None, :]
+            second = second * factors[2 * two + 1].to(gl.float32)[None, :]
+            held = near.load(WIDE), far.load(WIDE)
+            first += held[0].to(gl.float32)
+            second += held[1].to(gl.float32)
+            if sums is not None:  # before rounding, which would cost its undoing
+                total += gl.sum(first + second, 1)
+                squares += gl.sum(first * first + second * second, 1)
+            near.store(first.to(stream.dtype))
+            far.store(second.to(stream.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(stream, [row, column + 2 * PART * two], near)
+            tma.async_copy_shared_to_global(stream, [row, column + 2 * PART * two + PART], far)
+        if sums is not None:
+            at = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+            ours = sums + column // SPAN * 2 * rows + at
+            gl.store(ours, total, mask=at < rows)
+            gl.store(ours + rows, squares, mask=at < rows)
+    tma.store_wait(0)
+
+
+# Not specialised, so that no batch size is compiled anew.
+COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "rows_of_sequence", "last_sequence")
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def _add_linear(
+    left,  # descriptor of [M, K]
+    right,  # descriptor of [N, K]
+    stream,  # descriptor of [M, N], added to
+    bias,
+    gate,
+    sums,
+    row_tiles,
+    column_tiles,
+    steps,
+    rows,
+    rows_of_sequence,
+    last_sequence,
+    gate_stride,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES, ROWS * WARPGROUPS, BK], left.layout)
+    right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, SPAN, BK], right.layout)
+    leaving = gl.allocate_shared_memory(stream.dtype, [WARPGROUPS * PARTS, ROWS, PART], stream.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    stream_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    stream_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(WARPGROUPS):
+        mbarrier.init(stream_full.index(half), count=1)
+        mbarrier.init(stream_empty.index(half), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+    fence_async_shared()
+    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    rings = (left_ring, right_ring, leaving, full, empty, stream_full, stream_empty)
+    sizes = (row_tiles, column_tiles, steps)
+    places = (rows, rows_of_sequence, last_sequence, gate_stride)
+    tables = (bias, gate, sums)
+    gl.warp_specialize(
+        [
+            (_multiply, (stream, tables, rings, sizes, places, 0, GROUP, PROGRAMS)),
+            (_multiply, (stream, tables, rings, sizes, places, 1, GROUP, PROGRAMS)),
+            (_copy, (left, right, stream, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )

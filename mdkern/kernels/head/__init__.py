@@ -1,0 +1,1 @@
+"""The output layer: hidden rows to tokens and statistics."""

@@ -1,0 +1,103 @@
+"""The second kernel of `hopper_skinny`: merges the programs' records of each row and writes what was asked for."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from mdkern.kernels.head.triton_projection import LOG2E, LOWEST, MIXED
+from mdkern.kernels.head.triton_reduce import _flip, _write
+
+# Numbers per row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as bits),
+# the token's logit, and one to fill 32 bytes: memory that is written in part is read anew from outside the cache.
+RECORD = gl.constexpr(8)
+
+
+@gluon.jit
+def _row_count(row_count, capacity):
+    count = capacity
+    if row_count is not None:
+        count = gl.minimum(gl.load(row_count).to(gl.int32), capacity)
+    return count
+
+
+@gluon.jit
+def _largest(x):
+    """Of a vector; as integers, for which a warp has an instruction of its own."""
+    return _flip(gl.max(_flip(x.to(gl.int32, bitcast=True)), 0)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _halves(x):
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _numbers(records):
+    """``[SPLITS, RECORD]`` as vectors: no register moves."""
+    left, right = _halves(records)
+    a, b = _halves(left)
+    c, d = _halves(right)
+    top, total = a.split()
+    moment, second = b.split()
+    score, token = c.split()
+    logit, _ = d.split()
+    return top, total, moment, second, score, token.to(gl.int32, bitcast=True), logit
+
+
+@gluon.jit(do_not_specialize=["capacity"])
+def _choose(
+    records,  # [M, PROGRAMS, RECORD]
+    row_count,
+    temperature,
+    uniform_temperature,
+    token_out,
+    log_prob,
+    logsumexp,
+    top1,
+    top2,
+    entropy,
+    capacity,
+    PROGRAMS: gl.constexpr,
+    SPLITS: gl.constexpr,  # a power of two, at least PROGRAMS
+    MODE: gl.constexpr,
+    WANT_TOP: gl.constexpr,
+    WANT_ENTROPY: gl.constexpr,
+):
+    """A row per warp, whose lanes read whole records: `triton_reduce._merge` for one row, without a token to pick."""
+    row = gl.program_id(0)
+    count = _row_count(row_count, capacity)
+    value = uniform_temperature
+    if temperature is not None:
+        value = gl.load(temperature + row, mask=row < count, other=1.0)
+    inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [gl.num_warps(), 1], [1, 0])
+    split = gl.expand_dims(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, layout)), 1)
+    number = gl.expand_dims(gl.arange(0, RECORD, layout=gl.SliceLayout(0, layout)), 0)
+    at = records + (row * PROGRAMS + split) * RECORD + number
+    gdc_wait()
+    found = gl.load(at, mask=(split < PROGRAMS) & (row < count), other=0.0)
+
+    tops, totals, moments, seconds, scores, tokens, logits = _numbers(found)
+    split = gl.arange(0, SPLITS, layout=tops.type.layout)
+    tops = gl.where(split < PROGRAMS, tops, LOWEST)
+    top = _largest(tops)
+    offset = top * LOG2E
+    shift = tops * LOG2E - offset
+    rescale = gl.exp2(shift)
+    if MODE == MIXED:
+        scores = gl.where(inv_temperature == 0.0, scores, scores * gl.exp2(shift * inv_temperature))
+    scores = gl.where(split < PROGRAMS, scores, -float("inf"))
+    tokens = gl.where(scores == _largest(scores), tokens, 2147483647)
+    token = gl.min(tokens, 0)
+    logit = _largest(gl.where(tokens == token, logits, -float("inf")))
+    total = gl.sum(totals * rescale, 0)
+    moment = gl.sum((moments + totals * shift) * rescale, 0)
+    place = gl.min(gl.where(tops == top, split, 2147483647), 0)
+    second = _largest(gl.where(split == place, seconds, tops))
+    _write(
+        row, row < capacity, row < count, token, logit, top, total, moment, second, token_out, log_prob, logsumexp,
+        top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
+    )  # fmt: skip

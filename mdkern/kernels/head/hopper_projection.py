@@ -1,0 +1,413 @@
+"""`triton_projection._project` for Hopper in Gluon: one warp copies, one or two warpgroups multiply and fold.
+
+The copying warp runs ahead through a ring of tiles, over the ends of vocabulary tiles, so that memory never waits for
+arithmetic; with two warpgroups one folds its logits (`hopper_fold`) while the other has the tensor cores.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, SIM108
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mdkern.kernels.head.hopper_fold import (
+    COLUMN,
+    ROW,
+    ROWS,
+    TILE,
+    _absorb,
+    _cut,
+    _logit_groups,
+    _pairs,
+    _races,
+    _shifted,
+)
+from mdkern.kernels.head.triton_projection import (
+    GREEDY,
+    GROUP_SIZE,
+    LOG2E,
+    LOWEST,
+    STATISTICS,
+    _item,
+    _items,
+    _schedule,
+)
+
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and 3.7
+
+
+@gluon.jit
+def _position(item, program, schedule, PROGRAMS: gl.constexpr):
+    """A program's item: row tile; first and last of its vocabulary tiles and their distance; slot of the results."""
+    whole, _, chunk, splits, _, vocab_tiles = schedule
+    row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+    first = part
+    last = vocab_tiles
+    stride = program * 0 + 1
+    if row_tile >= whole:  # neighbours' tiles are neighbours
+        last = gl.minimum(splits * chunk, vocab_tiles)
+        stride = splits
+        if part == splits:
+            first = last
+            last = vocab_tiles
+            stride = stride * 0 + 1
+    return row_tile, first, last, stride, slot
+
+
+@gluon.jit
+def _copy(
+    hidden,
+    weight,
+    rings,
+    work,
+    DEPTH_TILES: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    STATIONARY: gl.constexpr,
+    HEAD_START: gl.constexpr,
+):
+    """The copying warp: fill the ring.
+
+    A full ring in every program is 15 MB on its way, behind which any other load waits its turn: after `HEAD_START`
+    copies this one lets the multiplying warps ask for what they begin with.
+    """
+    hidden_ring, weight_ring, full, empty, asked = rings
+    program, items, schedule = work
+    stage = program * 0
+    phase = stage + 1
+    for item in range(items):
+        row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS)
+        for tile in range(first, last, stride):
+            for k in range(DEPTH_TILES):
+                if HEAD_START > 0:
+                    mbarrier.wait(asked, 0, pred=k >= HEAD_START)
+                mbarrier.wait(empty.index(stage), phase)
+                ready = full.index(stage)
+                mbarrier.expect(ready, (BN if STATIONARY else BM + BN) * BK * 2)
+                tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, weight_ring.index(stage))
+                if not STATIONARY:
+                    tma.async_copy_global_to_shared(hidden, [row_tile * BM, k * BK], ready, hidden_ring.index(stage))
+                stage += 1
+                if stage == STAGES:
+                    stage = stage * 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _multiply(
+    tensors,
+    sizes,
+    rings,
+    work,
+    DEPTH_TILES: gl.constexpr,
+    HALF: gl.constexpr,  # which 64 of the tile's rows
+    PROGRAMS: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    STATIONARY: gl.constexpr,
+    HEAD_START: gl.constexpr,
+    MODE: gl.constexpr,
+    WANT_TOP: gl.constexpr,
+    WANT_ENTROPY: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_CAP: gl.constexpr,
+):
+    """A multiplying warpgroup: its 64 rows by every tile, each folded into the rows' state."""
+    hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
+    count, columns, depth, hidden_stride, scale, soft_cap = sizes
+    hidden_ring, weight_ring, full, empty, asked = rings
+    program, items, schedule = work
+    GROUPS: gl.constexpr = BN // GROUP_SIZE
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    drawn: gl.constexpr = gl.SliceLayout(1, _pairs(GROUPS))
+    ids_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    chunk_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lane = gl.arange(0, ROWS, layout=ROW)
+    column = gl.arange(0, GROUP_SIZE, layout=COLUMN)
+    seed_value = gl.load(seed)
+    stage = program * 0
+    phase = program * 0
+    for item in range(items):
+        row_tile, first, last, stride, slot = _position(item, program, schedule, PROGRAMS)
+        if STATIONARY:  # first of all: behind the weights' copies each of these loads would wait its turn
+            gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
+            index = gl.load(row_index + gathered, mask=gathered < count, other=0).to(gl.int64)
+            inner = gl.arange(0, BK, layout=gl.SliceLayout(0, chunk_layout))
+            source = hidden + index[:, None] * hidden_stride + inner[None, :]
+            for k in range(DEPTH_TILES):
+                inside = (gathered < count)[:, None] & (inner < depth - k * BK)[None, :]
+                async_copy.async_copy_global_to_shared(hidden_ring.index(k), source + k * BK, inside)
+            async_copy.commit_group()
+        rows = row_tile * BM + HALF * ROWS + gl.arange(0, ROWS, layout=drawn)
+        at = keys + rows.to(gl.int64) * 3
+        sample = gl.load(at, mask=rows < count, other=0).to(gl.uint32)
+        position = gl.load(at + 1, mask=rows < count, other=0).to(gl.uint32)
+        step = gl.load(at + 2, mask=rows < count, other=0).to(gl.uint32)
+        rows = row_tile * BM + HALF * ROWS + lane
+        inv_temperature = gl.full([ROWS], 1.0, gl.float32, layout=ROW)
+        any_greedy = program < 0
+        all_unit = program >= 0
+        if MODE != GREEDY:
+            if temperature is not None:
+                value = gl.load(temperature + rows, mask=rows < count, other=1.0)
+            else:
+                value = gl.full([ROWS], 1.0, gl.float32, layout=ROW) * uniform_temperature
+        if HEAD_START > 0:
+            mbarrier.arrive(asked, pred=item == 0)
+        if MODE != GREEDY:
+            inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
+            any_greedy = gl.max((value == 0.0).to(gl.int32), 0) == 1
+            all_unit = gl.min(((value == 0.0) | (value == 1.0)).to(gl.int32), 0) == 1
+        if STATIONARY:
+            async_copy.wait_group(0)
+            fence_async_shared()
+            barrier()
+
+        top = gl.full([ROWS], LOWEST, gl.float32, layout=ROW)
+        nothing = gl.full([ROWS], 0.0, gl.float32, layout=ROW)
+        lowest = gl.full([ROWS], -float("inf"), gl.float32, layout=ROW)
+        best = nothing
+        if MODE == GREEDY:
+            best = lowest
+        else:
+            best = gl.where(inv_temperature == 0.0, lowest, nothing)
+        leader = gl.full([ROWS, GROUP_SIZE], -float("inf"), gl.float32, layout=TILE)
+        zero = gl.full([ROWS], 0, gl.int32, layout=ROW)
+        state = top, nothing, nothing, lowest, best, zero, leader
+        for tile in range(first, last, stride):
+            if bias is not None:
+                ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
+                shift = gl.load(bias + ids, mask=ids < columns, other=LOWEST)
+                shift = gl.where(shift < LOWEST, LOWEST, shift)
+            if MODE == GREEDY:
+                races = ()
+            else:
+                races = _races(tile, seed_value, sample, position, step, GROUPS)
+            product = gl.zeros([ROWS, BN], gl.float32, layout=wide)
+            previous = (
+                stage + 0
+            )  # were it `stage` itself, the compiler would take it for one that the loop leaves alone
+            for k in range(DEPTH_TILES):
+                mbarrier.wait(full.index(stage), phase)
+                if STATIONARY:
+                    h = hidden_ring.index(k)
+                else:
+                    h = hidden_ring.index(stage).slice(HALF * ROWS, ROWS, dim=0)
+                w = weight_ring.index(stage).permute((1, 0))
+                product = warpgroup_mma(h, w, product, use_acc=k > 0, is_async=True)
+                product = warpgroup_mma_wait(1, deps=(product,))
+                mbarrier.arrive(empty.index(previous), pred=k > 0)
+                previous = stage
+                stage += 1
+                if stage == STAGES:
+                    stage = stage * 0
+                    phase ^= 1
+            product = warpgroup_mma_wait(0, deps=(product,))
+            mbarrier.arrive(empty.index(previous))
+            if HAS_SCALE:
+                product = product * scale
+            if HAS_CAP:
+                product = soft_cap * (1.0 - 2.0 / (1.0 + gl.exp2(product * (2.0 * LOG2E / soft_cap))))
+            x = _logit_groups(product, GROUPS)
+            if bias is not None:
+                x = _shifted(x, gl.convert_layout(shift, gl.SliceLayout(0, wide)), GROUPS)
+            else:
+                if (tile + 1) * BN > columns:
+                    x = _cut(x, columns - tile * BN, column, GROUPS)
+            state = _absorb(
+                x,
+                tile,
+                state,
+                inv_temperature,
+                races,
+                any_greedy,
+                all_unit,
+                GROUPS,
+                MODE,
+                WANT_TOP,
+                WANT_ENTROPY,
+            )
+
+        top, total, moment, second, best, best_group, leader = state
+        within = HALF * ROWS + lane
+        inside = rows < count
+        out = statistics + (slot.to(gl.int64) * BM + within) * STATISTICS
+        gl.store(out, top)
+        gl.store(out + 1, total)
+        gl.store(out + 2, moment)
+        gl.store(out + 3, second)
+        gl.store(out + 4, best)
+        gl.store(out + 5, best_group.to(gl.float32, bitcast=True))
+        gl.store(out + 6, nothing)
+        gl.store(out + 7, nothing)
+        at = leaders + slot.to(gl.int64) * (BM * GROUP_SIZE) + within[:, None] * GROUP_SIZE + column[None, :]
+        gl.store(at, leader, mask=inside[:, None])
+
+
+@gluon.jit(do_not_specialize=["capacity", "columns"])
+def _project(
+    hidden,  # [N, D] where STATIONARY, else a descriptor of the M gathered rows
+    weight,  # descriptor of [V, D]
+    bias,
+    row_index,
+    row_count,
+    temperature,
+    uniform_temperature,
+    seed,
+    keys,
+    statistics,
+    leaders,
+    capacity,
+    columns,
+    depth,
+    hidden_stride,
+    scale,
+    soft_cap,
+    DEPTH_TILES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    STATIONARY: gl.constexpr,
+    HEAD_START: gl.constexpr,
+    WAIT: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    MODE: gl.constexpr,
+    WANT_TOP: gl.constexpr,
+    WANT_ENTROPY: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_CAP: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    BM: gl.constexpr = ROWS * CONSUMERS
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
+    if STATIONARY:
+        hidden_ring = gl.allocate_shared_memory(weight.dtype, [DEPTH_TILES, ROWS, BK], weight.layout)
+    else:
+        hidden_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], weight.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(asked, count=CONSUMERS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    if WAIT:
+        gdc_wait()  # for the kernel before
+    gdc_launch_dependents()  # `_finish` may be put in place; it waits there for this kernel's end
+    program = gl.program_id(0)
+    count = capacity
+    if row_count is not None:
+        count = gl.minimum(gl.load(row_count).to(gl.int32), capacity)
+    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    rings = (hidden_ring, weight_ring, full, empty, asked)
+    work = (program, _items(program, schedule, PROGRAMS), schedule)
+    rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
+    sizes = (count, columns, depth, hidden_stride, scale, soft_cap)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (
+                        rows,
+                        sizes,
+                        rings,
+                        work,
+                        DEPTH_TILES,
+                        0,
+                        PROGRAMS,
+                        BM,
+                        BN,
+                        BK,
+                        STAGES,
+                        STATIONARY,
+                        HEAD_START,
+                        MODE,
+                        WANT_TOP,
+                        WANT_ENTROPY,
+                        HAS_SCALE,
+                        HAS_CAP,
+                    ),
+                ),
+                (
+                    _copy,
+                    (hidden, weight, rings, work, DEPTH_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
+                ),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (
+                        rows,
+                        sizes,
+                        rings,
+                        work,
+                        DEPTH_TILES,
+                        0,
+                        PROGRAMS,
+                        BM,
+                        BN,
+                        BK,
+                        STAGES,
+                        STATIONARY,
+                        HEAD_START,
+                        MODE,
+                        WANT_TOP,
+                        WANT_ENTROPY,
+                        HAS_SCALE,
+                        HAS_CAP,
+                    ),
+                ),
+                (
+                    _multiply,
+                    (
+                        rows,
+                        sizes,
+                        rings,
+                        work,
+                        DEPTH_TILES,
+                        1,
+                        PROGRAMS,
+                        BM,
+                        BN,
+                        BK,
+                        STAGES,
+                        STATIONARY,
+                        HEAD_START,
+                        MODE,
+                        WANT_TOP,
+                        WANT_ENTROPY,
+                        HAS_SCALE,
+                        HAS_CAP,
+                    ),
+                ),
+                (
+                    _copy,
+                    (hidden, weight, rings, work, DEPTH_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
+                ),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )

@@ -1,0 +1,267 @@
+"""`vocab_projection` with `top_k`, `top_p` and `min_p` in Triton, two kernels for each chunk of rows.
+
+The first writes the chunk's logits, divided by the temperature, and statistics of each tile of them. The second has a
+program per row: it finds the value at or above which the filters keep logits (`triton_filter_search`), and draws among
+these as `reference.sample_token` does.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+from mdkern.kernels import triton_noise as noise
+from mdkern.kernels.head.triton_filter_search import SLOTS, find_threshold
+from mdkern.kernels.triton_common import IMPOSSIBLE, LN2, LOG2E, LOWEST, largest_two, tile_logits
+
+GROUP_SIZE = tl.constexpr(64)
+NOWHERE = tl.constexpr(2147483647)
+STATISTICS = tl.constexpr(4)  # maximum, sum of exponentials, their first moment, second maximum: of a row in a tile
+
+
+@triton.jit
+def _row_count(row_count, capacity):
+    count = capacity
+    if row_count is not None:
+        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
+    return count
+
+
+@triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "columns"])
+def _logits(
+    hidden,
+    weight,
+    bias,
+    row_index,
+    row_count,  # [] or None
+    temperature,  # [M], or None: `uniform_temperature` everywhere
+    uniform_temperature,
+    scaled,  # [chunk, width]: logits / temperature (by nothing where it is 0), LOWEST for -inf and past V
+    statistics,  # [chunk, STATISTICS, tiles], of the logits
+    first_row,
+    chunk,  # rows from `first_row` on
+    capacity,
+    columns,
+    depth,
+    hidden_stride,
+    weight_stride,
+    width,
+    scale,
+    soft_cap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+):
+    row_tiles = tl.cdiv(chunk, BM)  # row tiles of one vocabulary tile side by side: they share its weights in the cache
+    row_tile = tl.program_id(0) % row_tiles
+    tile = tl.program_id(0) // row_tiles
+    local = row_tile * BM + tl.arange(0, BM)
+    rows = first_row + local
+    count = _row_count(row_count, capacity)
+    if first_row + row_tile * BM >= count:
+        return
+    valid = (local < chunk) & (rows < count)
+    index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
+    x = tile_logits(
+        hidden, weight, bias, index, row_tile, tile, columns, depth, hidden_stride, weight_stride, scale, soft_cap,
+        BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
+    )  # fmt: skip
+
+    if WANT_TOP:
+        top, second = largest_two(x)
+    else:
+        top = tl.max(x, 1)
+    d = (x - top[:, None]) * LOG2E
+    e = tl.exp2(d)
+    wide, tiles = local.to(tl.int64), tl.cdiv(columns, BN)
+    at = statistics + wide * (STATISTICS * tiles) + tile
+    tl.store(at, top, mask=valid)
+    tl.store(at + tiles, tl.sum(e, 1), mask=valid)
+    if WANT_ENTROPY:
+        tl.store(at + 2 * tiles, tl.sum(e * d, 1), mask=valid)
+    if WANT_TOP:
+        tl.store(at + 3 * tiles, second, mask=valid)
+
+    divisor = tl.zeros([BM], tl.float32) + uniform_temperature
+    if temperature is not None:
+        divisor = tl.load(temperature + rows, mask=valid, other=1.0)
+    divisor = tl.where(divisor == 0.0, 1.0, divisor)
+    if tl.max((divisor != 1.0).to(tl.int32), 0) == 1:  # divided as the reference divides, so that ties are its ties
+        x = tl.where(x == LOWEST, x, tl.div_rn(x, tl.broadcast_to(divisor[:, None], [BM, BN])))
+        x = tl.where(x < IMPOSSIBLE, LOWEST, x)
+    ids = tile * BN + tl.arange(0, BN)
+    tl.store(scaled + wide[:, None] * width + ids[None, :], x, mask=valid[:, None] & (ids < width)[None, :])
+
+
+@triton.jit
+def _draw(
+    row,
+    weights,  # [groups]
+    width,
+    top,
+    least,
+    greedy,
+    seed,
+    sample,
+    position,
+    step,
+    BLOCK: tl.constexpr,
+    RACERS: tl.constexpr,
+):
+    """A draw from the softmax of the logits at or above `least` (the lowest of them if `greedy`), and its logit."""
+    in_block = tl.arange(0, BLOCK // GROUP_SIZE)
+    lane = tl.arange(0, GROUP_SIZE)
+    groups = tl.cdiv(width, GROUP_SIZE)
+    for start in range(0, groups, BLOCK // GROUP_SIZE):
+        offset = (start + in_block)[:, None] * GROUP_SIZE + lane[None, :]
+        x = tl.load(row + offset, mask=offset < width, other=LOWEST)
+        e = tl.where(x >= least, tl.exp2((x - top) * LOG2E), 0.0)
+        tl.store(weights + start + in_block, tl.sum(e, 1), mask=start + in_block < groups)
+    tl.debug_barrier()  # the weights are read by other threads than wrote them
+
+    best, best_group = tl.full([], -1.0, tl.float32), tl.zeros([], tl.int32)
+    for start in range(0, groups, RACERS):
+        group = start + tl.arange(0, RACERS)
+        weight = tl.load(weights + group, mask=group < groups, other=0.0)
+        pair = start // 2 + tl.arange(0, RACERS // 2)
+        w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, pair, noise.GROUP)
+        race = tl.join(noise.inverse_exponential(w0, w1), noise.inverse_exponential(w2, w3)).reshape(RACERS)
+        score = tl.where(greedy, (weight > 0.0).to(tl.float32), weight * race)
+        peak = tl.max(score, 0)
+        peak_group = tl.min(tl.where(score == peak, group, NOWHERE), 0)
+        better = peak > best
+        best, best_group = tl.where(better, peak, best), tl.where(better, peak_group, best_group)
+
+    ids = best_group * GROUP_SIZE + lane
+    x = tl.load(row + ids, mask=ids < width, other=LOWEST)
+    pair = best_group * (GROUP_SIZE // 2) + tl.arange(0, GROUP_SIZE // 2)
+    w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, pair, noise.TOKEN)
+    token_noise = tl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).reshape(GROUP_SIZE)
+    value = tl.where(x >= least, tl.where(greedy, x, x + token_noise), -float("inf"))
+    winner = tl.min(tl.where(value == tl.max(value, 0), ids, NOWHERE), 0)
+    return winner, tl.max(tl.where(ids == winner, x, -float("inf")), 0)
+
+
+@triton.jit
+def _merge(top, total, moment, second, other_top, other_total, other_moment, other_second):
+    peak = tl.maximum(top, other_top)
+    shift, other_shift = (top - peak) * LOG2E, (other_top - peak) * LOG2E
+    rescale, other_rescale = tl.exp2(shift), tl.exp2(other_shift)
+    moment = (moment + total * shift) * rescale + (other_moment + other_total * other_shift) * other_rescale
+    second = tl.maximum(tl.minimum(top, other_top), tl.maximum(second, other_second))
+    return peak, total * rescale + other_total * other_rescale, moment, second
+
+
+@triton.jit
+def _combine(statistics, tiles, WANT_TOP: tl.constexpr, WANT_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum, sum of exponentials, their first moment (base 2) and second maximum of a row, from its tiles'."""
+    lowest, nothing = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
+    top, total, moment, second = lowest, nothing, nothing, lowest
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        inside = tile < tiles
+        part_top = tl.load(statistics + tile, mask=inside, other=LOWEST)
+        part_total = tl.load(statistics + tiles + tile, mask=inside, other=0.0)
+        part_moment, part_second = nothing, lowest
+        if WANT_ENTROPY:
+            part_moment = tl.load(statistics + 2 * tiles + tile, mask=inside, other=0.0)
+        if WANT_TOP:
+            part_second = tl.load(statistics + 3 * tiles + tile, mask=inside, other=LOWEST)
+        top, total, moment, second = _merge(top, total, moment, second, part_top, part_total, part_moment, part_second)
+    return tl.reduce((top, total, moment, second), 0, _merge)
+
+
+@triton.jit(do_not_specialize=["first_row", "capacity", "tiles", "top_k"])
+def _filtered_draw(
+    scaled,
+    statistics,
+    scratch,  # [chunk, SLOTS * LANES + groups]
+    row_count,
+    temperature,
+    uniform_temperature,
+    seed,
+    keys,  # [M, 3]
+    token,
+    log_prob,
+    logsumexp,
+    top1,
+    top2,
+    entropy,
+    first_row,
+    capacity,
+    width,
+    tiles,
+    top_k,
+    top_p,
+    log_min_p,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    RACERS: tl.constexpr,
+):
+    local = tl.program_id(0).to(tl.int64)
+    out = first_row + local
+    nan = float("nan")
+    winner, logit = tl.full([], -1, tl.int32), tl.full([], nan, tl.float32)
+    sum_log, p1, p2, nats = logit, logit, logit, logit
+    if out < _row_count(row_count, capacity):
+        at = statistics + local * (STATISTICS * tiles)
+        top, total, moment, second = _combine(at, tiles, WANT_TOP, WANT_ENTROPY, LANES)
+        divisor = tl.zeros([], tl.float32) + uniform_temperature
+        if temperature is not None:
+            divisor = tl.load(temperature + out)
+        log2_total = tl.log2(total)
+        sum_log = top + log2_total * LN2
+        if (top > IMPOSSIBLE) & (tl.abs(sum_log) < float("inf")):
+            p1, p2 = 1.0 / total, tl.exp2((second - top) * LOG2E) / total
+            nats = (log2_total - moment / total) * LN2
+            row = scaled + local * width
+            slots = scratch + local * (SLOTS * LANES + width // GROUP_SIZE)
+            greedy = divisor == 0.0
+            divisor = tl.where(greedy, 1.0, divisor)
+            top = tl.where(divisor == 1.0, top, tl.div_rn(top, divisor))
+            least = top
+            if not greedy:
+                low, expected = tl.full([], IMPOSSIBLE, tl.float32), tl.full([], float("inf"), tl.float32)
+                if TOP_K:
+                    low, expected = find_threshold(
+                        row, slots, width, top, low, expected, top_k.to(tl.float32), False, ROWS, LANES
+                    )
+                if TOP_P:
+                    low, _ = find_threshold(row, slots, width, top, low, expected, top_p, True, ROWS, LANES)
+                if MIN_P:
+                    low = tl.maximum(low, top + log_min_p)
+                least = low
+            key = keys + out * 3
+            sample = tl.load(key).to(tl.uint32)
+            position = tl.load(key + 1).to(tl.uint32)
+            step = tl.load(key + 2).to(tl.uint32)
+            winner, logit = _draw(
+                row, slots + SLOTS * LANES, width, top, least, greedy, tl.load(seed), sample, position, step,
+                ROWS * LANES * 4, RACERS,
+            )  # fmt: skip
+            logit = logit * divisor - sum_log
+        else:
+            sum_log = nan + 0.0 * top
+    tl.store(token + out, winner.to(tl.int64))
+    tl.store(log_prob + out, logit)
+    tl.store(logsumexp + out, sum_log)
+    if WANT_TOP:
+        tl.store(top1 + out, p1)
+        tl.store(top2 + out, p2)
+    if WANT_ENTROPY:
+        tl.store(entropy + out, nats)

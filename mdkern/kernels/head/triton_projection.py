@@ -1,0 +1,373 @@
+"""`vocab_projection` in Triton: one pass over the output layer, no logit ever written but the winners'.
+
+This kernel multiplies tiles and folds each into a few numbers per row: maximum, sum of exponentials, their first
+moment, second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus one
+Gumbel draw (its maximum for greedy rows), kept as an exponential race ``sum / exponential`` so that it costs no
+logarithm. `triton_reduce` combines the vocabulary splits of each row and picks the token among the winner's 64 logits.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RUF005, SIM102
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mdkern.kernels import triton_noise as noise
+
+GROUP_SIZE = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for -inf, and is finite: neither differences with it nor 0 * it are NaN. -2^100: its product with LOG2E is
+# exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, in whatever way it is compiled.
+LOWEST = tl.constexpr(-1.2676506002282294e30)
+GREEDY = tl.constexpr(0)
+MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
+# Floats per row and slot, besides the 64 logits: 6, and 2 to fill 32 bytes. Memory that is written in part is read anew
+# from outside the cache.
+STATISTICS = tl.constexpr(8)
+
+
+@triton.jit
+def _schedule(count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Who computes what, from the number of rows on the device, so that the card is full at any number of rows.
+
+    Whole waves of row tiles take a program each over the whole vocabulary. Of each row tile of the rest, `splits`
+    programs take `chunk` vocabulary tiles each; what is left goes to the programs that are left, several row tiles
+    each, and is as much as they do in that time, a tile's time being lost with each row tile. (They are 4 of 132 from
+    1,024 rows to 16,384: 2 to 3 % of an H200's time.)
+    """
+    row_tiles = tl.cdiv(count, BM)
+    vocab_tiles = tl.cdiv(columns, BN)
+    whole = (row_tiles // PROGRAMS) * PROGRAMS
+    rest = row_tiles - whole
+    splits = tl.minimum(PROGRAMS // tl.maximum(rest, 1), vocab_tiles)
+    left = PROGRAMS - rest * splits
+    turns = tl.cdiv(rest, tl.maximum(left, 1))  # row tiles of a program that is left
+    shared = tl.cdiv((vocab_tiles + 1) * turns, splits * turns + 1)
+    chunk = tl.maximum(tl.where(left > 0, shared, tl.cdiv(vocab_tiles, splits)), 1)
+    splits = tl.minimum(splits, tl.cdiv(vocab_tiles, chunk))
+    parts = splits + (splits * chunk < vocab_tiles).to(tl.int32)
+    return whole, rest, chunk, splits, parts, vocab_tiles
+
+
+@triton.jit
+def _items(program, schedule, PROGRAMS: tl.constexpr):
+    """How many row tiles a program works on."""
+    whole, rest, _, splits, parts, _ = schedule
+    left = PROGRAMS - rest * splits
+    turns = tl.cdiv(tl.maximum(PROGRAMS - left + rest - program, 0), tl.maximum(left, 1))
+    return whole // PROGRAMS + tl.where(program < rest * splits, 1, turns * (parts - splits))
+
+
+@triton.jit
+def _item(item, program, schedule, PROGRAMS: tl.constexpr):
+    """A program's item: row tile; which part of the vocabulary, `splits` being what the others leave; results' slot."""
+    whole, rest, _, splits, parts, _ = schedule
+    row_tile = item * PROGRAMS + program
+    part = program * 0
+    slot = row_tile
+    if row_tile >= whole:
+        row, part = program % rest, program // rest
+        if program >= rest * splits:
+            turn = item - whole // PROGRAMS
+            row, part = program - rest * splits + turn * (PROGRAMS - rest * splits), splits
+        row_tile = whole + row
+        slot = whole + row * parts + part
+    return row_tile, part, slot
+
+
+@triton.jit
+def _temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.constexpr):
+    value = tl.full([ROWS], 1.0, tl.float32)
+    if temperature is not None:
+        value = tl.load(temperature + rows, mask=valid, other=1.0)
+    else:
+        value = value * uniform_temperature
+    return value
+
+
+@triton.jit
+def _halves(x):
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _groups(x, GROUPS: tl.constexpr):
+    """``[BM, GROUPS * n]`` as a tuple of ``[BM, n]``, without moving a register."""
+    if GROUPS == 1:
+        return (x,)
+    elif GROUPS == 2:
+        a, b = _halves(x)
+        return (a, b)
+    else:
+        left, right = _halves(x)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return (a, b, c, d)
+
+
+@triton.jit
+def _group_sums(x, GROUPS: tl.constexpr):
+    sums = ()
+    parts = _groups(x, GROUPS)
+    for g in tl.static_range(GROUPS):
+        sums = sums + (tl.sum(parts[g], 1),)
+    return sums
+
+
+@triton.jit
+def _merge_top2(a1, a2, b1, b2):
+    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def _group_races(tile, seed, sample, position, step, GROUPS: tl.constexpr):
+    """``1 / exponential`` of each row and group of a tile, ``[BM, GROUPS]`` (a pair at least: Philox serves two)."""
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2
+    pair = (tl.arange(0, PAIRS) + tile * GROUPS // 2)[None, :]
+    w0, w1, w2, w3 = noise.random_words(seed, sample[:, None], position[:, None], step[:, None], pair, noise.GROUP)
+    races = tl.join(noise.inverse_exponential(w0, w1), noise.inverse_exponential(w2, w3))
+    return races.reshape(sample.shape[0], 2 * PAIRS)
+
+
+@triton.jit
+def _absorb(
+    x,  # [BM, BN] logits of this tile
+    tile,
+    state,
+    inv_temperature,
+    seed,
+    sample,
+    position,
+    step,
+    any_greedy,
+    all_unit,
+    MODE: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+):
+    """Fold a tile of logits into the running state of its rows."""
+    top, total, moment, second, best, best_group, leader = state
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = x.shape[1]
+    GROUPS: tl.constexpr = BN // GROUP_SIZE
+
+    logits = _groups(x, GROUPS)
+    if MODE == GREEDY:  # the second within the leading group is found at the end
+        tile_top, tile_second = tl.max(logits[0], 1), tl.full([BM], LOWEST, tl.float32)
+        group_tops = (tile_top,)
+        for g in tl.static_range(1, GROUPS):
+            group_top = tl.max(logits[g], 1)
+            tile_second = tl.maximum(tile_second, tl.minimum(tile_top, group_top))
+            tile_top = tl.maximum(tile_top, group_top)
+            group_tops = group_tops + (group_top,)
+    elif WANT_TOP:  # in pairs first: three comparisons a logit, where inserting one at a time costs four
+        left, right = _halves(x)
+        tile_top, tile_second = tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, _merge_top2)
+    else:  # in pairs too: `tl.max(x, 1)` has the compiler repeat the noise in every lane of a row
+        left, right = _halves(x)
+        tile_top = tl.max(tl.maximum(left, right), 1)
+    if WANT_TOP:
+        second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
+
+    old_top = top
+    top = tl.maximum(top, tile_top)
+    offset = top * LOG2E
+    # 0 where nothing has changed. The difference of two products is compiled to be rounded once: not 0, and over
+    # hundreds of tiles the sum is off by 1e-4.
+    shift = (old_top - top) * LOG2E
+    rescale = tl.exp2(shift)
+    d = x * LOG2E - offset[:, None]
+    e = tl.exp2(d)
+    if WANT_ENTROPY:
+        moment = (moment + total * shift) * rescale + tl.sum(e * d, 1)
+    total = total * rescale
+    weights = _group_sums(e, GROUPS)
+    for g in tl.static_range(GROUPS):
+        total += weights[g]
+
+    # The branches are of whole tiles and hold few values over them: inside the loops they would spill registers.
+    if MODE == GREEDY:
+        scores = group_tops
+    else:
+        greedy = inv_temperature == 0.0
+        best = tl.where(greedy, best, best * tl.exp2(shift * inv_temperature))
+        if not all_unit:
+            slope = inv_temperature * LOG2E
+            weights = _group_sums(tl.exp2(x * slope[:, None] - (top * slope)[:, None]), GROUPS)
+        races = _group_races(tile, seed, sample, position, step, GROUPS)
+        scores = _race_scores(weights, races, tile, GROUPS)
+        if any_greedy:
+            scores = _greedy_scores(logits, scores, greedy, GROUPS)
+    for g in tl.static_range(GROUPS):
+        better = scores[g] > best
+        best = tl.where(better, scores[g], best)
+        best_group = tl.where(better, tile * GROUPS + g, best_group)
+        leader = tl.where(better[:, None], logits[g], leader)
+    return top, total, moment, second, best, best_group, leader
+
+
+@triton.jit
+def _race_scores(weights, races, tile, GROUPS: tl.constexpr):
+    column = tl.arange(0, races.shape[1])[None, :]
+    scores = ()
+    for g in tl.static_range(GROUPS):
+        # A sum picks the column: the compiler does not pull the noise through it into a layout that repeats it.
+        own = g if GROUPS > 1 else tile & 1
+        scores = scores + (weights[g] * tl.sum(tl.where(column == own, races, 0.0), 1),)
+    return scores
+
+
+@triton.jit
+def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
+    mixed = ()
+    for g in tl.static_range(GROUPS):
+        mixed = mixed + (tl.where(greedy, tl.max(logits[g], 1), scores[g]),)
+    return mixed
+
+
+@triton.jit(do_not_specialize=["capacity", "columns"])
+def _project(
+    hidden,  # [N, D], or a descriptor of the M gathered rows
+    weight,  # [V, D], or a descriptor of it
+    bias,  # [V] or None
+    row_index,
+    row_count,  # [] or None
+    temperature,  # [M], or None: `uniform_temperature` everywhere
+    uniform_temperature,
+    seed,
+    keys,  # [M, 3]
+    statistics,  # [slots, BM, STATISTICS]
+    leaders,  # [slots, BM, 64]
+    capacity,
+    columns,
+    depth,
+    hidden_stride,
+    weight_stride,
+    scale,
+    soft_cap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MODE: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()  # `_finish` may be put in place; it waits there for this kernel's end
+    program = tl.program_id(0)
+    count = capacity
+    if row_count is not None:
+        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
+    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    whole, _, chunk, _, _, vocab_tiles = schedule
+    seed_value = tl.load(seed)
+    depth_tiles = tl.cdiv(depth, BK)
+    lane = tl.arange(0, BN)
+    for item in range(_items(program, schedule, PROGRAMS)):
+        row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+        first, last = 0, vocab_tiles
+        if row_tile >= whole:
+            first = part * chunk
+            last = tl.minimum(first + chunk, vocab_tiles)
+
+        rows = row_tile * BM + tl.arange(0, BM)
+        valid = rows < count
+        sample = tl.load(keys + rows.to(tl.int64) * 3, mask=valid, other=0).to(tl.uint32)
+        position = tl.load(keys + rows.to(tl.int64) * 3 + 1, mask=valid, other=0).to(tl.uint32)
+        step = tl.load(keys + rows.to(tl.int64) * 3 + 2, mask=valid, other=0).to(tl.uint32)
+        inv_temperature = tl.full([BM], 1.0, tl.float32)
+        any_greedy, all_unit = False, True  # of this row tile: branches on them spare work that few tiles need
+        if MODE == MIXED:
+            value = _temperatures(temperature, uniform_temperature, rows, valid, BM)
+            any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1
+            all_unit = tl.min(((value == 0.0) | (value == 1.0)).to(tl.int32), 0) == 1
+            inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
+        if not HIDDEN_TMA:
+            index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
+            hidden_rows = hidden + index[:, None] * hidden_stride
+
+        top = tl.full([BM], LOWEST, tl.float32)
+        nothing = tl.zeros([BM], tl.float32)
+        best = nothing
+        if MODE == GREEDY:
+            best = tl.full([BM], -float("inf"), tl.float32)
+        elif MODE == MIXED:
+            best = tl.where(inv_temperature == 0.0, -float("inf"), nothing)
+        leader = tl.full([BM, GROUP_SIZE], -float("inf"), tl.float32)
+        second = tl.full([BM], -float("inf"), tl.float32)
+        state = top, nothing, nothing, second, best, tl.zeros([BM], tl.int32), leader
+
+        for tile in range(first, last):
+            ids = tile * BN + lane
+            if FROM_LOGITS:
+                x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < columns, other=LOWEST).to(tl.float32)
+                x = tl.where(x < LOWEST, LOWEST, x)
+            else:
+                x = tl.zeros([BM, BN], tl.float32)
+                for k in range(0, depth_tiles):
+                    inner = k * BK + tl.arange(0, BK)
+                    if HIDDEN_TMA:
+                        h = hidden.load([row_tile * BM, k * BK])
+                    elif EVEN_K:
+                        h = tl.load(hidden_rows + inner[None, :])
+                    else:
+                        h = tl.load(hidden_rows + inner[None, :], mask=inner[None, :] < depth, other=0.0)
+                    if WEIGHT_TMA:
+                        w = weight.load([tile * BN, k * BK])
+                    else:
+                        inside = ids[:, None] < columns
+                        if not EVEN_K:
+                            inside = inside & (inner[None, :] < depth)
+                        w = tl.load(
+                            weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :], mask=inside, other=0.0
+                        )
+                    x = tl.dot(h, w.T, x, input_precision=PRECISION)
+            if HAS_SCALE:
+                x = x * scale
+            if HAS_CAP:
+                x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
+            if bias is not None:
+                shift = tl.load(bias + ids, mask=ids < columns, other=LOWEST)
+                x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
+            elif not FROM_LOGITS:
+                if (tile + 1) * BN > columns:
+                    x = tl.where(ids[None, :] < columns, x, LOWEST)
+            state = _absorb(
+                x,
+                tile,
+                state,
+                inv_temperature,
+                seed_value,
+                sample,
+                position,
+                step,
+                any_greedy,
+                all_unit,
+                MODE,
+                WANT_TOP,
+                WANT_ENTROPY,
+            )
+
+        top, total, moment, second, best, best_group, leader = state
+        out = statistics + (slot.to(tl.int64) * BM + tl.arange(0, BM)) * STATISTICS
+        tl.store(out, top)
+        tl.store(out + 1, total)
+        tl.store(out + 2, moment)
+        tl.store(out + 3, second)
+        tl.store(out + 4, best)
+        tl.store(out + 5, best_group.to(tl.float32, bitcast=True))
+        tl.store(out + 6, nothing)
+        tl.store(out + 7, nothing)
+        within = tl.arange(0, BM)[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+        tl.store(leaders + slot.to(tl.int64) * (BM * GROUP_SIZE) + within, leader)

@@ -1,0 +1,283 @@
+"""`mdkern.kernels.select` in Triton: one program per sequence, no sort.
+
+Best first, every rule admits an entry by how many are better (or what their entropies sum to) and by its own score, and
+after the first that it refuses it admits no other. So there is a lowest score that would be admitted. It is found by
+bisection over the ordered bits of the scores, one reduction a round, until a single entry or a single score is left in
+question; entries of equal score are told apart at the end, by counting them in order.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mdkern.kernels import triton_noise as noise
+from mdkern.kernels.head import reference
+
+TOP_K = tl.constexpr(0)
+THRESHOLD = tl.constexpr(1)
+FACTOR = tl.constexpr(2)
+ENTROPY_BOUND = tl.constexpr(3)
+NUMBERS = {"top_k": TOP_K, "threshold": THRESHOLD, "factor": FACTOR, "entropy_bound": ENTROPY_BOUND}
+MOST_ENTRIES = 65_535  # of a sequence: sums of entropies, each held below 2^46, stay below 2^62
+MOST_HELD = 4096  # entries
+
+
+@triton.jit
+def _fixed_point(entropy):
+    clamped = tl.minimum(tl.maximum(entropy.to(tl.float64), -16384.0), 16384.0) * 4294967296.0
+    return tl.floor(clamped + 0.5).to(tl.int64)
+
+
+@triton.jit
+def _key(worth):
+    """uint32 in the order of float32 without NaN; 0 belongs to no number."""
+    bits = worth.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _worth(key):
+    """The float32 of a key."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ (~(bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_key(
+    scores, candidates, tokens, keys, seed, temperature, index, entries, RULE: tl.constexpr, RANDOM: tl.constexpr
+):
+    """What the entries are ordered by, the best the highest; 0 for those that may not be chosen."""
+    at = tl.minimum(index, entries - 1)  # not a mask: with one predicate an entry, loads wait for each other
+    candidate = tl.load(candidates + at)
+    token = tl.load(tokens + at)
+    worth = tl.load(scores + at)
+    if RULE == ENTROPY_BOUND:
+        worth = -worth
+    worth = tl.where(worth == worth, worth, -float("inf"))
+    worth = tl.where(worth == 0.0, 0.0, worth)  # one zero
+    if RANDOM:
+        sample = tl.load(keys + at * 3).to(tl.uint32)
+        position = tl.load(keys + at * 3 + 1).to(tl.uint32)
+        step = tl.load(keys + at * 3 + 2).to(tl.uint32)
+        w0, w1, _, _ = noise.random_words(tl.load(seed), sample, position, step, at * 0, noise.POSITION)
+        worth = worth / temperature + noise.gumbel(w0, w1)
+    return tl.where((index < entries) & (candidate != 0) & (token >= 0), _key(worth), 0)
+
+
+@triton.jit
+def _admits(count, spent, worth, most, bound, limit, RULE: tl.constexpr):
+    """Whether an entry of this worth is chosen if `count` entries, of entropies that sum to `spent`, are better."""
+    if RULE == TOP_K:
+        return count < most
+    elif RULE == FACTOR:
+        return (count == 0) | ((count + 2).to(tl.float32) * (1.0 - worth) < bound)
+    else:
+        return (count == 0) | ((limit >= 0) & (spent <= limit))
+
+
+@triton.jit
+def _add(a, b, a_too, b_too):
+    return a + a_too, b + b_too
+
+
+@triton.jit
+def _count_from(trial, key, entropy, held, last, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many entries have a key of `trial` or more, and, for ENTROPY_BOUND, the sum of their entropies."""
+    count = tl.zeros([BLOCK], tl.int32)
+    spent = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, last, BLOCK):
+        if held is not None:
+            key = tl.load(held + start + tl.arange(0, BLOCK)).to(tl.uint32, bitcast=True)
+            if RULE == ENTROPY_BOUND:
+                entropy = _fixed_point(-_worth(key))
+        count += (key >= trial).to(tl.int32)
+        if RULE == ENTROPY_BOUND:
+            spent += tl.where(key >= trial, entropy, 0)
+    if RULE == ENTROPY_BOUND:
+        return tl.reduce((count, spent), 0, _add)
+    else:
+        return tl.sum(count, 0), tl.full([], 0, tl.int64)
+
+
+@triton.jit(do_not_specialize=["held", "limit", "entries", "length"])
+def _select(
+    scores,
+    candidates,
+    tokens,
+    input_ids,
+    masked,
+    remaining,
+    positions,
+    quota,
+    seed,
+    keys,
+    revealed,
+    held,  # scratch for the keys of sequences longer than BLOCK
+    entries,  # R
+    length,  # L
+    bound,
+    limit,  # of ENTROPY_BOUND: `bound` in fixed point
+    temperature,
+    RULE: tl.constexpr,
+    RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * entries
+    candidates += row * entries
+    tokens += row * entries
+    revealed += row * entries
+    input_ids += row * length
+    if positions is not None:
+        positions += row * entries
+    if keys is not None:
+        keys += row * entries * 3
+    if masked is not None:
+        masked += row * length
+    if remaining is not None:
+        left = tl.load(remaining + row)
+    most = tl.full([], 0, tl.int32)
+    if RULE == TOP_K:
+        most = tl.minimum(tl.load(quota + row), entries).to(tl.int32)
+    last = BLOCK
+    if held is not None:
+        last = tl.cdiv(entries, BLOCK) * BLOCK
+        held += row * last
+
+    key = tl.full([BLOCK], 0, tl.uint32)
+    lowest = tl.full([BLOCK], 4294967295, tl.uint32)
+    highest = tl.full([BLOCK], 0, tl.uint32)
+    best = tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        key = _load_key(scores, candidates, tokens, keys, seed, temperature, index, entries, RULE, RANDOM)
+        if held is not None:
+            tl.store(held + index, key.to(tl.int32, bitcast=True))
+        best = tl.where(key > highest, index, best)
+        highest = tl.maximum(highest, key)
+        lowest = tl.minimum(lowest, tl.where(key > 0, key, 4294967295))
+    if held is not None:
+        tl.debug_barrier()
+    high = tl.max(highest, 0)
+    above = tl.full([], 0, tl.int32)
+    spent = tl.full([], 0, tl.int64)
+    if RULE == THRESHOLD:
+        best_index = tl.min(tl.where(highest == high, best, 2147483647), 0)
+    else:
+        # Entries with keys above `high` are chosen, those below `low` are not.
+        low = tl.min(lowest, 0)
+        upto = entries  # or fewer entries have keys from `low` up, `above` of them above `high`
+        entropy = key
+        if RULE == ENTROPY_BOUND:
+            entropy = _fixed_point(-_worth(key))
+        while (low < high) & (upto - above > 1):
+            trial = high - (high - low) // 2
+            count, total = _count_from(trial, key, entropy, held, last, RULE, BLOCK)
+            lower = _admits(count, total, _worth(trial - 1), most, bound, limit, RULE)
+            high = tl.where(lower, trial - 1, high)
+            above = tl.where(lower, count, above)
+            spent = tl.where(lower, total, spent)
+            low = tl.where(lower, low, trial)
+            upto = tl.where(lower, upto, count)
+
+    written = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        at = tl.minimum(index, entries - 1)
+        token = tl.load(tokens + at)  # again: of long sequences they were not held
+        column = index
+        if positions is not None:
+            column = tl.load(positions + at)
+        if held is not None:
+            key = tl.load(held + index).to(tl.uint32, bitcast=True)
+        if RULE == THRESHOLD:
+            chosen = (key > 0) & ((tl.load(scores + at) >= bound) | (index == best_index))  # a key knows no NaN
+        else:
+            level = (key >= low) & (key <= high)
+            place = level.to(tl.int32)
+            if upto - above > 1:
+                place = tl.cumsum(place, 0)
+            place -= 1  # among equals, the lower index first
+            there = spent
+            if RULE == ENTROPY_BOUND:
+                entropy = _fixed_point(-_worth(key))
+                there = spent + place * entropy
+            chosen = (key > high) | (level & _admits(above + place, there, _worth(key), most, bound, limit, RULE))
+            if held is not None:
+                above += tl.sum(level.to(tl.int32), 0)
+                if RULE == ENTROPY_BOUND:
+                    spent += tl.sum(tl.where(level, entropy, 0), 0)
+        tl.store(revealed + index, chosen, mask=index < entries)
+        tl.store(input_ids + column, token, mask=chosen)
+        if masked is not None:
+            tl.store(masked + column, tl.zeros([BLOCK], tl.int1), mask=chosen)
+        written += chosen.to(tl.int32)
+    if remaining is not None:
+        tl.store(remaining + row, left - tl.sum(written, 0))
+
+
+def warps(block: int) -> int:
+    return min(16, max(1, block // 256))
+
+
+def select(
+    scores: Tensor,
+    candidates: Tensor,
+    tokens: Tensor,
+    input_ids: Tensor,
+    masked: Tensor | None,
+    remaining: Tensor | None,
+    positions: Tensor | None,
+    quota: Tensor | None,
+    seed: Tensor | None,
+    keys: Tensor | None,
+    rule: str,
+    bound: float,
+    temperature: float,
+) -> Tensor:
+    """`mdkern.kernels.select` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    rows, entries = scores.shape
+    revealed = torch.empty((rows, entries), dtype=torch.bool, device=scores.device)
+    if rows == 0 or entries == 0:
+        return revealed
+    if entries > MOST_ENTRIES:
+        raise ValueError(f"a sequence has {entries} entries; the kernel counts up to {MOST_ENTRIES}")
+    for name, tensor in (("input_ids", input_ids), ("masked", masked)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} is written in place and must be contiguous, not of strides {tensor.stride()}")
+
+    def dense(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    block = min(MOST_HELD, max(32, triton.next_power_of_2(entries)))
+    held = None
+    if entries > block:
+        held = torch.empty((rows, triton.cdiv(entries, block) * block), dtype=torch.int32, device=scores.device)
+    _select[(rows,)](
+        dense(scores),
+        dense(candidates),
+        dense(tokens),
+        input_ids,
+        masked,
+        remaining,
+        dense(positions),
+        dense(quota),
+        seed,
+        dense(keys),
+        revealed,
+        held,
+        entries,
+        input_ids.shape[1],
+        bound,
+        reference.fixed_bound(bound) if rule == "entropy_bound" else 0,
+        temperature,
+        RULE=NUMBERS[rule],
+        RANDOM=temperature > 0.0,
+        BLOCK=block,
+        num_warps=warps(block),
+    )
+    return revealed

@@ -1,0 +1,170 @@
+"""`mdkern.kernels.loop.tick` in Triton."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+
+
+@triton.jit
+def _begin(
+    input_ids,
+    attention_mask,
+    text_position,
+    sample,
+    temperature,
+    closing_step,
+    sequence,
+    step,
+    time,
+    position,
+    row,
+    row_count,
+    tick,
+    ids_out,
+    mask_out,
+    time_out,
+    position_out,
+    row_out,
+    count_out,
+    key_out,
+    temperature_out,
+    target_out,
+    batch,  # B
+    capacity,  # M
+    scratch,  # N
+    slots,  # S
+    rows,  # W
+    length,  # L
+    width,  # R
+    BLOCK: tl.constexpr,
+):
+    now = tl.load(tick)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+
+    inside = index < batch * length
+    owner = tl.load(sequence + now * slots + index // length, mask=inside, other=0)
+    source = owner * length + index % length
+    tl.store(ids_out + index, tl.load(input_ids + source, mask=inside, other=0), mask=inside)
+    if attention_mask is not None:
+        tl.store(mask_out + index, tl.load(attention_mask + source, mask=inside, other=0), mask=inside)
+
+    inside = index < batch * width
+    place = tl.load(position + now * slots * width + index, mask=inside, other=0)
+    tl.store(position_out + index, place, mask=inside)
+    inside = index < batch
+    tl.store(time_out + index, tl.load(time + now * slots + index, mask=inside, other=0.0), mask=inside)
+
+    count = tl.load(row_count + now)
+    tl.store(count_out, count)
+    inside = index < capacity
+    entry = tl.load(row + now * rows + index, mask=inside, other=0)
+    slot = entry // width
+    owner = tl.load(sequence + now * slots + slot, mask=inside, other=0)
+    at_step = tl.load(step + now * slots + slot, mask=inside, other=0)
+    place = tl.load(position + now * slots * width + entry, mask=inside, other=0)
+    tl.store(row_out + index, entry, mask=inside)
+    tl.store(key_out + index * 3, tl.load(sample + owner, mask=inside, other=0), mask=inside)
+    tl.store(
+        key_out + index * 3 + 1, tl.load(text_position + owner * length + place, mask=inside, other=0), mask=inside
+    )
+    tl.store(key_out + index * 3 + 2, at_step, mask=inside)
+    warmth = tl.where(at_step == tl.load(closing_step), 0.0, tl.load(temperature))
+    tl.store(temperature_out + index, warmth, mask=inside)
+    tl.store(target_out + index, tl.where(index < count, owner, scratch) * length + place, mask=inside)
+
+
+def begin_tick(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    text_position: Tensor,
+    sample: Tensor,
+    temperature: Tensor,
+    closing_step: Tensor,
+    sequence: Tensor,
+    step: Tensor,
+    time: Tensor,
+    position: Tensor,
+    row: Tensor,
+    row_count: Tensor,
+    tick: Tensor,
+    batch: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`mdkern.kernels.loop.tick.begin_tick` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    (sequences, length), (_, slots, width) = input_ids.shape, position.shape
+    device = input_ids.device
+
+    def ids(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    attended = torch.empty((0,) if attention_mask is None else (batch, length), dtype=torch.bool, device=device)
+    out = (
+        ids(batch, length),
+        attended,
+        floats(batch),
+        ids(batch, width),
+        ids(capacity),
+        ids(),
+        ids(capacity, 3),
+        floats(capacity),
+        ids(capacity),
+    )
+    for tensor in (input_ids, text_position, sequence, step, time, position, row, attention_mask):
+        assert tensor is None or tensor.is_contiguous()
+    _begin[(triton.cdiv(max(batch * length, batch * width, capacity), BLOCK),)](
+        input_ids,
+        attention_mask,
+        text_position,
+        sample,
+        temperature,
+        closing_step,
+        sequence,
+        step,
+        time,
+        position,
+        row,
+        row_count,
+        tick,
+        *out,
+        batch,
+        capacity,
+        sequences - 1,
+        slots,
+        row.shape[1],
+        length,
+        width,
+        BLOCK=BLOCK,
+        num_warps=2,
+    )
+    return out
+
+
+@triton.jit
+def _end(input_ids, failed, tick, token, target, row_count, capacity, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = (index < capacity) & (index < tl.load(row_count))
+    drawn = tl.load(token + index, mask=used, other=0)
+    at = tl.load(target + index, mask=used, other=0)
+    tl.store(input_ids + at, tl.maximum(drawn, 0), mask=used)
+    if tl.min(drawn, 0) < 0:
+        tl.store(failed, True)
+    if tl.program_id(0) == 0:
+        tl.store(tick, tl.load(tick) + 1)
+
+
+def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor) -> None:
+    """`mdkern.kernels.loop.tick.end_tick` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    assert input_ids.is_contiguous()
+    capacity = token.shape[0]
+    _end[(max(1, triton.cdiv(capacity, BLOCK)),)](
+        input_ids, failed, tick, token, target, row_count, capacity, BLOCK=BLOCK, num_warps=2
+    )

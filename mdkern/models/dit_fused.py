@@ -1,0 +1,296 @@
+"""`DiT.hidden` for inference on a GPU: the same computation in few passes over memory.
+
+One H100, bf16, in a CUDA graph, 16 sequences of 1,024, width 768, 12 blocks, the last at 8 rows a sequence: 13.8 ms by
+the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with our own, then in smaller tiles; 4 blocks 1.92
+and 1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention
+125, norms 2 x 32, rotary 32.
+
+Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and what the first
+block makes of each id into a table, once for a call of `sample`. One H200, the same pass again and again, at the card's
+power limit: 6.77 ms without either, 6.44 with the norms folded, 6.36 with the table, too; 4 blocks 1.86 and 1.77 ms.
+(The larger tiles of `hopper_linear` came later: 6.08 and 1.70 ms, on another card of the same kind.) In 4 blocks of
+random weights the result is 5.9e-3 off float64 without, 6.5e-3 with, 6.9e-3 by the modules.
+
+What was tried and left out:
+
+- Gates folded into the weights, so that cuBLAS adds to the stream: 0.8 % faster with 8 rows a sequence, 3 % with all,
+  but without the sums of rows that folded norms need, and another copy of weights.
+- Folding in every pass, so that nothing is kept: 6.74 ms of the 6.77 above.
+- Products launched before the kernel before them ends (programmatic dependent launch): 6.55 ms instead of 6.52, both
+  with a ring of three stages.
+- The second multiplying warpgroup of a product held back by one to three steps, so that the first one's end hides
+  behind its multiplying: queries, keys and values alone 95.5 us instead of 97.3, up 127.5 instead of 128.8, the whole
+  the same within its spread.
+- The batch in two halves, to stay in the cache: 6 % slower with 8 rows a sequence, 1 % faster with all.
+- fp8 products: 208 us a block instead of 346, but with PyTorch's operators the GELU and the rounding of attention's and
+  the MLP's outputs are passes of their own; counting their bytes, about a tenth of the backbone is left to gain.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdkern.kernels.backbone import linear as products
+from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
+from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
+from mdkern.kernels.backbone.rotary import gathered_heads, rotary
+from mdkern.models.denoiser import PREPARED
+
+if TYPE_CHECKING:
+    from mdkern.models.dit import Block, DiT, Modulation
+
+
+def covers(model: DiT) -> bool:
+    """Whether `hidden` may stand in for the modules as they are now.
+
+    It may for 16-bit parameters on a GPU with Triton, without gradients, autocast or a compiler, if all modules are
+    our own: a hook, or a layer put in the place of another (an adapter, a quantised one), would be passed over.
+    """
+    embedding = model.embedding
+    return (
+        embedding.is_cuda
+        and embedding.dtype in (torch.bfloat16, torch.float16)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cuda")
+        and runs_fused(embedding)
+        and all(is_plain(module) for module in model.modules())
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether reading its parameters does what calling it does."""
+    from mdkern.models import dit  # which imports this module
+
+    kinds = (dit.DiT, dit.Block, dit.ModulatedNorm, dit.Modulation, dit.TimeEmbedding, nn.Linear, nn.ModuleList)
+    return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
+
+
+class Folded(NamedTuple):
+    """A layer with the norm before it folded in, see `mdkern.kernels.backbone.folded_norm`. A tuple, so that
+    `mdkern.graphs` sees its addresses."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class FoldedBlock(NamedTuple):
+    """The two layers of a block that read norms. The first block's first one reads no stream that has sums."""
+
+    attn_qkv: Folded | None
+    mlp_up: Folded
+
+
+class Folds(NamedTuple):
+    """What is computed from the weights once for a call of `sample`."""
+
+    heads: Tensor | None  # [V, 3 D]: queries, keys and values that the first block makes of each id, not yet turned
+    blocks: tuple[FoldedBlock, ...]
+
+
+LARGEST_TABLE = 1 << 28  # bytes of `Folds.heads`
+TABLE_PART = 1 << 14  # rows of it that are computed at a time
+
+
+def fold(model: DiT, rows: int) -> Folds | None:
+    """The blocks' folded layers and the first block's table, computed now from the weights as they are.
+
+    They are always in the same memory, as much as the layers themselves and up to 256 MiB for the table, for as long
+    as the model lives where it is, or until `mdkern.graphs.clear`. (In float16 a product of weight and modulation below
+    6e-5 loses bits.) None where `hidden` has no use for them: passes of less than 4,096 rows, time conditioning, other
+    cards.
+    """
+    if not covers(model):
+        PREPARED.pop(model, None)
+        return None
+    if not folds_fit(model, rows):
+        return None
+    folds: Folds | None = PREPARED.get(model)
+    device = model.embedding.device
+    if folds is None or folds.blocks[0].mlp_up.weight.device != device or sizes(folds) != sizes(room(model, "meta")):
+        with torch.inference_mode(False):  # it outlasts the call
+            folds = PREPARED[model] = room(model, device)
+    for block, folded in zip(cast("list[Block]", list(model.blocks)), folds.blocks):
+        shift1, scale1, _, shift2, scale2, _ = modulation(block.modulation, None)
+        if folded.attn_qkv is not None:
+            fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
+        elif folds.heads is not None:
+            for ids, heads in zip(model.embedding.split(TABLE_PART), folds.heads.split(TABLE_PART)):
+                torch.mm(modulated_norm(ids, block.norm1.weight, shift1, scale1), block.attn_qkv.weight.T, out=heads)
+        fold_norm(block.mlp_up.weight, block.mlp_up.bias, block.norm2.weight, shift2, scale2, out=folded.mlp_up)
+    return folds
+
+
+def room(model: DiT, device: torch.device | str) -> Folds:
+    """Memory for the folds of a model."""
+    blocks = cast("list[Block]", list(model.blocks))
+    embedding, qkv = model.embedding, blocks[0].attn_qkv.weight
+    table = embedding.new_empty((len(embedding), len(qkv)), device="meta")
+    return Folds(
+        table.new_empty(table.shape, device=device) if table.nbytes <= LARGEST_TABLE else None,
+        tuple(
+            FoldedBlock(new_fold(block.attn_qkv, device) if number else None, new_fold(block.mlp_up, device))
+            for number, block in enumerate(blocks)
+        ),
+    )
+
+
+def new_fold(layer: nn.Linear, device: torch.device | str) -> Folded:
+    shape = layer.weight.shape
+    return Folded(*(layer.weight.new_empty(size, device=device) for size in (shape, shape[:1])))
+
+
+def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
+    tensors = [folds.heads, *(tensor for block in folds.blocks for layer in block for tensor in layer or ())]
+    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def folds_fit(model: DiT, rows: int) -> bool:
+    config = model.config
+    return (
+        model.time_embedding is None
+        and products.is_hopper(model.embedding.device)
+        and rows >= products.FEWEST_ROWS
+        and config.width % SPAN == 0
+        and products.turns_fused(model.rotary[0], config.num_heads)
+    )
+
+
+class Operands(NamedTuple):
+    """What a product reads: normed rows and a layer, or the stream, its sums and the folded layer."""
+
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sums: Tensor | None = None
+
+
+class Stream:
+    """The residual stream ``[N, D]``; what the last sublayer adds to it may still be waiting for the next norm."""
+
+    def __init__(self, x: Tensor, sums: Tensor | None = None) -> None:
+        self.x = x
+        self.sums = sums  # of its rows, if they are known
+        self.update: Tensor | None = None
+        self.gate: Tensor | None = None
+
+    def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False) -> None:
+        """``x += gate * layer(rows)``, now or in the next norm; with the sums of the new rows, if now."""
+        self.sums = None
+        if products.adds_in_place(rows, layer.weight, gate):
+            self.sums = new_sums(self.x) if sums else None
+            products.linear_residual(self.x, rows, layer.weight, layer.bias, gate, sums=self.sums)
+        else:
+            self.update, self.gate = layer(rows), gate
+
+    def norm(self, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normed = modulated_norm(self.x, weight, shift, scale, update=self.update, gate=self.gate)
+        self.update = self.gate = None
+        return normed
+
+    def into(self, layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Tensor, folded: Folded | None) -> Operands:
+        """What the product of `layer` with the norm of the stream reads."""
+        if folded is not None and self.sums is not None:
+            return Operands(self.x, *folded, self.sums)
+        return Operands(self.norm(norm, shift, scale), layer.weight, layer.bias)
+
+
+def hidden(
+    model: DiT,
+    input_ids: Tensor,
+    condition: Tensor | None,
+    positions: Tensor | None,
+    key_mask: Tensor | None,
+    folds: Folds | None = None,
+) -> Tensor:
+    """`DiT.hidden` with the time embedded: ``condition [B, cond_dim]``, ``key_mask [B, 1, 1, L]`` bool or None.
+
+    `folds`, if there are any, are of the weights as they are: nobody looks whether they still fit.
+    """
+    batch, length = input_ids.shape
+    if batch * length < products.FEWEST_ROWS:
+        folds = None
+    stream = None
+    blocks = cast("list[Block]", list(model.blocks))
+    for number, block in enumerate(blocks):
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
+        folded = None if folds is None else folds.blocks[number]
+        last = number + 1 == len(blocks)
+        pruned = positions is not None and last
+        kinds, turned = (2, 1) if pruned else (3, 2)
+        if stream is None:
+            stream, heads = first_heads(model, block, input_ids, kinds, turned, shift1, scale1, folds)
+        else:
+            operands = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
+            heads = heads_of(block, operands, kinds, turned, model.rotary, length)
+        *queries, key, value = heads.view(batch, length, kinds, block.num_heads, -1).unbind(2)
+        if positions is not None and pruned:
+            first = torch.arange(0, batch * length, length, device=positions.device)[:, None]
+            x, normed = gathered_norm(stream.x, (first + positions).flatten(), block.norm1.weight, shift1, scale1)
+            stream = Stream(x)
+            queries = [queries_at(block, normed, positions, model.rotary)]
+        attended = attend(queries[0], key, value, key_mask).view(stream.x.shape)
+        stream.add(attended, block.attn_out, gate1, sums=folded is not None)
+        up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
+        assert up.bias is not None
+        mlp = products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
+        stream.add(mlp, block.mlp_down, gate2, sums=folded is not None and not last)
+    assert stream is not None
+    return stream.norm(model.norm_final.weight, *modulation(model.modulation_final, condition)).unflatten(
+        0, (batch, -1)
+    )
+
+
+def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ...]:
+    """Its parts as ``[D]``, or ``[B, D]`` with time conditioning."""
+    return tuple(part.squeeze(1) if part.ndim == 3 else part for part in module(condition))
+
+
+def first_heads(
+    model: DiT,
+    block: Block,
+    input_ids: Tensor,
+    kinds: int,
+    turned: int,
+    shift: Tensor,
+    scale: Tensor,
+    folds: Folds | None,
+) -> tuple[Stream, Tensor]:
+    """The stream as it begins, and `heads_of` the first block: looked up, if there is a table."""
+    ids, length = input_ids.flatten(), input_ids.shape[1]
+    if folds is not None and folds.heads is not None:
+        table = folds.heads[:, -kinds * model.config.width :]
+        cos, sin = model.rotary
+        x, heads = gathered_heads(model.embedding, table, ids, cos, sin, heads=turned * block.num_heads, length=length)
+        return Stream(x), heads
+    x, normed = gathered_norm(model.embedding, ids, block.norm1.weight, shift, scale)
+    operands = Operands(normed, block.attn_qkv.weight, None)
+    return Stream(x), heads_of(block, operands, kinds, turned, model.rotary, length)
+
+
+def heads_of(
+    block: Block, operands: Operands, kinds: int, turned: int, tables: tuple[Tensor, Tensor], length: int
+) -> Tensor:
+    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``, the first `turned` of them turned."""
+    rows, weight, bias, sums = operands
+    columns = kinds * rows.shape[1]
+    bias = None if bias is None else bias[-columns:]
+    heads = turned * block.num_heads
+    return products.linear_rotary(rows, weight[-columns:], *tables, heads=heads, length=length, bias=bias, sums=sums)
+
+
+def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries ``[B, R, H, head_dim]`` of the rows at `positions`."""
+    query = F.linear(normed, block.attn_qkv.weight[: normed.shape[1]]).unflatten(-1, (block.num_heads, -1))
+    rotary(query, *tables, positions=positions.flatten())
+    return query.unflatten(0, positions.shape)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attention of ``[B, L, H, head_dim]`` each -> ``[B, Lq, H * head_dim]``; strides are read as they are."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask).transpose(1, 2).flatten(2)

@@ -1,0 +1,1 @@
+"""Where the time goes, and the samplers mdkern is compared with."""

@@ -1,0 +1,141 @@
+"""The ancestral sampler as a good engineer writes it today: `torch.compile`, padded vocabulary, fused sampling.
+
+Every step runs the backbone and the head at every position, as in `mdkern.profiling.eager.ddpm`, but the backbone is
+compiled, the head's columns are padded to what cuBLAS is fast at, and one compiled function turns logits into tokens.
+It reveals a position by a coin of probability (t - s) / t and draws its token by Gumbel-max, which has the distribution
+of MDLM's categorical over V + 1 weights and needs no probabilities in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from mdkern.engine.resolve import check_count, resolve_input, resolve_seed
+from mdkern.engine.resolve_models import resolve_models
+from mdkern.models import Denoiser, adapt
+from mdkern.models.denoiser import Head
+from mdkern.models.dit import HOPPER_ATTENTION
+from mdkern.schedule import Schedule
+
+
+class Wrapped(Denoiser):
+    """A denoiser that does as another one does; the base of those that change one thing."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        for field in Denoiser.__annotations__:
+            setattr(self, field, getattr(inner, field))
+        self.inner = inner
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        t: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.inner.hidden(input_ids, t, positions, attention_mask)
+
+    def flops(self, length: int, rows: int) -> int | None:
+        return self.inner.flops(length, rows)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.inner.named_weights()
+
+
+def plain_hidden(denoiser: Denoiser) -> Callable[..., Tensor]:
+    """The backbone in PyTorch's own operations: of a `DiT` not mdkern's kernels, which are no part of a baseline."""
+    hidden: Callable[..., Tensor] = getattr(getattr(denoiser, "model", None), "plain_hidden", denoiser.hidden)
+    return hidden
+
+
+class Compiled(Wrapped):
+    """A denoiser whose backbone is compiled, for `ddpm_compiled`."""
+
+    def __init__(self, model: Any, backend: str = "inductor", mode: str | None = None) -> None:
+        """`mode` as in `torch.compile`; ``"max-autotune-no-cudagraphs"`` tries out its matrix products first."""
+        super().__init__(adapt(model))
+        self.compiled = torch.compile(plain_hidden(self.inner), dynamic=False, backend=backend, mode=mode)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        t: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] < 9:
+            return self.compiled(input_ids, t, positions, attention_mask)
+        with sdpa_kernel(HOPPER_ATTENTION, set_priority=True):  # the DiT's own choice does not reach compiled code
+            return self.compiled(input_ids, t, positions, attention_mask)
+
+
+def reveal(hidden: Tensor, head: Head, ids: Tensor, mask_id: int, probability: Tensor) -> Tensor:
+    """One step after the backbone: ``ids [B, L]`` with each masked position revealed with `probability` (a scalar)."""
+    logits = head.logits(hidden)
+    token = (logits - (-torch.rand_like(logits).log()).log()).argmax(-1)
+    chosen = (ids == mask_id) & (torch.rand(ids.shape, device=ids.device) < probability)
+    return torch.where(chosen, token, ids)
+
+
+def close(hidden: Tensor, head: Head, ids: Tensor, mask_id: int) -> Tensor:
+    """The closing pass: masked positions take the argmax."""
+    return torch.where(ids == mask_id, head.logits(hidden).argmax(-1), ids)
+
+
+@cache
+def compiled_function(function: Callable[..., Tensor], backend: str, mode: str | None) -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False, backend=backend, mode=mode)
+    return compiled
+
+
+@torch.no_grad()
+def ddpm_compiled(
+    heavy: Any,
+    light: Any = None,
+    schedule: str | Schedule | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    num_samples: int | None = None,
+    length: int | None = None,
+    steps: int,
+    seed: int | None = None,
+    eps: float = 1e-5,
+    backend: str = "inductor",
+    mode: str | None = None,
+) -> tuple[Tensor, dict[str, int]]:
+    """The strong baseline over one batch.
+
+    Args:
+        heavy, light, schedule, input_ids, num_samples, length, steps, eps: as in `eager.ddpm`. Give models
+            as `Compiled`, or their backbones run eagerly. Our models' heads are padded to a multiple of 128 columns.
+        seed: of PyTorch's own generator, which compiled code draws from; its state is put back afterwards.
+        backend, mode: of `torch.compile`, for head and sampling.
+
+    Returns:
+        sequences int64 ``[N, L]``, and the forward passes of the batch by denoiser.
+    """
+    denoisers, plan = resolve_models(heavy, light, schedule)
+    segments = plan.segments(check_count("steps", steps))
+    first = next(iter(denoisers.values()))
+    ids, _ = resolve_input(first, input_ids, None, num_samples, length)
+    times = torch.linspace(1.0, eps, steps + 1, device=ids.device)
+    probability = (times[:-1] - times[1:]) / times[:-1]
+    passes = dict.fromkeys(denoisers, 0)
+    step_function, closing_function = (compiled_function(f, backend, mode) for f in (reveal, close))
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+        torch.manual_seed(resolve_seed(seed, None))
+        for segment in segments:
+            denoiser = denoisers[segment.model]
+            for step in range(segment.first, segment.stop):
+                hidden = denoiser.hidden(ids, times[step].expand(len(ids)))
+                ids = step_function(hidden, denoiser.head, ids, first.mask_id, probability[step])
+                passes[segment.model] += 1
+        hidden = denoiser.hidden(ids, times[-1].expand(len(ids)))
+        passes[segment.model] += 1
+        return closing_function(hidden, denoiser.head, ids, first.mask_id), passes
