@@ -23,7 +23,7 @@ from benchmarks.report import Comparison
 from mdkern.cli.decoder import parse_decoder
 from mdkern.cli.main import build_parser
 from mdkern.decoders import DECODERS, by_name
-from tests.their_models import MASK, llada
+from tests.problems.hf_models import MASK, llada
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from mdkern.engine.planned import draw_plan, reveal_tick
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState
 from mdkern.plan import RevealPlan, Ticks
-from tests.toy import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
+from tests.references.enumeration import LENGTH, MASK, ToyDenoiser, chi_square_p, exact_distribution
 
 SAMPLES, EPS = 200_000, 0.05  # an eps large enough for the closing pass to matter: it reveals 5 % of the positions
 TOYS = {"H": ToyDenoiser(1), "L": ToyDenoiser(2), "M": ToyDenoiser(3)}

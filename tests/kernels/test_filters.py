@@ -1,0 +1,223 @@
+"""`top_k`, `top_p` and `min_p` of `vocab_projection`: which ids are kept, by their definitions; and on a GPU how."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdkern.kernels import vocab_projection
+from mdkern.kernels.head import reference
+from mdkern.kernels.head.vocab_projection import _vocab_projection
+from tests.kernels.test_vocab_projection import chi_square, filtered, head
+from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
+from tests.problems.projection import SEED
+
+HALF, FULL = torch.bfloat16, torch.float32
+V = 50_258
+
+
+@pytest.mark.parametrize("part", ["threshold", "not threshold"])
+def test_kernels_in_the_interpreter(part: str) -> None:
+    run_in_the_interpreter("tests/suites/interpreted_filters.py", part)
+
+
+def test_kernels_compile_for_every_gpu() -> None:
+    run_compiling("tests.suites.compiled_filters")
+
+
+# Which ids are kept. Ties stay together, so a set of kept ids is always all those at or above some value.
+
+
+def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    return reference.keep_most_probable(logits, top_k, top_p, min_p) > -torch.inf
+
+
+def rows(kind: str, count: int = 4, columns: int = 700) -> Tensor:
+    return ROWS[kind](torch.Generator().manual_seed(5), count, columns)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_equals_stay_together_and_the_best_is_kept(kind: str, filters: tuple[int, float, float]) -> None:
+    logits = rows(kind)
+    keep = kept(logits, *filters)
+    least = logits.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
+    assert torch.equal(keep, (logits >= least) & (logits > -torch.inf))
+    assert keep.any(-1).all()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("k", [1, 7, 699])
+def test_top_k_keeps_the_fewest_that_are_k(kind: str, k: int) -> None:
+    logits = rows(kind)
+    keep = kept(logits, top_k=k)
+    possible = (logits > -torch.inf).sum(-1)
+    assert (keep.sum(-1) >= possible.clamp(max=k)).all()
+    least = logits.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
+    assert ((logits > least).sum(-1) < k).all()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("share", [1e-6, 0.3, 0.9, 0.999])
+def test_top_p_keeps_the_fewest_that_reach_it(kind: str, share: float) -> None:
+    logits = rows(kind)
+    keep = kept(logits, top_p=share)
+    probability = logits.double().softmax(-1)
+    least = logits.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
+    assert ((probability * keep).sum(-1) >= share - 1e-6).all()
+    assert ((probability * (logits > least)).sum(-1) < share + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_min_p_keeps_what_is_so_probable_of_the_best(kind: str) -> None:
+    logits = rows(kind)
+    relative = (logits.double() - logits.double().amax(-1, keepdim=True)).exp()
+    keep = kept(logits, min_p=0.05)
+    assert keep[relative > 0.05 + 1e-5].all()
+    assert not keep[relative < 0.05 - 1e-5].any()
+
+
+def test_top_k_of_the_vocabulary_or_more_is_no_filter() -> None:
+    problem = FilterProblem("noise", rows=20, columns=300)
+    wanted = draw(problem, ())
+    for top_k in (300, 301, 10**9):
+        assert torch.equal(draw(problem, (top_k, 1.0, 0.0)), wanted)
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    problem = FilterProblem("noise", rows=30, columns=300)
+    assert torch.equal(draw(problem, (1, 1.0, 0.0)), problem.logits().argmax(-1))
+
+
+def test_statistics_do_not_see_the_filters() -> None:
+    problem = FilterProblem("zipf", rows=30, columns=300)
+    plain = reference.vocab_projection(*problem.arguments())
+    got = reference.vocab_projection(*problem.arguments(), 3, 0.5, 0.3)
+    for value, want in zip(got[2:], plain[2:]):
+        assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("filters", [(-1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.1, 0.0), (0, math.nan, 0.0), (0, 1.0, 1.5)])
+def test_filters_that_mean_nothing_are_refused(filters: tuple[int, float, float]) -> None:
+    with pytest.raises(ValueError, match="top_k must be"):
+        draw(FilterProblem("noise"), filters)
+
+
+def draw(problem: FilterProblem, filters: tuple[Any, ...], rows: slice = slice(None)) -> Tensor:
+    names = dict(zip(("top_k", "top_p", "min_p"), filters))
+    index, keys, temperature = problem.row_index[rows], problem.keys[rows], problem.temperatures[rows]
+    bias, count = problem.bias, problem.row_count
+    arguments = (problem.hidden, problem.weight, bias, index, temperature, problem.seed, keys)
+    return vocab_projection(*arguments, row_count=count, **names).token
+
+
+def test_the_operator_is_well_registered_with_filters() -> None:
+    arguments = (*FilterProblem("noise", rows=5, columns=90, depth=16).arguments(), 5, 0.9, 0.01)
+    torch.library.opcheck(_vocab_projection, arguments)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ROWS)
+def test_gpu_tokens_of_hard_rows(kind: str) -> None:
+    problem = FilterProblem(kind, rows=50, columns=5003, device="cuda")
+    for filters in (*FILTERS, (4000, 0.95, 0.001)):
+        got = _vocab_projection(*problem.arguments(), *filters)
+        check_filtered(problem, got, filters, differing=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 1, "columns": V, "depth": 768, "dtype": HALF},
+        {"rows": 16, "columns": V, "depth": 768, "dtype": HALF, "biased": True},
+        {"rows": 150, "columns": V, "depth": 768, "dtype": HALF, "count": 111},
+        {"rows": 200, "columns": 50_257, "depth": 512, "dtype": HALF, "biased": True},
+        {"rows": 20, "columns": 151_936, "depth": 136, "dtype": HALF, "uniform": 1.0},
+        {"rows": 70, "columns": 777, "depth": 77, "dtype": torch.float16, "biased": True},
+        {"rows": 60, "columns": 3000, "depth": 100, "dtype": FULL},
+        {"rows": 60, "columns": 40, "depth": 64, "dtype": HALF, "count": 0},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_gpu_agrees_with_the_reference(changes: dict[str, Any]) -> None:
+    problem = FilterProblem("noise", device="cuda", **changes)
+    for filters in ((50, 1.0, 0.0), (0, 0.9, 0.0), (2000, 0.9, 0.001)):
+        got = _vocab_projection(*problem.arguments(), *filters)
+        check_filtered(problem, got, filters, differing=1 + problem.rows // 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("filters", [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2), (40, 0.7, 0.05)])
+def test_gpu_leaves_the_exact_distribution_of_the_rest(filters: tuple[int, float, float]) -> None:
+    logits, temperature, draws = head("normal") * 2, 0.8, 50_000
+    number = torch.arange(draws, device="cuda")
+    keys = torch.stack((number, number * 0 + 5, number * 0 + 9), 1)
+    row, seed = torch.zeros(draws, dtype=torch.int64, device="cuda"), torch.tensor(SEED, device="cuda")
+    names: dict[str, Any] = dict(zip(("top_k", "top_p", "min_p"), filters))
+    result = vocab_projection(logits[None].cuda(), None, None, row, temperature, seed, keys, **names)
+    assert chi_square(result.token.cpu(), filtered(logits / temperature, *filters)) > 1e-4
+
+
+@pytest.mark.gpu
+def test_gpu_bad_rows_are_reported() -> None:
+    problem = FilterProblem("noise", rows=300, columns=1000, depth=128, dtype=HALF, device="cuda")
+    problem.hidden[problem.row_index[0], 5] = torch.nan
+    problem.hidden[problem.row_index[299], 0] = torch.inf
+    token = draw(problem, (50, 0.9, 0.01)).cpu()
+    assert ((token == -1).nonzero()[:, 0]).tolist() == [0, 299]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16, 4096])
+def test_gpu_memory_is_bounded(rows: int) -> None:
+    problem = FilterProblem("noise", rows=rows, columns=V, depth=256, dtype=HALF, device="cuda")
+    draw(problem, (50, 0.9, 0.01))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    draw(problem, (50, 0.9, 0.01))
+    assert torch.cuda.max_memory_allocated() - before < 100 << 20
+
+
+@pytest.mark.gpu
+def test_gpu_graph_reads_the_count_and_never_synchronises() -> None:
+    problem = FilterProblem("noise", rows=200, columns=3000, depth=128, dtype=HALF, device="cuda", count=200)
+    filters = (100, 0.9, 0.001)
+    whole = draw(problem, filters)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            captured = draw(problem, filters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert problem.row_count is not None
+    for count in (200, 3, 0, 111):
+        problem.row_count.fill_(count)
+        graph.replay()
+        assert torch.equal(captured[:count], whole[:count])
+        assert (captured[count:] == -1).all()
+
+
+@pytest.mark.gpu
+def test_gpu_tokens_do_not_depend_on_the_chunks() -> None:
+    """Rows of logits, which no matrix product rounds anew: the same tokens whatever rows share a launch."""
+    from mdkern.kernels.head import launch_filter
+
+    problem = FilterProblem("integers", rows=300, columns=5003, device="cuda")
+    tokens = [
+        launch_filter.vocab_projection(*problem.arguments(), 0, 0.5, 0.0, chunk_elements=elements)[0]
+        for elements in (1, 100_000, 1 << 24)
+    ]
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])

@@ -1,0 +1,168 @@
+"""The Gluon kernel for Hopper: it compiles within the machine's bounds; on a GPU it answers as the reference does."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mdkern.kernels.head import hopper_projection, launch, launch_hopper
+from mdkern.kernels.head.launch_hopper import DEPTH, HopperTiling, choose_hopper_tiling
+from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, FewTiling
+from tests.problems.projection import Problem, check_against_reference
+from tests.suites import gluon
+from tests.suites.gluon import SHARED_MEMORY
+
+
+def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
+    """Compile `_project` for compute capability 9, as `project_on_hopper` would ask for it."""
+    fixed = launch_hopper.constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
+    fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False} | constants
+    types = {"weight": gluon.descriptor([tiling.columns, DEPTH])}
+    if not tiling.stationary:
+        types["hidden"] = gluon.descriptor([tiling.rows, DEPTH])
+    return gluon.build(hopper_projection._project, fixed, types, num_warps=4, maxnreg=tiling.registers)
+
+
+TILINGS = {
+    "few": HopperTiling(1, 128, 7, stationary=True, waits=True),
+    "few, deep": HopperTiling(1, 128, 8),
+    "middling": HopperTiling(2, 128, 6),
+    "many": HopperTiling(2, 256, 4),
+}
+
+
+GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
+BARE = {"WANT_TOP": False, "WANT_ENTROPY": False, "HAS_CAP": True}
+
+
+@pytest.mark.parametrize(
+    ("tiling", "constants"),
+    [("few", {}), ("few", GREEDY), ("few", BARE), ("few, deep", {}), ("middling", {}), ("many", {}), ("many", GREEDY)],
+)
+def test_it_compiles_for_hopper(tiling: str, constants: dict[str, Any]) -> None:
+    built = build(TILINGS[tiling], 768, **constants)
+    assert built.metadata.shared <= SHARED_MEMORY
+    assert "wgmma.mma_async" in built.asm["ptx"]
+    assert "cp.async.bulk.tensor" in built.asm["ptx"]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 500, 1024, 5000])
+@pytest.mark.parametrize("dtype", ELEMENT)
+def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
+    for depth in range(8, 9000, 8):
+        hidden = torch.empty(4, depth, dtype=dtype, device="meta")
+        tiling = choose_hopper_tiling(rows, hidden)
+        if tiling is None or isinstance(tiling, FewTiling):  # test_hopper_few has the latter
+            continue
+        stage = (tiling.columns + (0 if tiling.stationary else tiling.rows)) * DEPTH * 2
+        held = -(-depth // DEPTH) * 64 * DEPTH * 2 if tiling.stationary else 0
+        assert tiling.stages >= 4
+        assert tiling.head_start <= tiling.stages
+        assert held + tiling.stages * stage <= SHARED
+
+
+def test_gathered_rows_are_whole_tiles() -> None:
+    hidden, row_index = torch.randn(9, 16), torch.tensor([8, 0, 3, 3, 5])
+    gathered = launch_hopper.gather_rows(hidden, row_index, 4)
+    assert gathered.shape == (8, 16)
+    assert torch.equal(gathered[:5], hidden[row_index])
+
+
+def test_what_bulk_copies_cannot_describe_is_left_to_triton() -> None:
+    assert choose_hopper_tiling(16, torch.empty(4, 768)) is None
+    assert choose_hopper_tiling(16, torch.empty(4, 77, dtype=torch.bfloat16)) is None
+    assert launch.hopper_launcher(torch.device("cpu")) is None
+
+
+# On a GPU.
+
+needs_hopper = pytest.mark.skipif(not gluon.has_hopper(), reason="needs compute capability 9")
+HALF = torch.bfloat16
+ON_GPU = [
+    {"rows": 1, "count": 1, "biased": True},
+    {"rows": 25, "count": 19, "biased": True},
+    {"rows": 64, "temperature": "one"},
+    {"rows": 200, "count": 65, "biased": True, "temperature": "greedy"},
+    {"rows": 50, "columns": 4_095, "depth": 136, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}},
+    {"rows": 40, "columns": 3_000, "depth": 4096, "biased": True, "count": 0},
+    {"rows": 100, "columns": 3_000, "depth": 4096, "biased": True, "count": 90},
+    {"rows": 300, "columns": 3_000, "depth": 4096},
+    {"rows": 511, "columns": 5_001, "biased": True, "count": 300},
+    {"rows": 3000, "columns": 5_001, "biased": True, "count": 2900},
+]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("changes", ON_GPU, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_gpu_agrees_with_float64(changes: dict[str, Any]) -> None:
+    problem = Problem(**{"columns": 50_258, "depth": 768, "device": "cuda", "dtype": HALF} | changes)
+    got = launch.vocab_projection(*problem.arguments(False))
+    check_against_reference(problem, got, differing=problem.rows // 1000 + 1)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", [1, 65, 300])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_gpu_tilings_agree_with_each_other(tiling: str, rows: int) -> None:
+    """Any tiles at any number of rows, more or fewer than the tiles' own, in any number of programs."""
+    problem = Problem(rows=rows, columns=3_001, depth=768, device="cuda", dtype=HALF, biased=True, count=rows)
+    for programs in (1, 132):
+        arguments = problem.arguments(False)
+        got = launch.vocab_projection(*arguments, tiling=TILINGS[tiling], programs=programs)
+        check_against_reference(problem, got, differing=1)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("temperature", ["mixed", "greedy"])
+def test_gpu_bad_rows_are_reported(rows: int, temperature: str) -> None:
+    problem = Problem(rows=rows, columns=1000, depth=768, dtype=HALF, device="cuda", temperature=temperature)
+    bad = [0, rows // 2, rows - 1]
+    whole = problem.run()
+    place = problem.row_index[bad]
+    problem.hidden[place[0], 5], problem.hidden[place[1]], problem.hidden[place[2], 0] = torch.nan, torch.nan, torch.inf
+    result = problem.run()
+    kept = torch.ones(rows, dtype=torch.bool, device="cuda")
+    kept[bad] = False
+    assert (result.token[bad] == -1).all()
+    assert result.logsumexp[bad].isnan().all()
+    assert torch.equal(result.token[kept], whole.token[kept])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", [40, 600])
+def test_gpu_what_is_not_asked_for_changes_nothing(rows: int) -> None:
+    problem = Problem(rows=rows, columns=50_258, depth=768, dtype=HALF, device="cuda", biased=True)
+    full, bare = problem.run(), problem.run(want_top=False, want_entropy=False)
+    assert torch.equal(full.token, bare.token)
+    assert torch.equal(full.log_prob, bare.log_prob)
+    assert torch.equal(full.logsumexp, bare.logsumexp)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", [64, 200])
+def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int) -> None:
+    """A race between copying and multiplying would show as a replay that differs."""
+    problem = Problem(rows=rows, columns=50_258, depth=768, dtype=HALF, device="cuda", biased=True, count=rows)
+    whole = problem.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.run()
+    for count in (rows, 1, 0, rows // 2, *[rows] * 50):
+        problem.row_count.fill_(count)
+        graph.replay()
+        assert torch.equal(captured.token[:count], whole.token[:count])
+        assert (captured.token[count:] == -1).all()
+        if count == rows:
+            assert torch.equal(captured.entropy, whole.entropy)

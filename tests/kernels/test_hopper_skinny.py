@@ -1,0 +1,139 @@
+"""The Gluon kernels for few rows: they compile within a multiprocessor; on a GPU they answer as the reference does."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mdkern.kernels.head import hopper_choose, hopper_skinny, launch, launch_skinny
+from mdkern.kernels.head.launch import vocab_projection
+from mdkern.kernels.head.launch_skinny import ELEMENT, GROUP_SIZE, SHARED, FewTiling, choose_few_tiling, held_bytes
+from tests.problems.projection import Problem, check_against_reference
+from tests.suites import gluon
+
+GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
+CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
+
+
+def build(rows: int, **constants: Any) -> Any:
+    """Compile `_project` as `project_few` would ask for it."""
+    tiling = FewTiling(rows, 4, 256)
+    fixed = launch_skinny.constants(tiling, 768) | {"MODE": 1, "PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False}
+    types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.depth])}
+    return gluon.build(hopper_skinny._project, fixed | constants, types, num_warps=4, maxnreg=tiling.registers)
+
+
+@pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED], ids=["drawn", "greedy", "capped"])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
+    built = build(rows, **constants)
+    assert built.metadata.shared <= gluon.SHARED_MEMORY
+    assert f"wgmma.mma_async.sync.aligned.m64n{rows}k16" in built.asm["ptx"]  # not a slot more than rows
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_choosing_kernel_compiles(mode: int) -> None:
+    fixed = {"MODE": mode, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True}
+    built = gluon.build(hopper_choose._choose, fixed, {}, num_warps=1)
+    assert "ld.global.v4" in built.asm["ptx"]  # a record is two loads, not eight
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+@pytest.mark.parametrize("dtype", ELEMENT)
+def test_rows_and_ring_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
+    chosen = 0
+    for depth in range(16, 12_000, 16):
+        tiling = choose_few_tiling(rows, torch.empty(4, depth, dtype=dtype, device="meta"))
+        if tiling is None:
+            continue
+        chosen += 1
+        assert tiling.rows >= rows
+        assert tiling.stages >= 4 > tiling.head_start > 0
+        assert held_bytes(tiling.rows, tiling.depth, depth) + tiling.stages * GROUP_SIZE * tiling.depth * 2 <= SHARED
+    assert chosen >= 4096 // 16
+
+
+def test_what_it_does_not_take() -> None:
+    assert choose_few_tiling(17, torch.empty(4, 4096, dtype=torch.bfloat16)) is None
+    assert choose_few_tiling(4, torch.empty(4, 768)) is None
+    assert choose_few_tiling(4, torch.empty(4, 776, dtype=torch.bfloat16)) is None
+    assert choose_few_tiling(4, torch.empty(4, 32_768, dtype=torch.bfloat16, device="meta")) is None
+
+
+# On a GPU.
+
+needs_hopper = pytest.mark.skipif(not gluon.has_hopper(), reason="needs compute capability 9")
+BASE = {"columns": 3_001, "depth": 768, "device": "cuda", "dtype": torch.bfloat16}
+ON_GPU = [
+    {"rows": 1, "biased": True, "columns": 50_258},
+    {"rows": 13, "count": 11, "biased": True, "columns": 50_258},
+    {"rows": 5, "count": 0},
+    {"rows": 16, "temperature": "greedy", "biased": True},
+    {"rows": 7, "temperature": "one", "depth": 144, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}},
+    {"rows": 16, "columns": 70, "biased": True},
+    {"rows": 3, "columns": 64},
+    {"rows": 16, "depth": 4096, "columns": 1_000},
+]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("programs", [1, 7, 132])
+@pytest.mark.parametrize("changes", ON_GPU, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_gpu_agrees_with_float64(changes: dict[str, Any], programs: int) -> None:
+    problem = Problem(**BASE | changes)
+    tiling = choose_few_tiling(problem.rows, problem.hidden)
+    got = vocab_projection(*problem.arguments(False), tiling=tiling, programs=programs)
+    check_against_reference(problem, got, differing=int(problem.rows > 8))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("temperature", ["mixed", "greedy"])
+def test_gpu_tokens_do_not_depend_on_the_tiles(temperature: str) -> None:
+    problem = Problem(rows=8, **BASE | {"columns": 50_258}, temperature=temperature)
+    arguments = problem.arguments(False)
+    want = vocab_projection(*arguments, tiling=launch.Tiling(16, 128, 128, 4, 3))[0]
+    for tiling in (FewTiling(8, 4, 256), FewTiling(8, 8, 128), FewTiling(16, 5, 128)):
+        assert torch.equal(vocab_projection(*arguments, tiling=tiling)[0], want)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_gpu_bad_rows_touch_no_other() -> None:
+    problem = Problem(rows=16, **BASE, biased=True)
+    whole = problem.run()
+    bad = [3, 9, 15]
+    place = problem.row_index[bad]
+    problem.hidden[place[0], 5], problem.hidden[place[1]], problem.hidden[place[2], 0] = torch.nan, torch.nan, torch.inf
+    result = problem.run()
+    kept = torch.ones(16, dtype=torch.bool, device="cuda")
+    kept[bad] = False
+    assert (result.token[bad] == -1).all()
+    assert result.logsumexp[bad].isnan().all()
+    assert torch.equal(result.token[kept], whole.token[kept])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", [1, 16])
+def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int) -> None:
+    """A race between the warps would show as a replay that differs."""
+    problem = Problem(rows=rows, **BASE | {"columns": 50_258}, biased=True, count=rows)
+    whole = problem.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.run()
+    for count in (rows, 0, rows // 2, *[rows] * 100):
+        problem.row_count.fill_(count)
+        graph.replay()
+        assert torch.equal(captured.token[:count], whole.token[:count])
+        assert (captured.token[count:] == -1).all()
+        if count == rows:
+            assert torch.equal(captured.entropy, whole.entropy)

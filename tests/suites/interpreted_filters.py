@@ -1,0 +1,193 @@
+"""The kernels of the filters and of `divergence` in Triton's interpreter: run in a process with TRITON_INTERPRET=1."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mdkern.kernels.head import launch_divergence, launch_filter, triton_filter_search
+from mdkern.kernels.head.divergence import in_pytorch
+from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
+from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+
+assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
+
+SEARCH = launch_filter.Search(rows=2, warps=4)
+
+
+@triton.jit
+def threshold_kernel(logits, listed, out, width, low, goal, BY_MASS: tl.constexpr, LANES: tl.constexpr):
+    row = logits + tl.program_id(0) * width
+    top = tl.full([], -float("inf"), tl.float32)
+    for start in range(0, width, 128):
+        at = start + tl.arange(0, 128)
+        top = tl.maximum(top, tl.max(tl.load(row + at, mask=at < width, other=-float("inf")), 0))
+    value, measure = triton_filter_search.find_threshold(
+        row, listed + tl.program_id(0) * (32 * LANES), width, top, low, float("inf"), goal, BY_MASS, 1, LANES
+    )
+    tl.store(out + tl.program_id(0) * 2, value)
+    tl.store(out + tl.program_id(0) * 2 + 1, measure)
+
+
+def find(logits: Tensor, goal: float, by_mass: bool, lanes: int = 32) -> tuple[Tensor, Tensor]:
+    """Threshold of each row, and the measure of what it keeps, by the kernel."""
+    finite = logits.masked_fill(logits == -torch.inf, -1e30).contiguous()
+    out = torch.empty(len(logits), 2)
+    scratch = torch.empty(len(logits), 32 * lanes)
+    threshold_kernel[(len(logits),)](finite, scratch, out, logits.shape[1], -5e29, goal, BY_MASS=by_mass, LANES=lanes)
+    return out[:, 0], out[:, 1]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_threshold_of_a_count_is_the_kth_largest(kind: str) -> None:
+    logits = ROWS[kind](torch.Generator().manual_seed(1), 1, 1999)
+    possible = int((logits > -torch.inf).sum(-1).min())
+    for k in (1, 700, 1998):
+        value, kept = find(logits, float(k), False)
+        want = logits.sort(-1, descending=True).values[:, k - 1]
+        if k <= possible:
+            assert torch.equal((logits >= value[:, None]), (logits >= want[:, None])), k
+            assert torch.equal(kept.long(), (logits >= want[:, None]).sum(-1)), k
+        else:
+            assert (value < -1e29).all(), k
+            assert torch.equal(kept.long(), (logits > -torch.inf).sum(-1)), k
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("share", [0.6, 0.999])
+def test_threshold_of_a_mass_is_the_smallest_set_that_reaches_it(kind: str, share: float) -> None:
+    logits = ROWS[kind](torch.Generator().manual_seed(2), 1, 1999)
+    value, _ = find(logits, share, True)
+    probability = logits.double().softmax(-1)
+    at_or_above = logits >= value[:, None]
+    above = logits > logits.masked_fill(~at_or_above, torch.inf).amin(-1, keepdim=True)
+    rounding = 3e-6
+    assert ((probability * at_or_above).sum(-1) >= share - rounding).all()
+    assert ((probability * above).sum(-1) <= share + rounding).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "filters"),
+    [*(("noise", filters) for filters in FILTERS), *((kind, filters) for kind in ROWS for filters in FILTERS[-1:])],
+    ids=str,
+)
+def test_tokens_are_those_of_the_reference(kind: str, filters: tuple[int, float, float]) -> None:
+    problem = FilterProblem(kind, rows=3, columns=1111)
+    got = launch_filter.vocab_projection(*problem.arguments(), *filters, search=SEARCH)
+    check_filtered(problem, got, filters)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 4},
+        {"count": 0},
+        {"rows": 1},
+        {"columns": 40},
+        {"columns": 513, "uniform": 0.7},
+        {"uniform": 0.0},
+        {"depth": 72, "biased": True},
+        {"depth": 72, "dtype": torch.bfloat16, "columns": 390},
+    ],
+    ids=str,
+)
+def test_variations_agree_with_the_reference(changes: dict[str, Any]) -> None:
+    problem = FilterProblem("noise", **{"rows": 6, "columns": 300} | changes)
+    for filters in ((20, 0.8, 0.01), (0, 0.9, 0.0)):
+        got = launch_filter.vocab_projection(*problem.arguments(), *filters, search=SEARCH)
+        check_filtered(problem, got, filters)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 100_000])
+@pytest.mark.parametrize(
+    "tiles", [launch_filter.Tiles(16, 128, 64, 4, 3), launch_filter.Tiles(32, 256, 64, 8, 3, True)]
+)
+def test_chunks_do_not_matter(chunk_elements: int, tiles: launch_filter.Tiles) -> None:
+    problem = FilterProblem("noise", rows=35, columns=300, depth=64, count=18)
+    got = launch_filter.vocab_projection(
+        *problem.arguments(), 30, 0.7, 0.0, tiles=tiles, search=SEARCH, chunk_elements=chunk_elements
+    )
+    check_filtered(problem, got, (30, 0.7, 0.0))
+
+
+def test_bad_rows_are_reported() -> None:
+    problem = FilterProblem("noise", rows=6, columns=300)
+    for row, fill in enumerate((torch.nan, torch.inf)):
+        problem.hidden[problem.row_index[row], 77] = fill
+    problem.hidden[problem.row_index[2]] = -torch.inf
+    token, *statistics = launch_filter.vocab_projection(*problem.arguments(), 5, 0.9, 0.1, search=SEARCH)
+    assert token[:3].tolist() == [-1, -1, -1]
+    assert (token[3:] >= 0).all()
+    assert all(bool(value[:3].isnan().all()) and bool(value[3:].isfinite().all()) for value in statistics)
+
+
+def test_no_rows() -> None:
+    assert launch_filter.vocab_projection(*FilterProblem("noise", rows=0).arguments(), 5, 1.0, 0.0)[0].shape == (0,)
+
+
+# Divergence.
+
+
+def heads(dtype: torch.dtype = torch.float32, logits: bool = False, columns: int = 301) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(4)
+    parts: list[Any] = []
+    for depth in (24, 72):
+        if logits and depth == 24:
+            parts += [torch.randn(40, columns, generator=generator) * 3, None]
+        else:
+            parts += [torch.randn(40, depth, generator=generator).to(dtype)]
+            parts += [(torch.randn(columns, depth, generator=generator) * 0.4).to(dtype)]
+        bias = torch.randn(columns, generator=generator)
+        bias[[3, columns - 1]] = -torch.inf
+        parts += [bias, (0.5 if depth == 24 else 1.0), (0.0 if depth == 24 else 3.0)]
+    return *parts, torch.randperm(40, generator=generator)[:37]
+
+
+DIVERGENCE_TILES = {
+    "small": launch_divergence.Tiles(16, 128, 64, 4, 3),
+    "gathered": launch_divergence.Tiles(32, 64, 32, 4, 3, gather=True),
+}
+
+
+@pytest.mark.parametrize("tiles", DIVERGENCE_TILES)
+@pytest.mark.parametrize("programs", [1, 3, 64])
+@pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, {"logits": True}], ids=str)
+def test_divergence_is_the_references(changes: dict[str, Any], programs: int, tiles: str) -> None:
+    arguments = heads(**changes)
+    got = launch_divergence.divergence(*arguments, tiles=DIVERGENCE_TILES[tiles], programs=programs)
+    for value, want in zip(got, in_pytorch(*arguments)):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_with_ids_excluded() -> None:
+    hidden, weight, bias, *_, rows = heads()
+    free, bound = (hidden, weight, None, 1.0, 0.0), (hidden, weight, bias, 1.0, 0.0)
+    for p, q in ((free, bound), (bound, free), (bound, bound)):
+        got = launch_divergence.divergence(*p, *q, rows, programs=5)
+        for value, want in zip(got, in_pytorch(*p, *q, rows)):
+            torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
+    assert launch_divergence.divergence(*free, *bound, rows)[0].isinf().all()
+
+
+def test_divergence_of_bad_rows() -> None:
+    generator = torch.Generator().manual_seed(5)
+    p, q = torch.randn(8, 200, generator=generator), torch.randn(8, 200, generator=generator)
+    p[0, 5], q[1, 5], p[2, 7], q[3, 7] = torch.nan, torch.nan, torch.inf, torch.inf
+    p[4], q[5] = -torch.inf, -torch.inf
+    p[6, 1:], q[6, 1:], q[7, 9] = -torch.inf, -torch.inf, -torch.inf
+    p[7, 9] = -200.0  # so improbable that its probability is 0 in float32
+    arguments = (p, None, None, 1.0, 0.0, q, None, None, 1.0, 0.0, torch.arange(8))
+    for value, want in zip(launch_divergence.divergence(*arguments, programs=3), in_pytorch(*arguments)):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_divergence_of_no_rows() -> None:
+    assert launch_divergence.divergence(*heads()[:-1], torch.arange(0))[0].shape == (0,)

@@ -1,0 +1,218 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: run by the tests in a process with TRITON_INTERPRET=1."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from mdkern.kernels import noise, triton_noise
+from mdkern.kernels.head import launch, reference
+from mdkern.kernels.head.launch import Tiling, vocab_projection
+from mdkern.kernels.head.triton_projection import _item, _items, _schedule
+from mdkern.kernels.loop.triton_select import select
+from tests.problems.projection import SEED, Problem, check_against_reference
+from tests.problems.selection import RULES, random_selection
+
+assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mend_interpreter() -> None:
+    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does, multiplies bfloat16 as integers, reduces
+    with a function of one's own element by element."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        def values(x: Any) -> Any:
+            if x.dtype == tl.bfloat16:
+                return (x.data.astype(numpy.uint32) << 16).view(numpy.float32)
+            return x.data.astype(numpy.float32)
+
+        return interpreter.TensorHandle(values(a) @ values(b) + d.data, d.dtype.scalar)
+
+    def reduce_by_halves(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+        values = [numpy.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        while len(values[0]) > 1:
+            half = len(values[0]) // 2
+            halves = [self.to_tensor(v[part], x.dtype) for part in (slice(half), slice(half, None))
+                      for v, x in zip(values, inputs)]  # fmt: skip
+            values = [x.handle.data for x in self.combine_fn.fn(*halves)]
+        return [self.to_tensor(v[0], x.dtype) for v, x in zip(values, inputs)]
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.ReduceOps.generic_reduce = reduce_by_halves
+
+
+@triton.jit
+def draw_kernel(out, index, seed, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    key = tl.load(index + at).to(tl.uint32)
+    w0, w1, w2, w3 = triton_noise.random_words(
+        tl.load(seed), key, key + 1, key + 2, tl.load(index + at), triton_noise.TOKEN
+    )
+    tl.store(out + at * 2, triton_noise.gumbel(w0, w1))
+    tl.store(out + at * 2 + 1, triton_noise.gumbel(w2, w3))
+
+
+def test_noise_is_the_references() -> None:
+    pair = torch.cat((torch.arange(60), torch.tensor([2**27 - 1, 12345, 99999, 2**26])))
+    out = torch.empty(64, 2)
+    draw_kernel[(1,)](out, pair, torch.tensor(SEED), BLOCK=64)
+    for odd in range(2):
+        want = noise.gumbel(torch.tensor(SEED), pair, pair + 1, pair + 2, 2 * pair + odd, noise.TOKEN)
+        torch.testing.assert_close(out[:, odd], want, rtol=2e-6, atol=2e-6)
+
+
+SMALL = Tiling(16, 128, 64, 4, 3)
+TILINGS = {
+    "pointers": Tiling(16, 128, 64, 4, 3, bulk_copy=False),
+    "bulk": SMALL,
+    "gathered": Tiling(32, 256, 64, 8, 3, gather=True),
+    "one group": Tiling(16, 64, 32, 4, 3),
+}
+
+
+@pytest.mark.parametrize("temperature", ["greedy", "mixed"])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_tilings_agree_with_the_reference(tiling: str, temperature: str) -> None:
+    problem = Problem(temperature=temperature)
+    got = vocab_projection(*problem.arguments(temperature == "greedy"), TILINGS[tiling], programs=3)
+    check_against_reference(problem, got)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"biased": True, "count": 13},
+        {"count": 0},
+        {"rows": 1, "count": None},
+        {"from_logits": True},
+        {"from_logits": True, "biased": True, "columns": 300},
+        {"options": {"scale": 0.5, "soft_cap": 5.0}},
+        {"depth": 200, "columns": 130},
+        {"temperature": "one", "dtype": torch.bfloat16, "biased": True},
+        {"spread": 40.0},
+    ],
+    ids=str,
+)
+def test_variations_agree_with_the_reference(changes: dict[str, Any]) -> None:
+    problem = Problem(**changes)
+    uniform = problem.temperature == "one"
+    check_against_reference(problem, vocab_projection(*problem.arguments(uniform), SMALL, programs=3))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 8, 40])
+def test_programs_do_not_matter(programs: int) -> None:
+    """Whole waves of row tiles, split remainders, more programs than work."""
+    problem = Problem(rows=37, columns=390, depth=32)
+    check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=programs))
+
+
+@triton.jit
+def walk_kernel(visits, slots, loads, count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Count who is where, as the projections' kernels walk."""
+    program = tl.program_id(0)
+    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    whole, _, chunk, _, _, vocab_tiles = schedule
+    for item in range(_items(program, schedule, PROGRAMS)):
+        row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+        first, last = 0, vocab_tiles
+        if row_tile >= whole:
+            first, last = part * chunk, tl.minimum((part + 1) * chunk, vocab_tiles)
+        tl.store(slots + slot, tl.load(slots + slot) + 1)
+        tl.store(loads + program, tl.load(loads + program) + last - first)
+        for tile in range(first, last):
+            at = visits + row_tile * vocab_tiles + tile
+            tl.store(at, tl.load(at) + 1)
+
+
+@pytest.mark.parametrize("columns", [60, 3000])
+@pytest.mark.parametrize("rows", [1, 40, 100, 130, 208, 500])
+@pytest.mark.parametrize("programs", [1, 7, 13])
+def test_every_tile_is_visited_once_and_work_is_even(programs: int, rows: int, columns: int) -> None:
+    row_tiles, vocab_tiles = triton.cdiv(rows, 16), triton.cdiv(columns, 64)
+    visits = torch.zeros(row_tiles, vocab_tiles, dtype=torch.int32)
+    slots = torch.zeros(row_tiles + programs, dtype=torch.int32)
+    loads = torch.zeros(programs, dtype=torch.int32)
+    walk_kernel[(programs,)](visits, slots, loads, rows, columns, BM=16, BN=64, PROGRAMS=programs)
+    assert (visits == 1).all()
+    assert slots.max() == 1  # nobody overwrites another's results
+    rest = row_tiles % programs
+    alone = triton.cdiv(vocab_tiles, programs // rest) if rest else 0  # were the programs that are left idle
+    assert loads.max() <= row_tiles // programs * vocab_tiles + alone
+    if (rows, columns, programs) == (130, 3000, 13):  # 9 row tiles of 47: 4 programs are left, and take 3 x 11
+        assert loads.max() == 36
+
+
+def test_strides() -> None:
+    """Rows of a wider tensor, one temperature for all rows, columns of a matrix of keys."""
+    problem = Problem(rows=9, columns=200, depth=64)
+    problem.temperatures = torch.tensor(0.5).expand(9)
+    problem.keys = problem.keys.T.contiguous().T
+    wide = torch.full((problem.hidden.shape[0], 100), torch.nan)
+    wide[:, 5:69] = problem.hidden
+    problem.hidden = wide[:, 5:69]
+    check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=3))
+
+
+@pytest.mark.parametrize("count", [None, 130])
+def test_rows_gathered_in_parts_are_the_same(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(rows=300, columns=130, depth=32, count=count)
+    arguments = problem.arguments(False)
+    whole = vocab_projection(*arguments, TILINGS["gathered"], programs=3)
+    monkeypatch.setattr(launch, "GATHERED", 128 * 32 * 4)
+    sizes = [part.stop - part.start for part in launch.parts(300, problem.hidden, True)]
+    assert sizes == [128, 128, 128]
+    for want, got in zip(whole, vocab_projection(*arguments, TILINGS["gathered"], programs=3)):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_no_rows() -> None:
+    assert vocab_projection(*Problem(rows=0).arguments(False), SMALL)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", ["greedy", "mixed"])
+def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) -> None:
+    problem = Problem(rows=6, columns=300, from_logits=True, temperature=temperature)
+    logits = problem.hidden
+    first = problem.row_index[:4]
+    logits[first[0], 77], logits[first[1], 299], logits[first[2]] = torch.nan, torch.inf, -torch.inf
+    logits[first[3], [70, 71, 290]] = 500.0
+    problem.hidden = logits
+    token, log_prob, top1, top2, *_ = vocab_projection(
+        *problem.arguments(temperature == "greedy"), Tiling(16, 64, 64, 4, 3), programs=3
+    )
+    assert token[:3].tolist() == [-1, -1, -1]
+    assert log_prob[:3].isnan().all()
+    assert top1[:3].isnan().all()
+    assert token[3] in ((70,) if problem.temperatures[3] == 0 else (70, 71, 290))
+    assert abs(top1[3] - 1 / 3) < 1e-6
+    assert abs(top2[3] - 1 / 3) < 1e-6
+    assert (token[3:] >= 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("trial", range(4))
+def test_selection_is_the_references(rule: str, trial: int) -> None:
+    arguments, state = random_selection(rule, trial)
+    outcomes = []
+    for implementation in (reference.select, select):
+        input_ids, masked, remaining = (x.clone() for x in state)
+        chosen = implementation(*arguments[:3], input_ids, masked, remaining, *arguments[3:])
+        outcomes.append((chosen, input_ids, masked, remaining))
+    for want, got in zip(*outcomes):
+        assert torch.equal(want, got)
