@@ -201,9 +201,25 @@ def compare_samplers() -> Iterator[Comparison]:
                 yield Comparison(f"the shipped pair, {device}", "mdkern", peer, row["label"], 1 / ratio)
 
 
+def all_comparisons() -> list[Comparison]:
+    return [*compare_projections(), *compare_selections(), *compare_decoders(), *compare_samplers()]
+
+
+def losses_line() -> str:
+    """Where ours is the slower one, in one sentence."""
+    comparisons = all_comparisons()
+    lost = [entry for entry in comparisons if entry.lost]
+    most = max(lost, key=lambda entry: entry.times)
+    return (
+        f"**Where we lose**: of the {len(comparisons)} pairs of times in the results mdkern is slower in {len(lost)}, at "
+        f"most {most.times:.2f} times as long ({most.work}: {most.ours} beside {most.theirs}, {most.place}). "
+        "[The list](docs/benchmarks.md#where-we-lose).\n"
+    )
+
+
 def losses() -> str:
-    """Every pair of times in the results of which ours is the longer, whatever it is held against."""
-    comparisons = [*compare_projections(), *compare_selections(), *compare_decoders(), *compare_samplers()]
+    """Every pair of times in the results of which ours is the longer, whatever it is compared with."""
+    comparisons = all_comparisons()
     groups = groupby(comparisons_by_subject(comparisons), key=subject)
     body, lost = [], 0
     for (work, ours, theirs), members in groups:
@@ -241,6 +257,7 @@ def places(run: list[Comparison]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "losses": losses,
+    "losses-line": losses_line,
     "output-layer": partial(output_layer, 50_258, 768),
     "decoder-range": decoder_range,
     "distributed": distributed,
