@@ -211,8 +211,8 @@ def losses_line() -> str:
     lost = [entry for entry in comparisons if entry.lost]
     most = max(lost, key=lambda entry: entry.times)
     return (
-        f"**Where we lose**: of the {len(comparisons)} pairs of times in the results mdkern is slower in {len(lost)}, at "
-        f"most {most.times:.2f} times as long ({most.work}: {most.ours} beside {most.theirs}, {most.place}). "
+        f"**Where we lose**: of the {len(comparisons)} pairs of times in the results mdkern is slower in {len(lost)}, "
+        f"at most {most.times:.2f} times as long ({most.work}: {most.ours} beside {most.theirs}, {most.place}). "
         "[The list](docs/benchmarks.md#where-we-lose).\n"
     )
 
