@@ -18,7 +18,7 @@ from mdkern.decoders import Canvas, Planned
 from mdkern.engine.graphs import Pacer, Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.engine.request import Request
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings, is_any
 from mdkern.kernels.loop.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -223,15 +223,14 @@ def stop_at_end_of_text(
         The plan without it; which sequences, bool ``[N]``; and the positions dropped, bool ``[N, L]``, which now have
         the end of text.
     """
-    assert request.eos_id is not None
     ids = state.input_ids[: len(plan.step)]
     block_start = min(step, request.steps) - request.steps // request.blocks
     done = (plan.step >= block_start) & (plan.step < step)
-    ended = (done & (ids == request.eos_id)).any(-1) & request.stop_at_eos
+    ended = (done & is_any(ids, request.eos_ids)).any(-1) & request.stop_at_eos
     if request.stopping_criteria is not None:
         ended |= stopped(request.stopping_criteria, ids.clone())
     rest = ended[:, None] & (plan.step >= step)
-    ids.masked_fill_(rest, request.eos_id)
+    ids.masked_fill_(rest, request.eos_ids[0])
     return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), ended, rest
 
 

@@ -25,7 +25,7 @@ class Settings:
     block_length: int | None  # None: one block, the whole sequence
     block_steps: int  # T / blocks
     mask_id: int
-    eos_id: int | None  # what fills a sequence that is stopped
+    eos_ids: tuple[int, ...]  # ends of text; the first fills a sequence that is stopped
     stop_at_eos: bool  # whether a block that has it stops the sequence
     guidance_scale: float
     logits_processor: Any  # not with graphs
@@ -41,7 +41,7 @@ class Settings:
             block_length=request.block_length,
             block_steps=request.steps // request.blocks,
             mask_id=request.mask_id,
-            eos_id=request.eos_id,
+            eos_ids=request.eos_ids,
             stop_at_eos=request.stop_at_eos,
             guidance_scale=request.guidance_scale,
             logits_processor=request.logits_processor,
@@ -54,7 +54,7 @@ class Settings:
 
     def key(self) -> Hashable:
         """What tells settings apart; decoders are compared by their parameters."""
-        counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_id, self.stop_at_eos
+        counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_ids, self.stop_at_eos
         if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
             return self.decoder, self.filters, self.guidance_scale, counts
         known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))

@@ -35,7 +35,7 @@ class Request:
     block_length: int | None  # None: one block
     blocks: int  # of the sequence that has most
     cache: str  # of CACHES
-    eos_id: int | None
+    eos_ids: tuple[int, ...]  # of all the denoisers; the first fills what comes after the end of text
     stop_at_eos: bool
     input_ids: Tensor  # int64 [N, L] on the denoisers' device
     attention_mask: Tensor | None  # bool [N, L]; None: no padding

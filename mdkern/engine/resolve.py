@@ -280,9 +280,10 @@ def resolve(
     block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total, cache != "none")
     if not isinstance(stop_at_eos, bool):
         raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
+    eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in denoiser.eos_ids))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
-    if (stop_at_eos or stopping_criteria is not None) and first.eos_id is None:
-        raise ValueError(f"{stops} needs a model with an eos_id: {first.name} has none")
+    if (stop_at_eos or stopping_criteria is not None) and not eos_ids:
+        raise ValueError(f"{stops} needs a model with eos_ids: {first.name} has none")
     steps = steps or ids.shape[1]
     return Request(
         denoisers=denoisers,
@@ -293,7 +294,7 @@ def resolve(
         block_length=block_length,
         blocks=blocks,
         cache=cache,
-        eos_id=first.eos_id,
+        eos_ids=eos_ids,
         stop_at_eos=stop_at_eos,
         input_ids=ids,
         attention_mask=mask,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mdkern.models import Denoiser, adapt
-from mdkern.models.denoiser import available_device
+from mdkern.models.denoiser import available_device, ids_of
 from mdkern.schedule import NAME, Schedule
 
 
@@ -71,6 +71,9 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
                 )
     available_device(first.device)
     for name, denoiser in denoisers.items():
+        if hasattr(denoiser, "eos_id"):
+            raise ValueError(f"model {name} sets eos_id: a Denoiser's ends of text are eos_ids, a tuple of ids")
+        ids_of(f"model {name}'s eos_ids", denoiser.eos_ids, denoiser.vocab_size, denoiser.mask_id)
         if denoiser.device.type == "meta":
             raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
         if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():

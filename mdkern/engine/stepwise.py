@@ -23,7 +23,7 @@ from mdkern.engine.planned import report_failure
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.request import Request
 from mdkern.engine.slots import Slots, observe
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings, is_any
 from mdkern.kernels.loop.compact import compact
 from mdkern.kernels.loop.select import select
 from mdkern.models import Denoiser
@@ -281,10 +281,9 @@ def write(
 
 def fill(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, ended: Tensor) -> None:
     """The end of text, of no model, at all that is masked in the sequences of the slots that ``ended [B]`` names."""
-    assert settings.eos_id is not None
     sequence, ids = slots.sequence, state.input_ids[slots.sequence]
     rest = (ids == settings.mask_id) & progress.wanted[sequence] & ended[:, None]
-    state.input_ids[sequence] = torch.where(rest, settings.eos_id, ids)
+    state.input_ids[sequence] = torch.where(rest, settings.eos_ids[0], ids)
     progress.reveal_step[sequence] = torch.where(rest, slots.view.step[:, None], progress.reveal_step[sequence])
     progress.reveal_model[sequence] = torch.where(rest, GIVEN, progress.reveal_model[sequence])  # of before a remask
 
@@ -315,7 +314,7 @@ def advance(
 
     ended = torch.zeros_like(over)
     if settings.stop_at_eos:
-        ended = over & ((new == settings.eos_id) & ours_in_block).any(-1)
+        ended = over & (is_any(new, settings.eos_ids) & ours_in_block).any(-1)
     if settings.stopping_criteria is not None:
         ended = ended | stopped(settings.stopping_criteria, state.input_ids[sequence])
     if settings.stop_at_eos or settings.stopping_criteria is not None:

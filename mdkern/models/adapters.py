@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.models import dit_fused, dit_window
-from mdkern.models.denoiser import Denoiser, Head, available_device
+from mdkern.models.denoiser import Denoiser, Head, available_device, ids_of
 from mdkern.models.dit import DiT, gather_rows
 from mdkern.models.hf.introspect import accepted_arguments, end_of_text, first_setting, longest_input, output_layer
 from mdkern.models.hf.probe import examine
@@ -23,7 +23,7 @@ def adapt(
     *,
     vocab_size: int | None = None,
     mask_id: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     max_length: int | None = None,
     num_blocks: int | None = None,
     device: torch.device | str | None = None,
@@ -42,7 +42,8 @@ def adapt(
             those names); or a `Denoiser`, returned as it is.
         vocab_size: V. Needed for callables; taken from the model's config otherwise.
         mask_id: the mask token's id. Needed for callables, and for Hugging Face models whose config has none.
-        eos_id, max_length, num_blocks: as in `Denoiser`.
+        eos_id: an id that ends a text, or several; taken from the model's config otherwise.
+        max_length, num_blocks: as in `Denoiser`.
         device: where a callable wants its ids; taken from a module's parameters.
         shifted: whether the logits at a position are those of the next one, as of models that were autoregressive;
             then position i is served by i - 1, and by itself where nothing is before it. None: if the config's
@@ -80,12 +81,13 @@ def adapt(
     assert vocab_size is not None
     assert mask_id is not None
     check_ids(vocab_size, mask_id)
+    eos_ids = ids_of("eos_id", eos_id, vocab_size, mask_id) or end_of_text(model, vocab_size, mask_id)
     max_length = max_length if max_length is not None else longest_input(model)
     anatomy = examine(model, vocab_size, max_length)
     described: dict[str, Any] = {
         "vocab_size": vocab_size,
         "mask_id": mask_id,
-        "eos_id": eos_id if eos_id is not None else end_of_text(model),
+        "eos_ids": eos_ids,
         "max_length": max_length,
         "num_blocks": num_blocks if num_blocks is not None else first_setting(model, "num_hidden_layers", "n_layers"),
         "shifted": str(getattr(config, "model_type", "")).lower() == "dream" if shifted is None else shifted,
@@ -113,7 +115,8 @@ class DiTDenoiser(Denoiser):
         config = model.config
         self.model = model
         self.name = name or f"DiT-{config.num_blocks}"
-        self.vocab_size, self.mask_id, self.eos_id = config.vocab_size, config.mask_id, config.eos_id
+        self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
+        self.eos_ids = ids_of("eos_id", config.eos_id, config.vocab_size, config.mask_id)
         self.max_length, self.num_blocks = config.max_length, config.num_blocks
         self.time_conditioning = config.time_conditioning
         self.device, self.dtype = model.embedding.device, model.embedding.dtype
@@ -170,7 +173,7 @@ class LogitsDenoiser(Denoiser):
         *,
         vocab_size: int,
         mask_id: int,
-        eos_id: int | None,
+        eos_ids: tuple[int, ...],
         max_length: int | None,
         num_blocks: int | None,
         device: torch.device | str | None,
@@ -183,7 +186,7 @@ class LogitsDenoiser(Denoiser):
         self.model, self.name, self.shifted = model, name, shifted
         # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
         self.vocab_size, self.mask_id = max(vocab_size, mask_id + 1), mask_id
-        self.eos_id, self.max_length, self.num_blocks = eos_id, max_length, num_blocks
+        self.eos_ids, self.max_length, self.num_blocks = eos_ids, max_length, num_blocks
         layer = output_layer(model)
         rows = 0 if isinstance(layer, str) else len(cast(Tensor, layer.weight))
         self.columns = max(vocab_size, rows)  # of the logits: tables may be padded

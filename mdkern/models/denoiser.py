@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,22 @@ def available_device(device: torch.device | str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= found:
         raise ValueError(f"device {chosen} was asked for, but the GPUs that PyTorch finds here are {found}")
     return chosen
+
+
+def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
+    """Ids as a tuple without repeats: of one id, of several, or of None.
+
+    Raises:
+        ValueError: what is no id of the vocabulary, or is the mask's.
+    """
+    given = () if value is None else value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    ids = dict.fromkeys(item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in given)
+    for item in ids:
+        whole = isinstance(item, Integral) and not isinstance(item, bool)
+        if not whole or not 0 <= item < vocab_size or item == mask_id:
+            allowed = f"0..{vocab_size - 1} other than the mask id {mask_id}"
+            raise ValueError(f"{name} must be an id in {allowed}, or several, not {value!r}")
+    return tuple(map(int, ids))
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Denoiser:
     name: str = "denoiser"
     vocab_size: int  # ids in 0..vocab_size-1, the mask id included if it lies there
     mask_id: int
-    eos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()  # ids that end a text; the first fills what comes after
     max_length: int | None = None  # positions; None: no limit
     num_blocks: int | None = None  # B of the paper's equation (3)
     time_conditioning: bool = False

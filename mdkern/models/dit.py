@@ -38,7 +38,7 @@ class DiTConfig:
     Attributes:
         vocab_size: ids the model knows, the mask included.
         mask_id: the id of a position not yet revealed.
-        eos_id: end of text, or None.
+        eos_id: end of text, or several such ids, or None.
         max_length: longest sequence the model is meant for.
         num_blocks, width, num_heads, mlp_ratio: the transformer's shape; ``width % num_heads == 0``.
         time_conditioning: whether the blocks see the diffusion time. If not, the modulation is a constant of the block.
@@ -48,7 +48,7 @@ class DiTConfig:
 
     vocab_size: int
     mask_id: int
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
     max_length: int = 1024
     num_blocks: int = 12
     width: int = 768
@@ -65,6 +65,8 @@ class DiTConfig:
             raise ValueError(f"mask_id {self.mask_id} must lie in 0..{self.vocab_size - 1}")
         if min(self.num_blocks, self.max_length, self.mlp_ratio) < 1:
             raise ValueError("num_blocks, max_length and mlp_ratio must be at least 1")
+        if isinstance(self.eos_id, list):  # as JSON has it
+            object.__setattr__(self, "eos_id", tuple(self.eos_id))
 
     @property
     def padded_vocab_size(self) -> int:

@@ -378,7 +378,7 @@ CASES = [
     refuse("criteria", TypeError, "stopping_criteria must be callable, as those of tr", stopping_criteria=3),
     refuse("streamer", TypeError, "streamer must have put and end, as those of tr", streamer=print),
     refuse(
-        "criteria, no eos", ValueError, "stopping_criteria needs a model with an eos_id", stopping_criteria=lambda *_: 0
+        "criteria, no eos", ValueError, "stopping_criteria needs a model with eos_ids", stopping_criteria=lambda *_: 0
     ),
     # Decoders, blocks and devices.
     refuse("block_length", ValueError, "block_length must be a whole number of at least 1, not 0", block_length=0),
@@ -414,7 +414,7 @@ CASES = [
         steps=4,
     ),
     refuse("stop_at_eos", TypeError, "stop_at_eos must be True or False, not 1", stop_at_eos=1),
-    refuse("no eos", ValueError, "stop_at_eos needs a model with an eos_id: counting has none", stop_at_eos=True),
+    refuse("no eos", ValueError, "stop_at_eos needs a model with eos_ids: counting has none", stop_at_eos=True),
     refuse(
         "decoder with a parameter of no default",
         ValueError,

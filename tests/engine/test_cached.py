@@ -135,7 +135,7 @@ class TestLoop:
     def test_end_of_text_stops_a_sequence_and_not_its_neighbours(self, cache: str) -> None:
         options = {"decoder": "threshold", "stop_at_eos": True, "input_ids": starts(8), "seed": 1}
         model = ShallowModel(MODEL)
-        model.eos_id = 2
+        model.eos_ids = (2,)
         plain, out = (draw(model, cache=c, **options) for c in ("none", cache))
         assert sorted(set(out.stop_reason)) == ["all_revealed", "end_of_text"]
         assert out.stop_reason == plain.stop_reason

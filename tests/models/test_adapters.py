@@ -46,11 +46,25 @@ def logits_of(model: DiT) -> Callable[[Tensor], Tensor]:
     return model_logits
 
 
+class TestEndsOfText:
+    def test_one_or_several(self, make_dit: MakeDiT) -> None:
+        sizes = {"vocab_size": VOCAB, "mask_id": MASK}
+        logits = logits_of(make_dit())
+        for given, expected in ((3, (3,)), ([5, 3, 5], (5, 3)), (torch.tensor([1, 2]), (1, 2)), (None, ())):
+            assert adapt(logits, eos_id=given, **sizes).eos_ids == expected
+        assert adapt(make_dit(eos_id=[3, 5])).eos_ids == (3, 5)
+
+    @pytest.mark.parametrize("wrong", [-1, VOCAB, MASK, [3, MASK], "3", 3.0, True])
+    def test_what_cannot_end_a_text_is_refused(self, wrong: object, make_dit: MakeDiT) -> None:
+        with pytest.raises(ValueError, match=f"eos_id must be an id in 0..{VOCAB - 1} other than the mask id {MASK}"):
+            adapt(logits_of(make_dit()), vocab_size=VOCAB, mask_id=MASK, eos_id=wrong)
+
+
 class TestOurDiT:
     def test_sampled_through_the_split(self, make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_dit(eos_id=3)
         denoiser = adapt(model, name="mine")
-        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_id) == (VOCAB, MASK, 3)
+        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_ids) == (VOCAB, MASK, (3,))
         assert (denoiser.max_length, denoiser.num_blocks, denoiser.time_conditioning) == (16, 2, False)
         assert (denoiser.name, denoiser.device.type, denoiser.dtype) == ("mine", "cpu", torch.float32)
         monkeypatch.setattr(Denoiser, "logits", None)

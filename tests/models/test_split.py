@@ -108,12 +108,12 @@ def fail(*_: Any) -> None:
 class TestConfiguration:
     def test_what_llada_tells(self) -> None:
         denoiser = adapted(llada())
-        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_id) == (WORDS, MASK, 3)
+        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_ids) == (WORDS, MASK, (3,))
         assert (denoiser.max_length, denoiser.num_blocks, denoiser.head.padded_vocab_size) == (LONGEST, 2, WORDS + 2)
 
     def test_what_dream_tells(self) -> None:
         denoiser = adapted(dream())
-        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_id) == (WORDS, MASK, 3)
+        assert (denoiser.vocab_size, denoiser.mask_id, denoiser.eos_ids) == (WORDS, MASK, (3, 5))
         assert denoiser.shifted
         assert not adapted(dream(), shifted=False).shifted
         assert not adapted(qwen()).shifted

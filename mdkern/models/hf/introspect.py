@@ -35,10 +35,11 @@ def longest_input(model: Any) -> int | None:
     return positions
 
 
-def end_of_text(model: Any) -> int | None:
-    """The config's id for the end of text, the first if it has several."""
-    value = first_setting(model, "eos_token_id")
-    return value[0] if isinstance(value, list | tuple) and value else value
+def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
+    """The config's ids for the end of text, without those that no logits can give."""
+    told = first_setting(model, "eos_token_id")
+    ids = told if isinstance(told, list | tuple) else [told]
+    return tuple(dict.fromkeys(id for id in ids if isinstance(id, int) and 0 <= id < vocab_size and id != mask_id))
 
 
 def output_layer(model: Any) -> nn.Module | str:

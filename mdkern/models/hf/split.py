@@ -43,7 +43,7 @@ class SplitDenoiser(Denoiser):
         *,
         vocab_size: int,
         mask_id: int,
-        eos_id: int | None = None,
+        eos_ids: tuple[int, ...] = (),
         max_length: int | None = None,
         num_blocks: int | None = None,
         shifted: bool = False,
@@ -51,7 +51,7 @@ class SplitDenoiser(Denoiser):
     ) -> None:
         self.model, self.name = model, name
         self.vocab_size, self.mask_id = max(vocab_size, mask_id + 1), mask_id
-        self.eos_id, self.max_length, self.num_blocks = eos_id, max_length, num_blocks
+        self.eos_ids, self.max_length, self.num_blocks = eos_ids, max_length, num_blocks
         self.shifted = shifted
         weight = output_weight(model)
         accepted = accepted_arguments(model)
