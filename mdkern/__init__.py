@@ -1,15 +1,34 @@
-"""mdkern: sampling from masked diffusion language models."""
+"""mdkern: sampling from masked diffusion language models.
 
-from mdkern.decoders import Ancestral
-from mdkern.distributed import sample_distributed
-from mdkern.engine import graphs
-from mdkern.models import Denoiser, DiT, DiTConfig, adapt
-from mdkern.plan import RevealPlan
-from mdkern.pretrained import load_pair
-from mdkern.sampling import History, SampleOutput, sample
-from mdkern.schedule import Schedule
+``import mdkern`` is cheap: PyTorch and transformers are imported with the first name that needs them.
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdkern.decoders import Ancestral
+    from mdkern.distributed import sample_distributed
+    from mdkern.engine import graphs
+    from mdkern.models import Denoiser, DiT, DiTConfig, adapt
+    from mdkern.plan import RevealPlan
+    from mdkern.pretrained import load_pair
+    from mdkern.sampling import History, SampleOutput, sample
+    from mdkern.schedule import Schedule
+
+__version__ = "0.1.0"  # the only place: the package's metadata are built from it
+
+_HOMES = {  # by module, the names that it defines; mypy reads the imports above, Python this
+    "mdkern.decoders": ("Ancestral",),
+    "mdkern.distributed": ("sample_distributed",),
+    "mdkern.engine": ("graphs",),
+    "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
+    "mdkern.plan": ("RevealPlan",),
+    "mdkern.pretrained": ("load_pair",),
+    "mdkern.sampling": ("History", "SampleOutput", "sample"),
+    "mdkern.schedule": ("Schedule",),
+}
 
 __all__ = [
     "Ancestral",
@@ -26,3 +45,18 @@ __all__ = [
     "sample",
     "sample_distributed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package such as ``mdkern.decoders``, when it is first asked for."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(__import__(home, fromlist=[name]), name)  # as "from home import name"
+            return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ from mdkern import __version__
 from mdkern.cli.common import check_target, load_models, named_path, one_line, positive
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 from mdkern.cli.profile import add_profile
+from mdkern.threads import wait_without_spinning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 2 for bad input, 1 for a failure, 130 for an interrupt."""
+    wait_without_spinning()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not an error
     arguments = build_parser().parse_args(argv)
