@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mdkern.kernels.device import capability
 from mdkern.models import dit_fused
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
@@ -343,5 +344,4 @@ def attention_priority(device: torch.device) -> AbstractContextManager[None]:
     """Try the SDPA backends in the order of their speed on this card. On CPUs and when compiling: PyTorch's order."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
-    hopper = torch.cuda.get_device_capability(device)[0] >= 9
-    return sdpa_kernel(HOPPER_ATTENTION if hopper else HOPPER_ATTENTION[1:], set_priority=True)
+    return sdpa_kernel(HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:], set_priority=True)

@@ -38,6 +38,7 @@ from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.rotary import gathered_heads, rotary
+from mdkern.kernels.device import is_hopper
 from mdkern.models.denoiser import PREPARED
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def covers(model: DiT) -> bool:
     """
     embedding = model.embedding
     return (
-        embedding.is_cuda
-        and embedding.dtype in (torch.bfloat16, torch.float16)
+        embedding.dtype in (torch.bfloat16, torch.float16)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cuda")
@@ -153,7 +153,7 @@ def folds_fit(model: DiT, rows: int) -> bool:
     config = model.config
     return (
         model.time_embedding is None
-        and products.is_hopper(model.embedding.device)
+        and is_hopper(model.embedding.device)
         and rows >= products.FEWEST_ROWS
         and config.width % SPAN == 0
         and products.turns_fused(model.rotary[0], config.num_heads)

@@ -18,6 +18,7 @@ from torch.nn.attention import sdpa_kernel
 
 from mdkern.engine.resolve import check_count, resolve_input, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
+from mdkern.kernels.device import capability
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import Head
 from mdkern.models.dit import HOPPER_ATTENTION
@@ -69,7 +70,7 @@ class Compiled(Wrapped):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] < 9:
+        if self.device.type != "cuda" or capability(self.device) < 9:
             return self.compiled(input_ids, t, positions, attention_mask)
         with sdpa_kernel(HOPPER_ATTENTION, set_priority=True):  # the DiT's own choice does not reach compiled code
             return self.compiled(input_ids, t, positions, attention_mask)

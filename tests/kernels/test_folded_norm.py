@@ -122,7 +122,7 @@ def question(model: DiT, batch: int, length: int, rows: int | None) -> tuple[Ten
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a Hopper GPU, by the operators' plain forms."""
     monkeypatch.setattr(products, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(products, "is_hopper", lambda device: True)
+    monkeypatch.setattr(dit_fused, "is_hopper", lambda device: True)
     monkeypatch.setattr(products, "adds_in_place", lambda *_: True)
     monkeypatch.setattr(dit_fused, "covers", lambda model: True)
 
@@ -303,7 +303,7 @@ def test_it_is_as_exact_as_the_modules(
         want = exact.plain_hidden(ids, None, positions)
         theirs = model.plain_hidden(ids, None, positions)
         prepared = adapt(model).prepared(ids.numel())
-        assert prepared.folds is not None or not products.is_hopper(model.embedding.device)
+        assert prepared.folds is not None or not dit_fused.is_hopper(model.embedding.device)
         ours = prepared.hidden(ids, None, positions)
         few = prepared.hidden(ids[:2], None, None if positions is None else positions[:2])  # cuBLAS's products
     assert relative_error(ours, want) < 1.2 * relative_error(theirs, want)

@@ -12,9 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from mdkern.kernels import select
-from mdkern.kernels.head import reference
 from mdkern.kernels.loop import triton_select
-from mdkern.kernels.loop.select import _select
+from mdkern.kernels.loop.select import _select, select_reference
 from tests.own_process import run_compiling, run_in_the_interpreter
 from tests.problems.selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selection, outcomes, random_selection
 
@@ -134,11 +133,11 @@ def test_kernel_interpreted(rule: str, held: int, monkeypatch: pytest.MonkeyPatc
     for number in range(len(AWKWARD)):
         for bound in {ENDS[rule][(number + shift) % len(ENDS[rule])] for shift in (0, 2)}:
             problem = awkward_selection(rule, number, bound, entries=50)
-            for want, got in outcomes((reference.select, triton_select.select), *problem):
+            for want, got in outcomes((select_reference, triton_select.select), *problem):
                 assert torch.equal(want, got), (number, bound)
     for trial in range(3):
         problem = random_selection(rule, trial, sequences=2, entries=70)
-        for want, got in outcomes((reference.select, triton_select.select), *problem):
+        for want, got in outcomes((select_reference, triton_select.select), *problem):
             assert torch.equal(want, got), trial
 
 
@@ -170,12 +169,12 @@ def test_gpu_selection_is_the_references(rule: str, entries: int) -> None:
     for trial in (0, 1, 2, 4):
         problem = random_selection(rule, trial, sequences=3, entries=entries, device="cuda")
         drawn = problem[0][-1] > 0
-        for want, got in outcomes((reference.select, _select), *problem):
+        for want, got in outcomes((select_reference, _select), *problem):
             assert (want != got).sum() <= (2 if drawn else 0)  # noise may differ in its last bit
     for number in range(len(AWKWARD)):
         for bound in ENDS[rule]:
             problem = awkward_selection(rule, number, bound, entries, device="cuda")
-            for want, got in outcomes((reference.select, _select), *problem):
+            for want, got in outcomes((select_reference, _select), *problem):
                 assert torch.equal(want, got), (number, bound)
 
 

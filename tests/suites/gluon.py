@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from mdkern.kernels.device import is_hopper
+
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on compute capability 9
 POINTERS = {
     "row_index": "*i64",
@@ -44,4 +46,4 @@ def build(kernel: Any, constants: dict[str, Any], types: dict[str, str], **optio
 
 
 def has_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return torch.cuda.is_available() and is_hopper(torch.device("cuda"))

@@ -15,9 +15,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mdkern.kernels import noise, triton_noise
-from mdkern.kernels.head import launch, reference
+from mdkern.kernels.head import launch
 from mdkern.kernels.head.launch import Tiling, vocab_projection
 from mdkern.kernels.head.triton_projection import _item, _items, _schedule
+from mdkern.kernels.loop.select import select_reference
 from mdkern.kernels.loop.triton_select import select
 from tests.problems.projection import SEED, Problem, check_against_reference
 from tests.problems.selection import RULES, random_selection
@@ -210,7 +211,7 @@ def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) ->
 def test_selection_is_the_references(rule: str, trial: int) -> None:
     arguments, state = random_selection(rule, trial)
     outcomes = []
-    for implementation in (reference.select, select):
+    for implementation in (select_reference, select):
         input_ids, masked, remaining = (x.clone() for x in state)
         chosen = implementation(*arguments[:3], input_ids, masked, remaining, *arguments[3:])
         outcomes.append((chosen, input_ids, masked, remaining))

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mdkern.kernels.backbone.hopper_linear import BLOCKS, COLUMNS, _linear
 from mdkern.kernels.backbone.hopper_residual import _add_linear
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS
-from mdkern.kernels.head.launch import processors
+from mdkern.kernels.device import num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
 
 DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memory swizzle
@@ -52,7 +52,7 @@ def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
 def cut(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int, int]:
     """Tiles of rows and of columns, and programs."""
     row_tiles, column_tiles = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
-    return row_tiles, column_tiles, min(processors(device), row_tiles * column_tiles)
+    return row_tiles, column_tiles, min(num_sms(device), row_tiles * column_tiles)
 
 
 def linear(

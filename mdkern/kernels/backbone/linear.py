@@ -8,9 +8,6 @@ also adds the residual. Plain Triton (tiles of 128 x 256, persistent, bulk copie
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +15,7 @@ from torch import Tensor
 from mdkern.kernels.backbone.folded_norm import SPAN, one_over_spread, row_sums
 from mdkern.kernels.backbone.modulated_norm import per_row, wide
 from mdkern.kernels.backbone.rotary import check_angles, check_heads, check_length, rotary
+from mdkern.kernels.device import copies_in_bulk, is_hopper
 
 COLUMN_TILE = SPAN
 FEWEST_ROWS = 4096  # below, column tiles of 256 leave most processors of a Hopper GPU without work
@@ -163,12 +161,12 @@ def _residual_fake(
 def runs_fused(x: Tensor, weight: Tensor) -> bool:
     """Whether a Hopper kernel takes the product: many rows, whole column tiles, matrices that bulk copies can read."""
     return (
-        x.is_cuda
-        and is_hopper(x.device)
+        is_hopper(x.device)
         and x.shape[0] >= FEWEST_ROWS
         and weight.shape[0] % COLUMN_TILE == 0
         and x.dtype in (torch.bfloat16, torch.float16)
-        and all(m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in (x, weight))
+        and copies_in_bulk(x)
+        and copies_in_bulk(weight)
     )
 
 
@@ -181,11 +179,6 @@ def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
     """Whether `linear_residual` is one pass: else the addition is better left to the norm that follows."""
     whole = gate.ndim == 1 or (x.shape[0] // gate.shape[0]) % 64 == 0
     return runs_fused(x, weight) and whole and gate.stride(-1) == 1
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def linear_rotary(

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mdkern.kernels.device import has_triton
 from mdkern.kernels.head import reference
-from mdkern.kernels.head.vocab_projection import has_triton
 
 
 class RowDivergence(NamedTuple):

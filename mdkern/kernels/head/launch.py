@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mdkern.kernels.device import copies_in_bulk, is_hopper, launches_early, num_sms
 from mdkern.kernels.head import triton_projection as kernels
 from mdkern.kernels.head.triton_reduce import _finish
 
@@ -39,20 +40,9 @@ class Tiling:
 
 
 @cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-@cache
-def capability(device: torch.device) -> int:
-    """Major compute capability; 9 in the interpreter, which takes every path."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-@cache
 def hopper_launcher(device: torch.device) -> ModuleType | None:
     """`launch_hopper` where its kernel runs: on compute capability 9, with Gluon in the Triton package."""
-    if device.type != "cuda" or capability(device) != 9:
+    if not is_hopper(device):
         return None
     try:
         from mdkern.kernels.head import launch_hopper
@@ -113,9 +103,9 @@ def vocab_projection(
     keys, row_index = keys.contiguous(), row_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
-    bulk_copy = weight is not None and capability(device) >= 9 and copies_in_bulk(weight)
+    bulk_copy = weight is not None and copies_in_bulk(weight)
     tiling = tiling or choose_tiling(capacity, hidden, bulk_copy, weight is None)
-    programs = programs or processors(device) * tiling.per_processor
+    programs = programs or num_sms(device) * tiling.per_processor
     options: dict[str, Any] = {
         "PROGRAMS": programs,
         "MODE": kernels.GREEDY if temperature is None and uniform_temperature == 0.0 else kernels.MIXED,
@@ -168,7 +158,7 @@ def project_part(
     slots = row_tiles + programs
     statistics = torch.empty((slots, tiling.rows, STATISTICS), dtype=torch.float32, device=device)
     leaders = torch.empty((slots, tiling.rows, GROUP_SIZE), dtype=torch.float32, device=device)
-    pdl = device.type == "cuda" and capability(device) >= 9
+    pdl = launches_early(device)
     arguments = (*rows, statistics, leaders, capacity, columns, hidden.shape[1])
     wanted = {**options, "HAS_SCALE": scale != 1.0, "HAS_CAP": soft_cap > 0.0}
     if isinstance(tiling, Tiling):
@@ -267,8 +257,3 @@ def unit_stride(hidden: Tensor, weight: Tensor | None) -> Tensor:
     if weight is not None and weight.stride(1) != 1:
         raise ValueError(f"weight must have unit stride along its rows, not strides {weight.stride()}")
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
-
-
-def copies_in_bulk(matrix: Tensor) -> bool:
-    """Whether a tensor map can describe it: 16-byte aligned, and so is each row."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0

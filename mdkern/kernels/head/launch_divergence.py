@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mdkern.kernels.device import copies_in_bulk, num_sms
 from mdkern.kernels.head import triton_divergence as kernels
-from mdkern.kernels.head.launch import capability, copies_in_bulk, processors
 
 PARTS = kernels.PARTS.value
 MOST_SPLITS = 512  # of the vocabulary: what the second kernel reads of a row
@@ -87,12 +87,10 @@ def divergence(
     if count == 0:
         return kl, cross_entropy
     row_index = row_index.contiguous()
-    bulk_copy = capability(device) >= 9 and all(
-        head.weight is not None and copies_in_bulk(head.weight) for head in heads
-    )
+    bulk_copy = all(head.weight is not None and copies_in_bulk(head.weight) for head in heads)
     tiles = tiles or choose_tiles(count, heads, bulk_copy)
     row_tiles, vocab_tiles = triton.cdiv(count, tiles.rows), triton.cdiv(columns, tiles.columns)
-    programs = programs or processors(device) * tiles.per_processor
+    programs = programs or num_sms(device) * tiles.per_processor
     chunk = triton.cdiv(vocab_tiles, min(vocab_tiles, splits_for(row_tiles, programs)))
     splits = triton.cdiv(vocab_tiles, chunk)
     parts = torch.empty((splits, PARTS, count), dtype=torch.float32, device=device)
@@ -145,7 +143,7 @@ def arguments(head: Head, row_index: Tensor, tiles: Tiles) -> tuple[tuple[Any, .
     """Of one head: the kernel's arguments and its flags."""
     hidden, weight = head.hidden, head.weight
     depth = hidden.shape[1]
-    bulk_copy = weight is not None and capability(hidden.device) >= 9 and copies_in_bulk(weight)
+    bulk_copy = weight is not None and copies_in_bulk(weight)
     source: Any = hidden
     if tiles.gather and bulk_copy:
         source = TensorDescriptor.from_tensor(hidden.index_select(0, row_index), [tiles.rows, tiles.depth])

@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mdkern.kernels.device import copies_in_bulk
 from mdkern.kernels.head import triton_filter as kernels
 from mdkern.kernels.head import triton_filter_search
-from mdkern.kernels.head.launch import capability, copies_in_bulk, empty_outputs, unit_stride
+from mdkern.kernels.head.launch import empty_outputs, unit_stride
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
@@ -94,7 +95,7 @@ def vocab_projection(
     bias = None if bias is None else bias.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
 
-    bulk_copy = weight is not None and capability(device) >= 9 and copies_in_bulk(weight)
+    bulk_copy = weight is not None and copies_in_bulk(weight)
     groups = triton.cdiv(columns, GROUP_SIZE)
     width = groups * GROUP_SIZE
     slots = SLOTS * 32 * search.warps

@@ -6,13 +6,12 @@ implementation runs is decided by device, through `torch.library`.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mdkern.kernels.device import has_triton
 from mdkern.kernels.head import reference
 
 NO_FILTERS = (0, 1.0, 0.0)  # top_k, top_p, min_p
@@ -84,12 +83,6 @@ def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Te
     if filters == NO_FILTERS:
         return launch.vocab_projection(hidden, *arguments)
     return launch_filter.vocab_projection(hidden, *arguments, *filters)
-
-
-@cache
-def has_triton(device: torch.device) -> bool:
-    """Whether kernels run there: Triton is installed and the GPU is of compute capability 8 or later."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @_vocab_projection.register_fake

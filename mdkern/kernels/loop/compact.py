@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdkern.kernels.head.vocab_projection import has_triton
+from mdkern.kernels.device import has_triton
 
 
 def reference(mask: Tensor) -> tuple[Tensor, Tensor]:

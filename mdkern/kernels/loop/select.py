@@ -1,20 +1,87 @@
 """`select`: which candidate positions of each sequence are revealed now, and their tokens written, in one launch.
 
-The contract, and the plain-PyTorch implementation through `reference`; `triton_select` runs it on a GPU.
+The contract, and the operator in plain PyTorch; `triton_select` runs it on a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mdkern.kernels.head import reference
-from mdkern.kernels.head.vocab_projection import has_triton
+from mdkern.kernels import noise
+from mdkern.kernels.device import has_triton
 
 Rule = Literal["top_k", "threshold", "factor", "entropy_bound"]
 RULES: tuple[str, ...] = get_args(Rule)
+
+
+def select_reference(
+    scores: Tensor,
+    candidates: Tensor,
+    tokens: Tensor,
+    input_ids: Tensor,
+    masked: Tensor | None,
+    remaining: Tensor | None,
+    positions: Tensor | None,
+    quota: Tensor | None,
+    seed: Tensor | None,
+    keys: Tensor | None,
+    rule: str,
+    bound: float,
+    temperature: float,
+) -> Tensor:
+    """`select` in plain PyTorch, by sorting."""
+    able = candidates & (tokens >= 0)
+    worth = (-scores if rule == "entropy_bound" else scores).nan_to_num(
+        nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )
+    if temperature > 0.0:
+        assert seed is not None
+        assert keys is not None
+        sample, position, step = keys.unbind(-1)
+        worth = worth / temperature + noise.gumbel(
+            seed, sample, position, step, torch.zeros_like(sample), noise.POSITION
+        )
+    # Best first, the lower index first among equals, those that may not be chosen last.
+    order = worth.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, able.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    rank = order.argsort(dim=-1)
+    best_first = worth.gather(-1, order)
+    place = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    if rule == "top_k":
+        assert quota is not None
+        chosen = rank < quota[:, None]
+    elif rule == "threshold":
+        chosen = (scores >= bound) | (rank == 0)
+    elif rule == "factor":
+        passes = (place + 1) * (1.0 - best_first) < bound
+        chosen = (rank < passes.int().cumprod(-1).sum(-1, keepdim=True)) | (rank == 0)
+    else:
+        entropy = fixed_point(-best_first)
+        passes = entropy.cumsum(-1) - entropy <= fixed_bound(bound)
+        chosen = (rank < passes.int().cumprod(-1).sum(-1, keepdim=True)) | (rank == 0)
+    chosen &= able
+    row, entry = chosen.nonzero(as_tuple=True)
+    column = entry if positions is None else positions[row, entry].long()
+    input_ids[row, column] = tokens[row, entry]
+    if masked is not None:
+        masked[row, column] = False
+    if remaining is not None:
+        remaining -= chosen.sum(-1)
+    return chosen
+
+
+def fixed_bound(bound: float) -> int:
+    """`fixed_point` of a bound of sums; infinity is above every sum of 2^16 entropies."""
+    return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound, device="cpu")))
+
+
+def fixed_point(entropy: Tensor) -> Tensor:
+    """Multiples of 2^-32, int64, so that sums do not depend on their order; held below 2^46."""
+    return (entropy.double().clamp(-(2.0**14), 2.0**14) * 2.0**32 + 0.5).floor().long()
 
 
 @torch.library.custom_op("mdkern::select", mutates_args=("input_ids", "masked", "remaining"))
@@ -33,7 +100,7 @@ def _select(
     bound: float,
     temperature: float,
 ) -> Tensor:
-    return reference.select(
+    return select_reference(
         scores,
         candidates,
         tokens,
@@ -53,7 +120,7 @@ def _select(
 @_select.register_kernel("cuda")
 def _on_gpu(scores: Tensor, *arguments: Any) -> Tensor:
     if not has_triton(scores.device):
-        return reference.select(scores, *arguments)
+        return select_reference(scores, *arguments)
     from mdkern.kernels.loop import triton_select  # imports Triton, which is no business of a machine without a GPU
 
     return triton_select.select(scores, *arguments)

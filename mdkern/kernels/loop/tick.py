@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mdkern.kernels.head.vocab_projection import has_triton
+from mdkern.kernels.device import has_triton
 
 
 class TickInputs(NamedTuple):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head import reference
+from mdkern.kernels.loop.select import fixed_bound
 
 TOP_K = tl.constexpr(0)
 THRESHOLD = tl.constexpr(1)
@@ -273,7 +273,7 @@ def select(
         entries,
         input_ids.shape[1],
         bound,
-        reference.fixed_bound(bound) if rule == "entropy_bound" else 0,
+        fixed_bound(bound) if rule == "entropy_bound" else 0,
         temperature,
         RULE=NUMBERS[rule],
         RANDOM=temperature > 0.0,

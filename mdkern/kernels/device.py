@@ -1,0 +1,46 @@
+"""What the operators ask of a device, each question in one place. Importing this does not import Triton."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Major compute capability; 9 on a CPU, so that the interpreter takes every path of the launchers."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: it is installed and the GPU is of compute capability 8 or later."""
+    return device.type == "cuda" and find_spec("triton") is not None and capability(device) >= 8
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for Hopper run there: its matrix instructions are of compute capability 9 alone."""
+    return has_triton(device) and capability(device) == 9
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one that it depends on has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and capability(device) >= 9
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors; 4 on a CPU, for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def copies_in_bulk(matrix: Tensor) -> bool:
+    """Whether the bulk-copy engine (TMA) reads it: compute capability 9 or later, each row contiguous and 16-byte
+    aligned."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return capability(matrix.device) >= 9 and matrix.stride(1) == 1 and aligned
