@@ -15,13 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone.modulated_norm import EPS, runs_fused, wide
+from mdkern.kernels.backbone.modulated_norm import runs_fused, wide
+from mdkern.kernels.backbone.norm_constants import EPS, NEAR_ZERO, ROUNDS
 
 SPAN = 256  # columns that a row's sums are of: a column tile of the product that leaves them
-# What a rounded row is off a sum of 0 goes to its entries near 0, whose grid is fine, in so many rounds; then one entry
-# takes the rest. Constant modulation makes rounding go one way: one entry alone would be off by more than their spread.
-ROUNDS = 3
-NEAR_ZERO = 0.2  # of the row's root mean square
 
 
 def plain_fold_norm(

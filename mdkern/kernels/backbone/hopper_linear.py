@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _beside, _corner, _halves, _onward
-from mdkern.kernels.backbone.modulated_norm import EPS as NORM_EPS
+from mdkern.kernels.backbone.norm_constants import EPS as NORM_EPS
 
 BLOCKS = gl.constexpr(3)  # of `ROWS` in a tile
 COLUMNS = gl.constexpr(128)  # of a warpgroup

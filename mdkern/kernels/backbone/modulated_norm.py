@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdkern.kernels.backbone.norm_constants import EPS
 from mdkern.kernels.device import has_triton
 
-EPS = 1e-5  # of `torch.nn.functional.layer_norm`
 MOST_COLUMNS = 1 << 13  # of a row in the kernel, which keeps whole rows in registers; beyond, plain PyTorch does it
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.backbone.folded_norm import NEAR_ZERO, ROUNDS
+from mdkern.kernels.backbone.norm_constants import NEAR_ZERO, ROUNDS
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.backbone.modulated_norm import EPS
+from mdkern.kernels.backbone.norm_constants import EPS
 
 
 @triton.jit(do_not_specialize=["rows", "table_rows", "group"])

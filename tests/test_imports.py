@@ -1,0 +1,118 @@
+"""Modules import each other in one direction, and Triton is imported only where there is a GPU to compile for."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.own_process import ROOT
+
+PACKAGES = ("mdkern", "training", "benchmarks")
+# By importing and imported module: imports inside a function that may close a circle, and why.
+ALLOWED = {
+    ("mdkern.models.dit", "mdkern.models.checkpoint"): "people look for `from_pretrained` on the class that it makes",
+    ("mdkern.models.dit_fused", "mdkern.models.dit"): "it knows the modules that it may stand in for by their classes",
+}
+
+
+def module_files() -> dict[str, Path]:
+    """By dotted name, every module of the repository's packages."""
+    files = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+def import_statements(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Imports that run, each with whether it runs in a function only; those for type checkers never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, inside
+        yield from import_statements(node, inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
+    """Dotted names that a statement in a module of `package` may load; some are not modules but names in one."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    home = ".".join([*above, *([node.module] if node.module else [])])
+    yield from (f"{home}.{alias.name}" for alias in node.names)
+
+
+def graph(sources: Mapping[str, str], packages: set[str], allowed: set[tuple[str, str]]) -> dict[str, set[str]]:
+    """By module, those that it imports, less the `allowed` pairs where they are in a function."""
+    edges: dict[str, set[str]] = {name: set() for name in sources}
+    for name, source in sources.items():
+        package = name if name in packages else name.rpartition(".")[0]
+        for node, inside in import_statements(ast.parse(source)):
+            for target in imported(node, package):
+                while target and target not in sources:
+                    target = target.rpartition(".")[0]
+                if target not in ("", name) and not (inside and (name, target) in allowed):
+                    edges[name].add(target)
+    return edges
+
+
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Modules each of which the next one imports, the first one again at the end; empty if there is no circle."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        modules: list[str] = error.args[1]
+        return modules
+    return []
+
+
+def own_graph(allowed: set[tuple[str, str]]) -> dict[str, set[str]]:
+    files = module_files()
+    packages = {name for name, path in files.items() if path.name == "__init__.py"}
+    return graph({name: path.read_text() for name, path in files.items()}, packages, allowed)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circle(own_graph(set(ALLOWED))) == []
+
+
+@pytest.mark.parametrize("pair", ALLOWED)
+def test_each_exception_is_needed(pair: tuple[str, str]) -> None:
+    assert circle(own_graph(set(ALLOWED) - {pair})) != []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("import p.b", "from p import a", True),
+        ("from .b import f", "from . import a", True),
+        ("def f():\n  from p.b import g", "import p.a", True),
+        ("if TYPE_CHECKING:\n  from p.b import g", "import p.a", False),
+        ("import p.b", "import os", False),
+    ],
+)
+def test_circles_are_found(first: str, second: str, found: bool) -> None:
+    edges = graph({"p": "", "p.a": first, "p.b": second}, {"p"}, set())
+    assert (circle(edges) != []) == found
+    inside = graph({"p": "", "p.a": first, "p.b": second}, {"p"}, {("p.a", "p.b")})
+    assert (circle(inside) != []) == (found and "def" not in first)
+
+
+def test_no_public_name_imports_triton() -> None:
+    use = "import mdkern; [getattr(mdkern, name) for name in mdkern.__all__]"
+    code = f"import json, sys; {use}; print(json.dumps([*sys.modules]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout)
+    assert "mdkern.sampling" in loaded
+    assert not [name for name in loaded if name.partition(".")[0] == "triton"]
