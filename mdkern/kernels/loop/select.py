@@ -5,7 +5,6 @@ The contract, and the operator in plain PyTorch; `triton_select` runs it on a GP
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mdkern.kernels import noise
 from mdkern.kernels.device import has_triton
+from mdkern.kernels.loop.fixed_point import fixed_bound, fixed_point
 
 Rule = Literal["top_k", "threshold", "factor", "entropy_bound"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -72,16 +72,6 @@ def select_reference(
     if remaining is not None:
         remaining -= chosen.sum(-1)
     return chosen
-
-
-def fixed_bound(bound: float) -> int:
-    """`fixed_point` of a bound of sums; infinity is above every sum of 2^16 entropies."""
-    return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound, device="cpu")))
-
-
-def fixed_point(entropy: Tensor) -> Tensor:
-    """Multiples of 2^-32, int64, so that sums do not depend on their order; held below 2^46."""
-    return (entropy.double().clamp(-(2.0**14), 2.0**14) * 2.0**32 + 0.5).floor().long()
 
 
 @torch.library.custom_op("mdkern::select", mutates_args=("input_ids", "masked", "remaining"))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.loop.select import fixed_bound
+from mdkern.kernels.loop.fixed_point import fixed_bound
 
 TOP_K = tl.constexpr(0)
 THRESHOLD = tl.constexpr(1)
