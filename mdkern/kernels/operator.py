@@ -1,0 +1,81 @@
+"""Registration of an operator with `torch.library`: its schema is written once, as its reference's signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from pkgutil import resolve_name
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels.device import has_triton
+
+NO_DEFAULT = inspect.Parameter.empty
+
+
+def operator(
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernels: str,
+    mutates: Collection[str] = (),
+    name: str = "",
+) -> Any:
+    """Register ``mdkern::name`` and return what calls it, by position.
+
+    `torch.library` knows flat lists of arguments only. A parameter of `reference` that is a NamedTuple stands for its
+    fields: the caller unpacks it (``op(hidden, *head)``), and all three implementations are given it whole. They are
+    called with the same arguments.
+
+    Args:
+        reference: the operator in plain PyTorch. Its annotations and defaults are the schema. It runs on the CPU and
+            on GPUs without Triton; the first argument, a tensor, says where.
+        fake: empty outputs of the right shapes and dtypes, for `torch.compile` and `torch.export`.
+        kernels: ``"module:function"``, its launcher on a GPU, imported when it is first needed: it imports Triton.
+        mutates: arguments written in place, and fields of NamedTuples.
+        name: default: the reference's.
+    """
+    bundles, parameters = expand(reference)
+    defaults = tuple(parameter.default for parameter in parameters)
+
+    def whole(flat: tuple[Any, ...]) -> list[Any]:
+        """The arguments as `reference` takes them. PyTorch leaves out trailing ones that are the defaults."""
+        rest = iter(flat + defaults[len(flat) :])
+        return [next(rest) if fields is None else fields(*(next(rest) for _ in fields._fields)) for fields in bundles]
+
+    def on_cpu(*flat: Any) -> Any:
+        return reference(*whole(flat))
+
+    def on_gpu(first: Tensor, *rest: Any) -> Any:
+        implementation = resolve_name(kernels) if has_triton(first.device) else reference
+        return implementation(*whole((first, *rest)))
+
+    hint = get_type_hints(reference)["return"]
+    returns = None if hint is type(None) else hint
+    on_cpu.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    registered = torch.library.custom_op(f"mdkern::{name or reference.__name__}", on_cpu, mutates_args=tuple(mutates))
+    registered.register_kernel("cuda")(on_gpu)
+    registered.register_fake(lambda *flat: fake(*whole(flat)))
+    return registered
+
+
+def expand(function: Callable[..., Any]) -> tuple[list[Any], list[inspect.Parameter]]:
+    """The NamedTuple of each parameter of `function`, or None; and its parameters, the fields of those in their place.
+
+    Defaults are kept as far as a flat signature can have them: those that nothing without a default comes after.
+    """
+    bundles: list[Any] = []
+    flat: list[inspect.Parameter] = []
+    hints = get_type_hints(function)
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        fields = get_type_hints(kind) if hasattr(kind, "_fields") else None
+        bundles.append(None if fields is None else kind)
+        for name, hint in ({parameter.name: kind} if fields is None else fields).items():
+            default = parameter.default if fields is None else kind._field_defaults.get(name, NO_DEFAULT)
+            flat.append(parameter.replace(name=name, annotation=hint, default=default))
+    needed = [place for place, parameter in enumerate(flat) if parameter.default is NO_DEFAULT]
+    for place in range(max(needed, default=0)):
+        flat[place] = flat[place].replace(default=NO_DEFAULT)
+    return bundles, flat
