@@ -1,4 +1,7 @@
-"""A tile of an output layer's logits, for the kernels that look at logits more than once or at two heads together."""
+"""What several Triton kernels of the output layer share: a tile of logits, and how floats are ordered, merged, taken apart.
+
+Gluon kernels call these too, where no layout has to be named.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -6,10 +9,60 @@
 import triton
 import triton.language as tl
 
+GROUP_SIZE = tl.constexpr(64)  # ids that share a draw, see `head.reference.sample_token`
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.2676506002282294e30)  # stands for -inf, as in `triton_projection`
+# Stands for -inf, and is finite: neither differences with it nor 0 * it are NaN. -2^100: its product with LOG2E is
+# exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, however it is compiled.
+LOWEST = tl.constexpr(-1.2676506002282294e30)
 IMPOSSIBLE = tl.constexpr(-5.0e29)  # anything at or below it counts as -inf
+NOWHERE = tl.constexpr(2147483647)  # above every id
+
+
+@triton.jit
+def load_row_count(row_count, capacity):
+    """How many of the rows are used, int32: `row_count` on the device, or all of them."""
+    count = capacity
+    if row_count is not None:
+        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
+    return count
+
+
+@triton.jit
+def halves(x):
+    """``[R, 2 * n]`` as its left and right ``[R, n]``, without moving a register."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def flip_order(bits):
+    """The bits of floats as int32 of the same order, and back. (NaNs go to the ends.)"""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def merge_top_two(a1, a2, b1, b2):
+    """Largest and second largest of two pairs of them."""
+    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def largest_two(x):
+    """Largest and second largest of each row of ``[BM, BN]``, the same number twice if it occurs twice.
+
+    In pairs first: three comparisons a logit, where inserting one at a time costs four.
+    """
+    left, right = halves(x)
+    return tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, merge_top_two)
+
+
+@triton.jit
+def load_keys(keys, rows, valid):
+    """Sample, position and step of rows, uint32: what their draws are keyed by."""
+    at = keys + rows.to(tl.int64) * 3
+    sample = tl.load(at, mask=valid, other=0).to(tl.uint32)
+    position = tl.load(at + 1, mask=valid, other=0).to(tl.uint32)
+    return sample, position, tl.load(at + 2, mask=valid, other=0).to(tl.uint32)
 
 
 @triton.jit
@@ -20,8 +73,8 @@ def tile_logits(
     index,  # [BM] rows of `hidden`, int64
     row_tile,  # with HIDDEN_TMA: which tile of the gathered rows
     tile,
-    columns,
-    depth,
+    vocab,
+    hidden_dim,
     hidden_stride,
     weight_stride,
     scale,
@@ -41,11 +94,11 @@ def tile_logits(
     ids = tile * BN + tl.arange(0, BN)
     if FROM_LOGITS:
         at = hidden + index[:, None] * hidden_stride + ids[None, :]
-        x = tl.load(at, mask=ids[None, :] < columns, other=LOWEST).to(tl.float32)
+        x = tl.load(at, mask=ids[None, :] < vocab, other=LOWEST).to(tl.float32)
         x = tl.where(x < LOWEST, LOWEST, x)
     else:
         x = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, tl.cdiv(depth, BK)):
+        for k in range(0, tl.cdiv(hidden_dim, BK)):
             inner = k * BK + tl.arange(0, BK)
             if HIDDEN_TMA:
                 h = hidden.load([row_tile * BM, k * BK])
@@ -53,14 +106,14 @@ def tile_logits(
                 h = tl.load(hidden + index[:, None] * hidden_stride + inner[None, :])
             else:
                 h = tl.load(
-                    hidden + index[:, None] * hidden_stride + inner[None, :], mask=inner[None, :] < depth, other=0.0
+                    hidden + index[:, None] * hidden_stride + inner[None, :], mask=inner[None, :] < hidden_dim, other=0.0
                 )
             if WEIGHT_TMA:
                 w = weight.load([tile * BN, k * BK])
             else:
-                inside = ids[:, None] < columns
+                inside = ids[:, None] < vocab
                 if not EVEN_K:
-                    inside = inside & (inner[None, :] < depth)
+                    inside = inside & (inner[None, :] < hidden_dim)
                 at = weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :]
                 w = tl.load(at, mask=inside, other=0.0)
             x = tl.dot(h, w.T, x, input_precision=PRECISION)
@@ -69,19 +122,7 @@ def tile_logits(
     if HAS_CAP:
         x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
     if bias is not None:
-        shift = tl.load(bias + ids, mask=ids < columns, other=LOWEST)
+        shift = tl.load(bias + ids, mask=ids < vocab, other=LOWEST)
         x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
-    x = tl.where(ids[None, :] < columns, x, LOWEST)  # past the vocabulary scale and cap have been at work
+    x = tl.where(ids[None, :] < vocab, x, LOWEST)  # past the vocabulary scale and cap have been at work
     return tl.where(x < IMPOSSIBLE, LOWEST, x)
-
-
-@triton.jit
-def _merge_top2(a1, a2, b1, b2):
-    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
-
-
-@triton.jit
-def largest_two(x):
-    """Largest and second largest of each row of ``[BM, BN]``, the same number twice if it occurs twice."""
-    left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-    return tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, _merge_top2)

@@ -20,13 +20,13 @@ from tests.suites.gluon import SHARED_MEMORY
 
 
 def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
-    """Compile `_project` for compute capability 9, as `project_on_hopper` would ask for it."""
+    """Compile the kernel for compute capability 9, as `project_on_hopper` would ask for it."""
     fixed = launch_hopper.constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
     fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False} | constants
     types = {"weight": gluon.descriptor([tiling.columns, DEPTH])}
     if not tiling.stationary:
         types["hidden"] = gluon.descriptor([tiling.rows, DEPTH])
-    return gluon.build(hopper_projection._project, fixed, types, num_warps=4, maxnreg=tiling.registers)
+    return gluon.build(hopper_projection.vocab_projection_hopper_kernel, fixed, types, num_warps=4, maxnreg=tiling.registers)
 
 
 TILINGS = {

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mdkern.kernels.head import hopper_choose, hopper_skinny, launch, launch_skinny
+from mdkern.kernels.head import hopper_skinny_reduce, hopper_skinny, launch, launch_skinny
 from mdkern.kernels.head.launch import vocab_projection
 from mdkern.kernels.head.launch_skinny import ELEMENT, GROUP_SIZE, SHARED, FewTiling, choose_few_tiling, held_bytes
 from tests.problems.projection import Problem, check_against_reference
@@ -22,11 +22,11 @@ CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
 
 
 def build(rows: int, **constants: Any) -> Any:
-    """Compile `_project` as `project_few` would ask for it."""
+    """Compile the kernel as `project_few` would ask for it."""
     tiling = FewTiling(rows, 4, 256)
     fixed = launch_skinny.constants(tiling, 768) | {"MODE": 1, "PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False}
     types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.depth])}
-    return gluon.build(hopper_skinny._project, fixed | constants, types, num_warps=4, maxnreg=tiling.registers)
+    return gluon.build(hopper_skinny.vocab_projection_skinny_kernel, fixed | constants, types, num_warps=4, maxnreg=tiling.registers)
 
 
 @pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED], ids=["drawn", "greedy", "capped"])
@@ -40,7 +40,7 @@ def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", [0, 1])
 def test_the_choosing_kernel_compiles(mode: int) -> None:
     fixed = {"MODE": mode, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True}
-    built = gluon.build(hopper_choose._choose, fixed, {}, num_warps=1)
+    built = gluon.build(hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel, fixed, {}, num_warps=1)
     assert "ld.global.v4" in built.asm["ptx"]  # a record is two loads, not eight
 
 

@@ -10,7 +10,7 @@ from tests.suites.compiled_head import SCALARS, build
 HEAD = {"EVEN_K": True, "HIDDEN_TMA": False, "FROM_LOGITS": False, "HAS_SCALE": False, "HAS_CAP": False}
 TYPES = {"other_hidden": "*bf16", "other_weight": "*bf16", "top_p": "fp32", "log_min_p": "fp32"}
 TYPES |= {f"other_{name}": "fp32" for name in SCALARS}
-COUNTS = ("first_row", "chunk", "width", "tiles", "top_k", "count", "splits", "other_depth")
+COUNTS = ("first_row", "chunk", "width", "tiles", "top_k", "count", "splits", "other_hidden_dim")
 TYPES |= dict.fromkeys(COUNTS, "i32")
 TYPES |= {"other_hidden_stride": "i64", "other_weight_stride": "i64"}
 
@@ -29,13 +29,13 @@ def logits(capability: int, tile: tuple[int, int, int], warps: int, gather: bool
     bulk = capability >= 90 and not changes.get("FROM_LOGITS", False)
     wanted = {"WANT_TOP": capability != 80, "WANT_ENTROPY": capability != 80}
     constants = head(tile[2], bulk, gather) | {"BM": tile[0], "BN": tile[1]} | wanted | changes
-    build(triton_filter._logits, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps)
+    build(triton_filter.filtered_logits_kernel, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps)
 
 
 def draw(capability: int, top_k: bool, top_p: bool, min_p: bool) -> None:
     constants = {"TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "WANT_TOP": True, "WANT_ENTROPY": True}
     shape = {"ROWS": 2, "LANES": 512, "RACERS": 1024}
-    build(triton_filter._filtered_draw, capability, constants | shape, TYPES, 16)
+    build(triton_filter.filtered_draw_kernel, capability, constants | shape, TYPES, 16)
 
 
 def diverge(capability: int, tile: tuple[int, int, int], warps: int, gather: bool) -> None:
@@ -44,7 +44,7 @@ def diverge(capability: int, tile: tuple[int, int, int], warps: int, gather: boo
     constants = {"BM": tile[0], "BN": tile[1], "EXCLUDES": True} | flags
     constants |= {f"OTHER_{name}": value for name, value in flags.items()}
     types = TYPES | descriptors("", tile, bulk, gather) | descriptors("other_", tile, bulk, gather)
-    build(triton_divergence._diverge, capability, constants, types, warps)
+    build(triton_divergence.divergence_kernel, capability, constants, types, warps)
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         logits(capability, (16, 256, 64), 4, False, FROM_LOGITS=True, weight=None)
         draw(capability, True, True, True)
         diverge(capability, (64, 128, 64), 4, False)
-        build(triton_divergence._finish, capability, {"ROWS": 1, "SPLITS": 512}, TYPES, 2)
+        build(triton_divergence.divergence_reduce_kernel, capability, {"ROWS": 1, "SPLITS": 512}, TYPES, 2)
     for capability in (90, 100):
         logits(capability, (128, 256, 64), 8, True, bias=None, row_count=None, temperature=None)
         diverge(capability, (128, 128, 64), 8, True)

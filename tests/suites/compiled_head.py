@@ -33,8 +33,8 @@ POINTERS = {
 }
 NUMBERS = {
     "capacity": "i32",
-    "columns": "i32",
-    "depth": "i32",
+    "vocab": "i32",
+    "hidden_dim": "i32",
     "hidden_stride": "i64",
     "weight_stride": "i64",
     "entries": "i32",
@@ -62,7 +62,7 @@ def build(
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in signature.items()
-        if kind.startswith("*") or name in ("depth", "hidden_stride", "weight_stride")
+        if kind.startswith("*") or name in ("hidden_dim", "hidden_stride", "weight_stride")
     }
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": warps, "num_stages": stages}
@@ -94,12 +94,12 @@ def projection(
         "PRECISION": "ieee",
         "PDL": capability >= 90,
     }
-    build(triton_projection._project, capability, SHARED | fixed | constants, types, warps)
+    build(triton_projection.vocab_projection_kernel, capability, SHARED | fixed | constants, types, warps)
 
 
 def finish(capability: int, mode: int) -> None:
     constants = {"BM": 64, "BN": 128, "PROGRAMS": 132, "ROWS": 1, "SPLITS": 256, "MODE": mode, "PDL": capability >= 90}
-    build(triton_reduce._finish, capability, SHARED | constants, {}, 1)
+    build(triton_reduce.vocab_projection_reduce_kernel, capability, SHARED | constants, {}, 1)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ POINTERS = {
     "hidden": "*bf16",
     "token_out": "*i64",
 }
-NUMBERS = {"capacity": "i32", "columns": "i32", "depth": "i32", "hidden_stride": "i64"}
+NUMBERS = {"capacity": "i32", "vocab": "i32", "hidden_dim": "i32", "columns": "i32", "depth": "i32", "hidden_stride": "i64"}
 SCALARS = ("scale", "soft_cap", "uniform_temperature")
 
 
@@ -39,7 +39,7 @@ def build(kernel: Any, constants: dict[str, Any], types: dict[str, str], **optio
     for place, name in enumerate(kernel.arg_names):
         kind = types.get(name) or POINTERS.get(name) or NUMBERS.get(name) or ("fp32" if name in SCALARS else "*fp32")
         signature[name] = "constexpr" if name in constants else kind
-        if signature[name].startswith("*") or name in ("depth", "hidden_stride"):
+        if signature[name].startswith("*") or name in ("depth", "hidden_dim", "hidden_stride"):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, {k: v for k, v in constants.items() if k in signature}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

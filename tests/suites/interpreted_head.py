@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 from mdkern.kernels import noise, triton_noise
 from mdkern.kernels.head import launch
 from mdkern.kernels.head.launch import Tiling, vocab_projection
-from mdkern.kernels.head.triton_projection import _item, _items, _schedule
+from mdkern.kernels.head.triton_projection import count_items, locate_item, schedule_tiles
 from mdkern.kernels.loop.select import select_reference
 from mdkern.kernels.loop.triton_select import select
 from tests.problems.projection import SEED, Problem, check_against_reference
@@ -127,10 +127,10 @@ def test_programs_do_not_matter(programs: int) -> None:
 def walk_kernel(visits, slots, loads, count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
     """Count who is where, as the projections' kernels walk."""
     program = tl.program_id(0)
-    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    schedule = schedule_tiles(count, columns, BM, BN, PROGRAMS)
     whole, _, chunk, _, _, vocab_tiles = schedule
-    for item in range(_items(program, schedule, PROGRAMS)):
-        row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+    for item in range(count_items(program, schedule, PROGRAMS)):
+        row_tile, part, slot = locate_item(item, program, schedule, PROGRAMS)
         first, last = 0, vocab_tiles
         if row_tile >= whole:
             first, last = part * chunk, tl.minimum((part + 1) * chunk, vocab_tiles)

@@ -1,6 +1,6 @@
 """Folding a tile of logits into its rows' state, in Gluon: `triton_projection._absorb` with its layouts written out.
 
-The noise is drawn once per row and group, and what the 64 columns of a group sum to goes between four lanes alone.
+The noise is drawn once per row and group, and what the 64 vocab of a group sum to goes between four lanes alone.
 """
 
 # mypy: ignore-errors
@@ -11,7 +11,8 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.triton_projection import GREEDY, GROUP_SIZE, LOG2E, LOWEST, _merge_top2
+from mdkern.kernels.head.triton_projection import GREEDY
+from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, halves, merge_top_two
 
 ROWS = gl.constexpr(64)  # of a warpgroup
 
@@ -45,20 +46,15 @@ def _pairs(groups):
 
 
 @gluon.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@gluon.jit
 def _logit_groups(x, GROUPS: gl.constexpr):
     """``[64, 64 * GROUPS]`` as a tuple of ``[64, 64]`` in `TILE`: no register moves."""
     if GROUPS == 2:
-        a, b = _halves(x)
+        a, b = halves(x)
         return (gl.convert_layout(a, TILE, True), gl.convert_layout(b, TILE, True))
     else:
-        left, right = _halves(x)
-        a, b = _halves(left)
-        c, d = _halves(right)
+        left, right = halves(x)
+        a, b = halves(left)
+        c, d = halves(right)
         return (
             gl.convert_layout(a, TILE, True),
             gl.convert_layout(b, TILE, True),
@@ -126,7 +122,7 @@ def _absorb(
             other_high, other_low = gl.maximum(x[2], x[3]), gl.minimum(x[2], x[3])
             low = gl.maximum(gl.minimum(high, other_high), gl.maximum(low, other_low))
             high = gl.maximum(high, other_high)
-        tile_top, tile_second = gl.reduce((high, low), 1, _merge_top2)
+        tile_top, tile_second = gl.reduce((high, low), 1, merge_top_two)
     else:
         high = gl.maximum(x[0], x[1])
         if GROUPS == 4:

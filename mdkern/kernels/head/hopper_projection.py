@@ -1,4 +1,4 @@
-"""`triton_projection._project` for Hopper in Gluon: one warp copies, one or two warpgroups multiply and fold.
+"""`triton_projection.vocab_projection_hopper_kernel` for Hopper in Gluon: one warp copies, one or two warpgroups multiply and fold.
 
 The copying warp runs ahead through a ring of tiles, over the ends of vocabulary tiles, so that memory never waits for
 arithmetic; with two warpgroups one folds its logits (`hopper_fold`) while the other has the tensor cores.
@@ -31,25 +31,17 @@ from mdkern.kernels.head.hopper_fold import (
     _races,
     _shifted,
 )
-from mdkern.kernels.head.triton_projection import (
-    GREEDY,
-    GROUP_SIZE,
-    LOG2E,
-    LOWEST,
-    STATISTICS,
-    _item,
-    _items,
-    _schedule,
-)
+from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, locate_item, schedule_tiles
+from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and 3.7
 
 
 @gluon.jit
 def _position(item, program, schedule, PROGRAMS: gl.constexpr):
-    """A program's item: row tile; first and last of its vocabulary tiles and their distance; slot of the results."""
+    """A program's item: row tile; first and last of its vocabulary tiles and their distance; partial of the results."""
     whole, _, chunk, splits, _, vocab_tiles = schedule
-    row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+    row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
     first = part
     last = vocab_tiles
     stride = program * 0 + 1
@@ -60,16 +52,16 @@ def _position(item, program, schedule, PROGRAMS: gl.constexpr):
             first = last
             last = vocab_tiles
             stride = stride * 0 + 1
-    return row_tile, first, last, stride, slot
+    return row_tile, first, last, stride, partial
 
 
 @gluon.jit
-def _copy(
+def _produce(
     hidden,
     weight,
     rings,
     work,
-    DEPTH_TILES: gl.constexpr,
+    K_TILES: gl.constexpr,
     PROGRAMS: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
@@ -90,7 +82,7 @@ def _copy(
     for item in range(items):
         row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS)
         for tile in range(first, last, stride):
-            for k in range(DEPTH_TILES):
+            for k in range(K_TILES):
                 if HEAD_START > 0:
                     mbarrier.wait(asked, 0, pred=k >= HEAD_START)
                 mbarrier.wait(empty.index(stage), phase)
@@ -106,12 +98,12 @@ def _copy(
 
 
 @gluon.jit
-def _multiply(
+def _consume(
     tensors,
     sizes,
     rings,
     work,
-    DEPTH_TILES: gl.constexpr,
+    K_TILES: gl.constexpr,
     HALF: gl.constexpr,  # which 64 of the tile's rows
     PROGRAMS: gl.constexpr,
     BM: gl.constexpr,
@@ -128,7 +120,7 @@ def _multiply(
 ):
     """A multiplying warpgroup: its 64 rows by every tile, each folded into the rows' state."""
     hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
-    count, columns, depth, hidden_stride, scale, soft_cap = sizes
+    count, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
     hidden_ring, weight_ring, full, empty, asked = rings
     program, items, schedule = work
     GROUPS: gl.constexpr = BN // GROUP_SIZE
@@ -142,21 +134,18 @@ def _multiply(
     stage = program * 0
     phase = program * 0
     for item in range(items):
-        row_tile, first, last, stride, slot = _position(item, program, schedule, PROGRAMS)
+        row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS)
         if STATIONARY:  # first of all: behind the weights' copies each of these loads would wait its turn
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index = gl.load(row_index + gathered, mask=gathered < count, other=0).to(gl.int64)
             inner = gl.arange(0, BK, layout=gl.SliceLayout(0, chunk_layout))
             source = hidden + index[:, None] * hidden_stride + inner[None, :]
-            for k in range(DEPTH_TILES):
-                inside = (gathered < count)[:, None] & (inner < depth - k * BK)[None, :]
+            for k in range(K_TILES):
+                inside = (gathered < count)[:, None] & (inner < hidden_dim - k * BK)[None, :]
                 async_copy.async_copy_global_to_shared(hidden_ring.index(k), source + k * BK, inside)
             async_copy.commit_group()
         rows = row_tile * BM + HALF * ROWS + gl.arange(0, ROWS, layout=drawn)
-        at = keys + rows.to(gl.int64) * 3
-        sample = gl.load(at, mask=rows < count, other=0).to(gl.uint32)
-        position = gl.load(at + 1, mask=rows < count, other=0).to(gl.uint32)
-        step = gl.load(at + 2, mask=rows < count, other=0).to(gl.uint32)
+        sample, position, step = load_keys(keys, rows, rows < count)
         rows = row_tile * BM + HALF * ROWS + lane
         inv_temperature = gl.full([ROWS], 1.0, gl.float32, layout=ROW)
         any_greedy = program < 0
@@ -191,7 +180,7 @@ def _multiply(
         for tile in range(first, last, stride):
             if bias is not None:
                 ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
-                shift = gl.load(bias + ids, mask=ids < columns, other=LOWEST)
+                shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
                 shift = gl.where(shift < LOWEST, LOWEST, shift)
             if MODE == GREEDY:
                 races = ()
@@ -201,7 +190,7 @@ def _multiply(
             previous = (
                 stage + 0
             )  # were it `stage` itself, the compiler would take it for one that the loop leaves alone
-            for k in range(DEPTH_TILES):
+            for k in range(K_TILES):
                 mbarrier.wait(full.index(stage), phase)
                 if STATIONARY:
                     h = hidden_ring.index(k)
@@ -226,8 +215,8 @@ def _multiply(
             if bias is not None:
                 x = _shifted(x, gl.convert_layout(shift, gl.SliceLayout(0, wide)), GROUPS)
             else:
-                if (tile + 1) * BN > columns:
-                    x = _cut(x, columns - tile * BN, column, GROUPS)
+                if (tile + 1) * BN > vocab:
+                    x = _cut(x, vocab - tile * BN, column, GROUPS)
             state = _absorb(
                 x,
                 tile,
@@ -245,7 +234,7 @@ def _multiply(
         top, total, moment, second, best, best_group, leader = state
         within = HALF * ROWS + lane
         inside = rows < count
-        out = statistics + (slot.to(gl.int64) * BM + within) * STATISTICS
+        out = statistics + (partial.to(gl.int64) * BM + within) * STATISTICS
         gl.store(out, top)
         gl.store(out + 1, total)
         gl.store(out + 2, moment)
@@ -254,12 +243,12 @@ def _multiply(
         gl.store(out + 5, best_group.to(gl.float32, bitcast=True))
         gl.store(out + 6, nothing)
         gl.store(out + 7, nothing)
-        at = leaders + slot.to(gl.int64) * (BM * GROUP_SIZE) + within[:, None] * GROUP_SIZE + column[None, :]
+        at = leaders + partial.to(gl.int64) * (BM * GROUP_SIZE) + within[:, None] * GROUP_SIZE + column[None, :]
         gl.store(at, leader, mask=inside[:, None])
 
 
-@gluon.jit(do_not_specialize=["capacity", "columns"])
-def _project(
+@gluon.jit(do_not_specialize=["capacity", "vocab"])
+def vocab_projection_hopper_kernel(
     hidden,  # [N, D] where STATIONARY, else a descriptor of the M gathered rows
     weight,  # descriptor of [V, D]
     bias,
@@ -272,12 +261,12 @@ def _project(
     statistics,
     leaders,
     capacity,
-    columns,
-    depth,
+    vocab,
+    hidden_dim,
     hidden_stride,
     scale,
     soft_cap,
-    DEPTH_TILES: gl.constexpr,
+    K_TILES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
@@ -296,7 +285,7 @@ def _project(
     BM: gl.constexpr = ROWS * CONSUMERS
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
     if STATIONARY:
-        hidden_ring = gl.allocate_shared_memory(weight.dtype, [DEPTH_TILES, ROWS, BK], weight.layout)
+        hidden_ring = gl.allocate_shared_memory(weight.dtype, [K_TILES, ROWS, BK], weight.layout)
     else:
         hidden_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -309,28 +298,26 @@ def _project(
     fence_async_shared()
     if WAIT:
         gdc_wait()  # for the kernel before
-    gdc_launch_dependents()  # `_finish` may be put in place; it waits there for this kernel's end
+    gdc_launch_dependents()  # `vocab_projection_reduce_kernel` may be put in place; it waits there for this kernel's end
     program = gl.program_id(0)
-    count = capacity
-    if row_count is not None:
-        count = gl.minimum(gl.load(row_count).to(gl.int32), capacity)
-    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    count = load_row_count(row_count, capacity)
+    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
     # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
     rings = (hidden_ring, weight_ring, full, empty, asked)
-    work = (program, _items(program, schedule, PROGRAMS), schedule)
+    work = (program, count_items(program, schedule, PROGRAMS), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
-    sizes = (count, columns, depth, hidden_stride, scale, soft_cap)
+    sizes = (count, vocab, hidden_dim, hidden_stride, scale, soft_cap)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (
-                    _multiply,
+                    _consume,
                     (
                         rows,
                         sizes,
                         rings,
                         work,
-                        DEPTH_TILES,
+                        K_TILES,
                         0,
                         PROGRAMS,
                         BM,
@@ -347,8 +334,8 @@ def _project(
                     ),
                 ),
                 (
-                    _copy,
-                    (hidden, weight, rings, work, DEPTH_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
+                    _produce,
+                    (hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
                 ),
             ],
             [1],
@@ -358,13 +345,13 @@ def _project(
         gl.warp_specialize(
             [
                 (
-                    _multiply,
+                    _consume,
                     (
                         rows,
                         sizes,
                         rings,
                         work,
-                        DEPTH_TILES,
+                        K_TILES,
                         0,
                         PROGRAMS,
                         BM,
@@ -381,13 +368,13 @@ def _project(
                     ),
                 ),
                 (
-                    _multiply,
+                    _consume,
                     (
                         rows,
                         sizes,
                         rings,
                         work,
-                        DEPTH_TILES,
+                        K_TILES,
                         1,
                         PROGRAMS,
                         BM,
@@ -404,8 +391,8 @@ def _project(
                     ),
                 ),
                 (
-                    _copy,
-                    (hidden, weight, rings, work, DEPTH_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
+                    _produce,
+                    (hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
                 ),
             ],
             [4, 1],

@@ -1,9 +1,9 @@
 """`vocab_projection` for at most 16 rows on Hopper, in Gluon: hardly longer than the output layer takes to be read.
 
-The tensor cores multiply a group, 64 ids of the vocabulary, by 8 or 16 rows: no slot stands empty, and a program's work
+The tensor cores multiply a group, 64 ids of the vocabulary, by 8 or 16 rows: no noise_stage stands empty, and a program's work
 is cut finely. One warp copies the output layer through a ring, group after group, over their ends. Four draw the noise
 of groups to come; four multiply and fold. The rows stay in shared memory. A program leaves 32 bytes per row, its
-candidate for the token among them, and `hopper_choose` merges the programs'.
+candidate for the token among them, and `hopper_skinny_reduce` merges the programs'.
 
 On an H200 at D = 768, V = 50,258 and 16 rows, with a temperature per row and a bias, both kernels take 23.9 us,
 cuBLAS's product alone times 1.05 (benchmarks/results; 1.01 at 1 row). In earlier runs copies alone took 19.3 us and
@@ -28,11 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.hopper_choose import RECORD, _row_count
 from mdkern.kernels.head.hopper_projection import barrier
-from mdkern.kernels.head.triton_projection import GROUP_SIZE, LOG2E, LOWEST, MIXED, _merge_top2
+from mdkern.kernels.head.hopper_skinny_reduce import RECORD
+from mdkern.kernels.head.triton_projection import MIXED
+from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, merge_top_two
 
-SLOTS = gl.constexpr(2)  # groups whose noise is drawn ahead
+NOISE_STAGES = gl.constexpr(2)  # groups whose noise is drawn ahead
 
 
 @constexpr_function
@@ -42,14 +43,14 @@ def _tile(rows):
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
+def ring_advance(stage, phase, STAGES: gl.constexpr):
     """The next place of a ring, and the phase of its barriers there."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
-def _copy(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr):
+def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr):
     """The copying warp.
 
     A full ring in every program is 17 MB on its way, behind which any other load waits its turn: after `HEAD_START`
@@ -66,15 +67,7 @@ def _copy(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl
             ready = full.index(stage)
             mbarrier.expect(ready, GROUP_SIZE * BK * 2)
             tma.async_copy_global_to_shared(weight, [group * GROUP_SIZE, k * BK], ready, weight_ring.index(stage))
-            stage, phase = _next(stage, phase, weight_ring.shape[0])
-
-
-@gluon.jit
-def _load_keys(keys, row, count):
-    at = keys + row.to(gl.int64) * 3
-    sample = gl.load(at, mask=row < count, other=0).to(gl.uint32)
-    position = gl.load(at + 1, mask=row < count, other=0).to(gl.uint32)
-    return sample, position, gl.load(at + 2, mask=row < count, other=0).to(gl.uint32)
+            stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
 
 
 @gluon.jit
@@ -98,7 +91,7 @@ def _token_noise(seed, keys, pair):
 
 
 @gluon.jit
-def _draw(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.constexpr, MODE: gl.constexpr):
+def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.constexpr, MODE: gl.constexpr):
     """The drawing warps: each group's race and its ids' noise, for all rows."""
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
@@ -106,24 +99,26 @@ def _draw(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.
     pairs: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])  # by rows: a Philox call serves two ids
     if MODE == MIXED:
         seed_value = gl.load(seed)
-        count = _row_count(row_count, capacity)
-        group_keys = _load_keys(keys, gl.arange(0, ROWS, layout=by_row), count)
-        token_keys = _load_keys(keys, gl.arange(0, ROWS, layout=gl.SliceLayout(0, pairs)), count)
+        count = load_row_count(row_count, capacity)
+        group_row = gl.arange(0, ROWS, layout=by_row)
+        token_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, pairs))
+        group_keys = load_keys(keys, group_row, group_row < count)
+        token_keys = load_keys(keys, token_row, token_row < count)
         pair = gl.arange(0, GROUP_SIZE // 2, layout=gl.SliceLayout(1, pairs))
-        slot = program * 0
-        phase = slot + 1
+        noise_stage = program * 0
+        phase = noise_stage + 1
         for group in range(program, groups, PROGRAMS):
             race = _group_race(seed_value, group_keys, group)
             token_noise = _token_noise(seed_value, token_keys, pair + group * (GROUP_SIZE // 2))
-            mbarrier.wait(used.index(slot), phase)
-            races.index(slot).store(race)
-            noises.index(slot).store(token_noise)
-            mbarrier.arrive(drawn.index(slot))
-            slot, phase = _next(slot, phase, SLOTS)
+            mbarrier.wait(used.index(noise_stage), phase)
+            races.index(noise_stage).store(race)
+            noises.index(noise_stage).store(token_noise)
+            mbarrier.arrive(drawn.index(noise_stage))
+            noise_stage, phase = ring_advance(noise_stage, phase, NOISE_STAGES)
 
 
 @gluon.jit
-def _ask_for_rows(hidden, row_index, count, depth, hidden_stride, hidden_tiles):
+def _ask_for_rows(hidden, row_index, count, hidden_dim, hidden_stride, hidden_tiles):
     """Have the rows copied to shared memory, zeros behind them."""
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     BK: gl.constexpr = hidden_tiles.shape[2]
@@ -133,7 +128,7 @@ def _ask_for_rows(hidden, row_index, count, depth, hidden_stride, hidden_tiles):
     inner = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     source = hidden + index[:, None] * hidden_stride + inner[None, :]
     for k in range(hidden_tiles.shape[0]):
-        inside = (row < count)[:, None] & (inner < depth - k * BK)[None, :]
+        inside = (row < count)[:, None] & (inner < hidden_dim - k * BK)[None, :]
         async_copy.async_copy_global_to_shared(hidden_tiles.index(k), source + k * BK, inside)
     async_copy.commit_group()
 
@@ -152,7 +147,7 @@ def _product(rings, stage, phase):
         x = warpgroup_mma_wait(1, deps=(x,))
         mbarrier.arrive(empty.index(previous), pred=k > 0)
         previous = stage
-        stage, phase = _next(stage, phase, weight_ring.shape[0])
+        stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
     x = warpgroup_mma_wait(0, deps=(x,))
     mbarrier.arrive(empty.index(previous))
     return x, stage, phase
@@ -167,7 +162,7 @@ def _add(a, b, c, a_, b_, c_):
 def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr):
     """Fold a group's logits, [64, ROWS], into the rows' state."""
     top, total, moment, second, best, best_group, leader, leader_value = state
-    group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, _merge_top2)
+    group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, merge_top_two)
     second = gl.maximum(gl.maximum(second, group_second), gl.minimum(top, group_top))
     old_top = top
     top = gl.maximum(top, group_top)
@@ -205,7 +200,7 @@ def _lead(value, token, logit, value_, token_, logit_):
 
 
 @gluon.jit
-def _multiply(
+def _consume(
     tensors,
     sizes,
     rings,
@@ -219,21 +214,21 @@ def _multiply(
 ):
     """The multiplying warps: this program's groups by all rows, then a record per row."""
     hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
-    capacity, columns, depth, hidden_stride, scale, soft_cap = sizes
+    capacity, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
     tile: gl.constexpr = _tile(ROWS)
     by_row: gl.constexpr = gl.SliceLayout(0, tile)
     row = gl.arange(0, ROWS, layout=by_row)
     id_in_group = gl.arange(0, GROUP_SIZE, layout=gl.SliceLayout(1, tile))
-    count = _row_count(row_count, capacity)
+    count = load_row_count(row_count, capacity)
     value = gl.full([ROWS], 1.0, gl.float32, layout=by_row) * uniform_temperature
     if temperature is not None:
         value = gl.load(temperature + row, mask=row < count, other=1.0)
     if bias is not None:
         ids = program * GROUP_SIZE + id_in_group
-        next_shift = gl.load(bias + ids, mask=ids < columns, other=LOWEST)
-    _ask_for_rows(hidden, row_index, count, depth, hidden_stride, rings[0])
+        next_shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
+    _ask_for_rows(hidden, row_index, count, hidden_dim, hidden_stride, rings[0])
     mbarrier.arrive(rings[4])
     inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
     nothing = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
@@ -248,14 +243,14 @@ def _multiply(
 
     stage = program * 0
     phase = program * 0
-    slot = program * 0
-    slot_phase = program * 0
+    noise_stage = program * 0
+    noise_phase = program * 0
     for group in range(program, groups, PROGRAMS):
         ids = group * GROUP_SIZE + id_in_group
         if bias is not None:  # a group ahead: behind full rings a load takes about as long as a group
             shift = next_shift
             next_ids = ids + PROGRAMS * GROUP_SIZE
-            next_shift = gl.load(bias + next_ids, mask=next_ids < columns, other=LOWEST)
+            next_shift = gl.load(bias + next_ids, mask=next_ids < vocab, other=LOWEST)
         x, stage, phase = _product(rings, stage, phase)
         if HAS_SCALE:
             x = x * scale
@@ -264,15 +259,15 @@ def _multiply(
         if bias is not None:
             x += gl.expand_dims(gl.where(shift < LOWEST, LOWEST, shift), 1)
         else:
-            x = gl.where(gl.expand_dims(ids < columns, 1), x, LOWEST)
+            x = gl.where(gl.expand_dims(ids < vocab, 1), x, LOWEST)
         race = nothing
         token_noise = x
         if MODE == MIXED:
-            mbarrier.wait(drawn.index(slot), slot_phase)
-            race = races.index(slot).load(by_row)
-            token_noise = noises.index(slot).load(tile)
-            mbarrier.arrive(used.index(slot))
-            slot, slot_phase = _next(slot, slot_phase, SLOTS)
+            mbarrier.wait(drawn.index(noise_stage), noise_phase)
+            race = races.index(noise_stage).load(by_row)
+            token_noise = noises.index(noise_stage).load(tile)
+            mbarrier.arrive(used.index(noise_stage))
+            noise_stage, noise_phase = ring_advance(noise_stage, noise_phase, NOISE_STAGES)
         state = _absorb(x, group, state, inv_temperature, race, token_noise, MODE)
 
     top, total, moment, second, best, best_group, leader, leader_value = state
@@ -284,8 +279,8 @@ def _multiply(
         gl.store(record + number, numbers[number], mask=row < count)
 
 
-@gluon.jit(do_not_specialize=["capacity", "columns"])
-def _project(
+@gluon.jit(do_not_specialize=["capacity", "vocab"])
+def vocab_projection_skinny_kernel(
     hidden,  # [N, D]
     weight,  # descriptor of [V, D]
     bias,
@@ -297,12 +292,12 @@ def _project(
     keys,
     records,  # [M, PROGRAMS, RECORD]
     capacity,
-    columns,
-    depth,
+    vocab,
+    hidden_dim,
     hidden_stride,
     scale,
     soft_cap,
-    DEPTH_TILES: gl.constexpr,
+    K_TILES: gl.constexpr,
     ROWS: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
@@ -313,7 +308,7 @@ def _project(
     HAS_CAP: gl.constexpr,
 ):
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, GROUP_SIZE, BK], weight.layout)
-    hidden_tiles = gl.allocate_shared_memory(weight.dtype, [DEPTH_TILES, ROWS, BK], weight.layout)
+    hidden_tiles = gl.allocate_shared_memory(weight.dtype, [K_TILES, ROWS, BK], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -321,28 +316,28 @@ def _project(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    races = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    races = gl.allocate_shared_memory(gl.float32, [NOISE_STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    noises = gl.allocate_shared_memory(gl.float32, [SLOTS, GROUP_SIZE, ROWS], plain)
-    drawn = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(drawn.index(slot), count=1)
-        mbarrier.init(used.index(slot), count=1)
+    noises = gl.allocate_shared_memory(gl.float32, [NOISE_STAGES, GROUP_SIZE, ROWS], plain)
+    drawn = gl.allocate_shared_memory(gl.int64, [NOISE_STAGES, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [NOISE_STAGES, 1], mbarrier.MBarrierLayout())
+    for noise_stage in gl.static_range(NOISE_STAGES):
+        mbarrier.init(drawn.index(noise_stage), count=1)
+        mbarrier.init(used.index(noise_stage), count=1)
     fence_async_shared()
     gdc_wait()  # for the kernel before
-    gdc_launch_dependents()  # `hopper_choose` may be put in place; it waits there for this kernel's end
+    gdc_launch_dependents()  # `hopper_skinny_reduce` may be put in place; it waits there for this kernel's end
     program = gl.program_id(0)
-    groups = gl.cdiv(columns, GROUP_SIZE)
+    groups = gl.cdiv(vocab, GROUP_SIZE)
     rings = (hidden_tiles, weight_ring, full, empty, asked)
     draws = (races, noises, drawn, used)
     rows = (hidden, bias, row_index, row_count, temperature, uniform_temperature, records)
-    sizes = (capacity, columns, depth, hidden_stride, scale, soft_cap)
+    sizes = (capacity, vocab, hidden_dim, hidden_stride, scale, soft_cap)
     gl.warp_specialize(
         [
-            (_multiply, (rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, HAS_SCALE, HAS_CAP)),
-            (_draw, (keys, row_count, seed, capacity, draws, program, groups, PROGRAMS, MODE)),
-            (_copy, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
+            (_consume, (rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, HAS_SCALE, HAS_CAP)),
+            (_produce_noise, (keys, row_count, seed, capacity, draws, program, groups, PROGRAMS, MODE)),
+            (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
         ],
         [4, 1],
         [128, 24],

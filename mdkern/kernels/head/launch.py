@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mdkern.kernels.device import copies_in_bulk, is_hopper, launches_early, num_sms
 from mdkern.kernels.head import triton_projection as kernels
-from mdkern.kernels.head.triton_reduce import _finish
+from mdkern.kernels.head.triton_reduce import vocab_projection_reduce_kernel
 
 if TYPE_CHECKING:
     from mdkern.kernels.head.launch_hopper import HopperTiling
@@ -172,7 +172,7 @@ def project_part(
     # Few rows have many splits: a warp per row, which reads them all at once. Three shapes only, to compile no more.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     token, log_prob, top1, top2, entropy, logsumexp = outputs
-    _finish[(triton.cdiv(capacity, rows_at_once),)](
+    vocab_projection_reduce_kernel[(triton.cdiv(capacity, rows_at_once),)](
         statistics,
         leaders,
         *rows[1:],
@@ -216,7 +216,7 @@ def project(
     table: Any = weight
     if bulk_copy:
         table = TensorDescriptor.from_tensor(weight, [tiling.columns, tiling.depth])
-    kernels._project[(wanted["PROGRAMS"],)](
+    kernels.vocab_projection_kernel[(wanted["PROGRAMS"],)](
         source,
         table,
         bias,

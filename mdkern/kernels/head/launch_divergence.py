@@ -95,7 +95,7 @@ def divergence(
     splits = triton.cdiv(vocab_tiles, chunk)
     parts = torch.empty((splits, PARTS, count), dtype=torch.float32, device=device)
     (first, flags), (second, other_flags) = (arguments(head, row_index, tiles) for head in heads)
-    kernels._diverge[(row_tiles * splits,)](
+    kernels.divergence_kernel[(row_tiles * splits,)](
         *first,
         *second,
         row_index,
@@ -112,7 +112,7 @@ def divergence(
         num_stages=tiles.stages,
     )
     rows_at_once, split_block = (1, MOST_SPLITS) if splits > 32 else (8, 32)
-    kernels._finish[(triton.cdiv(count, rows_at_once),)](
+    kernels.divergence_reduce_kernel[(triton.cdiv(count, rows_at_once),)](
         parts, kl, cross_entropy, count, splits, ROWS=rows_at_once, SPLITS=split_block, num_warps=2
     )
     return kl, cross_entropy

@@ -18,7 +18,7 @@ from mdkern.kernels.head.launch import empty_outputs, unit_stride
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
-SLOTS = triton_filter_search.SLOTS.value
+SLOTS = triton_filter_search.PER_LANE.value
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB of float32
 
 
@@ -129,7 +129,7 @@ def vocab_projection(
             bulk_copy,
             wanted,
         )
-        kernels._filtered_draw[(chunk,)](
+        kernels.filtered_draw_kernel[(chunk,)](
             scaled,
             statistics,
             scratch,
@@ -187,7 +187,7 @@ def write_logits(
     table: Any = weight
     if bulk_copy:
         table = TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth])
-    kernels._logits[(triton.cdiv(chunk, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+    kernels.filtered_logits_kernel[(triton.cdiv(chunk, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
         source,
         table,
         bias,

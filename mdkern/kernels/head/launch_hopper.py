@@ -98,7 +98,7 @@ def project_on_hopper(
     source: Any = hidden
     if tiling.gather:
         source = descriptor(gather_rows(hidden, rows[0], tiling.rows), [tiling.rows, DEPTH])
-    hopper_projection._project[(wanted["PROGRAMS"],)](
+    hopper_projection.vocab_projection_hopper_kernel[(wanted["PROGRAMS"],)](
         source,
         descriptor(weight, [tiling.columns, DEPTH]),
         bias,
@@ -126,7 +126,7 @@ def gather_rows(hidden: Tensor, row_index: Tensor, tile: int) -> Tensor:
 def constants(tiling: HopperTiling, depth: int) -> dict[str, Any]:
     """What the kernel is compiled for, besides what is wanted of it."""
     return {
-        "DEPTH_TILES": triton.cdiv(depth, DEPTH),
+        "K_TILES": triton.cdiv(depth, DEPTH),
         "CONSUMERS": tiling.warpgroups,
         "BN": tiling.columns,
         "BK": DEPTH,

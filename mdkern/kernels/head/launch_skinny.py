@@ -1,4 +1,4 @@
-"""Launches `hopper_skinny`, a program per multiprocessor, and `hopper_choose`, a warp per row."""
+"""Launches `hopper_skinny`, a program per multiprocessor, and `hopper_skinny_reduce`, a warp per row."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mdkern.kernels.head import hopper_choose, hopper_skinny
+from mdkern.kernels.head import hopper_skinny_reduce, hopper_skinny
 
 GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
-RECORD = hopper_choose.RECORD.value
+RECORD = hopper_skinny_reduce.RECORD.value
 SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchanges between lanes
 RING = 128 * 1024  # bytes on their way; with 176 KiB 16 rows take 25.5 us of an H200 at D = 768, with these 24.6
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -38,7 +38,7 @@ class FewTiling:
 
     @property
     def registers(self) -> int:
-        """Of a thread at launch: some are left over, for `hopper_choose` to be in place before this kernel ends."""
+        """Of a thread at launch: some are left over, for `hopper_skinny_reduce` to be in place before this kernel ends."""
         return 128
 
 
@@ -58,7 +58,7 @@ def choose_few_tiling(rows: int, hidden: Tensor) -> FewTiling | None:
 
 def held_bytes(rows: int, copied: int, depth: int) -> int:
     """Shared memory that is not the ring's: the rows, and the noise of two groups."""
-    return triton.cdiv(depth, copied) * copied * rows * 2 + hopper_skinny.SLOTS.value * (GROUP_SIZE + 1) * rows * 4
+    return triton.cdiv(depth, copied) * copied * rows * 2 + hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
 
 
 def project_few(
@@ -79,7 +79,7 @@ def project_few(
     records = torch.empty((capacity, programs, RECORD), dtype=torch.float32, device=hidden.device)
     block = [GROUP_SIZE, tiling.depth]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[weight.dtype])
-    hopper_skinny._project[(programs,)](
+    hopper_skinny.vocab_projection_skinny_kernel[(programs,)](
         hidden,
         TensorDescriptor.from_tensor(weight, block, layout),
         bias,
@@ -102,7 +102,7 @@ def project_few(
     )
     _, row_count, temperature, uniform_temperature, _, _ = rows
     token, log_prob, top1, top2, entropy, logsumexp = outputs
-    hopper_choose._choose[(capacity,)](
+    hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel[(capacity,)](
         records,
         row_count,
         temperature,
@@ -124,7 +124,7 @@ def project_few(
 def constants(tiling: FewTiling, depth: int) -> dict[str, Any]:
     """What `hopper_skinny` is compiled for, besides what is wanted of it."""
     return {
-        "DEPTH_TILES": triton.cdiv(depth, tiling.depth),
+        "K_TILES": triton.cdiv(depth, tiling.depth),
         "ROWS": tiling.rows,
         "BK": tiling.depth,
         "STAGES": tiling.stages,

@@ -47,12 +47,12 @@ def _absorb(x, y, state, EXCLUDES: tl.constexpr):
     return top, total, other_top, other_total, gap, cross, escaped
 
 
-@triton.jit(do_not_specialize=["count", "columns", "chunk"])
-def _diverge(
+@triton.jit(do_not_specialize=["count", "vocab", "chunk"])
+def divergence_kernel(
     hidden,
     weight,
     bias,
-    depth,
+    hidden_dim,
     hidden_stride,
     weight_stride,
     scale,
@@ -60,7 +60,7 @@ def _diverge(
     other_hidden,
     other_weight,
     other_bias,
-    other_depth,
+    other_hidden_dim,
     other_hidden_stride,
     other_weight_stride,
     other_scale,
@@ -68,7 +68,7 @@ def _diverge(
     row_index,
     parts,  # [splits, PARTS, M]
     count,
-    columns,
+    vocab,
     chunk,  # vocabulary tiles of a program
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -100,13 +100,13 @@ def _diverge(
     lowest = tl.full([BM], LOWEST, tl.float32)
     state = lowest, nothing, lowest, nothing, nothing, nothing, lowest
     first = split * chunk
-    for tile in range(first, tl.minimum(first + chunk, tl.cdiv(columns, BN))):
+    for tile in range(first, tl.minimum(first + chunk, tl.cdiv(vocab, BN))):
         x = tile_logits(
-            hidden, weight, bias, index, row_tile, tile, columns, depth, hidden_stride, weight_stride, scale, soft_cap,
+            hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale, soft_cap,
             BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
         )  # fmt: skip
         y = tile_logits(
-            other_hidden, other_weight, other_bias, index, row_tile, tile, columns, other_depth, other_hidden_stride,
+            other_hidden, other_weight, other_bias, index, row_tile, tile, vocab, other_hidden_dim, other_hidden_stride,
             other_weight_stride, other_scale, other_soft_cap, BM, BN, OTHER_BK, OTHER_EVEN_K, OTHER_HIDDEN_TMA,
             OTHER_WEIGHT_TMA, OTHER_FROM_LOGITS, OTHER_HAS_SCALE, OTHER_HAS_CAP, OTHER_PRECISION,
         )  # fmt: skip
@@ -117,7 +117,7 @@ def _diverge(
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
-def _finish(parts, kl, cross_entropy, count, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+def divergence_reduce_kernel(parts, kl, cross_entropy, count, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
     inside = (rows < count)[:, None] & (split < splits)[None, :]

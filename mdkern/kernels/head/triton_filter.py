@@ -12,24 +12,24 @@ import triton
 import triton.language as tl
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.triton_filter_search import SLOTS, find_threshold
-from mdkern.kernels.triton_common import IMPOSSIBLE, LN2, LOG2E, LOWEST, largest_two, tile_logits
+from mdkern.kernels.head.triton_filter_search import PER_LANE, find_threshold
+from mdkern.kernels.triton_common import (
+    GROUP_SIZE,
+    IMPOSSIBLE,
+    LN2,
+    LOG2E,
+    LOWEST,
+    NOWHERE,
+    largest_two,
+    load_row_count,
+    tile_logits,
+)
 
-GROUP_SIZE = tl.constexpr(64)
-NOWHERE = tl.constexpr(2147483647)
 STATISTICS = tl.constexpr(4)  # maximum, sum of exponentials, their first moment, second maximum: of a row in a tile
 
 
-@triton.jit
-def _row_count(row_count, capacity):
-    count = capacity
-    if row_count is not None:
-        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
-    return count
-
-
-@triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "columns"])
-def _logits(
+@triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "vocab"])
+def filtered_logits_kernel(
     hidden,
     weight,
     bias,
@@ -42,8 +42,8 @@ def _logits(
     first_row,
     chunk,  # rows from `first_row` on
     capacity,
-    columns,
-    depth,
+    vocab,
+    hidden_dim,
     hidden_stride,
     weight_stride,
     width,
@@ -67,13 +67,13 @@ def _logits(
     tile = tl.program_id(0) // row_tiles
     local = row_tile * BM + tl.arange(0, BM)
     rows = first_row + local
-    count = _row_count(row_count, capacity)
+    count = load_row_count(row_count, capacity)
     if first_row + row_tile * BM >= count:
         return
     valid = (local < chunk) & (rows < count)
     index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
     x = tile_logits(
-        hidden, weight, bias, index, row_tile, tile, columns, depth, hidden_stride, weight_stride, scale, soft_cap,
+        hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale, soft_cap,
         BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def _logits(
         top = tl.max(x, 1)
     d = (x - top[:, None]) * LOG2E
     e = tl.exp2(d)
-    wide, tiles = local.to(tl.int64), tl.cdiv(columns, BN)
+    wide, tiles = local.to(tl.int64), tl.cdiv(vocab, BN)
     at = statistics + wide * (STATISTICS * tiles) + tile
     tl.store(at, top, mask=valid)
     tl.store(at + tiles, tl.sum(e, 1), mask=valid)
@@ -182,10 +182,10 @@ def _combine(statistics, tiles, WANT_TOP: tl.constexpr, WANT_ENTROPY: tl.constex
 
 
 @triton.jit(do_not_specialize=["first_row", "capacity", "tiles", "top_k"])
-def _filtered_draw(
+def filtered_draw_kernel(
     scaled,
     statistics,
-    scratch,  # [chunk, SLOTS * LANES + groups]
+    scratch,  # [chunk, PER_LANE * LANES + groups]
     row_count,
     temperature,
     uniform_temperature,
@@ -218,7 +218,7 @@ def _filtered_draw(
     nan = float("nan")
     winner, logit = tl.full([], -1, tl.int32), tl.full([], nan, tl.float32)
     sum_log, p1, p2, nats = logit, logit, logit, logit
-    if out < _row_count(row_count, capacity):
+    if out < load_row_count(row_count, capacity):
         at = statistics + local * (STATISTICS * tiles)
         top, total, moment, second = _combine(at, tiles, WANT_TOP, WANT_ENTROPY, LANES)
         divisor = tl.zeros([], tl.float32) + uniform_temperature
@@ -230,7 +230,7 @@ def _filtered_draw(
             p1, p2 = 1.0 / total, tl.exp2((second - top) * LOG2E) / total
             nats = (log2_total - moment / total) * LN2
             row = scaled + local * width
-            slots = scratch + local * (SLOTS * LANES + width // GROUP_SIZE)
+            collected = scratch + local * (PER_LANE * LANES + width // GROUP_SIZE)
             greedy = divisor == 0.0
             divisor = tl.where(greedy, 1.0, divisor)
             top = tl.where(divisor == 1.0, top, tl.div_rn(top, divisor))
@@ -239,10 +239,10 @@ def _filtered_draw(
                 low, expected = tl.full([], IMPOSSIBLE, tl.float32), tl.full([], float("inf"), tl.float32)
                 if TOP_K:
                     low, expected = find_threshold(
-                        row, slots, width, top, low, expected, top_k.to(tl.float32), False, ROWS, LANES
+                        row, collected, width, top, low, expected, top_k.to(tl.float32), False, ROWS, LANES
                     )
                 if TOP_P:
-                    low, _ = find_threshold(row, slots, width, top, low, expected, top_p, True, ROWS, LANES)
+                    low, _ = find_threshold(row, collected, width, top, low, expected, top_p, True, ROWS, LANES)
                 if MIN_P:
                     low = tl.maximum(low, top + log_min_p)
                 least = low
@@ -251,7 +251,7 @@ def _filtered_draw(
             position = tl.load(key + 1).to(tl.uint32)
             step = tl.load(key + 2).to(tl.uint32)
             winner, logit = _draw(
-                row, slots + SLOTS * LANES, width, top, least, greedy, tl.load(seed), sample, position, step,
+                row, collected + PER_LANE * LANES, width, top, least, greedy, tl.load(seed), sample, position, step,
                 ROWS * LANES * 4, RACERS,
             )  # fmt: skip
             logit = logit * divisor - sum_log

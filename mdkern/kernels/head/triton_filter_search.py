@@ -13,23 +13,22 @@ search goes on among them, collecting what is left each time, until all that are
 import triton
 import triton.language as tl
 
-from mdkern.kernels.triton_common import LOG2E, LOWEST
+from mdkern.kernels.triton_common import LOG2E, LOWEST, flip_order
 
 PIVOTS = tl.constexpr(8)
-SLOTS = tl.constexpr(32)  # of each lane for collected logits
+PER_LANE = tl.constexpr(32)  # of each lane for collected logits
 FILL = tl.constexpr(12)  # of them are used on average, at most: that one of 512 lanes has too few is then unlikely
 
 
 @triton.jit
 def _ordered(value):
-    """float32 as int32 in the same order; its own inverse, of the bits."""
-    bits = value.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """float32 as int32 in the same order."""
+    return flip_order(value.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _unordered(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return flip_order(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -133,11 +132,11 @@ def _survey(row, width, top, pivots, BY_MASS: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _append(x, slots, lane, low, high, state, LANES: tl.constexpr):
-    """Put the logits in ``[low, high)`` into their lanes' next slots, while there are any."""
+def _append(x, collected, lane, low, high, state, LANES: tl.constexpr):
+    """Put the logits in ``[low, high)`` into their lanes' next collected, while there are any."""
     taken, least, most = state
     inside = (x >= low) & (x < high)
-    tl.store(slots + taken * LANES + lane, x, mask=inside & (taken < SLOTS))
+    tl.store(collected + taken * LANES + lane, x, mask=inside & (taken < PER_LANE))
     least = tl.minimum(least, tl.where(inside, x, float("inf")))
     most = tl.maximum(most, tl.where(inside, x, -float("inf")))
     return taken + inside.to(tl.int32), least, most
@@ -150,8 +149,8 @@ def _empty(LANES: tl.constexpr):
 
 
 @triton.jit
-def _collect(row, slots, width, low, high, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Logits of the row in ``[low, high)`` to the slots. How many slots each lane has taken, or would have; and the
+def _collect(row, collected, width, low, high, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Logits of the row in ``[low, high)`` to the collected. How many collected each lane has taken, or would have; and the
     least and the largest logit."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
@@ -162,43 +161,43 @@ def _collect(row, slots, width, low, high, ROWS: tl.constexpr, LANES: tl.constex
             offset = start + r * 4 * LANES + within
             parts = parts + _quarters(tl.load(row + offset, mask=offset < width, other=LOWEST))
         for i in tl.static_range(4 * ROWS):
-            state = _append(parts[i], slots, lane, low, high, state, LANES)
-    tl.debug_barrier()  # other threads may read the slots than wrote them
+            state = _append(parts[i], collected, lane, low, high, state, LANES)
+    tl.debug_barrier()  # other threads may read the collected than wrote them
     least, most = tl.reduce((state[1], state[2]), 0, _least_and_most)
     return state[0], least, most
 
 
 @triton.jit
-def _slots_at(slots, r, taken, LANES: tl.constexpr):
+def _collected_at(collected, r, taken, LANES: tl.constexpr):
     parts = ()
     for i in tl.static_range(4):
-        at = slots + (r + i) * LANES + tl.arange(0, LANES)
+        at = collected + (r + i) * LANES + tl.arange(0, LANES)
         parts = parts + (tl.load(at, mask=r + i < taken, other=LOWEST),)
     return parts
 
 
 @triton.jit
-def _collect_again(slots, taken, used, low, high, LANES: tl.constexpr):
-    """What is in ``[low, high)`` of the slots to the first of them."""
+def _collect_again(collected, taken, used, low, high, LANES: tl.constexpr):
+    """What is in ``[low, high)`` of the collected to the first of them."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
     for r in range(0, used, 4):
-        parts = _slots_at(slots, r, taken, LANES)
+        parts = _collected_at(collected, r, taken, LANES)
         tl.debug_barrier()  # what is written now has been read
         for i in tl.static_range(4):
-            state = _append(parts[i], slots, lane, low, high, state, LANES)
+            state = _append(parts[i], collected, lane, low, high, state, LANES)
     tl.debug_barrier()
     least, most = tl.reduce((state[1], state[2]), 0, _least_and_most)
     return state[0], least, most
 
 
 @triton.jit
-def _survey_slots(slots, taken, used, top, pivots, BY_MASS: tl.constexpr, LANES: tl.constexpr):
+def _survey_collected(collected, taken, used, top, pivots, BY_MASS: tl.constexpr, LANES: tl.constexpr):
     measures = ()
     for _ in tl.static_range(PIVOTS):
         measures = measures + (tl.zeros([LANES], tl.float32),)
     for r in range(0, used, 4):
-        parts = _slots_at(slots, r, taken, LANES)
+        parts = _collected_at(collected, r, taken, LANES)
         for i in tl.static_range(4):
             weight = _weight(parts[i], top, BY_MASS)
             more = ()
@@ -209,8 +208,8 @@ def _survey_slots(slots, taken, used, top, pivots, BY_MASS: tl.constexpr, LANES:
 
 
 @triton.jit
-def _search_slots(
-    slots,
+def _search_collected(
+    collected,
     taken,  # [LANES]
     top,
     low,
@@ -225,18 +224,18 @@ def _search_slots(
     """The search among the collected logits, which are all there are in ``[low, high)``."""
     used = tl.max(taken, 0)
     if goal < 0.0:  # nothing has been measured before
-        measure_low, _, _, _, _, _, _, _ = _survey_slots(
-            slots, taken, used, top, (low, high, high, high, high, high, high, high), BY_MASS, LANES
+        measure_low, _, _, _, _, _, _, _ = _survey_collected(
+            collected, taken, used, top, (low, high, high, high, high, high, high, high), BY_MASS, LANES
         )
         goal = share * measure_low
     while high > _next_float(low):
         pivots = _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS)
-        sums = _survey_slots(slots, taken, used, top, pivots, BY_MASS, LANES)
+        sums = _survey_collected(collected, taken, used, top, pivots, BY_MASS, LANES)
         measures = ()
         for j in tl.static_range(PIVOTS):
             measures = measures + (measure_high + sums[j],)
         low, high, measure_low, measure_high = _narrow(pivots, measures, goal, low, high, measure_low, measure_high)
-        taken, least, most = _collect_again(slots, taken, used, low, high, LANES)
+        taken, least, most = _collect_again(collected, taken, used, low, high, LANES)
         used = tl.max(taken, 0)
         some = least <= most
         low, high = tl.where(some, least, low), tl.where(some, _next_float(most), _next_float(low))
@@ -246,7 +245,7 @@ def _search_slots(
 @triton.jit
 def find_threshold(
     row,
-    slots,  # [SLOTS, LANES], to write to
+    collected,  # [PER_LANE, LANES], to write to
     width,
     top,
     low,  # a value that is low enough
@@ -271,12 +270,12 @@ def find_threshold(
     while searching:
         survey = not (expected <= FILL * LANES)  # NaN is not
         if (not survey) | (surveys % 3 == 2):  # a look is never far too dear, and perhaps all that are left are equal
-            taken, least, most = _collect(row, slots, width, low, high, ROWS, LANES)
+            taken, least, most = _collect(row, collected, width, low, high, ROWS, LANES)
             low, high = least, _next_float(most)
-            survey = (tl.max(taken, 0) > SLOTS) & (least < most)
+            survey = (tl.max(taken, 0) > PER_LANE) & (least < most)
             if not survey:
-                low, measure_low = _search_slots(
-                    slots, taken, top, low, high, measure_low, measure_high, aim, share, BY_MASS, LANES
+                low, measure_low = _search_collected(
+                    collected, taken, top, low, high, measure_low, measure_high, aim, share, BY_MASS, LANES
                 )
                 searching = False
         if survey:

@@ -14,22 +14,25 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mdkern.kernels import triton_noise as noise
+from mdkern.kernels.triton_common import (
+    GROUP_SIZE,
+    LOG2E,
+    LOWEST,
+    halves,
+    largest_two,
+    load_keys,
+    load_row_count,
+)
 
-GROUP_SIZE = tl.constexpr(64)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Stands for -inf, and is finite: neither differences with it nor 0 * it are NaN. -2^100: its product with LOG2E is
-# exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, in whatever way it is compiled.
-LOWEST = tl.constexpr(-1.2676506002282294e30)
 GREEDY = tl.constexpr(0)
 MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
-# Floats per row and slot, besides the 64 logits: 6, and 2 to fill 32 bytes. Memory that is written in part is read anew
+# Floats per row and partial, besides the 64 logits: 6, and 2 to fill 32 bytes. Memory that is written in part is read anew
 # from outside the cache.
 STATISTICS = tl.constexpr(8)
 
 
 @triton.jit
-def _schedule(count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
     """Who computes what, from the number of rows on the device, so that the card is full at any number of rows.
 
     Whole waves of row tiles take a program each over the whole vocabulary. Of each row tile of the rest, `splits`
@@ -38,7 +41,7 @@ def _schedule(count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.c
     1,024 rows to 16,384: 2 to 3 % of an H200's time.)
     """
     row_tiles = tl.cdiv(count, BM)
-    vocab_tiles = tl.cdiv(columns, BN)
+    vocab_tiles = tl.cdiv(vocab, BN)
     whole = (row_tiles // PROGRAMS) * PROGRAMS
     rest = row_tiles - whole
     splits = tl.minimum(PROGRAMS // tl.maximum(rest, 1), vocab_tiles)
@@ -52,7 +55,7 @@ def _schedule(count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.c
 
 
 @triton.jit
-def _items(program, schedule, PROGRAMS: tl.constexpr):
+def count_items(program, schedule, PROGRAMS: tl.constexpr):
     """How many row tiles a program works on."""
     whole, rest, _, splits, parts, _ = schedule
     left = PROGRAMS - rest * splits
@@ -61,24 +64,24 @@ def _items(program, schedule, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _item(item, program, schedule, PROGRAMS: tl.constexpr):
-    """A program's item: row tile; which part of the vocabulary, `splits` being what the others leave; results' slot."""
+def locate_item(item, program, schedule, PROGRAMS: tl.constexpr):
+    """A program's item: row tile; which part of the vocabulary, `splits` being what the others leave; results' partial."""
     whole, rest, _, splits, parts, _ = schedule
     row_tile = item * PROGRAMS + program
     part = program * 0
-    slot = row_tile
+    partial = row_tile
     if row_tile >= whole:
         row, part = program % rest, program // rest
         if program >= rest * splits:
             turn = item - whole // PROGRAMS
             row, part = program - rest * splits + turn * (PROGRAMS - rest * splits), splits
         row_tile = whole + row
-        slot = whole + row * parts + part
-    return row_tile, part, slot
+        partial = whole + row * parts + part
+    return row_tile, part, partial
 
 
 @triton.jit
-def _temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.constexpr):
+def load_temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.constexpr):
     value = tl.full([ROWS], 1.0, tl.float32)
     if temperature is not None:
         value = tl.load(temperature + rows, mask=valid, other=1.0)
@@ -88,22 +91,17 @@ def _temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.conste
 
 
 @triton.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _groups(x, GROUPS: tl.constexpr):
     """``[BM, GROUPS * n]`` as a tuple of ``[BM, n]``, without moving a register."""
     if GROUPS == 1:
         return (x,)
     elif GROUPS == 2:
-        a, b = _halves(x)
+        a, b = halves(x)
         return (a, b)
     else:
-        left, right = _halves(x)
-        a, b = _halves(left)
-        c, d = _halves(right)
+        left, right = halves(x)
+        a, b = halves(left)
+        c, d = halves(right)
         return (a, b, c, d)
 
 
@@ -114,11 +112,6 @@ def _group_sums(x, GROUPS: tl.constexpr):
     for g in tl.static_range(GROUPS):
         sums = sums + (tl.sum(parts[g], 1),)
     return sums
-
-
-@triton.jit
-def _merge_top2(a1, a2, b1, b2):
-    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
 
 
 @triton.jit
@@ -162,11 +155,10 @@ def _absorb(
             tile_second = tl.maximum(tile_second, tl.minimum(tile_top, group_top))
             tile_top = tl.maximum(tile_top, group_top)
             group_tops = group_tops + (group_top,)
-    elif WANT_TOP:  # in pairs first: three comparisons a logit, where inserting one at a time costs four
-        left, right = _halves(x)
-        tile_top, tile_second = tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, _merge_top2)
-    else:  # in pairs too: `tl.max(x, 1)` has the compiler repeat the noise in every lane of a row
-        left, right = _halves(x)
+    elif WANT_TOP:
+        tile_top, tile_second = largest_two(x)
+    else:  # in pairs: `tl.max(x, 1)` has the compiler repeat the noise in every lane of a row
+        left, right = halves(x)
         tile_top = tl.max(tl.maximum(left, right), 1)
     if WANT_TOP:
         second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
@@ -227,8 +219,8 @@ def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
     return mixed
 
 
-@triton.jit(do_not_specialize=["capacity", "columns"])
-def _project(
+@triton.jit(do_not_specialize=["capacity", "vocab"])
+def vocab_projection_kernel(
     hidden,  # [N, D], or a descriptor of the M gathered rows
     weight,  # [V, D], or a descriptor of it
     bias,  # [V] or None
@@ -238,11 +230,11 @@ def _project(
     uniform_temperature,
     seed,
     keys,  # [M, 3]
-    statistics,  # [slots, BM, STATISTICS]
-    leaders,  # [slots, BM, 64]
+    statistics,  # [partials, BM, STATISTICS]
+    leaders,  # [partials, BM, 64]
     capacity,
-    columns,
-    depth,
+    vocab,
+    hidden_dim,
     hidden_stride,
     weight_stride,
     scale,
@@ -264,18 +256,16 @@ def _project(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_launch_dependents()  # `_finish` may be put in place; it waits there for this kernel's end
+        gdc_launch_dependents()  # `vocab_projection_reduce_kernel` may be put in place; it waits there for this kernel's end
     program = tl.program_id(0)
-    count = capacity
-    if row_count is not None:
-        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
-    schedule = _schedule(count, columns, BM, BN, PROGRAMS)
+    count = load_row_count(row_count, capacity)
+    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
     whole, _, chunk, _, _, vocab_tiles = schedule
     seed_value = tl.load(seed)
-    depth_tiles = tl.cdiv(depth, BK)
+    k_tiles = tl.cdiv(hidden_dim, BK)
     lane = tl.arange(0, BN)
-    for item in range(_items(program, schedule, PROGRAMS)):
-        row_tile, part, slot = _item(item, program, schedule, PROGRAMS)
+    for item in range(count_items(program, schedule, PROGRAMS)):
+        row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
         first, last = 0, vocab_tiles
         if row_tile >= whole:
             first = part * chunk
@@ -283,13 +273,11 @@ def _project(
 
         rows = row_tile * BM + tl.arange(0, BM)
         valid = rows < count
-        sample = tl.load(keys + rows.to(tl.int64) * 3, mask=valid, other=0).to(tl.uint32)
-        position = tl.load(keys + rows.to(tl.int64) * 3 + 1, mask=valid, other=0).to(tl.uint32)
-        step = tl.load(keys + rows.to(tl.int64) * 3 + 2, mask=valid, other=0).to(tl.uint32)
+        sample, position, step = load_keys(keys, rows, valid)
         inv_temperature = tl.full([BM], 1.0, tl.float32)
         any_greedy, all_unit = False, True  # of this row tile: branches on them spare work that few tiles need
         if MODE == MIXED:
-            value = _temperatures(temperature, uniform_temperature, rows, valid, BM)
+            value = load_temperatures(temperature, uniform_temperature, rows, valid, BM)
             any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1
             all_unit = tl.min(((value == 0.0) | (value == 1.0)).to(tl.int32), 0) == 1
             inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
@@ -311,24 +299,24 @@ def _project(
         for tile in range(first, last):
             ids = tile * BN + lane
             if FROM_LOGITS:
-                x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < columns, other=LOWEST).to(tl.float32)
+                x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < vocab, other=LOWEST).to(tl.float32)
                 x = tl.where(x < LOWEST, LOWEST, x)
             else:
                 x = tl.zeros([BM, BN], tl.float32)
-                for k in range(0, depth_tiles):
+                for k in range(0, k_tiles):
                     inner = k * BK + tl.arange(0, BK)
                     if HIDDEN_TMA:
                         h = hidden.load([row_tile * BM, k * BK])
                     elif EVEN_K:
                         h = tl.load(hidden_rows + inner[None, :])
                     else:
-                        h = tl.load(hidden_rows + inner[None, :], mask=inner[None, :] < depth, other=0.0)
+                        h = tl.load(hidden_rows + inner[None, :], mask=inner[None, :] < hidden_dim, other=0.0)
                     if WEIGHT_TMA:
                         w = weight.load([tile * BN, k * BK])
                     else:
-                        inside = ids[:, None] < columns
+                        inside = ids[:, None] < vocab
                         if not EVEN_K:
-                            inside = inside & (inner[None, :] < depth)
+                            inside = inside & (inner[None, :] < hidden_dim)
                         w = tl.load(
                             weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :], mask=inside, other=0.0
                         )
@@ -338,11 +326,11 @@ def _project(
             if HAS_CAP:
                 x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
             if bias is not None:
-                shift = tl.load(bias + ids, mask=ids < columns, other=LOWEST)
+                shift = tl.load(bias + ids, mask=ids < vocab, other=LOWEST)
                 x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
             elif not FROM_LOGITS:
-                if (tile + 1) * BN > columns:
-                    x = tl.where(ids[None, :] < columns, x, LOWEST)
+                if (tile + 1) * BN > vocab:
+                    x = tl.where(ids[None, :] < vocab, x, LOWEST)
             state = _absorb(
                 x,
                 tile,
@@ -360,7 +348,7 @@ def _project(
             )
 
         top, total, moment, second, best, best_group, leader = state
-        out = statistics + (slot.to(tl.int64) * BM + tl.arange(0, BM)) * STATISTICS
+        out = statistics + (partial.to(tl.int64) * BM + tl.arange(0, BM)) * STATISTICS
         tl.store(out, top)
         tl.store(out + 1, total)
         tl.store(out + 2, moment)
@@ -370,4 +358,4 @@ def _project(
         tl.store(out + 6, nothing)
         tl.store(out + 7, nothing)
         within = tl.arange(0, BM)[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
-        tl.store(leaders + slot.to(tl.int64) * (BM * GROUP_SIZE) + within, leader)
+        tl.store(leaders + partial.to(tl.int64) * (BM * GROUP_SIZE) + within, leader)

@@ -8,29 +8,23 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.triton_projection import (
-    GREEDY,
+from mdkern.kernels.head.triton_projection import GREEDY, MIXED, STATISTICS, load_temperatures, schedule_tiles
+from mdkern.kernels.triton_common import (
     GROUP_SIZE,
     LN2,
     LOG2E,
     LOWEST,
-    MIXED,
-    STATISTICS,
-    _schedule,
-    _temperatures,
+    NOWHERE,
+    flip_order,
+    load_keys,
+    load_row_count,
 )
-
-
-@triton.jit
-def _flip(x):
-    """Between floats and int32 of the same order, both ways. (NaNs go to the ends; their rows are found by the sum.)"""
-    return x ^ ((x >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _largest(x):
     """Over the last dimension; as integers, for which a warp has an instruction of its own."""
-    return _flip(tl.max(_flip(x.to(tl.int32, bitcast=True)), 1)).to(tl.float32, bitcast=True)
+    return flip_order(tl.max(flip_order(x.to(tl.int32, bitcast=True)), 1)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -40,7 +34,7 @@ def _merge(
     rows,
     valid,
     split_count,
-    first_slot,
+    first_partial,
     inv_temperature,
     state,
     BM: tl.constexpr,
@@ -53,8 +47,8 @@ def _merge(
     top, total, moment, second, best, best_group, best_split = state
     split = start + tl.arange(0, SPLITS)
     inside = valid[:, None] & (split[None, :] < split_count[:, None])
-    slot = first_slot[:, None] + split[None, :]
-    at = statistics + (slot * BM + (rows % BM)[:, None]) * STATISTICS
+    partial = first_partial[:, None] + split[None, :]
+    at = statistics + (partial * BM + (rows % BM)[:, None]) * STATISTICS
     part_top = tl.load(at, mask=inside, other=LOWEST)
     part_best = tl.load(at + 4, mask=inside, other=-float("inf"))
     part_group = tl.load(at + 5, mask=inside, other=0.0).to(tl.int32, bitcast=True)
@@ -75,7 +69,7 @@ def _merge(
         part_best = tl.where(inside, tl.where(greedy[:, None], part_best, raced), -float("inf"))
     peak_best = _largest(part_best)
     leads = part_best == peak_best[:, None]
-    peak_group = tl.min(tl.where(leads, part_group, 2147483647), 1)
+    peak_group = tl.min(tl.where(leads, part_group, NOWHERE), 1)
     peak_split = tl.max(tl.where(leads & (part_group == peak_group[:, None]), split[None, :], 0), 1)
     better = peak_best > best
     best = tl.where(better, peak_best, best)
@@ -90,7 +84,7 @@ def _merge(
     total = total * rescale + tl.sum(part_total * part_rescale, 1)
     if WANT_TOP:
         # The largest of the parts' other maxima: the peak's own place is taken out once.
-        place = tl.min(tl.where(part_top == peak[:, None], split[None, :], 2147483647), 1)
+        place = tl.min(tl.where(part_top == peak[:, None], split[None, :], NOWHERE), 1)
         others = tl.where(split[None, :] == place[:, None], LOWEST, part_top)
         second = tl.maximum(second, _largest(tl.maximum(part_second, others)))
         second = tl.maximum(second, tl.minimum(old_top, peak))
@@ -98,7 +92,7 @@ def _merge(
 
 
 @triton.jit
-def _write(
+def write_outputs(
     rows,
     inside,
     valid,  # rows that are there; the others get -1 and NaN
@@ -133,8 +127,8 @@ def _write(
         tl.store(entropy + rows, tl.where(good, (log2_total - moment / total) * LN2, nan), mask=inside)
 
 
-@triton.jit(do_not_specialize=["capacity", "columns"])
-def _finish(
+@triton.jit(do_not_specialize=["capacity", "vocab"])
+def vocab_projection_reduce_kernel(
     statistics,
     leaders,
     row_count,
@@ -149,7 +143,7 @@ def _finish(
     top2,
     entropy,
     capacity,
-    columns,
+    vocab,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -160,19 +154,14 @@ def _finish(
     WANT_ENTROPY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    count = capacity
-    if row_count is not None:
-        count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
-    whole, _, _, _, parts, _ = _schedule(count, columns, BM, BN, PROGRAMS)
+    count = load_row_count(row_count, capacity)
+    whole, _, _, _, parts, _ = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
-    wide = rows.to(tl.int64)
-    sample = tl.load(keys + wide * 3, mask=valid, other=0).to(tl.uint32)
-    position = tl.load(keys + wide * 3 + 1, mask=valid, other=0).to(tl.uint32)
-    step = tl.load(keys + wide * 3 + 2, mask=valid, other=0).to(tl.uint32)
+    sample, position, step = load_keys(keys, rows, valid)
     inv_temperature = tl.full([ROWS], 1.0, tl.float32)
     if MODE == MIXED:
-        value = _temperatures(temperature, uniform_temperature, rows, valid, ROWS)
+        value = load_temperatures(temperature, uniform_temperature, rows, valid, ROWS)
         inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
     seed_value = tl.load(seed)
     if PDL:
@@ -180,25 +169,25 @@ def _finish(
 
     row_tile = rows // BM
     split_count = tl.where(row_tile < whole, 1, parts)
-    first_slot = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * parts).to(tl.int64)
+    first_partial = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * parts).to(tl.int64)
     nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
-    no_group = tl.full([ROWS], 2147483647, tl.int32)
+    no_group = tl.full([ROWS], NOWHERE, tl.int32)
     state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0
     if SPLITS >= PROGRAMS:  # all at once, and straight on: the winner's logits come while the sums are added up
         state = _merge(
-            statistics, 0, rows, valid, split_count, first_slot, inv_temperature, state, BM, SPLITS, MODE, WANT_TOP,
+            statistics, 0, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE, WANT_TOP,
             WANT_ENTROPY,
         )  # fmt: skip
     else:
         for start in range(0, tl.max(tl.where(valid, split_count, 0)), SPLITS):
             state = _merge(
-                statistics, start, rows, valid, split_count, first_slot, inv_temperature, state, BM, SPLITS, MODE,
+                statistics, start, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE,
                 WANT_TOP, WANT_ENTROPY,
             )  # fmt: skip
     top, total, moment, second, _, best_group, best_split = state
 
     lane = tl.arange(0, GROUP_SIZE)
-    at = leaders + ((first_slot + best_split) * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
+    at = leaders + ((first_partial + best_split) * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
     leader = tl.load(at, mask=valid[:, None], other=0.0)
     ids = best_group[:, None] * GROUP_SIZE + lane[None, :]
     value = leader
@@ -210,12 +199,12 @@ def _finish(
         token_noise = tl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).reshape(ROWS, GROUP_SIZE)
         sampled = leader * inv_temperature[:, None] + token_noise
         value = tl.where((inv_temperature == 0.0)[:, None], leader, sampled)
-    winner = tl.min(tl.where(value == _largest(value)[:, None], ids, 2147483647), 1)
+    winner = tl.min(tl.where(value == _largest(value)[:, None], ids, NOWHERE), 1)
     winner_logit = _largest(tl.where(ids == winner[:, None], leader, -float("inf")))
     if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second as well
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
-    _write(
+    write_outputs(
         rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, token, log_prob, logsumexp,
         top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
     )  # fmt: skip

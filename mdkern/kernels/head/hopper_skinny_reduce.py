@@ -7,8 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-from mdkern.kernels.head.triton_projection import LOG2E, LOWEST, MIXED
-from mdkern.kernels.head.triton_reduce import _flip, _write
+from mdkern.kernels.head.triton_projection import MIXED
+from mdkern.kernels.head.triton_reduce import write_outputs
+from mdkern.kernels.triton_common import LOG2E, LOWEST, NOWHERE, flip_order, halves, load_row_count
 
 # Numbers per row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as bits),
 # the token's logit, and one to fill 32 bytes: memory that is written in part is read anew from outside the cache.
@@ -16,30 +17,17 @@ RECORD = gl.constexpr(8)
 
 
 @gluon.jit
-def _row_count(row_count, capacity):
-    count = capacity
-    if row_count is not None:
-        count = gl.minimum(gl.load(row_count).to(gl.int32), capacity)
-    return count
-
-
-@gluon.jit
 def _largest(x):
     """Of a vector; as integers, for which a warp has an instruction of its own."""
-    return _flip(gl.max(_flip(x.to(gl.int32, bitcast=True)), 0)).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _halves(x):
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    return flip_order(gl.max(flip_order(x.to(gl.int32, bitcast=True)), 0)).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _numbers(records):
     """``[SPLITS, RECORD]`` as vectors: no register moves."""
-    left, right = _halves(records)
-    a, b = _halves(left)
-    c, d = _halves(right)
+    left, right = halves(records)
+    a, b = halves(left)
+    c, d = halves(right)
     top, total = a.split()
     moment, second = b.split()
     score, token = c.split()
@@ -48,7 +36,7 @@ def _numbers(records):
 
 
 @gluon.jit(do_not_specialize=["capacity"])
-def _choose(
+def vocab_projection_skinny_reduce_kernel(
     records,  # [M, PROGRAMS, RECORD]
     row_count,
     temperature,
@@ -68,7 +56,7 @@ def _choose(
 ):
     """A row per warp, whose lanes read whole records: `triton_reduce._merge` for one row, without a token to pick."""
     row = gl.program_id(0)
-    count = _row_count(row_count, capacity)
+    count = load_row_count(row_count, capacity)
     value = uniform_temperature
     if temperature is not None:
         value = gl.load(temperature + row, mask=row < count, other=1.0)
@@ -90,14 +78,14 @@ def _choose(
     if MODE == MIXED:
         scores = gl.where(inv_temperature == 0.0, scores, scores * gl.exp2(shift * inv_temperature))
     scores = gl.where(split < PROGRAMS, scores, -float("inf"))
-    tokens = gl.where(scores == _largest(scores), tokens, 2147483647)
+    tokens = gl.where(scores == _largest(scores), tokens, NOWHERE)
     token = gl.min(tokens, 0)
     logit = _largest(gl.where(tokens == token, logits, -float("inf")))
     total = gl.sum(totals * rescale, 0)
     moment = gl.sum((moments + totals * shift) * rescale, 0)
-    place = gl.min(gl.where(tops == top, split, 2147483647), 0)
+    place = gl.min(gl.where(tops == top, split, NOWHERE), 0)
     second = _largest(gl.where(split == place, seconds, tops))
-    _write(
+    write_outputs(
         row, row < capacity, row < count, token, logit, top, total, moment, second, token_out, log_prob, logsumexp,
         top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
     )  # fmt: skip
