@@ -106,7 +106,9 @@ def tile_logits(
                 h = tl.load(hidden + index[:, None] * hidden_stride + inner[None, :])
             else:
                 h = tl.load(
-                    hidden + index[:, None] * hidden_stride + inner[None, :], mask=inner[None, :] < hidden_dim, other=0.0
+                    hidden + index[:, None] * hidden_stride + inner[None, :],
+                    mask=inner[None, :] < hidden_dim,
+                    other=0.0,
                 )
             if WEIGHT_TMA:
                 w = weight.load([tile * BN, k * BK])

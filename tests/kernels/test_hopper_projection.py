@@ -26,7 +26,9 @@ def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     types = {"weight": gluon.descriptor([tiling.columns, DEPTH])}
     if not tiling.stationary:
         types["hidden"] = gluon.descriptor([tiling.rows, DEPTH])
-    return gluon.build(hopper_projection.vocab_projection_hopper_kernel, fixed, types, num_warps=4, maxnreg=tiling.registers)
+    return gluon.build(
+        hopper_projection.vocab_projection_hopper_kernel, fixed, types, num_warps=4, maxnreg=tiling.registers
+    )
 
 
 TILINGS = {

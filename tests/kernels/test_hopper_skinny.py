@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mdkern.kernels.head import hopper_skinny_reduce, hopper_skinny, launch, launch_skinny
+from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce, launch, launch_skinny
 from mdkern.kernels.head.launch import vocab_projection
 from mdkern.kernels.head.launch_skinny import ELEMENT, GROUP_SIZE, SHARED, FewTiling, choose_few_tiling, held_bytes
 from tests.problems.projection import Problem, check_against_reference
@@ -26,7 +26,9 @@ def build(rows: int, **constants: Any) -> Any:
     tiling = FewTiling(rows, 4, 256)
     fixed = launch_skinny.constants(tiling, 768) | {"MODE": 1, "PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False}
     types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.depth])}
-    return gluon.build(hopper_skinny.vocab_projection_skinny_kernel, fixed | constants, types, num_warps=4, maxnreg=tiling.registers)
+    return gluon.build(
+        hopper_skinny.vocab_projection_skinny_kernel, fixed | constants, types, num_warps=4, maxnreg=tiling.registers
+    )
 
 
 @pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED], ids=["drawn", "greedy", "capped"])

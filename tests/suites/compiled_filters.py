@@ -29,7 +29,9 @@ def logits(capability: int, tile: tuple[int, int, int], warps: int, gather: bool
     bulk = capability >= 90 and not changes.get("FROM_LOGITS", False)
     wanted = {"WANT_TOP": capability != 80, "WANT_ENTROPY": capability != 80}
     constants = head(tile[2], bulk, gather) | {"BM": tile[0], "BN": tile[1]} | wanted | changes
-    build(triton_filter.filtered_logits_kernel, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps)
+    build(
+        triton_filter.filtered_logits_kernel, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps
+    )
 
 
 def draw(capability: int, top_k: bool, top_p: bool, min_p: bool) -> None:

@@ -23,7 +23,14 @@ POINTERS = {
     "hidden": "*bf16",
     "token_out": "*i64",
 }
-NUMBERS = {"capacity": "i32", "vocab": "i32", "hidden_dim": "i32", "columns": "i32", "depth": "i32", "hidden_stride": "i64"}
+NUMBERS = {
+    "capacity": "i32",
+    "vocab": "i32",
+    "hidden_dim": "i32",
+    "columns": "i32",
+    "depth": "i32",
+    "hidden_stride": "i64",
+}
 SCALARS = ("scale", "soft_cap", "uniform_temperature")
 
 

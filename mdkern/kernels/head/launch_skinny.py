@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mdkern.kernels.head import hopper_skinny_reduce, hopper_skinny
+from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce
 
 GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
 RECORD = hopper_skinny_reduce.RECORD.value
@@ -58,7 +58,9 @@ def choose_few_tiling(rows: int, hidden: Tensor) -> FewTiling | None:
 
 def held_bytes(rows: int, copied: int, depth: int) -> int:
     """Shared memory that is not the ring's: the rows, and the noise of two groups."""
-    return triton.cdiv(depth, copied) * copied * rows * 2 + hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
+    return (
+        triton.cdiv(depth, copied) * copied * rows * 2 + hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
+    )
 
 
 def project_few(
