@@ -1,6 +1,6 @@
-"""What several Triton kernels of the output layer share: a tile of logits, and how floats are ordered, merged, taken apart.
+"""What Triton kernels of the output layer share: a tile of logits; ordering, merging and splitting of values.
 
-Gluon kernels call these too, where no layout has to be named.
+Gluon kernels call these functions too, where no layout has to be named.
 """
 
 # mypy: ignore-errors

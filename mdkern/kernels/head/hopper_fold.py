@@ -1,6 +1,6 @@
 """Folding a tile of logits into its rows' state, in Gluon: `triton_projection._absorb` with its layouts written out.
 
-The noise is drawn once per row and group, and what the 64 vocab of a group sum to goes between four lanes alone.
+The noise is drawn once per row and group, and the sums over a group's 64 ids are exchanged among four lanes only.
 """
 
 # mypy: ignore-errors

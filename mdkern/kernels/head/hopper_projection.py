@@ -1,7 +1,7 @@
-"""`triton_projection.vocab_projection_hopper_kernel` for Hopper in Gluon: one warp copies, one or two warpgroups multiply and fold.
+"""`vocab_projection_kernel` for Hopper in Gluon: a producer warp copies, one or two consumer warpgroups multiply.
 
-The copying warp runs ahead through a ring of tiles, over the ends of vocabulary tiles, so that memory never waits for
-arithmetic; with two warpgroups one folds its logits (`hopper_fold`) while the other has the tensor cores.
+The producer runs ahead through a ring of tiles, across the ends of vocabulary tiles, so that memory never waits for
+arithmetic. With two consumers, one folds its logits (`hopper_fold`) while the other has the tensor cores.
 """
 
 # mypy: ignore-errors
@@ -70,10 +70,10 @@ def _produce(
     STATIONARY: gl.constexpr,
     HEAD_START: gl.constexpr,
 ):
-    """The copying warp: fill the ring.
+    """The producer warp: fill the ring.
 
-    A full ring in every program is 15 MB on its way, behind which any other load waits its turn: after `HEAD_START`
-    copies this one lets the multiplying warps ask for what they begin with.
+    Full rings in all programs are 15 MB in flight, and any other load waits behind them. So after `HEAD_START` copies
+    the producer lets the consumers load what they begin with.
     """
     hidden_ring, weight_ring, full, empty, asked = rings
     program, items, schedule = work
@@ -118,7 +118,7 @@ def _consume(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    """A multiplying warpgroup: its 64 rows by every tile, each folded into the rows' state."""
+    """A consumer warpgroup: its 64 rows times every tile, each folded into the rows' state."""
     hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
     count, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
     hidden_ring, weight_ring, full, empty, asked = rings
@@ -135,7 +135,7 @@ def _consume(
     phase = program * 0
     for item in range(items):
         row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS)
-        if STATIONARY:  # first of all: behind the weights' copies each of these loads would wait its turn
+        if STATIONARY:  # before all else, or these loads wait behind the weights' copies
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index = gl.load(row_index + gathered, mask=gathered < count, other=0).to(gl.int64)
             inner = gl.arange(0, BK, layout=gl.SliceLayout(0, chunk_layout))
@@ -187,9 +187,7 @@ def _consume(
             else:
                 races = _races(tile, seed_value, sample, position, step, GROUPS)
             product = gl.zeros([ROWS, BN], gl.float32, layout=wide)
-            previous = (
-                stage + 0
-            )  # were it `stage` itself, the compiler would take it for one that the loop leaves alone
+            previous = stage + 0  # plain `stage` the compiler would take for invariant in the loop
             for k in range(K_TILES):
                 mbarrier.wait(full.index(stage), phase)
                 if STATIONARY:
@@ -298,7 +296,7 @@ def vocab_projection_hopper_kernel(
     fence_async_shared()
     if WAIT:
         gdc_wait()  # for the kernel before
-    gdc_launch_dependents()  # `vocab_projection_reduce_kernel` may be put in place; it waits there for this kernel's end
+    gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
     program = gl.program_id(0)
     count = load_row_count(row_count, capacity)
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)

@@ -1,14 +1,10 @@
-"""`vocab_projection` for at most 16 rows on Hopper, in Gluon: hardly longer than the output layer takes to be read.
+"""`vocab_projection` for at most 16 rows on Hopper ("skinny"), in Gluon: hardly slower than reading the weights once.
 
-The tensor cores multiply a group, 64 ids of the vocabulary, by 8 or 16 rows: no noise_stage stands empty, and a program's work
-is cut finely. One warp copies the output layer through a ring, group after group, over their ends. Four draw the noise
-of groups to come; four multiply and fold. The rows stay in shared memory. A program leaves 32 bytes per row, its
-candidate for the token among them, and `hopper_skinny_reduce` merges the programs'.
-
-On an H200 at D = 768, V = 50,258 and 16 rows, with a temperature per row and a bias, both kernels take 23.9 us,
-cuBLAS's product alone times 1.05 (benchmarks/results; 1.01 at 1 row). In earlier runs copies alone took 19.3 us and
-both kernels 24.3; while the multiplying warps drew the noise themselves and asked for a group's bias as they came to
-it, 27.1.
+The tensor cores multiply a group, 64 ids of the vocabulary, by 8 or 16 rows, so that hardly any of their width is
+wasted and a program's work comes in small pieces. One producer warp copies the output layer through a ring, four
+producer warps draw the noise of the groups to come, four consumer warps multiply and fold. The rows stay in shared
+memory. A program leaves 32 bytes per row, with its candidate for the token, and `hopper_skinny_reduce` merges the
+programs'. Times, and what was tried: docs/notes/output-layer.md.
 """
 
 # mypy: ignore-errors
@@ -51,10 +47,9 @@ def ring_advance(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr):
-    """The copying warp.
+    """The producer warp: fill the ring, and after `HEAD_START` copies let the consumers load what they begin with.
 
-    A full ring in every program is 17 MB on its way, behind which any other load waits its turn: after `HEAD_START`
-    copies this one lets the multiplying warps ask for what they begin with.
+    Full rings in all programs are 17 MB in flight, and any other load waits behind them.
     """
     hidden_tiles, weight_ring, full, empty, asked = rings
     BK: gl.constexpr = weight_ring.shape[2]
@@ -92,7 +87,7 @@ def _token_noise(seed, keys, pair):
 
 @gluon.jit
 def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.constexpr, MODE: gl.constexpr):
-    """The drawing warps: each group's race and its ids' noise, for all rows."""
+    """The noise's producer warps: each group's race and the noise of its ids, for all rows."""
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
     by_row: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -139,7 +134,7 @@ def _product(rings, stage, phase):
     hidden_tiles, weight_ring, full, empty, _ = rings
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     x = gl.zeros([GROUP_SIZE, ROWS], gl.float32, layout=_tile(ROWS))
-    previous = stage + 0  # `stage` itself the compiler would take for one that the loop leaves alone
+    previous = stage + 0  # plain `stage` the compiler would take for invariant in the loop
     for k in range(hidden_tiles.shape[0]):
         mbarrier.wait(full.index(stage), phase)
         h = hidden_tiles.index(k).permute((1, 0))
@@ -212,7 +207,7 @@ def _consume(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    """The multiplying warps: this program's groups by all rows, then a record per row."""
+    """The consumer warps: this program's groups times all rows, then a record per row."""
     hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
     capacity, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
     races, noises, drawn, used = draws
@@ -247,7 +242,7 @@ def _consume(
     noise_phase = program * 0
     for group in range(program, groups, PROGRAMS):
         ids = group * GROUP_SIZE + id_in_group
-        if bias is not None:  # a group ahead: behind full rings a load takes about as long as a group
+        if bias is not None:  # a group ahead: behind full rings a load takes as long as a group
             shift = next_shift
             next_ids = ids + PROGRAMS * GROUP_SIZE
             next_shift = gl.load(bias + next_ids, mask=next_ids < vocab, other=LOWEST)
@@ -326,7 +321,7 @@ def vocab_projection_skinny_kernel(
         mbarrier.init(used.index(noise_stage), count=1)
     fence_async_shared()
     gdc_wait()  # for the kernel before
-    gdc_launch_dependents()  # `hopper_skinny_reduce` may be put in place; it waits there for this kernel's end
+    gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
     program = gl.program_id(0)
     groups = gl.cdiv(vocab, GROUP_SIZE)
     rings = (hidden_tiles, weight_ring, full, empty, asked)

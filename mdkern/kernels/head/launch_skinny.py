@@ -38,7 +38,7 @@ class FewTiling:
 
     @property
     def registers(self) -> int:
-        """Of a thread at launch: some are left over, for `hopper_skinny_reduce` to be in place before this kernel ends."""
+        """Of a thread at launch. Some are left over, so that the reduce kernel can start before this one ends."""
         return 128
 
 

@@ -1,10 +1,10 @@
-"""`divergence` in Triton: one pass over both output layers, no logit ever written.
+"""`divergence` in Triton: one pass over both output layers that never writes a logit to memory.
 
-Each program multiplies the same tile of rows and ids with both heads and keeps a few numbers per row, with x and m a
-logit of p and the largest so far, y and n those of q: the sums of exp(x - m), of exp(y - n), of
-exp(x - m) * ((x - m) - (y - n)) and of exp(x - m) * (y - n). The last two are moments under p of what KL and
-cross-entropy ask for, but for the logarithms of the first two; differences of nearly equal heads are summed as such.
-A second kernel combines the vocabulary splits of each row.
+Each program multiplies the same tile of rows and ids with both heads and keeps a few numbers per row. With x a logit
+of p and m the largest so far, y and n those of q, they are the sums of exp(x - m), of exp(y - n), of
+exp(x - m) * ((x - m) - (y - n)) and of exp(x - m) * (y - n). The last two are the moments under p that KL divergence
+and cross-entropy need, up to the logarithms of the first two; where the heads are nearly equal, their differences are
+summed as differences. A second kernel combines the vocabulary splits of each row.
 """
 
 # mypy: ignore-errors
@@ -38,7 +38,7 @@ def _absorb(x, y, state, EXCLUDES: tl.constexpr):
     e = tl.exp2(a * LOG2E)
     total += tl.sum(e, 1)
     other_total += tl.sum(tl.exp2(b * LOG2E), 1)
-    if EXCLUDES:  # ids that q rules out are counted apart: what p gives the likeliest of them says if it matters
+    if EXCLUDES:  # ids that q rules out are kept apart: KL is infinite if p gives the likeliest of them anything
         out = y == LOWEST
         escaped = tl.maximum(escaped, tl.max(tl.where(out, x, LOWEST), 1))
         b = tl.where(out, 0.0, b)
@@ -102,8 +102,8 @@ def divergence_kernel(
     first = split * chunk
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(vocab, BN))):
         x = tile_logits(
-            hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale, soft_cap,
-            BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
+            hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale,
+            soft_cap, BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
         )  # fmt: skip
         y = tile_logits(
             other_hidden, other_weight, other_bias, index, row_tile, tile, vocab, other_hidden_dim, other_hidden_stride,

@@ -1,4 +1,4 @@
-"""`vocab_projection` with `top_k`, `top_p` and `min_p` in Triton, two kernels for each chunk of rows.
+"""`vocab_projection` with `top_k`, `top_p` and `min_p` in Triton: two kernels for each chunk of rows.
 
 The first writes the chunk's logits, divided by the temperature, and statistics of each tile of them. The second has a
 program per row: it finds the value at or above which the filters keep logits (`triton_filter_search`), and draws among

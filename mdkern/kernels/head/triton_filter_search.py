@@ -1,10 +1,11 @@
 """Which logits of a row the filters keep: those at or above one value, found without a sort.
 
-`top_k` asks for the largest value with so many logits at or above it, `top_p` for the largest with so much of the
-probability there: one search, of two measures. The value is known to lie between two others, and each survey of the row
-measures what lies at or above eight values between them, most of them around the place where interpolation expects it.
-After one or two surveys the logits in question are a few thousand. They are collected, some by each thread, and the
-search goes on among them, collecting what is left each time, until all that are left are equal.
+`top_k` asks for the largest value that so many logits reach, `top_p` for the largest value such that the logits that
+reach it hold so much of the probability: one search with two measures. The value is known to lie between two others.
+Each survey of the row measures what lies at or above eight values between them, most of them close to where
+interpolation expects the answer. After one or two surveys only a few thousand logits are in question. They are
+collected, some by each thread, and the search goes on among them, collecting what is left each time, until all that are
+left are equal.
 """
 
 # mypy: ignore-errors
@@ -16,8 +17,8 @@ import triton.language as tl
 from mdkern.kernels.triton_common import LOG2E, LOWEST, flip_order
 
 PIVOTS = tl.constexpr(8)
-PER_LANE = tl.constexpr(32)  # of each lane for collected logits
-FILL = tl.constexpr(12)  # of them are used on average, at most: that one of 512 lanes has too few is then unlikely
+PER_LANE = tl.constexpr(32)  # places of each lane for collected logits
+FILL = tl.constexpr(12)  # how many of them are used on average, at most, so that hardly ever a lane of 512 has too few
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS: tl.constex
         part = (log_low - tl.log2(goal)) / (log_low - log_high)
     part = tl.where((part >= 0.0) & (part <= 1.0), part, 0.5)
     span = high - low
-    far = span > 64.0  # nothing but suppressed ids is so improbable: look near the upper end, at growing distances
+    far = span > 64.0  # only suppressed ids are so improbable: look near the upper end, at growing distances
     middle = tl.where(far, high - 4.0, low + span * part)
     pivots = (_halfway(low, high), middle)
     step, distance = span, 4.0 + 0.0 * span
@@ -133,7 +134,7 @@ def _survey(row, width, top, pivots, BY_MASS: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def _append(x, collected, lane, low, high, state, LANES: tl.constexpr):
-    """Put the logits in ``[low, high)`` into their lanes' next collected, while there are any."""
+    """Put the logits in ``[low, high)`` into their lanes' next places, while there are any."""
     taken, least, most = state
     inside = (x >= low) & (x < high)
     tl.store(collected + taken * LANES + lane, x, mask=inside & (taken < PER_LANE))
@@ -150,8 +151,8 @@ def _empty(LANES: tl.constexpr):
 
 @triton.jit
 def _collect(row, collected, width, low, high, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Logits of the row in ``[low, high)`` to the collected. How many collected each lane has taken, or would have; and the
-    least and the largest logit."""
+    """Collect the row's logits in ``[low, high)``. How many places each lane has used, or would have; and the least and
+    the largest of the logits."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
     within = tl.arange(0, 4 * LANES)
@@ -162,7 +163,7 @@ def _collect(row, collected, width, low, high, ROWS: tl.constexpr, LANES: tl.con
             parts = parts + _quarters(tl.load(row + offset, mask=offset < width, other=LOWEST))
         for i in tl.static_range(4 * ROWS):
             state = _append(parts[i], collected, lane, low, high, state, LANES)
-    tl.debug_barrier()  # other threads may read the collected than wrote them
+    tl.debug_barrier()  # what is collected may be read by other threads than wrote it
     least, most = tl.reduce((state[1], state[2]), 0, _least_and_most)
     return state[0], least, most
 
@@ -178,7 +179,7 @@ def _collected_at(collected, r, taken, LANES: tl.constexpr):
 
 @triton.jit
 def _collect_again(collected, taken, used, low, high, LANES: tl.constexpr):
-    """What is in ``[low, high)`` of the collected to the first of them."""
+    """Keep, in the first places, what is in ``[low, high)`` of the collected logits."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
     for r in range(0, used, 4):
@@ -269,7 +270,7 @@ def find_threshold(
     searching = True
     while searching:
         survey = not (expected <= FILL * LANES)  # NaN is not
-        if (not survey) | (surveys % 3 == 2):  # a look is never far too dear, and perhaps all that are left are equal
+        if (not survey) | (surveys % 3 == 2):  # now and then although they may be too many: all may be equal
             taken, least, most = _collect(row, collected, width, low, high, ROWS, LANES)
             low, high = least, _next_float(most)
             survey = (tl.max(taken, 0) > PER_LANE) & (least < most)

@@ -1,8 +1,8 @@
-"""`vocab_projection` in Triton: one pass over the output layer, no logit ever written but the winners'.
+"""`vocab_projection` in Triton: one pass over the output layer that never writes the logits to memory.
 
-This kernel multiplies tiles and folds each into a few numbers per row: maximum, sum of exponentials, their first
+The kernel multiplies tiles and folds each of them into a few numbers per row: maximum, sum of exponentials, their first
 moment, second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus one
-Gumbel draw (its maximum for greedy rows), kept as an exponential race ``sum / exponential`` so that it costs no
+Gumbel draw (for greedy rows, its maximum). It is kept as an exponential race, ``sum / exponential``, which needs no
 logarithm. `triton_reduce` combines the vocabulary splits of each row and picks the token among the winner's 64 logits.
 """
 
@@ -26,19 +26,19 @@ from mdkern.kernels.triton_common import (
 
 GREEDY = tl.constexpr(0)
 MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
-# Floats per row and partial, besides the 64 logits: 6, and 2 to fill 32 bytes. Memory that is written in part is read anew
-# from outside the cache.
+# Floats per row of a partial result, besides the 64 logits: 6, and 2 that complete a sector of 32 bytes, because one
+# that is written in part is first read from memory.
 STATISTICS = tl.constexpr(8)
 
 
 @triton.jit
 def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Who computes what, from the number of rows on the device, so that the card is full at any number of rows.
+    """How the work is shared, computed on the device from the number of rows, so that every program has some.
 
-    Whole waves of row tiles take a program each over the whole vocabulary. Of each row tile of the rest, `splits`
-    programs take `chunk` vocabulary tiles each; what is left goes to the programs that are left, several row tiles
-    each, and is as much as they do in that time, a tile's time being lost with each row tile. (They are 4 of 132 from
-    1,024 rows to 16,384: 2 to 3 % of an H200's time.)
+    Row tiles that make up whole waves take one program each, over the whole vocabulary. Each remaining row tile is
+    split among `splits` programs of `chunk` vocabulary tiles. The programs that are still left take the end of the
+    vocabulary, several row tiles each; `chunk` is such that they finish with the others, if each row tile costs them
+    the time of one more tile.
     """
     row_tiles = tl.cdiv(count, BM)
     vocab_tiles = tl.cdiv(vocab, BN)
@@ -65,7 +65,8 @@ def count_items(program, schedule, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def locate_item(item, program, schedule, PROGRAMS: tl.constexpr):
-    """A program's item: row tile; which part of the vocabulary, `splits` being what the others leave; results' partial."""
+    """A program's item: its row tile, its part of the vocabulary (`splits`: the end that the others leave), and where
+    its partial result goes."""
     whole, rest, _, splits, parts, _ = schedule
     row_tile = item * PROGRAMS + program
     part = program * 0
@@ -157,7 +158,7 @@ def _absorb(
             group_tops = group_tops + (group_top,)
     elif WANT_TOP:
         tile_top, tile_second = largest_two(x)
-    else:  # in pairs: `tl.max(x, 1)` has the compiler repeat the noise in every lane of a row
+    else:  # in pairs: with `tl.max(x, 1)` the compiler repeats the noise in every lane of a row
         left, right = halves(x)
         tile_top = tl.max(tl.maximum(left, right), 1)
     if WANT_TOP:
@@ -166,8 +167,8 @@ def _absorb(
     old_top = top
     top = tl.maximum(top, tile_top)
     offset = top * LOG2E
-    # 0 where nothing has changed. The difference of two products is compiled to be rounded once: not 0, and over
-    # hundreds of tiles the sum is off by 1e-4.
+    # One product, which is 0 where nothing has changed: a difference of two products is fused and rounded once, which
+    # is not 0, and over hundreds of tiles the sum is off by 1e-4.
     shift = (old_top - top) * LOG2E
     rescale = tl.exp2(shift)
     d = x * LOG2E - offset[:, None]
@@ -179,7 +180,7 @@ def _absorb(
     for g in tl.static_range(GROUPS):
         total += weights[g]
 
-    # The branches are of whole tiles and hold few values over them: inside the loops they would spill registers.
+    # These branches are of whole tiles and keep few values alive: inside the loops they would spill registers.
     if MODE == GREEDY:
         scores = group_tops
     else:
@@ -205,7 +206,7 @@ def _race_scores(weights, races, tile, GROUPS: tl.constexpr):
     column = tl.arange(0, races.shape[1])[None, :]
     scores = ()
     for g in tl.static_range(GROUPS):
-        # A sum picks the column: the compiler does not pull the noise through it into a layout that repeats it.
+        # A sum picks the column, so that the compiler does not recompute the noise in a layout that repeats it.
         own = g if GROUPS > 1 else tile & 1
         scores = scores + (weights[g] * tl.sum(tl.where(column == own, races, 0.0), 1),)
     return scores
@@ -256,7 +257,7 @@ def vocab_projection_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_launch_dependents()  # `vocab_projection_reduce_kernel` may be put in place; it waits there for this kernel's end
+        gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
     program = tl.program_id(0)
     count = load_row_count(row_count, capacity)
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
