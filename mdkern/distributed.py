@@ -17,22 +17,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mdkern.digest import digest, model_digest
+from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import Timings
 from mdkern.sampling import SampleOutput, counted_saving, run_request
 from mdkern.schedule import Schedule
 
 TIMEOUT = 1800.0  # seconds
+LONGEST_TIMEOUT = 1e8  # three years; beyond about three hundred the milliseconds overflow in PyTorch
+MOST_TOLD = 4  # ranks that a message names
+# Of a request: what each rank has for itself, what follows from the rest, and what is compared by other means.
+NOT_COMPARED = {"streamer", "stopping_criteria", "segments", "denoisers", "seed"}
 # An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.
 TOLD: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
@@ -49,6 +56,7 @@ class Ranks:
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
         """Called on every rank; `timeout` is how many seconds a rank waits for the others."""
+        check_timeout(timeout)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("sample_distributed needs torch.distributed.init_process_group() to be called first")
         self.rank, self.count, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
@@ -95,6 +103,13 @@ class Ranks:
             raise known.get(kind, RuntimeError)(f"rank {rank}: {message}")
 
 
+def check_timeout(timeout: Any) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < float(timeout) <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"timeout must be a number of seconds above 0 and at most {LONGEST_TIMEOUT:g}, not {timeout!r}"
+        )
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -109,16 +124,42 @@ def local_rank() -> int:
 
 
 @contextmanager
-def torchrun_ranks() -> Iterator[Ranks | None]:
-    """The processes that ``torchrun`` started, as a process group for as long as this lasts; None if it did not."""
+def torchrun_ranks(timeout: float = TIMEOUT) -> Iterator[Ranks | None]:
+    """The processes that ``torchrun`` started, as a process group for as long as this lasts; None if it did not.
+
+    `timeout`: seconds that one waits for the others.
+    """
     if not dist.is_torchelastic_launched():
         yield None
         return
-    dist.init_process_group("gloo")
+    check_timeout(timeout)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield Ranks()
+        yield Ranks(timeout)
     finally:
         dist.destroy_process_group()
+
+
+def request_digests(request: Request) -> dict[str, str]:
+    """Digests of all that a call's samples depend on but the seed, by the names that a message gives them."""
+    names = {field.name for field in fields(request)} - NOT_COMPARED
+    digests = {name: digest(getattr(request, name)) for name in names}
+    return digests | {f"model {name}": model_digest(denoiser) for name, denoiser in request.denoisers.items()}
+
+
+def check_equal(facts: Sequence[Mapping[str, str]]) -> None:
+    """Refuse calls that differ between the ranks, saying where and in what."""
+    differing: dict[int, str] = {}
+    for rank, theirs in enumerate(facts):
+        unequal = sorted(name for name in {*theirs, *facts[0]} if theirs.get(name) != facts[0].get(name))
+        if unequal:
+            differing[rank] = ", ".join(unequal)
+    if differing:
+        told = [f"on rank {rank} in {names}" for rank, names in differing.items()]
+        told[0] = told[0].replace(" in ", " differ from those on rank 0 in ", 1)
+        more = len(told) - MOST_TOLD
+        rest = [f"on {more} more ranks, too"] if more > 0 else []
+        raise ValueError(f"the arguments {'; '.join(told[:MOST_TOLD] + rest)}")
 
 
 def share(count: int, rank: int, ranks: int) -> slice:
@@ -154,7 +195,8 @@ def sample_distributed(
         input_ids, attention_mask, num_samples, length, sample_ids: of all samples, not of the rank's share.
         seed, generator: as in `mdkern.sample`; without a seed rank 0 takes one for all.
         progress: as in `mdkern.sample`, for rank 0's share; the other ranks show none.
-        timeout: seconds that a rank waits for the others: for the slowest to begin, and to end its share.
+        timeout: seconds that a rank waits for the others: for the slowest to begin, and to end its share. Default:
+            half an hour.
 
     Returns:
         On every rank all samples in their order, tensors on the rank's device. ``timings`` are those of the slowest
@@ -162,7 +204,7 @@ def sample_distributed(
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: the ranks' arguments differ.
+        ValueError: the ranks' arguments or weights differ; the message says on which ranks, and in what.
         TimeoutError: the other ranks did not answer in time.
         Otherwise what `mdkern.sample` raises: an error on one rank is raised on every rank.
     """
@@ -184,12 +226,9 @@ def sample_distributed(
                 **options,
             )
             ids, mask, numbers = request.input_ids, request.attention_mask, request.sample_ids
-            plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
-            asked = (str(request.schedule), tuple(ids.shape), int(ids.sum()), int(numbers.sum()), seed, plain)
-        calls = ranks.gather((asked, request.seed))
-        differing = [rank for rank, (theirs, _) in enumerate(calls) if theirs != calls[0][0]]
-        if differing:
-            raise ValueError(f"the arguments on rank {differing[0]} differ from those on rank 0")
+            facts = request_digests(request) | {"seed": digest(seed), "return_history": digest(return_history)}
+        calls = ranks.gather((facts, request.seed))
+        check_equal([theirs for theirs, _ in calls])
         mine = share(len(ids), ranks.rank, ranks.count)
         output: SampleOutput | None = None
         with ranks.together():

@@ -64,9 +64,38 @@ SAME = {  # calls whose result must be that of one process
 }
 
 
+def changed(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Calls that differ from `options` in one thing each, in such a way that sums and shapes stay the same."""
+    usual = options | prompts()
+    ids, mask = usual["input_ids"], usual["attention_mask"]
+    swapped = pair()
+    with torch.no_grad():
+        swapped["L"].head_weight[[3, 4]] = swapped["L"].head_weight[[4, 3]]
+    return {
+        "input_ids": usual | {"input_ids": ids.roll(1, 0), "attention_mask": mask},
+        "attention_mask": usual | {"attention_mask": mask.roll(1, 0)},
+        "decoder": usual | {"decoder": mdkern.decoders.Threshold(0.6)},
+        "sample_ids": usual | {"sample_ids": [0, 1, 2, 4, 3]},
+        "model L": usual | {"models": swapped},
+        "temperature": usual | {"temperature": 2.0},
+        "seed": usual | {"seed": 12},
+        "return_history": usual | {"return_history": True},
+    }
+
+
 def call(function: Any, options: dict[str, Any]) -> Any:
-    models = pair()
+    options = dict(options)
+    models = options.pop("models", None) or pair()
     return function(models if "schedule" in options else models["H"], **options)
+
+
+COMPARED: dict[str, Any] = {
+    "schedule": "L3 H6 L3",
+    "decoder": mdkern.decoders.Threshold(0.5),
+    "sample_ids": [0, 1, 2, 3, 4],
+    "seed": 11,
+    "progress": False,
+}
 
 
 def attempt(options: dict[str, Any]) -> Any:
@@ -85,8 +114,9 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     results["no seed"] = attempt(USUAL | {"generator": torch.Generator().manual_seed(rank)})
     results["bad input everywhere"] = attempt(USUAL | {"num_samples": 0})
     results["bad input on rank 1"] = attempt(USUAL | ({"length": 0} if rank == 1 else {}))
-    results["different arguments"] = attempt(USUAL | {"num_samples": 2 + rank})
-    results["different temperatures"] = attempt(USUAL | {"temperature": 1.0 + rank})
+    results["different counts"] = attempt(USUAL | {"num_samples": 2 + rank})
+    for name, options in changed(COMPARED).items():
+        results[f"different {name}"] = attempt(options if rank == 1 else COMPARED | prompts())
     usual = distributed.run_request
 
     def failing(*_: Any, **__: Any) -> None:
@@ -157,8 +187,10 @@ def test_without_a_seed_rank_0_takes_one(results: list[dict[str, Any]]) -> None:
     [
         ("bad input everywhere", [("ValueError", "num_samples must be"), ("ValueError", "num_samples must be")]),
         ("bad input on rank 1", [("ValueError", "rank 1: length must be"), ("ValueError", "length must be")]),
-        ("different temperatures", [("ValueError", "the arguments on rank 1 differ")] * 2),
-        ("different arguments", [("ValueError", "the arguments on rank 1 differ")] * 2),
+        (
+            "different counts",
+            [("ValueError", "the arguments on rank 1 differ from those on rank 0 in input_ids, sample_ids")] * 2,
+        ),
         ("NaN on rank 1", [("FloatingPointError", "rank 1: failed on 1"), ("FloatingPointError", "failed on 1")]),
     ],
 )
@@ -169,6 +201,30 @@ def test_an_error_on_one_rank_is_told_on_all(
         found, text, _ = results[rank][name]
         assert found == kind
         assert text.startswith(message)
+
+
+@pytest.mark.parametrize("name", changed(COMPARED))
+def test_whatever_differs_between_the_ranks_is_named(results: list[dict[str, Any]], name: str) -> None:
+    for rank in range(2):
+        kind, text, _ = results[rank][f"different {name}"]
+        assert (kind, text) == ("ValueError", f"the arguments on rank 1 differ from those on rank 0 in {name}")
+
+
+def test_all_ranks_that_differ_are_told() -> None:
+    facts = [{"decoder": "a", "model H": "b"}] * 2 + [
+        {"decoder": "c", "model H": "b"},
+        {"decoder": "a", "model H": "d"},
+    ]
+    with pytest.raises(ValueError, match=r"on rank 2 differ from those on rank 0 in decoder; on rank 3 in model H$"):
+        distributed.check_equal(facts)
+    with pytest.raises(ValueError, match=r"; on 2 more ranks, too$"):
+        distributed.check_equal([facts[0], *[facts[2]] * 6])
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), True, "60", None])
+def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
+    with pytest.raises(ValueError, match="timeout must be a number of seconds"):
+        call(sample_distributed, USUAL | {"timeout": timeout})
 
 
 def test_the_group_is_of_use_after_an_error(results: list[dict[str, Any]]) -> None:

@@ -1,0 +1,129 @@
+"""Digests of values and of weights: equal in every process that holds the same, on whatever device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.models import Denoiser
+
+CHUNK = 1 << 22  # 64-bit words that are hashed at once: bounds the memory, 32 MB a temporary
+MIX = 0x2545F4914F6CDD1D, 0x369DEA0F31A53F85  # odd multipliers below 2^63, of L'Ecuyer (1999), tables of LCGs
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value: numbers, texts, tensors, containers, dataclasses, functions, objects.
+
+    Objects count as their type and attributes, functions as their code, defaults and what they enclose, and tensors as
+    dtype, shape and elements. Memory addresses never count.
+    """
+    sha = hashlib.sha256()
+    for part in canonical(value, ()):
+        sha.update(len(part).to_bytes(8, "little") + part)
+    return sha.hexdigest()
+
+
+def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
+    """The bytes of a value, in pieces; `inside`: the ids of the objects around it, so that a circle ends."""
+    yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
+        yield repr(value).encode()
+        return
+    if isinstance(value, bytes):
+        yield value
+        return
+    if id(value) in inside:
+        yield b"circle"
+        return
+    inside = (*inside, id(value))
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return
+    for part in parts_of(value):
+        yield from canonical(part, inside)
+
+
+def parts_of(value: Any) -> Any:
+    """What a composed value is made of."""
+    if isinstance(value, Mapping):
+        return [part for pair in sorted(value.items(), key=lambda pair: digest(pair[0])) for part in pair]
+    if isinstance(value, list | tuple):
+        return [len(value), *value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(digest, value))
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, FunctionType):
+        enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, enclosed
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, value.co_consts
+    if isinstance(value, type):
+        return [f"{value.__module__}.{value.__qualname__}"]
+    if is_dataclass(value):
+        return [getattr(value, field.name) for field in fields(value)]
+    if hasattr(value, "__dict__"):
+        return [vars(value)]
+    try:
+        return [pickle.dumps(value)]
+    except Exception:  # whatever an object's own pickling raises: its type alone counts
+        return []
+
+
+def model_digest(denoiser: Denoiser) -> str:
+    """SHA-256 of what a denoiser samples from: every weight's name, dtype, shape and bits, and its head's settings.
+
+    The weights are reduced to 64 bits each on their own device; one synchronisation for all.
+    """
+    described, sums = [], []
+    for name, weight in [*denoiser.named_weights(), ("head bias", denoiser.head.bias)]:
+        described.append((name, str(weight.dtype), tuple(weight.shape)))
+        sums.append(word_sum(weight.detach()).to(denoiser.device))
+    head = denoiser.head
+    settings = denoiser.vocab_size, denoiser.mask_id, denoiser.time_conditioning, head.scale, head.soft_cap
+    return digest((settings, model_settings(denoiser), described, torch.stack(sums)))
+
+
+def model_settings(denoiser: Denoiser) -> Any:
+    """The configuration of the model behind a denoiser, if it has one: ours or one of transformers."""
+    config = getattr(getattr(denoiser, "model", None), "config", None)
+    if config is not None and hasattr(config, "to_dict"):  # what begins with "_" is where it came from and how it is run
+        return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    return config if is_dataclass(config) else None
+
+
+def word_sum(weight: Tensor) -> Tensor:
+    """A sum over a tensor's 64-bit words, each mixed with its place: an int64 scalar on its device.
+
+    Integer arithmetic modulo 2^64: the order of the additions does not matter, the order of the elements does.
+    """
+    words = as_words(weight)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for first in range(0, len(words), CHUNK):
+        part = words[first : first + CHUNK]
+        place = torch.arange(first + 1, first + 1 + len(part), device=weight.device)
+        mixed = (part ^ place.mul_(MIX[0])).mul_(MIX[1])
+        mixed ^= mixed >> 32  # the upper bits reach the lower ones, which the multiplication does not do
+        total += mixed.mul_(MIX[0]).sum()
+    return total
+
+
+def as_words(weight: Tensor) -> Tensor:
+    """A tensor's bytes as int64 ``[words]``, filled up with zeros to a multiple of eight bytes; no copy if it fits."""
+    flat = weight.contiguous().flatten().view(torch.uint8)
+    missing = math.ceil(len(flat) / 8) * 8 - len(flat)
+    if missing or flat.data_ptr() % 8:
+        flat = torch.cat((flat, flat.new_zeros(missing)))
+    return flat.view(torch.int64)
