@@ -99,7 +99,9 @@ def model_digest(denoiser: Denoiser) -> str:
 def model_settings(denoiser: Denoiser) -> Any:
     """The configuration of the model behind a denoiser, if it has one: ours or one of transformers."""
     config = getattr(getattr(denoiser, "model", None), "config", None)
-    if config is not None and hasattr(config, "to_dict"):  # what begins with "_" is where it came from and how it is run
+    if config is not None and hasattr(
+        config, "to_dict"
+    ):  # what begins with "_" is where it came from and how it is run
         return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     return config if is_dataclass(config) else None
 
