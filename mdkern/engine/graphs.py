@@ -32,6 +32,7 @@ from mdkern.models.fingerprint import describe, fingerprint
 Part = TypeVar("Part")
 logger = logging.getLogger(__name__)
 
+WARM_UPS = 2  # runs of a step before it is captured
 MOST_WORKSPACES = 4  # idle ones kept
 MOST_GRAPHS = 32  # of a workspace
 MOST_UNUSED = 1 << 30  # bytes of a workspace's parts that the last call did without: with more the next starts anew
@@ -114,8 +115,9 @@ class Workspace:
         Args:
             denoiser: whose step it is.
             key: what distinguishes it from the denoiser's other steps.
-            step: runs the step; given the head to use. It is run twice to warm up.
-            idle: called before that, to make the steps that follow work on scratch.
+            step: runs the step; given the head to use. It is run a few times to warm up.
+            idle: called before each of those runs, to make the step work on scratch: a step moves its state on, past
+                the end of what it reads if it were run again and again.
             loop_while: make a loop of the step, too, that runs while this tensor's first entry is not 0.
 
         Returns:
@@ -131,7 +133,6 @@ class Workspace:
         graph = self.graphs.pop(key, None)
         if graph is None or graph.model() is not model:
             graph = None  # its memory goes back to the pool first
-            idle()
             with torch.inference_mode(False):
                 bias = torch.empty_like(denoiser.head.bias)
             bias.copy_(denoiser.head.bias)
@@ -139,7 +140,7 @@ class Workspace:
             if not self.graphs:  # a pool ends with its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             try:
-                captured, memory = capture(lambda: step(head), self.pool, bias.device, loop_while is not None)
+                captured, memory = capture(lambda: step(head), idle, self.pool, bias.device, loop_while is not None)
             except CaptureError as error:
                 refuse(denoiser, mark, error)
                 return None
@@ -157,10 +158,21 @@ class CaptureError(RuntimeError):
     """A step that runs, but not in a capture."""
 
 
+def warm_up(step: Callable[[], None], idle: Callable[[], None]) -> None:
+    """Run a step so that kernels are compiled and algorithms chosen, each time from the idle state."""
+    for _ in range(WARM_UPS):
+        idle()
+        step()
+
+
 def capture(
-    step: Callable[[], None], pool: Any, device: torch.device, keep_graph: bool = False
+    step: Callable[[], None],
+    idle: Callable[[], None],
+    pool: Any,
+    device: torch.device,
+    keep_graph: bool = False,
 ) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Capture `step` on a stream of its own, after two runs that compile kernels and choose algorithms.
+    """Capture `step` on a stream of its own, after it has been warmed up.
 
     Not by `torch.cuda.graph`, which also collects garbage and empties the allocator's cache of the whole process.
 
@@ -171,8 +183,7 @@ def capture(
         stream, current = capture_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
+            warm_up(step, idle)
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import mdkern
 from mdkern import DiT
-from mdkern.engine import graphs, planned
+from mdkern.engine import graphs, planned, state
+from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
-from mdkern.engine.state import SamplerState, TickBuffer
+from mdkern.engine.state import SamplerState, TickBuffer, Timings
 from mdkern.models.fingerprint import fingerprint
 from tests.conftest import random_dit
 from tests.test_sampling import OPEN
@@ -214,6 +216,32 @@ class TestRefusal:
             del model
 
 
+class TestOnTheHost:
+    """Planned ticks, with steps in the place of their graphs."""
+
+    @pytest.mark.parametrize("entries", [1, 4000])  # of a buffer of ticks: the first has room for one tick
+    def test_captures_disturb_nothing(self, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A step that is run to warm up reads no tick that is not there: PyTorch would raise, a kernel reads wildly."""
+
+        def capture(step: Callable[[], None], idle: Callable[[], None], *_: Any) -> tuple[SimpleNamespace, int]:
+            graphs.warm_up(step, idle)
+            return SimpleNamespace(replay=step), 0
+
+        monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(state, "MOST_ENTRIES", entries)
+        models = {"H": random_dit(0, **SHAPE), "L": random_dit(1, num_blocks=1, **SHAPE)}
+        asked = OPTIONS | {"length": 12, "steps": 6}
+        request = resolve(models, "L2 H4", None, **(OPEN | asked))
+        workspace = graphs.Workspace((), SamplerState.of(request))
+        with torch.no_grad():
+            bar, drafts = tqdm(disable=True), Drafts(None, workspace.state.input_ids, workspace.state.given)
+            planned.run(request, workspace.state, workspace, bar, drafts, Timings(0.0))
+        room = {len(part.ticks.row_count) for part in workspace.parts.values() if isinstance(part, TickBuffer)}
+        assert (room == {1}) == (entries == 1)
+        assert torch.equal(workspace.state.input_ids[:-1], mdkern.sample(models, "L2 H4", **asked).sequences)
+
+
 @pytest.fixture
 def pair() -> Iterator[tuple[DiT, DiT]]:
     graphs.clear()
@@ -272,6 +300,19 @@ class TestReplay:
         now = [graph for space in graphs._idle for graph in space.graphs.values()]
         assert {id(graph) for graph in kept} == {id(graph) for graph in now}, "captured again"
         assert torch.equal(replayed, draw(pair, cuda_graphs=False))
+
+    def test_a_batch_whose_ticks_are_loaded_one_by_one(self) -> None:
+        """20,000 sequences of 256 in 8 steps: a tick is over half of a buffer. What lies beside it is no index."""
+        graphs.clear()
+        for size in (2**10, 2**16, 2**21, 2**26):
+            poison = [torch.full((size,), 2**40, device="cuda") for _ in range(4)]
+        del poison
+        model = random_dit(3, num_blocks=1, **(SHAPE | {"max_length": 256})).to("cuda")
+        options = {"num_samples": 20_000, "length": 256, "steps": 8, "batch_size": 20_000, "seed": 1}
+        replayed = mdkern.sample(model, **options).sequences
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, mdkern.sample(model, **options, cuda_graphs=False).sequences)
+        graphs.clear()
 
     def test_a_changed_model_is_captured_anew(self, pair: tuple[DiT, DiT]) -> None:
         before = draw(pair)
