@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from mdkern.decoders import Decoder, Planned
 from mdkern.engine import cached, planned, stepwise
+from mdkern.engine.end_of_text import End, find_end
 from mdkern.engine.graphs import lease
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request
@@ -52,6 +53,11 @@ class SampleOutput(ModelOutput):
         tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
         steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
         stop_reason: of each sequence, ``"all_revealed"`` or ``"end_of_text"``.
+        lengths: int64 ``[N]``, tokens of each text up to the first end of text that was written, without it: prompt
+            included, padding not counted. All of the text where there is no end in it. An end of text in the prompt,
+            or given between masks, is a token like others.
+        prompt_lengths: int64 ``[N]``, tokens of each text before the first that was written, padding not counted.
+        attention_mask: bool ``[N, L]``, False at padding; None: no padding.
         timings: seconds by what took them: ``plan``, one entry per denoiser name, ``total``.
         flops_saved: counted FLOPs saved by the schedule against the dearest denoiser running the same forward passes;
             None if a model does not tell its FLOPs, or passes are cut short by a cache.
@@ -64,10 +70,33 @@ class SampleOutput(ModelOutput):
     tokens_per_forward: Tensor | None = None
     steps: Tensor | None = None
     stop_reason: list[str] | None = None
+    lengths: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    attention_mask: Tensor | None = None
     timings: dict[str, float] | None = None
     flops_saved: float | None = None
     seed: int | None = None
     history: History | None = None
+
+    def decode(self, tokenizer: Any, *, skip_prompt: bool = False, **options: Any) -> list[str]:
+        """The texts, each up to its end of text and without padding.
+
+        Args:
+            tokenizer: of transformers, or whatever has its ``decode(ids, **options)``.
+            skip_prompt: leave out what is before the first token that was written.
+            options: for the tokenizer.
+        """
+        assert self.sequences is not None
+        assert self.lengths is not None
+        assert self.prompt_lengths is not None
+        attended = torch.ones_like(self.sequences, dtype=torch.bool)
+        if self.attention_mask is not None:
+            attended = self.attention_mask
+        rows = zip(self.sequences.cpu(), attended.cpu(), self.prompt_lengths.tolist(), self.lengths.tolist())
+        return [
+            tokenizer.decode(row[kept][prompt if skip_prompt else 0 : length].tolist(), **options)
+            for row, kept, prompt, length in rows
+        ]
 
 
 def sample(
@@ -134,11 +163,14 @@ def sample(
             date with each token revealed; some tokens will differ from those of ``"none"``. For decoders that look at
             the model, with a `block_length`, and models that can (`Denoiser.takes_cache`). `nfe` counts both kinds of
             passes.
-        stop_at_eos: end a sequence with the block that has the model's end of text; what is still masked then is filled
-            with it, without forward passes.
-        stopping_criteria: of transformers, given the ids ``[B, L]``, masks included, and None: ends a sequence like
-            `stop_at_eos`. Asked after every step of a decoder that looks at the model, without CUDA graphs, and after
-            every block of one that does not.
+        stop_at_eos: end a text with the first of the model's ends of text (`Denoiser.eos_ids`) that is written: from
+            there on there is only that. A sequence has no more passes once an end of text and all before it stay as
+            they are, which a planned decoder looks for at the end of each block or, without blocks, at a sixteenth of
+            the steps; a decoder that looks at the model after each step or, if it edits or remasks, each block.
+            Whoever reads `SampleOutput.lengths`, or calls its `decode`, gets the text without its end.
+        stopping_criteria: of transformers, given the ids ``[B, L]``, masks included, and None: ends a text before its
+            first mask, and from there on there is only end of text. Asked after every step of a decoder that looks at
+            the model, without CUDA graphs, and after every block of one that does not.
         streamer: of transformers: ``put`` with each finished sequence, in two parts, what it began with and the rest,
             then ``end``. If it has ``put_draft``, that is given all sequences ``[N, L]`` now and then.
         seed: 64-bit. None takes one from `generator`, or from PyTorch's default generator.
@@ -230,11 +262,21 @@ def summarise(
         tokens_per_forward=per_forward,
         steps=(outcome.step.amax(-1) + 1).clamp(max=request.steps),
         stop_reason=[STOP_REASONS[reason] for reason in outcome.stop_reason.tolist()],
+        lengths=tokens_before(find_end(sequences, request.masked, request.mask_id, request.eos_ids), request),
+        prompt_lengths=tokens_before(find_end(request.input_ids, request.masked, request.mask_id, ()), request),
+        attention_mask=request.attention_mask,
         timings=timings,
         flops_saved=saved,
         seed=request.seed,
         history=history if return_history else None,
     )
+
+
+def tokens_before(end: End, request: Request) -> Tensor:
+    """int64 ``[N]``: tokens of each text before its end, or all of them if it has none."""
+    column = torch.arange(request.input_ids.shape[1], device=request.device)
+    before = (column < end.column) | ~end.found
+    return (before if request.attention_mask is None else before & request.attention_mask).sum(-1)
 
 
 def counted_saving(

@@ -35,7 +35,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "approximate (default: none)",
     )
     group.add_argument(
-        "--stop-at-eos", action="store_true", help="end a sample with the block that has the end of text"
+        "--stop-at-eos", action="store_true", help="end a text with the first end of text, which is not printed"
     )
     group.add_argument("--top-k", metavar="K", type=int, default=0, help="draw among the K most probable tokens only")
     group.add_argument("--top-p", metavar="P", type=float, default=1.0, help="among the fewest that sum to P only")

@@ -195,7 +195,9 @@ def write_samples(arguments: argparse.Namespace, output: SampleOutput, tokenizer
     from mdkern.trace import decode, render_trace, write_whole
 
     assert output.sequences is not None
-    texts = [decode(tokenizer, row) for row in output.sequences.tolist()]
+    assert output.lengths is not None
+    rows, lengths = output.sequences.tolist(), output.lengths.tolist()
+    texts = [decode(tokenizer, row[:length] if arguments.stop_at_eos else row) for row, length in zip(rows, lengths)]
     records = "".join(json.dumps(record) + "\n" for record in sample_records(arguments, output, texts, schedule))
     page = render_trace(output, tokenizer, schedule=schedule) if arguments.trace else ""
     for path, content in ((arguments.output, records), (arguments.trace, page)):

@@ -15,14 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.decoders import Canvas, Planned
+from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.graphs import Pacer, Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.engine.request import Request
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings, is_any
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings
 from mdkern.kernels.loop.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.plan import GIVEN, RevealPlan, Ticks
+
+LOOKS = 16  # for ends of text, in a run without blocks
 
 
 def run(
@@ -41,28 +44,37 @@ def run(
         report_failure(request.denoisers[name], state)
         nfe[name] += plan.events(first, stop)
         model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
-        if stops(request) and min(stop, request.steps) % (request.steps // request.blocks) == 0:
-            plan, now, filled = stop_at_end_of_text(request, state, plan, stop)
+        end = min(stop, request.steps)
+        if stops(request) and (end == request.steps or end % look_steps(request) == 0):
+            block_ends = end % (request.steps // request.blocks) == 0
+            plan, now, tail = stop_texts(request, state, plan, ~ended, block_ends)
             ended |= now
-            filled_at[filled] = stop - 1
+            model[tail] = GIVEN
+            filled_at[tail] = stop - 1
         timings.lap(name)
     reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
     return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason)
 
 
 def stops(request: Request) -> bool:
-    """Whether a sequence may end before its last block."""
+    """Whether a text may end before its last step."""
     return request.stop_at_eos or request.stopping_criteria is not None
 
 
+def look_steps(request: Request) -> int:
+    """Steps between two looks for ends of text: those of a block or, without blocks, a share of all."""
+    block_steps = request.steps // request.blocks
+    return -(-request.steps // LOOKS) if request.blocks == 1 and request.stop_at_eos else block_steps
+
+
 def pieces(request: Request) -> list[tuple[str, int, int]]:
-    """(denoiser, first, stop) of each segment, cut where a block ends if a sequence may stop there.
+    """(denoiser, first, stop) of each segment, cut where ends of text are looked for.
 
     The closing pass, step T, goes to the last one.
     """
     cuts = {segment.stop for segment in request.segments}
     if stops(request):
-        cuts |= set(range(0, request.steps, request.steps // request.blocks))
+        cuts |= set(range(0, request.steps, look_steps(request)))
     out = []
     for segment in request.segments:
         inside = sorted({segment.first, segment.stop, *(c for c in cuts if segment.first < c < segment.stop)})
@@ -214,24 +226,24 @@ def captured_ticks(
     return buffer, graphs
 
 
-def stop_at_end_of_text(
-    request: Request, state: SamplerState, plan: RevealPlan, step: int
+def stop_texts(
+    request: Request, state: SamplerState, plan: RevealPlan, running: Tensor, block_ends: bool
 ) -> tuple[RevealPlan, Tensor, Tensor]:
-    """Drop what is left of the sequences whose block that ended before `step` has the end of text, or that are stopped.
+    """End the ``running [N]`` texts that have an end of text with no mask before it, or that the criteria stop.
 
     Returns:
-        The plan without it; which sequences, bool ``[N]``; and the positions dropped, bool ``[N, L]``, which now have
-        the end of text.
+        The plan without what is left of them; which they are, bool ``[N]``; and what follows their end, bool
+        ``[N, L]``, which is filled in now.
     """
-    ids = state.input_ids[: len(plan.step)]
-    block_start = min(step, request.steps) - request.steps // request.blocks
-    done = (plan.step >= block_start) & (plan.step < step)
-    ended = (done & is_any(ids, request.eos_ids)).any(-1) & request.stop_at_eos
-    if request.stopping_criteria is not None:
-        ended |= stopped(request.stopping_criteria, ids.clone())
-    rest = ended[:, None] & (plan.step >= step)
-    ids.masked_fill_(rest, request.eos_ids[0])
-    return replace(plan, step=plan.step.masked_fill(rest, GIVEN)), ended, rest
+    ids, wanted = state.input_ids[: len(plan.step)], request.masked
+    end = find_end(ids, wanted, request.mask_id, request.eos_ids if request.stop_at_eos else ())
+    ended = end.known
+    if request.stopping_criteria is not None and block_ends:
+        ended = ended | stopped(request.stopping_criteria, ids.clone())
+    ended = ended & running
+    filled, tail = fill_tail(ids, wanted, end, ended, request.eos_ids[0])
+    ids.copy_(filled)
+    return replace(plan, step=plan.step.masked_fill(tail, GIVEN)), ended, tail
 
 
 def report_failure(denoiser: Denoiser, state: SamplerState) -> None:

@@ -26,7 +26,7 @@ class Settings:
     block_steps: int  # T / blocks
     mask_id: int
     eos_ids: tuple[int, ...]  # ends of text; the first fills a sequence that is stopped
-    stop_at_eos: bool  # whether a block that has it stops the sequence
+    stop_at_eos: bool  # whether they stop a sequence
     guidance_scale: float
     logits_processor: Any  # not with graphs
     stopping_criteria: Any  # not with graphs
@@ -51,6 +51,11 @@ class Settings:
     @property
     def remasks(self) -> bool:
         return type(self.decoder).remask is not Stepwise.remask
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a revealed token may become another one, or a mask."""
+        return self.remasks or type(self.decoder).edit is not Stepwise.edit
 
     def key(self) -> Hashable:
         """What tells settings apart; decoders are compared by their parameters."""

@@ -27,14 +27,6 @@ class Outcome:
     stop_reason: Tensor  # int64 [N]
 
 
-def is_any(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """bool, of the shape of `ids`: which are among those wanted. Numbers stay with the host, as CUDA graphs need."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for item in wanted:
-        found = found | (ids == item)
-    return found
-
-
 class Timings:
     """Seconds by what took them, lap by lap."""
 

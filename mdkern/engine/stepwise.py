@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.decoders.base import Proposal
+from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.graphs import Graph, Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.engine.planned import report_failure
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.request import Request
 from mdkern.engine.slots import Slots, observe
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings, is_any
+from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings
 from mdkern.kernels.loop.compact import compact
 from mdkern.kernels.loop.select import select
 from mdkern.models import Denoiser
@@ -279,13 +280,26 @@ def write(
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
 
 
-def fill(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, ended: Tensor) -> None:
-    """The end of text, of no model, at all that is masked in the sequences of the slots that ``ended [B]`` names."""
+def stop_texts(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, final: Tensor) -> Tensor:
+    """End the texts of the slots that have an end of text, or that the stopping criteria end: bool ``[B]``.
+
+    What follows is filled in, of no model.
+
+    Args:
+        final: bool ``[B]``, whether what is revealed stays as it is.
+    """
     sequence, ids = slots.sequence, state.input_ids[slots.sequence]
-    rest = (ids == settings.mask_id) & progress.wanted[sequence] & ended[:, None]
-    state.input_ids[sequence] = torch.where(rest, settings.eos_ids[0], ids)
-    progress.reveal_step[sequence] = torch.where(rest, slots.view.step[:, None], progress.reveal_step[sequence])
-    progress.reveal_model[sequence] = torch.where(rest, GIVEN, progress.reveal_model[sequence])  # of before a remask
+    wanted = progress.wanted[sequence]
+    end = find_end(ids, wanted, settings.mask_id, settings.eos_ids if settings.stop_at_eos else ())
+    ended = end.known & final
+    if settings.stopping_criteria is not None:
+        ended = ended | stopped(settings.stopping_criteria, ids)
+    ended = ended & slots.active
+    filled, tail = fill_tail(ids, wanted, end, ended, settings.eos_ids[0])
+    state.input_ids[sequence] = filled
+    progress.reveal_step[sequence] = torch.where(tail, slots.view.step[:, None], progress.reveal_step[sequence])
+    progress.reveal_model[sequence] = torch.where(tail, GIVEN, progress.reveal_model[sequence])
+    return ended
 
 
 def advance(
@@ -313,12 +327,9 @@ def advance(
         over = ~has_masks | (block_step >= settings.block_steps)
 
     ended = torch.zeros_like(over)
-    if settings.stop_at_eos:
-        ended = over & (is_any(new, settings.eos_ids) & ours_in_block).any(-1)
-    if settings.stopping_criteria is not None:
-        ended = ended | stopped(settings.stopping_criteria, state.input_ids[sequence])
     if settings.stop_at_eos or settings.stopping_criteria is not None:
-        fill(settings, state, progress, slots, ended & active)
+        # Edits and remasks are of the block: what a block that is over has written stays.
+        ended = stop_texts(settings, state, progress, slots, over if settings.rewrites else active)
     ids = state.input_ids[sequence]  # [B, L]
     masked = (ids == settings.mask_id) & progress.wanted[sequence]
     left = masked.sum(-1)

@@ -167,7 +167,10 @@ def test_end_of_text_stops_a_sample(run, tmp_path, monkeypatch):
     run("--stop-at-eos", "--block-length", "8", "--decoder", "random", "--output", str(file), "--seed", "0")
     (record,) = records(file)
     assert record["stop_reason"] == "end_of_text"
-    assert record["token_ids"][8:] == [0] * (LENGTH - 8)
+    ids = record["token_ids"]
+    assert ids[ids.index(0) :] == [0] * (LENGTH - ids.index(0))
+    expected = load_tokenizer(str(pretrained.FOLDER / "tokenizer")).decode(ids[: ids.index(0)])
+    assert record["text"] == expected, "the end of text and what follows are not printed"
 
 
 def test_frequencies_are_read_off_a_text(run, tmp_path, monkeypatch):

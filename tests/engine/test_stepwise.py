@@ -39,6 +39,11 @@ STEPWISE: dict[str, Stepwise] = {
     "remdm loop": decoders.ReMDM("loop", eta=0.2),
     "edit": decoders.Edit(0.5, 0.3, 3),
 }
+EVERY: dict[str, mdkern.decoders.Decoder] = STEPWISE | {
+    "ancestral": decoders.Ancestral(0.1),
+    "random": decoders.RandomRemask(),
+    "first hitting": decoders.FirstHitting(),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs by its logits")
 
 
@@ -163,6 +168,68 @@ class TestBlocksAndStops:
         ends = mdkern.adapt(lambda ids: torch.eye(5)[3].expand(*ids.shape, 5) * 50, vocab_size=5, mask_id=4, eos_id=3)
         out = mdkern.sample(ends, length=4, decoder=decoder, steps=4, temperature=0.0, seed=0, stop_at_eos=True)
         assert out.stop_reason == ["end_of_text"]
+
+    @pytest.mark.parametrize("block_length", [None, 4])
+    @pytest.mark.parametrize("name", EVERY)
+    def test_the_text_is_cut_at_its_first_end_and_nothing_before_it_changes(
+        self, name: str, block_length: int | None
+    ) -> None:
+        """The sampler that never stops says what there is to cut: of two ends of text, whichever comes first."""
+        ids = starts(8)
+        ids[:, 0] = 2  # an end of text that is given ends nothing
+        ids[1] = torch.where(torch.arange(LENGTH) % 3 == 0, 5, MASK)  # nor does one between masks
+        ids[2:6, 1:11] = torch.arange(4)[:, None]  # texts of one token, so that some have no end
+        options = {"input_ids": ids, "decoder": EVERY[name], "seed": 1, "steps": 12, "block_length": block_length}
+        plain = mdkern.sample(MODEL.denoiser(), return_history=True, **options)
+        ends = MODEL.denoiser()
+        ends.eos_ids = (2, 5)
+        out = mdkern.sample(ends, stop_at_eos=True, return_history=True, batch_size=3, **options)
+        reasons = set()
+        for row, (whole, given) in enumerate(zip(plain.sequences.tolist(), (ids != MASK).tolist())):
+            first = next((i for i, token in enumerate(whole) if token in (2, 5) and not given[i]), LENGTH)
+            cut = [token if i <= first or given[i] else whole[first] for i, token in enumerate(whole)]
+            assert out.sequences[row].tolist() == cut
+            assert int(out.lengths[row]) == first
+            assert int(out.prompt_lengths[row]) == given.index(False)
+            assert out.stop_reason[row] == ("all_revealed" if first == LENGTH else "end_of_text")
+            kept = [i for i in range(LENGTH) if not given[i] and i <= first]
+            assert out.history.step[row][kept].equal(plain.history.step[row][kept])
+            assert (out.history.model[row][kept] == 0).all()
+            written = torch.tensor([not given[i] and i > first for i in range(LENGTH)])
+            assert (out.history.model[row][written] == -1).all()
+            assert (out.history.step[row][written] >= 0).all()
+            needed = int(plain.history.step[row][kept].max()) + 1  # steps until the end and all before it are known
+            if name == "top probability" and first < LENGTH:
+                assert int(out.nfe["H"][row]) == needed
+            assert int(out.nfe["H"][row]) <= int(plain.nfe["H"][row])
+            reasons.add(out.stop_reason[row])
+        assert len(reasons) == 2
+        if not isinstance(EVERY[name], decoders.ReMDM | decoders.Edit) or block_length:
+            assert int(out.nfe["H"].sum()) < int(plain.nfe["H"].sum())
+
+    def test_texts_are_decoded_up_to_their_end(self) -> None:
+        class Letters:
+            def decode(self, ids: list[int], upper: bool = False) -> str:
+                text = "".join("abcdefghi"[i] for i in ids)
+                return text.upper() if upper else text
+
+        ids = torch.full((2, 9), 4)
+        ids[:, :4] = torch.tensor([[0, 0, 3, 1], [3, 1, 1, 2]])  # two of padding; a prompt with an end of text
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[0, :2] = 0
+
+        def logits(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return (
+                torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 0, 1, 2, 3, 1, 1]), 5).expand(len(input_ids), 9, 5)
+                * 50.0
+            )
+
+        model = mdkern.adapt(logits, vocab_size=5, mask_id=4, eos_id=3)
+        out = mdkern.sample(model, input_ids=ids, attention_mask=mask, steps=5, temperature=0.0, stop_at_eos=True)
+        assert out.sequences.tolist() == [[0, 0, 3, 1, 1, 2, 3, 3, 3], [3, 1, 1, 2, 1, 2, 3, 3, 3]]
+        assert (out.lengths.tolist(), out.prompt_lengths.tolist()) == ([4, 6], [2, 4])
+        assert out.decode(Letters()) == ["dbbc", "dbbcbc"]
+        assert out.decode(Letters(), skip_prompt=True, upper=True) == ["BC", "BC"]
 
     def test_an_infinite_entropy_bound_reveals_all(self) -> None:
         flat = mdkern.adapt(lambda ids: torch.zeros(*ids.shape, 50_000), vocab_size=50_000, mask_id=50_000)
