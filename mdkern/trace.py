@@ -9,9 +9,9 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from mdkern.schedule import Schedule
 
@@ -19,66 +19,68 @@ if TYPE_CHECKING:
     from mdkern.sampling import History, SampleOutput
 
 TEMPLATE = Path(__file__).with_name("trace.html")
+USUAL_MODELS = {"H": "heavy model", "L": "light model"}
 INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no whole character
 
 
-def write_trace(
-    path: str | os.PathLike[str],
-    output: SampleOutput,
-    tokenizer: Any,
-    *,
-    title: str = "mdkern trace",
-    schedule: Schedule | str | None = None,
-) -> None:
+class About(TypedDict, total=False):
+    """What a page can say besides the samples, all of it optional."""
+
+    title: str  # the page's heading
+    schedule: Schedule | str  # sampled under. Else read off the history: the steps from a model's reveal to another's
+    models: Mapping[str, str]  # what the schedule's names stand for, e.g. {"H": "12 blocks"}
+    decoder: str  # its name
+
+
+def write_trace(path: str | os.PathLike[str], output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> None:
     """Write the page, whole or not at all.
 
     Args:
         path: where to.
         output: of ``sample(..., return_history=True)``.
         tokenizer: has ``decode``; of transformers.
-        title: the page's heading.
-        schedule: what was sampled under. None: read off the history, where the steps between two models' reveals
-            count as the first one's.
+        about: the fields of `About`: title, schedule, models, decoder.
 
     Raises:
         ValueError: `output` has no history.
+        TypeError: something about it that is not of `About`.
     """
-    write_whole(path, render_trace(output, tokenizer, title=title, schedule=schedule))
+    write_whole(path, render_trace(output, tokenizer, **about))
 
 
-def render_trace(
-    output: SampleOutput,
-    tokenizer: Any,
-    *,
-    title: str = "mdkern trace",
-    schedule: Schedule | str | None = None,
-) -> str:
+def render_trace(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> str:
     """The page as a string; see `write_trace`."""
-    data = json.dumps(trace_data(output, tokenizer, title, schedule), separators=(",", ":"))
+    contents = trace_data(output, tokenizer, **about)
+    data = json.dumps(contents, separators=(",", ":"))
     values = {
-        "TITLE": html.escape(title),
+        "TITLE": html.escape(contents["title"]),
         "DATA": data.replace("<", "\\u003c"),  # neither </script> nor <!-- may appear; the JSON stays the same
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"__(TITLE|DATA)__", lambda match: values[match[1]], template)
 
 
-def trace_data(
-    output: SampleOutput, tokenizer: Any, title: str = "mdkern trace", schedule: Schedule | str | None = None
-) -> dict[str, Any]:
+def trace_data(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> dict[str, Any]:
     """What the page knows: a JSON value. Steps and models are those of `History`.
 
     Both are -1 where the token was given. Only the model is where none had to run, as what follows the end of a text.
     """
+    unknown = about.keys() - About.__annotations__
+    if unknown:
+        raise TypeError(f"a trace has no {', '.join(sorted(unknown))}: there is {', '.join(About.__annotations__)}")
     history = output.history
     if history is None or output.sequences is None or output.nfe is None:
         raise ValueError("output has no history: call sample(..., return_history=True)")
     rows = zip(output.sequences.tolist(), history.step.tolist(), history.model.tolist())
+    described = USUAL_MODELS | dict(about.get("models", {}))
     return {
-        "title": title,
+        "title": about.get("title", "mdkern trace"),
+        "decoder": about.get("decoder"),
+        "seed": None if output.seed is None else str(output.seed),  # 64 bits are more than JavaScript's numbers hold
         "steps": history.steps,
         "models": list(history.models),
-        "segments": schedule_segments(history, schedule),
+        "described": [described.get(name, "") for name in history.models],
+        "segments": schedule_segments(history, about.get("schedule")),
         "samples": [
             {
                 "ids": ids,

@@ -132,6 +132,17 @@ def test_an_adaptive_decoders_steps_are_shares_of_the_text(tokenizer):
     assert embedded(render_trace(output, tokenizer, schedule="A3 B9"))["segments"] == [[0, 0, 3], [1, 3, 12]]
 
 
+def test_the_page_says_what_was_run(hostile, tokenizer):
+    known = SampleOutput(**(hostile | {"seed": -(2**63)}))
+    about = {"schedule": "L5 H5", "decoder": "threshold:threshold=0.9", "models": {"H": "12 blocks"}}
+    data = embedded(render_trace(known, tokenizer, title="A walk", **about))
+    assert (data["title"], data["decoder"]) == ("A walk", "threshold:threshold=0.9")
+    assert data["seed"] == "-9223372036854775808"  # whole: a number of JavaScript would be rounded
+    assert dict(zip(data["models"], data["described"])) == {"L": "light model", "H": "12 blocks"}
+    with pytest.raises(TypeError, match="a trace has no titel: there is title, schedule, models, decoder"):
+        render_trace(known, tokenizer, titel="A walk")
+
+
 def test_output_without_history_is_refused(random_output, tokenizer):
     without = SampleOutput(sequences=random_output.sequences, nfe=random_output.nfe)
     with pytest.raises(ValueError, match="return_history=True"):
@@ -174,6 +185,55 @@ def test_browser_shows_what_follows_the_end_of_a_text(tokenizer, tmp_path):
     rest = ids.shape[1] - 3
     assert dump(tmp_path / "trace.html", tmp_path, "step=3").count('class="unit masked') == rest
     assert dump(tmp_path / "trace.html", tmp_path, "step=4").count('class="unit revealed filled') == rest
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_browser_says_what_happened_at_a_step(tokenizer, tmp_path):
+    """A model is said to have run only where it revealed something in this sample."""
+    ids = torch.tensor([tokenizer.encode("She went home. It was dark.")])
+    step, model = torch.zeros_like(ids), torch.zeros_like(ids)
+    step[:, 2:], model[:, 2:] = 3, 1
+    nfe, history = {"L": torch.tensor([1]), "H": torch.tensor([1])}, History(step, model, ("L", "H"), 6)
+    output = SampleOutput(sequences=ids, nfe=nfe, seed=5, history=history)
+    write_trace(tmp_path / "trace.html", output, tokenizer, schedule="L2 H4", decoder="margin")
+    count = ids.shape[1]
+    pages = {at: dump(tmp_path / "trace.html", tmp_path, f"step={at}") for at in (0, 1, 3, 4)}
+    status = {at: re.search(r'role="status">(.*?)<', page)[1] for at, page in pages.items()}
+    assert status == {
+        0: f"step 0 of 0–5 · L reveals 2 tokens · 2 of {count} tokens revealed",
+        1: f"step 1 of 0–5 · nothing revealed (L’s part of the schedule) · 2 of {count} tokens revealed",
+        3: f"step 3 of 0–5 · H reveals {count - 2} tokens · {count} of {count} tokens revealed",
+        4: f"step 4 of 0–5 · nothing revealed (H’s part of the schedule) · {count} of {count} tokens revealed",
+    }
+    about = re.search(r'<dl id="about">(.*?)</dl>', pages[0])[1]
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", about) == [
+        ("L", "light model"),
+        ("H", "heavy model"),
+        ("schedule", "L2 H4"),
+        ("decoder", "margin"),
+        ("seed", "5"),
+        ("forward passes", "2 for 6 steps: L 1, H 1"),
+    ]
+
+
+MEASURE = """<script>
+const widths = [...document.querySelectorAll(".unit.masked")].map(
+  box => box.getBoundingClientRect().width / box.style.getPropertyValue("--tokens"));
+parent.postMessage(JSON.stringify([document.documentElement.scrollWidth, [...new Set(widths)]]), "*");
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_browser_shows_a_narrow_page_whole_and_masks_of_one_width(random_output, tokenizer, tmp_path):
+    """In a frame of 390 pixels nothing sticks out, and no mask tells how long its token is."""
+    page = render_trace(random_output, tokenizer, title="word " * 30)
+    (tmp_path / "page.html").write_text(page.replace("</body>", MEASURE + "</body>"))
+    listen = "<script>addEventListener('message', event => { document.title = event.data; });</script>"
+    frame = "<iframe src='page.html#step=5' style='width: 390px; height: 800px; border: 0'></iframe>"
+    (tmp_path / "frame.html").write_text(f"<title></title>{listen}{frame}")
+    width, masks = json.loads(re.search(r"<title>(.*?)</title>", dump(tmp_path / "frame.html", tmp_path, ""))[1])
+    assert width <= 390
+    assert masks == [24]  # 1.5 rem
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
