@@ -16,7 +16,7 @@ WORD = 0xFFFFFFFF
 DOMAIN_SHIFT = 28  # the last counter word is (index >> 1) | domain << 28: vocabularies up to 2^29 ids
 
 # What a number is drawn for. Draws of different domains never share a counter.
-GROUP, TOKEN, PLAN, POSITION, TRANSITION = range(5)
+GROUP, TOKEN, PLAN, POSITION, TRANSITION, MASK_SIZE, MASK_PLACE = range(7)
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""What samples and models are worth: likelihoods, text statistics, and which steps need the heavy model."""

@@ -1,0 +1,49 @@
+"""Log-probabilities of given tokens from hidden rows, without rows x vocabulary memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels import vocab_projection
+from mdkern.kernels.head.reference import finish_logits
+from mdkern.models.denoiser import Head
+
+CHUNK_ENTRIES = 1 << 26  # float32 entries of rows x D held at a time
+
+
+def target_log_prob(
+    head: Head,
+    hidden: Tensor,  # [N, D]
+    row_index: Tensor,  # [M]
+    target: Tensor,  # [M]
+) -> Tensor:
+    """Log-probability of one given token for each row.
+
+    The normaliser comes from the fused projection; the token's own logit is one dot product a row.
+
+    Args:
+        head: the output layer; with ``weight=None`` the rows of `hidden` are logits.
+        hidden: floating ``[N, D]``.
+        row_index: int64 ``[M]``, rows of `hidden`.
+        target: int64 ``[M]``, the tokens.
+
+    Returns:
+        float32 ``[M]``, nats; -inf for tokens that can never be produced; NaN where the logits hold one.
+    """
+    keys = torch.zeros((len(row_index), 3), dtype=torch.int64, device=hidden.device)
+    seed = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    normaliser = vocab_projection(
+        hidden, head.weight, head.bias, row_index, 0.0, seed, keys, scale=head.scale, soft_cap=head.soft_cap
+    ).logsumexp
+    logit = torch.empty_like(normaliser)
+    chunk = max(1, CHUNK_ENTRIES // hidden.shape[1])
+    for start in range(0, len(row_index), chunk):
+        part = slice(start, start + chunk)
+        states, tokens = hidden[row_index[part]], target[part]
+        if head.weight is None:
+            product = states.gather(1, tokens[:, None])[:, 0].float()
+        else:
+            product = (states.float() * head.weight[tokens].float()).sum(-1)
+        logit[part] = finish_logits(product, head.bias[tokens], head.scale, head.soft_cap)
+    return logit - normaliser
