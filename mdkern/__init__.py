@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mdkern.decoders import Ancestral
     from mdkern.distributed import sample_distributed
     from mdkern.engine import graphs
+    from mdkern.evaluation.likelihood import Likelihood, likelihood
     from mdkern.models import Denoiser, DiT, DiTConfig, adapt
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
@@ -23,6 +24,7 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.decoders": ("Ancestral",),
     "mdkern.distributed": ("sample_distributed",),
     "mdkern.engine": ("graphs",),
+    "mdkern.evaluation.likelihood": ("Likelihood", "likelihood"),
     "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
@@ -36,11 +38,13 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "History",
+    "Likelihood",
     "RevealPlan",
     "SampleOutput",
     "Schedule",
     "adapt",
     "graphs",
+    "likelihood",
     "load_pair",
     "sample",
     "sample_distributed",

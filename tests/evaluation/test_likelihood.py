@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern import Denoiser, DiT, Schedule, adapt
-from mdkern.evaluation.likelihood import Texts, likelihood, mask_sizes, model_by_share
+from mdkern import Denoiser, DiT, Schedule, adapt, likelihood
+from mdkern.evaluation.likelihood import Texts, mask_sizes, model_by_share
 from mdkern.evaluation.scores import target_log_prob
 from mdkern.models.denoiser import Head
 from tests.evaluation import two_tokens
