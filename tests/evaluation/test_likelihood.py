@@ -113,7 +113,9 @@ class TestDiT:
         assert float(many.standard_error.mean()) < 0.4 * float(few.standard_error.mean())
         assert float(many.nats.std()) < 1.3 * float(many.standard_error.mean())  # the grid is no worse than chance
 
-    def test_a_schedule_takes_its_model_by_the_share_that_is_masked(self, model: DiT, make_dit: Callable[..., DiT]) -> None:
+    def test_a_schedule_takes_its_model_by_the_share_that_is_masked(
+        self, model: DiT, make_dit: Callable[..., DiT]
+    ) -> None:
         other = make_dit(seed=4)
         ids = torch.randint(10, (2, 8), generator=torch.Generator().manual_seed(1))
         light = likelihood(model, other, "L2 H4 L2", input_ids=ids, samples=8)
