@@ -11,10 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from mdkern.models import DiT, DiTConfig, load_dit
-from training import checkpoint, data, judge, train
+from training import checkpoint, data, judge, loop, train
 from training.batches import MaskedBatches, Prefetched, masked_batch, step_generator, stratified_times
 from training.evaluate import MaskedLoss, held_out_nelbo
 from training.loop import World
@@ -340,34 +339,58 @@ def test_training_learns(tmp_path, optimizer):
     assert load_dit(tmp_path / "final-bf16").embedding.dtype == torch.bfloat16
 
 
+KILLED = """
+import os, signal, sys
+from types import SimpleNamespace
+from training import loop, train
+
+step, now = loop.Trainer.train_step, 0.0
+
+def train_step(trainer, *batch):
+    global now
+    if trainer.step == 60:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(trainer, *batch)
+    now += 1.0
+
+loop.Trainer.train_step, loop.time = train_step, SimpleNamespace(monotonic=lambda: now)
+train.main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_goes_on_as_if_unbroken(tmp_path, token_file, unbroken):
+    """Killed at step 60, some steps after its last checkpoint."""
     command = arguments(
-        token_file, tmp_path, STEPS, optimizer="muon", schedule="cosine", log_every=1, checkpoint_every=0.1
+        token_file, tmp_path, STEPS, optimizer="muon", schedule="cosine", log_every=1, checkpoint_every=25
     )
-    child = subprocess.Popen([sys.executable, "-m", "training.train", *command], env=child_environment(), cwd=tmp_path)
-    log_file, deadline = tmp_path / "log.jsonl", time.monotonic() + 60
-    while child.poll() is None and time.monotonic() < deadline:
-        if (tmp_path / "checkpoint.pt").exists() and log_file.read_text().count("\n") > 30:
-            child.kill()
-        time.sleep(0.005)
-    assert child.wait() == -signal.SIGKILL
-    assert 30 < log_file.read_text().count("\n") < STEPS
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], env=child_environment(), cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert len(losses(tmp_path)) == 60
     assert not (tmp_path / "final").exists()
     assert train.main([*command, "--resume", "must"]) == 0
     assert_same_run(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("by", ["deadline", "signal"])
-def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, token_file, unbroken, by):
+def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, token_file, unbroken, monkeypatch, by):
+    """Stopped after step 40: by a clock that a step puts on by a second, or by a signal."""
     command = arguments(token_file, tmp_path, STEPS, optimizer="muon", schedule="cosine")
-    if by == "deadline":
-        assert train.main([*command, "--stop-after", "0.2"]) == 0
-    else:
-        timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.start()
-        assert train.main(command) == 0
-        timer.join()
-    assert 0 < len(losses(tmp_path)) < STEPS
+    step, taken = loop.Trainer.train_step, []
+
+    def train_step(trainer, *batch):
+        step(trainer, *batch)
+        taken.append(trainer.step)
+        if by == "signal" and len(taken) == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "train_step", train_step)
+        if by == "deadline":
+            clock = SimpleNamespace(monotonic=lambda: float(len(taken)))
+            patch.setattr(loop, "time", clock)
+            patch.setattr(train, "time", clock)
+        assert train.main(command + (["--stop-after", "40"] if by == "deadline" else [])) == 0
+    assert len(losses(tmp_path)) == 40
     assert not (tmp_path / "final").exists()
     assert train.main([*command, "--resume", "must"]) == 0
     assert_same_run(tmp_path, unbroken)

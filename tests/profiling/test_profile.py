@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mdkern import adapt
+import mdkern
+from mdkern import Denoiser, SampleOutput, adapt
 from mdkern.cli import main as cli
 from mdkern.models import DiT
+from mdkern.models.denoiser import Head
 from mdkern.profiling import profile
 from mdkern.profiling.compiled import Compiled, Wrapped, ddpm_compiled
 from mdkern.profiling.profile import (
@@ -86,26 +87,47 @@ def test_unpadded_head_has_the_same_logits(model: DiT) -> None:
     torch.testing.assert_close(logits, model(ids)[..., :64])
 
 
-class Sleeping(Wrapped):
-    """A denoiser whose backbone takes `seconds` longer."""
+class Costly(Wrapped):
+    """A denoiser whose backbone takes a second of a clock of its own."""
 
-    seconds = 0.02
+    now, passes = 0.0, 0
 
     def hidden(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        time.sleep(self.seconds)
+        self.now += 1.0
+        self.passes += 1
         return super().hidden(*arguments, **options)
 
 
-def test_the_backbone_is_told_from_the_rest(model: DiT) -> None:
-    """Slowing the backbone adds to the backbone's part, in the loops and in the differences of whole runs."""
-    plain, slow = adapt(model), Sleeping(adapt(model))
-    runs = [time_steps(ddpm_autocast, denoiser, SETTING, 5) for denoiser in (plain, slow)]
-    assert all(len(run.backbone) == len(run.head) == 5 for run in runs)
-    assert min(runs[1].backbone) >= Sleeping.seconds
-    assert sorted(runs[1].head)[2] < Sleeping.seconds
-    fast, slowed = (profile.profile_mdkern("", denoiser, SETTING, 3) for denoiser in (plain, slow))
-    assert slowed.backbone - fast.backbone > 4 * Sleeping.seconds  # 8 steps, of which some are empty
-    assert slowed.head + slowed.other < slowed.backbone
+def test_a_step_is_cut_into_backbone_and_head(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    costly, plain = Costly(adapt(model)), Head.logits
+
+    def logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+        costly.now += 0.25
+        return plain(head, hidden)
+
+    monkeypatch.setattr(Head, "logits", logits)
+    monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: costly.now))
+    times = time_steps(ddpm_autocast, costly, SETTING, 5)
+    assert times == StepTimes([1.0] * 5, [0.25] * 5, closing=0.25)
+
+
+def test_whole_runs_are_told_apart_by_what_they_lack(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone, the head's columns and all the rest cost what they are made to cost."""
+    costly = Costly(adapt(model))
+
+    def sample(denoiser: Denoiser, **options: Any) -> SampleOutput:
+        output = mdkern.sample(denoiser, **options)
+        assert denoiser.head.weight is not None
+        costly.now += 3.0 + 10.0 * (len(denoiser.head.weight) > 8)
+        return output
+
+    monkeypatch.setattr(profile, "FEW_COLUMNS", 8)
+    monkeypatch.setattr(profile, "sample", sample)
+    monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: costly.now))
+    found = profile.profile_mdkern("", costly, SETTING, repeats=1)
+    assert (found.head, found.other) == (10.0, 3.0)
+    assert found.backbone == costly.passes / 2  # the warm-up's run is the same
+    assert 0 < found.backbone <= 2 * (SETTING.steps + 1)
 
 
 def test_a_clock_gives_the_time_between_marks() -> None:
