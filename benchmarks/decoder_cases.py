@@ -1,18 +1,14 @@
-"""Every decoder with the plain loop it is held against, and the bounds for models with random weights."""
+"""A decoder beside the plain loop that it is held against, and the bounds for models with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks import plain_decoders as plain
-from benchmarks.plain_decoders import Plain
-from mdkern import decoders, sample
+from benchmarks.plain_loop import Plain
+from mdkern import sample
 from mdkern.decoders import Decoder
 
 
@@ -70,50 +66,3 @@ def run_ours(model: Any, case: Case, ids: Tensor, steps: int, seed: int, **more:
         progress=False,
         **more,
     )
-
-
-def make_cases(
-    gauge: Gauge, greedy: float, length: int, vocab_size: int, block_length: int, device: torch.device
-) -> list[Case]:
-    """Every decoder.
-
-    Args:
-        greedy: temperature of the methods whose code is greedy unless told otherwise.
-        length: positions.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(vocab_size, generator=generator).pow(8).to(device)  # few common tokens, many rare ones
-    frequency = weights / weights.sum()
-    exponents = torch.linspace(0.5, 2.0, length, device=device)
-    levels = partial(plain.block_level, width=block_length), partial(plain.power_level, exponents=exponents)
-    edit = decoders.Edit(*gauge.edit)
-    in_blocks: dict[str, Any] = {"temperature": greedy, "block_length": block_length}
-
-    def adaptive(rule: Callable[..., Tensor], closing_steps: int = 0, **bounds: float) -> Plain:
-        return Plain(partial(rule, **bounds), adaptive=True, closing_steps=closing_steps)
-
-    edits = {"mask_threshold": edit.mask_threshold, "edit_threshold": edit.edit_threshold}
-    unsure: dict[str, Any] = {"temperature": greedy}
-    return [
-        Case("top probability", "LLaDA", decoders.TopProbability(), plain.TOP_PROBABILITY, **unsure),
-        Case("threshold", "Fast-dLLM", decoders.Threshold(gauge.threshold),
-             adaptive(plain.threshold, bound=gauge.threshold), **in_blocks),
-        Case("ancestral", "MDLM", decoders.Ancestral(), None),
-        Case("remdm cap, top-p 0.9", "ReMDM", decoders.ReMDM("cap"),
-             Plain(partial(plain.remdm_cap, top_p=0.9)), top_p=0.9),
-        Case("factor", "Fast-dLLM", decoders.Factor(gauge.factor),
-             adaptive(plain.factor, bound=gauge.factor), **in_blocks),
-        Case("entropy bound", "EB-Sampler", decoders.EntropyBound(gauge.gamma),
-             adaptive(plain.entropy_bound, gamma=gauge.gamma), **unsure),
-        Case("margin", "Dream", decoders.Margin(quota="dream"), plain.MARGIN, **unsure),
-        Case("entropy", "Dream", decoders.Entropy(quota="dream"), plain.ENTROPY, **unsure),
-        Case("position aware", "PC-Sampler", decoders.PositionAware(frequency),
-             Plain(partial(plain.position_aware, frequency=frequency)), **unsure),
-        Case("edit", "LLaDA 2.1", edit, adaptive(plain.edit, edit.closing_steps, **edits), **in_blocks),
-        Case("random", "LLaDA", decoders.RandomRemask(), plain.RANDOM_REMASK, **unsure),
-        Case("first hitting", "Zheng et al.", decoders.FirstHitting(), plain.FIRST_HITTING),
-        Case("hyperschedule, block", "MDLM with levels", decoders.Hyperschedule("block", block_length),
-             Plain(partial(plain.by_level, level=levels[0]))),
-        Case("genmd4", "MDLM with levels", decoders.GenMD4(exponents),
-             Plain(partial(plain.by_level, level=levels[1]))),
-    ]  # fmt: skip

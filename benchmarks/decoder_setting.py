@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import plain_decoders as plain
 from benchmarks.bench_sampling import seconds
 from benchmarks.cache_setting import cache_rows
-from benchmarks.decoder_cases import Case, Gauge, make_cases, run_ours
-from benchmarks.plain_decoders import Plain
+from benchmarks.decoder_cases import Case, Gauge, run_ours
+from benchmarks.plain_decoders import make_cases, threshold
+from benchmarks.plain_loop import Plain, decode
 from mdkern import DiT, DiTConfig, decoders, load_pair, sample
 from mdkern.engine import graphs
 from mdkern.models.dit import Block
@@ -166,7 +166,7 @@ def run_plain(
         return ddpm(peer, input_ids=ids, steps=steps, seed=seed)[0]
     settings: Row = {"block_length": case.block_length, "temperature": case.temperature, "most_steps": most}
     settings |= {"steps": steps, "mask_id": peer.mask_id, "seed": seed}
-    return plain.decode(peer.logits, ids, case.plain, **settings, **watch)
+    return decode(peer.logits, ids, case.plain, **settings, **watch)
 
 
 def time_plain_steps(peer: Unpadded, case: Case, ids: Tensor, steps: int, count: int) -> list[float]:
@@ -267,7 +267,7 @@ def llada_rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
     model = make_model(shape, bench.device)
     peer = Unpadded(model)
     gauge = measure_gauge(peer, prompts(shape, 1, bench.device), shape.block_length)
-    loop = Plain(partial(plain.threshold, bound=gauge.threshold), adaptive=True)
+    loop = Plain(partial(threshold, bound=gauge.threshold), adaptive=True)
     case = Case("threshold", "Fast-dLLM", decoders.Threshold(gauge.threshold), loop, 0.0, shape.block_length)
     caches = ("dual", "none") if "cache" in inspect.signature(sample).parameters else ("none",)
 

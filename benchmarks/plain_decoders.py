@@ -12,108 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.decoder_cases import Case, Gauge
+from benchmarks.plain_loop import Plain, Step
+from mdkern import decoders
 from mdkern.profiling.eager import categorical
 
-LogitsOf = Callable[[Tensor], Tensor]  # ids int64 [B, L] -> logits floating [B, L, V], -inf at ids never to be produced
 Level = Callable[[float, Tensor, int], Tensor]  # (time, position int64 [n], n) -> noise level [n]
 DREAM_EPS = 1e-3
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a rule is shown: B sequences at one step of a block."""
-
-    logits: Tensor  # [B, L, V]
-    ids: Tensor  # int64 [B, L]
-    masked: Tensor  # bool [B, L], the masks of the block
-    wanted: Tensor  # bool [B, L], what of the block was masked at first
-    number: int  # of the step within the block
-    steps: int  # of the block
-    quota: Tensor  # int64 [B, steps], see `even_quotas`
-    mask_id: int
-    temperature: float
-    generator: torch.Generator
-
-
-Rule = Callable[[Step], Tensor]  # the ids after the step
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A decoder: its rule, and when a block of it is over."""
-
-    rule: Rule
-    adaptive: bool = False  # over when nothing is masked, not after its steps
-    closing_steps: int = 0  # of an adaptive one: further steps, until one changes nothing
-
-
-def even_quotas(masked: Tensor, steps: int) -> Tensor:
-    """LLaDA's table of ``masked [B, L]``, int64 ``[B, steps]``: an even share a step, the remainder to the first."""
-    count = masked.sum(1)
-    quota = (count // steps)[:, None].repeat(1, steps)
-    for row in range(len(count)):
-        quota[row, : int(count[row] % steps)] += 1
-    return quota
-
-
-@torch.no_grad()
-def decode(
-    logits_of: LogitsOf,
-    ids: Tensor,
-    decoder: Plain,
-    *,
-    steps: int,
-    mask_id: int,
-    block_length: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    most_steps: int | None = None,
-    watch: Callable[[Tensor], None] = lambda ids: None,
-) -> Tensor:
-    """Decode one batch.
-
-    Args:
-        logits_of: the model.
-        ids: int64 ``[B, L]``, masks from the same column on in every row.
-        steps: T, a multiple of the number of blocks.
-        block_length: columns of a block, from the first mask on. None: one block.
-        most_steps: stop after so many forward passes, whatever is left. None: at the end.
-        watch: called with the ids before each forward pass.
-
-    Returns:
-        The ids.
-    """
-    ids = ids.clone()
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    all_wanted = ids == mask_id
-    columns = all_wanted.any(0).nonzero()[:, 0]
-    first, last = int(columns[0]), int(columns[-1]) + 1
-    length = block_length or last - first
-    block_steps = steps // -(-(last - first) // length)
-    passes = 0
-    for start in range(first, last, length):
-        wanted = torch.zeros_like(all_wanted)
-        wanted[:, start : start + length] = all_wanted[:, start : start + length]
-        quota = even_quotas(wanted, block_steps)
-        number = closing = 0
-        while decoder.adaptive or number < block_steps:
-            masked = wanted & (ids == mask_id)
-            done = decoder.adaptive and not bool(masked.any())
-            if (done and closing == decoder.closing_steps) or passes == most_steps:
-                break
-            watch(ids)
-            shown = (masked, wanted, number, block_steps, quota, mask_id, temperature, generator)
-            new = decoder.rule(Step(logits_of(ids), ids, *shown))
-            if done and torch.equal(new, ids):
-                break
-            ids, number, closing, passes = new, number + 1, closing + done, passes + 1
-    return ids
 
 
 def draw(logits: Tensor, step: Step) -> Tensor:
@@ -306,8 +217,49 @@ def nucleus(probability: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-TOP_PROBABILITY = Plain(top_probability)
-RANDOM_REMASK = Plain(random_remask)
-MARGIN = Plain(partial(dream, confidence_of=gap))
-ENTROPY = Plain(partial(dream, confidence_of=certainty))
-FIRST_HITTING = Plain(first_hitting, adaptive=True)
+def make_cases(
+    gauge: Gauge, greedy: float, length: int, vocab_size: int, block_length: int, device: torch.device
+) -> list[Case]:
+    """Every decoder with its loop.
+
+    Args:
+        greedy: temperature of the methods whose code is greedy unless told otherwise.
+        length: positions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(vocab_size, generator=generator).pow(8).to(device)  # few common tokens, many rare ones
+    frequency = weights / weights.sum()
+    exponents = torch.linspace(0.5, 2.0, length, device=device)
+    levels = partial(block_level, width=block_length), partial(power_level, exponents=exponents)
+    editing = decoders.Edit(*gauge.edit)
+    in_blocks: dict[str, Any] = {"temperature": greedy, "block_length": block_length}
+
+    def adaptive(rule: Callable[..., Tensor], closing_steps: int = 0, **bounds: float) -> Plain:
+        return Plain(partial(rule, **bounds), adaptive=True, closing_steps=closing_steps)
+
+    edits = {"mask_threshold": editing.mask_threshold, "edit_threshold": editing.edit_threshold}
+    unsure: dict[str, Any] = {"temperature": greedy}
+    return [
+        Case("top probability", "LLaDA", decoders.TopProbability(), Plain(top_probability), **unsure),
+        Case("threshold", "Fast-dLLM", decoders.Threshold(gauge.threshold),
+             adaptive(threshold, bound=gauge.threshold), **in_blocks),
+        Case("ancestral", "MDLM", decoders.Ancestral(), None),
+        Case("remdm cap, top-p 0.9", "ReMDM", decoders.ReMDM("cap"),
+             Plain(partial(remdm_cap, top_p=0.9)), top_p=0.9),
+        Case("factor", "Fast-dLLM", decoders.Factor(gauge.factor),
+             adaptive(factor, bound=gauge.factor), **in_blocks),
+        Case("entropy bound", "EB-Sampler", decoders.EntropyBound(gauge.gamma),
+             adaptive(entropy_bound, gamma=gauge.gamma), **unsure),
+        Case("margin", "Dream", decoders.Margin(quota="dream"), Plain(partial(dream, confidence_of=gap)), **unsure),
+        Case("entropy", "Dream", decoders.Entropy(quota="dream"),
+             Plain(partial(dream, confidence_of=certainty)), **unsure),
+        Case("position aware", "PC-Sampler", decoders.PositionAware(frequency),
+             Plain(partial(position_aware, frequency=frequency)), **unsure),
+        Case("edit", "LLaDA 2.1", editing, adaptive(edit, editing.closing_steps, **edits), **in_blocks),
+        Case("random", "LLaDA", decoders.RandomRemask(), Plain(random_remask), **unsure),
+        Case("first hitting", "Zheng et al.", decoders.FirstHitting(), Plain(first_hitting, adaptive=True)),
+        Case("hyperschedule, block", "MDLM with levels", decoders.Hyperschedule("block", block_length),
+             Plain(partial(by_level, level=levels[0]))),
+        Case("genmd4", "MDLM with levels", decoders.GenMD4(exponents),
+             Plain(partial(by_level, level=levels[1]))),
+    ]  # fmt: skip

@@ -1,43 +1,34 @@
-"""Decoders: the rules that say which positions are revealed at a step."""
+"""Decoders: the rules that say which positions are revealed at a step.
+
+Every module of this folder is imported, and the decoders that have a name are names of this package, too.
+"""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-from mdkern.decoders.ancestral import Ancestral
-from mdkern.decoders.base import Canvas, Choice, Decoder, Planned, Proposal, Stepwise, View, even_quota
-from mdkern.decoders.edit import Edit
-from mdkern.decoders.entropy import Entropy
-from mdkern.decoders.entropy_bound import EntropyBound
-from mdkern.decoders.factor import Factor
-from mdkern.decoders.first_hitting import FirstHitting
-from mdkern.decoders.genmd4 import GenMD4
-from mdkern.decoders.hyperschedule import Hyperschedule
-from mdkern.decoders.margin import Margin
-from mdkern.decoders.position_aware import PositionAware, reference_frequencies
+from mdkern.decoders.base import DECODERS, Canvas, Choice, Decoder, Planned, Proposal, Stepwise, View, even_quota
+from mdkern.decoders.position_aware import reference_frequencies
 from mdkern.decoders.quotas import dream_quota
-from mdkern.decoders.random_remask import RandomRemask
-from mdkern.decoders.remdm import ReMDM
-from mdkern.decoders.threshold import Threshold
-from mdkern.decoders.top_probability import TopProbability
 
-DECODERS: dict[str, type[Any]] = {
-    "ancestral": Ancestral,
-    "first_hitting": FirstHitting,
-    "random": RandomRemask,
-    "hyperschedule": Hyperschedule,
-    "genmd4": GenMD4,
-    "top_probability": TopProbability,
-    "margin": Margin,
-    "entropy": Entropy,
-    "threshold": Threshold,
-    "factor": Factor,
-    "entropy_bound": EntropyBound,
-    "position_aware": PositionAware,
-    "remdm": ReMDM,
-    "edit": Edit,
-}
+if TYPE_CHECKING:  # so that editors and type checkers know the decoders, too
+    from mdkern.decoders.ancestral import Ancestral as Ancestral
+    from mdkern.decoders.edit import Edit as Edit
+    from mdkern.decoders.entropy import Entropy as Entropy
+    from mdkern.decoders.entropy_bound import EntropyBound as EntropyBound
+    from mdkern.decoders.factor import Factor as Factor
+    from mdkern.decoders.first_hitting import FirstHitting as FirstHitting
+    from mdkern.decoders.genmd4 import GenMD4 as GenMD4
+    from mdkern.decoders.hyperschedule import Hyperschedule as Hyperschedule
+    from mdkern.decoders.margin import Margin as Margin
+    from mdkern.decoders.position_aware import PositionAware as PositionAware
+    from mdkern.decoders.random_remask import RandomRemask as RandomRemask
+    from mdkern.decoders.remdm import ReMDM as ReMDM
+    from mdkern.decoders.threshold import Threshold as Threshold
+    from mdkern.decoders.top_probability import TopProbability as TopProbability
 
 
 def by_name(name: str) -> Decoder:
@@ -47,7 +38,7 @@ def by_name(name: str) -> Decoder:
         ValueError: there is no such name, or the decoder has a parameter without a default.
     """
     if name not in DECODERS:
-        raise ValueError(f"decoder {name!r} is not known: there is {', '.join(DECODERS)}")
+        raise ValueError(f"decoder {name!r} is not known: there is {', '.join(sorted(DECODERS))}")
     kind = DECODERS[name]
     needed = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
     if needed:
@@ -57,31 +48,27 @@ def by_name(name: str) -> Decoder:
     return decoder
 
 
+def find_decoders() -> list[str]:
+    """Import this folder's modules, whose classes then stand in `DECODERS` and here; the classes' names."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    found = {kind.__name__: kind for kind in DECODERS.values() if kind.__module__.startswith(f"{__name__}.")}
+    globals().update(found)
+    return sorted(found)
+
+
 __all__ = [
     "DECODERS",
-    "Ancestral",
     "Canvas",
     "Choice",
     "Decoder",
-    "Edit",
-    "Entropy",
-    "EntropyBound",
-    "Factor",
-    "FirstHitting",
-    "GenMD4",
-    "Hyperschedule",
-    "Margin",
     "Planned",
-    "PositionAware",
     "Proposal",
-    "RandomRemask",
-    "ReMDM",
     "Stepwise",
-    "Threshold",
-    "TopProbability",
     "View",
     "by_name",
     "dream_quota",
     "even_quota",
     "reference_frequencies",
+    *find_decoders(),
 ]

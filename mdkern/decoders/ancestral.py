@@ -29,7 +29,7 @@ ALPHAS = {"linear": linear, "cosine": cosine}
 
 
 @dataclass(frozen=True)
-class Ancestral(Planned):
+class Ancestral(Planned, name="ancestral"):
     """At a step t -> s each masked position is revealed with probability ``(alpha_s - alpha_t) / (1 - alpha_t)``.
 
     t runs linearly from 1 to `eps`. What is still masked after the last step takes the argmax in a closing pass. In

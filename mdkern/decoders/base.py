@@ -9,7 +9,7 @@ The loop belongs to the sampler.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,8 +31,23 @@ class Canvas:
     position: Tensor  # int64 [N, L], keys them too: position in the text, padding not counted
 
 
+DECODERS: dict[str, type[Any]] = {}  # by name
+
+
 class Decoder:
-    """Base of all decoders, which are frozen dataclasses of their parameters."""
+    """Base of all decoders, which are frozen dataclasses of their parameters.
+
+    A class with a name, as in ``class Threshold(Stepwise, name="threshold")``, can be asked for by it.
+    """
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is None:
+            return
+        taken = DECODERS.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"decoder {cls.__name__}: the name {name!r} is taken by {taken.__name__}")
+        DECODERS[name] = cls
 
     def fitted(self, vocab_size: int, device: torch.device) -> Self:
         """This decoder with its tensors, if it has any, on the device; refused if the vocabulary is not theirs."""

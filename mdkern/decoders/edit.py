@@ -13,7 +13,7 @@ from mdkern.decoders.checks import check_number
 
 
 @dataclass(frozen=True)
-class Edit(Stepwise):
+class Edit(Stepwise, name="edit"):
     """Masks become tokens where p > `mask_threshold`, or else the best one; tokens change where p > `edit_threshold`.
 
     Both happen in the same step. A block ends when its last mask is gone and a step changed nothing, or after

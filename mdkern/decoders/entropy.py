@@ -10,7 +10,7 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 
 @dataclass(frozen=True)
-class Entropy(Stepwise):
+class Entropy(Stepwise, name="entropy"):
     """A step's quota of masked positions, those whose distribution has the smallest entropy.
 
     Args:

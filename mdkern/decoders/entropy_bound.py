@@ -10,7 +10,7 @@ from mdkern.decoders.checks import check_number
 
 
 @dataclass(frozen=True)
-class EntropyBound(Stepwise):
+class EntropyBound(Stepwise, name="entropy_bound"):
     """The longest prefix, by ascending entropy, with ``sum H - max H <= gamma`` nats, or else the best one.
 
     gamma = 0 reveals one position, or all those of no entropy; infinity reveals all.

@@ -10,7 +10,7 @@ from mdkern.decoders.checks import check_number
 
 
 @dataclass(frozen=True)
-class Factor(Stepwise):
+class Factor(Stepwise, name="factor"):
     """The longest prefix, by descending probability c, whose n-th has ``(n + 1)(1 - c) < factor``, or else the best."""
 
     adaptive: ClassVar[bool] = True

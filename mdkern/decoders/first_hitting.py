@@ -12,7 +12,7 @@ from mdkern.plan import GIVEN, RevealPlan
 
 
 @dataclass(frozen=True)
-class FirstHitting(Planned):
+class FirstHitting(Planned, name="first_hitting"):
     """With n masked positions left, ``t <- t u^(1/n)``, and one of them, chosen uniformly, is revealed.
 
     Those are the order statistics of n independent uniform times, dealt out at random: so each position's time is

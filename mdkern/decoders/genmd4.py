@@ -13,7 +13,7 @@ from mdkern.plan import RevealPlan
 
 
 @dataclass(frozen=True, eq=False)
-class GenMD4(Planned):
+class GenMD4(Planned, name="genmd4"):
     """``alpha_{t,i} = 1 - t^{w_i}``: a masked position is revealed with ``(t^w - s^w) / t^w`` at a step t -> s.
 
     In the paper w belongs to the token's value, so that the order depends on the model; here it belongs to the

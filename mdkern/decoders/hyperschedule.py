@@ -40,7 +40,7 @@ KINDS: dict[str, Level] = {"flat": flat, "quenched": partial(sliding, width=1)}
 
 
 @dataclass(frozen=True)
-class Hyperschedule(Planned):
+class Hyperschedule(Planned, name="hyperschedule"):
     """Position i is masked at time t with probability ``tau_i(t)``, its noise level, which falls from 1 to 0.
 
     At a step t -> s a masked position is revealed with probability ``(tau_i(t) - tau_i(s)) / tau_i(t)``, so only as

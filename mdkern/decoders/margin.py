@@ -10,7 +10,7 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 
 @dataclass(frozen=True)
-class Margin(Stepwise):
+class Margin(Stepwise, name="margin"):
     """A step's quota of masked positions, those with the largest gap between the two most probable tokens.
 
     Args:

@@ -32,7 +32,7 @@ def reference_frequencies(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class PositionAware(Stepwise):
+class PositionAware(Stepwise, name="position_aware"):
     """A step's quota of masked positions with the largest ``exp(-lam i) min(-p(token) log(f(token) + 1e-9), alpha)``.
 
     i is counted from the block's start; f is the token's frequency in a reference text, so that what is common

@@ -10,7 +10,7 @@ from mdkern.plan import RevealPlan
 
 
 @dataclass(frozen=True)
-class RandomRemask(Planned):
+class RandomRemask(Planned, name="random"):
     """A block's n masks in S steps: ``n // S`` a step, one more in each of the first ``n % S``, in uniform order.
 
     Drawing the confidence of a position afresh at every step, as LLaDA does, chooses a uniform subset of the masks

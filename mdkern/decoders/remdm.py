@@ -16,7 +16,7 @@ PUBLISHED_ETA = {"cap": 0.008, "rescale": 0.015, "conf": None, "loop": 0.02}  # 
 
 
 @dataclass(frozen=True)
-class ReMDM(Stepwise):
+class ReMDM(Stepwise, name="remdm"):
     """At a step t -> s a revealed position is put back to mask with probability sigma, and a masked one is revealed
     with probability ``(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)``, which leaves alpha what it was.
 

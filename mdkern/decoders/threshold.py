@@ -10,7 +10,7 @@ from mdkern.decoders.checks import check_number
 
 
 @dataclass(frozen=True)
-class Threshold(Stepwise):
+class Threshold(Stepwise, name="threshold"):
     """All masked positions whose proposed token has a probability of at least `threshold`, or else the best one."""
 
     adaptive: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 
 @dataclass(frozen=True)
-class TopProbability(Stepwise):
+class TopProbability(Stepwise, name="top_probability"):
     """A step's quota of masked positions, those whose proposed token has the largest probability.
 
     Args:

@@ -15,9 +15,10 @@ from torch import Tensor
 import mdkern
 from benchmarks import bench_decoders, decoder_tables, plain_decoders
 from benchmarks.bench_decoders import measure
-from benchmarks.decoder_cases import Gauge, make_cases
+from benchmarks.decoder_cases import Case, Gauge
 from benchmarks.decoder_setting import PARTS, Bench, Shape, Size, run_plain
-from benchmarks.plain_decoders import Plain, even_quotas
+from benchmarks.plain_decoders import make_cases
+from benchmarks.plain_loop import Plain, Step, decode, even_quotas
 from mdkern import decoders
 from mdkern.decoders import Stepwise
 from mdkern.profiling.profile import Unpadded
@@ -40,25 +41,9 @@ TINY = Size(
     runs=1,
     timed_steps=2,
 )
-FREQUENCY = torch.rand(VOCAB + 1, generator=torch.Generator().manual_seed(0))
-
-
-def adaptive(rule: Any, **bounds: float) -> Plain:
-    return Plain(partial(rule, **bounds), adaptive=True)
-
-
-SAME: dict[str, tuple[Stepwise, Plain]] = {
-    "top probability": (decoders.TopProbability(), plain_decoders.TOP_PROBABILITY),
-    "margin": (decoders.Margin(quota="dream"), plain_decoders.MARGIN),
-    "entropy": (decoders.Entropy(quota="dream"), plain_decoders.ENTROPY),
-    "position aware": (
-        decoders.PositionAware(FREQUENCY),
-        Plain(partial(plain_decoders.position_aware, frequency=FREQUENCY)),
-    ),
-    "threshold": (decoders.Threshold(0.4), adaptive(plain_decoders.threshold, bound=0.4)),
-    "factor": (decoders.Factor(2.5), adaptive(plain_decoders.factor, bound=2.5)),
-    "entropy bound": (decoders.EntropyBound(2.0), adaptive(plain_decoders.entropy_bound, gamma=2.0)),
-}
+CASES = {case.name: case for case in make_cases(Gauge(0.4, 2.5, 2.0), 0.0, LENGTH, VOCAB + 1, 4, torch.device("cpu"))}
+DRAWN = decoders.ReMDM | decoders.Edit  # the first draws what it masks again; edits are compared below
+SAME = [name for name, case in CASES.items() if isinstance(case.ours, Stepwise) and not isinstance(case.ours, DRAWN)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs by its logits")
 
 
@@ -71,13 +56,17 @@ def starts(count: int) -> Tensor:
 @pytest.mark.parametrize("block_length", [None, 4])
 @pytest.mark.parametrize("name", SAME)
 def test_plain_loops_reveal_what_ours_reveal(name: str, block_length: int | None) -> None:
+    check_same_text(CASES[name], block_length)
+
+
+def check_same_text(case: Case, block_length: int | None) -> None:
     """One sequence at a time, greedily: the same positions in every pass, and the same text."""
-    ours, plain = SAME[name]
+    ours, plain = case.ours, case.plain
     several = 0
     for row in starts(6).split(1):
         seen: list[Tensor] = []
         settings = {"steps": STEPS, "block_length": block_length}
-        text = plain_decoders.decode(
+        text = decode(
             MODEL.logits, row, plain, mask_id=MODEL.mask_id, watch=lambda ids, seen=seen: seen.append(ids), **settings
         )
         output = mdkern.sample(
@@ -98,7 +87,7 @@ def test_plain_edits_are_ours() -> None:
     ours = decoders.Edit(0.5, 0.3, 3)
     rule = partial(plain_decoders.edit, mask_threshold=0.5, edit_threshold=0.3)
     for row in starts(6).split(1):
-        text = plain_decoders.decode(
+        text = decode(
             MODEL.logits, row, Plain(rule, adaptive=True, closing_steps=3), steps=STEPS, mask_id=MODEL.mask_id
         )
         output = mdkern.sample(MODEL.denoiser(), input_ids=row, decoder=ours, temperature=0.0, steps=STEPS)
@@ -118,7 +107,7 @@ def test_every_plain_loop_fills_in_all_masks_and_keeps_the_prompt(temperature: f
 
 def test_a_run_may_be_cut_short() -> None:
     seen: list[Tensor] = []
-    plain_decoders.decode(
+    decode(
         MODEL.logits, starts(2), Plain(plain_decoders.top_probability), steps=8, mask_id=MODEL.mask_id,
         block_length=4, most_steps=5, watch=seen.append,
     )  # fmt: skip
@@ -133,7 +122,7 @@ def test_quotas_share_out_all_masks() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(1, 20_000, 4)
     masked = torch.ones(1, 20_000, dtype=torch.bool)
-    step = plain_decoders.Step(
+    step = Step(
         logits, torch.full((1, 20_000), 9), masked, masked, 0, 1, even_quotas(masked, 1), 9, 0.5,
         torch.Generator().manual_seed(0),
     )  # fmt: skip

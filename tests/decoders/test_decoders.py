@@ -65,49 +65,28 @@ def expected_quota(state: State, b: int, quota: str) -> int:
     return max(1, reference.llada_quotas(int(view.block_masked[b]), view.block_steps)[step])
 
 
-Rule = Callable[[State, int, list[reference.Row], list[bool]], dict[int, int]]
-
-
-def by_quota(rule: Callable[..., dict[int, int]], quota: str, *options: Any) -> Rule:
-    return lambda state, b, rows, masked: rule(
-        rows, masked, block_of(state, b), expected_quota(state, b, quota), *options
-    )
-
-
-def by_bound(rule: Callable[..., dict[int, int]], bound: float) -> Rule:
-    return lambda state, b, rows, masked: rule(rows, masked, block_of(state, b), bound)
-
-
-RULES: dict[str, Rule] = {
-    "top_probability": by_quota(reference.top_probability, "even"),
-    "top_probability, dream": by_quota(reference.top_probability, "dream"),
-    "margin": by_quota(reference.margin, "even"),
-    "margin, dream": by_quota(reference.margin, "dream"),
-    "entropy": by_quota(reference.entropy, "even"),
-    "entropy, dream": by_quota(reference.entropy, "dream"),
-    "threshold": by_bound(reference.threshold, 0.9),
-    "threshold 0.6": by_bound(reference.threshold, 0.6),
-    "factor": by_bound(reference.factor, 1.0),
-    "factor 2.3": by_bound(reference.factor, 2.3),
-    "entropy_bound": by_bound(reference.entropy_bound, 0.1),
-    "entropy_bound 3": by_bound(reference.entropy_bound, 3.0),
-    "entropy_bound inf": by_bound(reference.entropy_bound, math.inf),
-    "position_aware": by_quota(reference.position_aware, "even", FREQUENCY.tolist(), 0.1, 1.5),
-}
-
-
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_reveals_are_those_of_the_published_rule(name: str, tied: bool) -> None:
-    """960 texts each: with equal scores, one mask, all masked, more quota than masks, blocks anywhere."""
-    decoder, rule = STEPWISE[name], RULES[name]
-    for trial in range(40):
+def check_reveals(decoder: Stepwise, case: reference.Case, tied: bool, trials: int = 40) -> None:
+    """24 texts each: with equal scores, one mask, all masked, more quota than masks, blocks anywhere."""
+    for trial in range(trials):
         state = random_state(trial, tied=tied)
         proposal = propose(decoder, state, exact_statistics(trial, tied) if tied else None)
         revealed = reveal(state, decoder.choose(state.view, proposal), proposal.token)
         for b, got in enumerate(revealed):
-            rows = rows_of(trial, tied, b)
-            assert got == rule(state, b, rows, (state.ids[b] == MASK).tolist()), (trial, b)
+            quota = () if case.quota is None else (expected_quota(state, b, case.quota),)
+            masked = (state.ids[b] == MASK).tolist()
+            want = case.rule(rows_of(trial, tied, b), masked, block_of(state, b), *quota, *case.options)
+            assert got == want, (trial, b)
+
+
+@pytest.mark.parametrize("name", reference.CASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_reveals_are_those_of_the_published_rule(name: str, tied: bool) -> None:
+    check_reveals(STEPWISE[name], reference.CASES[name], tied)
+
+
+def test_every_decoder_that_looks_at_the_model_has_a_published_rule() -> None:
+    stepwise = {name for name, kind in DECODERS.items() if issubclass(kind, Stepwise)}
+    assert stepwise == {case.decoder for case in reference.CASES.values()} | {"edit", "remdm"}  # tested by themselves
 
 
 @pytest.mark.parametrize("tied", [False, True])

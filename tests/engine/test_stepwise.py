@@ -39,6 +39,12 @@ STEPWISE: dict[str, Stepwise] = {
     "remdm loop": decoders.ReMDM("loop", eta=0.2),
     "edit": decoders.Edit(0.5, 0.3, 3),
 }
+TESTED = tuple({type(decoder) for decoder in STEPWISE.values()})
+STEPWISE |= {
+    name: decoders.by_name(name)
+    for name, kind in decoders.DECODERS.items()
+    if issubclass(kind, Stepwise) and not issubclass(kind, TESTED)
+}
 EVERY: dict[str, mdkern.decoders.Decoder] = STEPWISE | {
     "ancestral": decoders.Ancestral(0.1),
     "random": decoders.RandomRemask(),

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mdkern.decoders import Edit, Entropy, EntropyBound, Factor, Margin, PositionAware, ReMDM, Threshold, TopProbability
+from mdkern.decoders import DECODERS, Edit, ReMDM, TopProbability
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
 from mdkern.kernels import select
 from mdkern.kernels.head.reference import row_statistics
 from tests.references import decoding_rules as reference
 
 MASK = 0  # no logit of it above -inf
-FREQUENCY = torch.tensor([0.0, 0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.1])
+FREQUENCY = torch.tensor(reference.FREQUENCY)
 VOCAB = len(FREQUENCY)
 
-STEPWISE: dict[str, Stepwise] = {
-    "top_probability": TopProbability(),
-    "top_probability, dream": TopProbability(quota="dream"),
+
+def make_decoder(case: reference.Case) -> Stepwise:
+    """The package's decoder of a case; its lists are tensors."""
+    parameters = {
+        key: torch.tensor(value) if isinstance(value, list) else value for key, value in case.parameters.items()
+    }
+    decoder: Stepwise = DECODERS[case.decoder](**parameters)
+    return decoder
+
+
+STEPWISE: dict[str, Stepwise] = {name: make_decoder(case) for name, case in reference.CASES.items()} | {
     "top_probability, warm": TopProbability(position_temperature=0.1),
-    "margin": Margin(),
-    "margin, dream": Margin(quota="dream"),
-    "entropy": Entropy(),
-    "entropy, dream": Entropy(quota="dream"),
-    "threshold": Threshold(),
-    "threshold 0.6": Threshold(0.6),
-    "factor": Factor(),
-    "factor 2.3": Factor(2.3),
-    "entropy_bound": EntropyBound(),
-    "entropy_bound 3": EntropyBound(3.0),
-    "entropy_bound inf": EntropyBound(math.inf),
-    "position_aware": PositionAware(FREQUENCY, lam=0.1, alpha=1.5),
     "remdm cap": ReMDM("cap", 0.3),
     "remdm rescale": ReMDM("rescale", 0.3),
     "remdm conf": ReMDM("conf"),

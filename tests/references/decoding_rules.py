@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -268,3 +268,34 @@ def hyperschedule_level(kind: str, width: int) -> Callable[[float, int, int], fl
         return min(1.0, max(0.0, 1 - (front - i) / width_))
 
     return level
+
+
+class Case(NamedTuple):
+    """A decoder with its parameters, and the rule that says what it reveals."""
+
+    decoder: str  # its name
+    parameters: dict[str, Any]
+    rule: Callable[..., dict[int, int]]  # of rows, masks and block, the quota if there is one, and the options
+    options: tuple[Any, ...] = ()
+    quota: str | None = None  # "even" or "dream"
+
+
+FREQUENCY = [0.0, 0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.1]  # of ids 0..7, of which 0 is the mask
+POSITION_AWARE = {"frequency": FREQUENCY, "lam": 0.1, "alpha": 1.5}
+DREAM: dict[str, Any] = {"quota": "dream"}
+CASES = {
+    "top_probability": Case("top_probability", {}, top_probability, quota="even"),
+    "top_probability, dream": Case("top_probability", DREAM, top_probability, quota="dream"),
+    "margin": Case("margin", {}, margin, quota="even"),
+    "margin, dream": Case("margin", DREAM, margin, quota="dream"),
+    "entropy": Case("entropy", {}, entropy, quota="even"),
+    "entropy, dream": Case("entropy", DREAM, entropy, quota="dream"),
+    "threshold": Case("threshold", {}, threshold, (0.9,)),
+    "threshold 0.6": Case("threshold", {"threshold": 0.6}, threshold, (0.6,)),
+    "factor": Case("factor", {}, factor, (1.0,)),
+    "factor 2.3": Case("factor", {"factor": 2.3}, factor, (2.3,)),
+    "entropy_bound": Case("entropy_bound", {}, entropy_bound, (0.1,)),
+    "entropy_bound 3": Case("entropy_bound", {"gamma": 3.0}, entropy_bound, (3.0,)),
+    "entropy_bound inf": Case("entropy_bound", {"gamma": math.inf}, entropy_bound, (math.inf,)),
+    "position_aware": Case("position_aware", POSITION_AWARE, position_aware, (FREQUENCY, 0.1, 1.5), "even"),
+}
