@@ -27,6 +27,7 @@ from benchmarks.tick_trace import few_masked, trace_ticks
 from mdkern import DiT, SampleOutput, Schedule, adapt, sample
 from mdkern.engine import graphs
 from mdkern.models.adapters import DiTDenoiser
+from mdkern.output import counted_saving
 from mdkern.profiling.compiled import Compiled, ddpm_compiled
 from mdkern.profiling.profile import (
     Hollow,
@@ -38,7 +39,6 @@ from mdkern.profiling.profile import (
     time_run,
     time_steps,
 )
-from mdkern.sampling import counted_saving
 
 HEAVY, LIGHT = "H", "L"  # a model alone is "H"
 PAPER = Setting(batch_size=16, length=1024, steps=1000)

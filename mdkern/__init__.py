@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from mdkern.engine import graphs
     from mdkern.evaluation.likelihood import Likelihood, likelihood
     from mdkern.models import Denoiser, DiT, DiTConfig, adapt
+    from mdkern.output import History, SampleOutput
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
-    from mdkern.sampling import History, SampleOutput, sample
+    from mdkern.sampling import sample, sample_groups
     from mdkern.schedule import Schedule
 
 __version__ = "0.1.0"  # the only place: the package's metadata are built from it
@@ -26,9 +27,10 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.engine": ("graphs",),
     "mdkern.evaluation.likelihood": ("Likelihood", "likelihood"),
     "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
+    "mdkern.output": ("History", "SampleOutput"),
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
-    "mdkern.sampling": ("History", "SampleOutput", "sample"),
+    "mdkern.sampling": ("sample", "sample_groups"),
     "mdkern.schedule": ("Schedule",),
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "load_pair",
     "sample",
     "sample_distributed",
+    "sample_groups",
 ]
 
 

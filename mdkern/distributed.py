@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from numbers import Real
 from typing import Any
@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mdkern.digest import digest, model_digest
-from mdkern.engine.request import Request
+from mdkern.engine.groups import Groups
+from mdkern.engine.request import Request, rows_of
 from mdkern.engine.resolve import resolve
-from mdkern.engine.state import Timings
-from mdkern.sampling import SampleOutput, counted_saving, run_request
+from mdkern.output import SampleOutput, counted_saving, joined
 from mdkern.schedule import Schedule
 
 TIMEOUT = 1800.0  # seconds
@@ -225,7 +225,7 @@ def sample_distributed(
                 sample_ids=sample_ids,
                 **options,
             )
-            ids, mask, numbers = request.input_ids, request.attention_mask, request.sample_ids
+            ids = request.input_ids
             facts = request_digests(request) | {"seed": digest(seed), "return_history": digest(return_history)}
         calls = ranks.gather((facts, request.seed))
         check_equal([theirs for theirs, _ in calls])
@@ -233,15 +233,9 @@ def sample_distributed(
         output: SampleOutput | None = None
         with ranks.together():
             if len(ids[mine]):
-                part = replace(
-                    request,
-                    input_ids=ids[mine],
-                    attention_mask=None if mask is None else mask[mine],
-                    sample_ids=numbers[mine],
-                    seed=calls[0][1],
-                )
+                part = replace(rows_of(request, mine), seed=calls[0][1])
                 shown = progress if ranks.rank == 0 else False
-                output = run_request(part, Timings(time.perf_counter()), return_history, cuda_graphs, shown)
+                output = Groups(part, None, return_history, cuda_graphs, shown).all()
         parts = [part for part in ranks.gather(moved(output, "cpu")) if part is not None]
     finally:
         ranks.close()
@@ -253,21 +247,6 @@ def sample_distributed(
         whole.flops_saved = counted_saving(request.denoisers, whole.nfe, whole.tokens_per_forward, ids.shape[1])
     whole.timings["total"] = time.perf_counter() - began
     return whole
-
-
-def joined(parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """The ranks' outputs as one: tensors by `join`, lists end to end, of seconds the most, the rest as the first's."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return join(list(parts))
-    if isinstance(first, list):
-        return [item for part in parts for item in part]
-    if is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in fields(first)]
-        return type(first)(**{name: joined([getattr(part, name) for part in parts], join) for name in names})
-    if isinstance(first, dict):
-        return {key: joined([part[key] for part in parts], join) for key in first}
-    return max(parts) if isinstance(first, float) else first
 
 
 def moved(output: Any, device: torch.device | str) -> Any:

@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers.utils import ModelOutput
 
-from mdkern.decoders import Decoder, Planned
-from mdkern.engine import cached, planned, stepwise
-from mdkern.engine.end_of_text import End, find_end
-from mdkern.engine.graphs import lease
-from mdkern.engine.hooks import Drafts
-from mdkern.engine.request import Request
-from mdkern.engine.resolve import resolve
-from mdkern.engine.state import STOP_REASONS, Outcome, SamplerState, Timings
-from mdkern.models import Denoiser
-from mdkern.plan import GIVEN
+from mdkern.decoders import Decoder
+from mdkern.engine.groups import Groups
+from mdkern.engine.resolve import check_count, resolve
+from mdkern.output import SampleOutput
 from mdkern.schedule import Schedule
-
-RUNS: dict[str, Callable[..., Outcome]] = {
-    "none": stepwise.run,
-    "prefix": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=False)),
-    "dual": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=True)),
-}  # of decoders that look at the model, by `cache`
-
-
-@dataclass(frozen=True)
-class History:
-    """When and by which model each position was revealed."""
-
-    step: Tensor  # int64 [N, L]: 0..T-1, T for the closing pass, -1 where the input gave the token
-    model: Tensor  # int64 [N, L]: index into `models`, -1 where given
-    models: tuple[str, ...]
-    steps: int
-
-
-@dataclass
-class SampleOutput(ModelOutput):
-    """What `sample` returns.
-
-    Attributes:
-        sequences: int64 ``[N, L]``, no masked position left.
-        nfe: forward passes of each sequence by denoiser name, int64 ``[N]`` each.
-        tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
-        steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
-        stop_reason: of each sequence, ``"all_revealed"`` or ``"end_of_text"``.
-        lengths: int64 ``[N]``, tokens of each text up to the first end of text that was written, without it: prompt
-            included, padding not counted. All of the text where there is no end in it. An end of text in the prompt,
-            or given between masks, is a token like others.
-        prompt_lengths: int64 ``[N]``, tokens of each text before the first that was written, padding not counted.
-        attention_mask: bool ``[N, L]``, False at padding; None: no padding.
-        timings: seconds by what took them: ``plan``, one entry per denoiser name, ``total``.
-        flops_saved: counted FLOPs saved by the schedule against the dearest denoiser running the same forward passes;
-            None if a model does not tell its FLOPs, or passes are cut short by a cache.
-        seed: the seed used.
-        history: when `return_history` asked for it.
-    """
-
-    sequences: Tensor | None = None
-    nfe: dict[str, Tensor] | None = None
-    tokens_per_forward: Tensor | None = None
-    steps: Tensor | None = None
-    stop_reason: list[str] | None = None
-    lengths: Tensor | None = None
-    prompt_lengths: Tensor | None = None
-    attention_mask: Tensor | None = None
-    timings: dict[str, float] | None = None
-    flops_saved: float | None = None
-    seed: int | None = None
-    history: History | None = None
-
-    def decode(self, tokenizer: Any, *, skip_prompt: bool = False, **options: Any) -> list[str]:
-        """The texts, each up to its end of text and without padding.
-
-        Args:
-            tokenizer: of transformers, or whatever has its ``decode(ids, **options)``.
-            skip_prompt: leave out what is before the first token that was written.
-            options: for the tokenizer.
-        """
-        assert self.sequences is not None
-        assert self.lengths is not None
-        assert self.prompt_lengths is not None
-        attended = torch.ones_like(self.sequences, dtype=torch.bool)
-        if self.attention_mask is not None:
-            attended = self.attention_mask
-        rows = zip(self.sequences.cpu(), attended.cpu(), self.prompt_lengths.tolist(), self.lengths.tolist())
-        return [
-            tokenizer.decode(row[kept][prompt if skip_prompt else 0 : length].tolist(), **options)
-            for row, kept, prompt, length in rows
-        ]
 
 
 def sample(
@@ -187,9 +104,13 @@ def sample(
 
     Raises:
         ValueError, TypeError: an argument that cannot be right, before any forward pass.
-        FloatingPointError: NaN or infinite logits.
+        FloatingPointError: no token could be drawn for some samples, since logits were NaN, infinite or all forbidden:
+            which samples, at which step, and whether the model or a logits processor is the reason. The other samples
+            are finished first.
+        Otherwise what models and hooks raise. ``partial`` of any exception of the run, KeyboardInterrupt among them, is
+        a `SampleOutput` of the samples that were finished; its ``sample_ids`` say which.
     """
-    timings = Timings(time.perf_counter())
+    began = time.perf_counter()
     request = resolve(
         heavy,
         light,
@@ -216,77 +137,39 @@ def sample(
         generator=generator,
         sample_ids=sample_ids,
     )
-    return run_request(request, timings, return_history, cuda_graphs, progress)
+    return Groups(request, None, return_history, cuda_graphs, progress, began).all()
 
 
-def run_request(
-    request: Request, timings: Timings, return_history: bool, cuda_graphs: bool, progress: bool | None
-) -> SampleOutput:
-    """`sample` of arguments that are resolved."""
-    run: Callable[..., Outcome] = planned.run if isinstance(request.decoder, Planned) else RUNS[request.cache]
-    hooked = request.logits_processor is not None or (run is not planned.run and request.stopping_criteria is not None)
-    on_gpu = request.device.type == "cuda"
-    graphed = cuda_graphs and on_gpu and not hooked
-    with (
-        torch.cuda.device(request.device) if on_gpu else nullcontext(),  # kernels are launched on the current device
-        torch.no_grad(),
-        lease(request) if graphed else nullcontext() as workspace,
-        tqdm(unit="pass", desc="denoising", disable=None if progress is None else not progress, leave=False) as bar,
-    ):
-        count, length = request.input_ids.shape
-        if request.cache == "none":  # else passes are of windows, by `window_hidden`
-            rows = min(request.batch_size, count) * length * (2 if request.guidance_scale else 1)
-            prepared = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
-            request = replace(request, denoisers=prepared)
-        state = SamplerState.of(request) if workspace is None else workspace.state
-        drafts = Drafts(request.streamer, state.input_ids[:count], state.given[:count], request.attention_mask)
-        outcome = run(request, state, workspace, bar, drafts, timings)
-        drafts.end()
-        sequences = state.input_ids[:count].clone()
-    return summarise(request, sequences, outcome, timings.total(), return_history)
+def sample_groups(
+    heavy: Any,
+    light: Any = None,
+    schedule: str | Schedule | None = None,
+    *,
+    group_size: int | None = None,
+    return_history: bool = False,
+    cuda_graphs: bool = True,
+    progress: bool | None = None,
+    **arguments: Any,
+) -> Iterator[SampleOutput]:
+    """`sample`, its samples handed over group by group as they finish: together the same as `sample` returns.
 
+    All arguments are checked at once; what is not asked for any more is not run. The models must not be changed
+    in the meantime.
 
-def summarise(
-    request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float], return_history: bool
-) -> SampleOutput:
-    revealed = (outcome.model != GIVEN).sum(-1)  # what was filled with the end of text has a step and no model
-    passes = sum(outcome.nfe.values(), torch.zeros_like(request.sample_ids))
-    per_forward = revealed / passes
-    history = History(outcome.step, outcome.model, tuple(request.denoisers), request.steps)
-    saved = None
-    if request.cache == "none":
-        saved = counted_saving(request.denoisers, outcome.nfe, per_forward, sequences.shape[1])
-    return SampleOutput(
-        sequences=sequences,
-        nfe=outcome.nfe,
-        tokens_per_forward=per_forward,
-        steps=(outcome.step.amax(-1) + 1).clamp(max=request.steps),
-        stop_reason=[STOP_REASONS[reason] for reason in outcome.stop_reason.tolist()],
-        lengths=tokens_before(find_end(sequences, request.masked, request.mask_id, request.eos_ids), request),
-        prompt_lengths=tokens_before(find_end(request.input_ids, request.masked, request.mask_id, ()), request),
-        attention_mask=request.attention_mask,
-        timings=timings,
-        flops_saved=saved,
-        seed=request.seed,
-        history=history if return_history else None,
-    )
+    Args:
+        heavy, light, schedule, return_history, cuda_graphs, progress, arguments: as in `sample`.
+        group_size: consecutive samples of a group; they go through the schedule together. None: as few batches as take
+            hardly more passes than all samples at once would.
 
+    Yields:
+        A `SampleOutput` of each group. Its ``sample_ids`` say which samples it has: all of the group but those for
+        which no token could be drawn.
 
-def tokens_before(end: End, request: Request) -> Tensor:
-    """int64 ``[N]``: tokens of each text before its end, or all of them if it has none."""
-    column = torch.arange(request.input_ids.shape[1], device=request.device)
-    before = (column < end.column) | ~end.found
-    return (before if request.attention_mask is None else before & request.attention_mask).sum(-1)
-
-
-def counted_saving(
-    denoisers: Mapping[str, Denoiser], nfe: Mapping[str, Tensor], tokens_per_forward: Tensor, length: int
-) -> float | None:
-    """Share of the FLOPs that the dearest denoiser would have spent on the same forward passes."""
-    rows = max(1, round(float(tokens_per_forward.mean())))
-    cost = {name: denoiser.flops(length, rows) for name, denoiser in denoisers.items()}
-    known = {name: flops for name, flops in cost.items() if flops is not None}
-    if len(known) < len(cost):
-        return None
-    passes = {name: int(count.sum()) for name, count in nfe.items()}
-    return 1.0 - sum(passes[name] * known[name] for name in known) / (max(known.values()) * sum(passes.values()))
+    Raises:
+        As `sample` does, what models and hooks raise while it is iterated over. A FloatingPointError comes when all
+        other samples are finished. ``partial`` of an exception has what is finished and was not yet handed over.
+    """
+    began = time.perf_counter()
+    size = None if group_size is None else check_count("group_size", group_size)
+    request = resolve(heavy, light, schedule, **arguments)
+    return iter(Groups(request, size, return_history, cuda_graphs, progress, began))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from mdkern.schedule import Schedule
 
 if TYPE_CHECKING:
-    from mdkern.sampling import History, SampleOutput
+    from mdkern.output import History, SampleOutput
 
 TEMPLATE = Path(__file__).with_name("trace.html")
 USUAL_MODELS = {"H": "heavy model", "L": "light model"}

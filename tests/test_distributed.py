@@ -117,15 +117,15 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     results["different counts"] = attempt(USUAL | {"num_samples": 2 + rank})
     for name, options in changed(COMPARED).items():
         results[f"different {name}"] = attempt(options if rank == 1 else COMPARED | prompts())
-    usual = distributed.run_request
+    usual = distributed.Groups
 
     def failing(*_: Any, **__: Any) -> None:
         raise (FloatingPointError if rank == 1 else OSError)(f"failed on {rank}")
 
     if rank == 1:
-        distributed.run_request = failing
+        distributed.Groups = failing
     results["NaN on rank 1"] = attempt(USUAL)
-    distributed.run_request = usual
+    distributed.Groups = usual
     results["and then a good call"] = attempt(SAME["uneven shares"])
     if rank == 1:
         time.sleep(3.0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mdkern.models import DiT
-    from mdkern.sampling import SampleOutput
+    from mdkern.output import SampleOutput
     from mdkern.schedule import Schedule
 
 LIGHT_SHARE = 0.25  # of the default schedule: L32 H192 L32 at 256 steps

@@ -260,10 +260,13 @@ class Pacer:
 
 
 @contextmanager
-def lease(request: Request) -> Iterator[Workspace]:
-    """A workspace for the request, loaded with it; kept for the next call unless this one fails."""
+def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
+    """A workspace for the request, loaded with it; kept for the next call unless this one fails.
+
+    It has room for `most` sequences at least, so that a run's groups share one.
+    """
     count, length = request.input_ids.shape
-    room = 1 << max(4, (count - 1).bit_length())  # so that calls of nearly the same size share graphs
+    room = 1 << max(4, (max(count, most) - 1).bit_length())  # so that calls of nearly the same size share graphs
     key = request.device, room, length, request.attention_mask is not None
     with _lock:
         found = next((workspace for workspace in reversed(_idle) if workspace.key == key), None)

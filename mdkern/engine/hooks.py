@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ def stopped(criteria: Callable[[Tensor, Any], Any], input_ids: Tensor) -> Tensor
     return answer.expand(len(input_ids))
 
 
+def process(processor: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, logits: Tensor, mask_id: int) -> Tensor:
+    """What a processor makes of float32 logits ``[M, V]`` of sequences ``input_ids [M, L]``."""
+    if mask_id >= logits.shape[1]:
+        logits = torch.nn.functional.pad(logits, (0, mask_id + 1 - logits.shape[1]), value=-torch.inf)
+    return processor(input_ids, logits).float()
+
+
 def row_statistics(
     processor: Callable[[Tensor, Tensor], Tensor] | None,
     head: Head,
@@ -95,10 +103,7 @@ def row_statistics(
     parts = [nothing]
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
-        logits = head.logits(flat[row[part]])
-        if mask_id >= logits.shape[1]:
-            logits = torch.nn.functional.pad(logits, (0, mask_id + 1 - logits.shape[1]), value=-torch.inf)
-        logits = processor(input_ids[row[part] // width], logits).float()
+        logits = process(processor, input_ids[row[part] // width], head.logits(flat[row[part]]), mask_id)
         places = torch.arange(len(logits), device=logits.device)
         parts.append(vocab_projection(logits, None, None, places, temperature[part], seed, keys[part], **options))
 
@@ -122,34 +127,42 @@ class Drafts:
     """
 
     def __init__(self, streamer: Any, ids: Tensor, given: Tensor, attended: Tensor | None = None) -> None:
-        """`ids` and `given`, int64 and bool ``[N, L]``, are read whenever a draft is shown.
+        """`ids` and `given`, int64 and bool ``[N, L]``, are the start of all sequences.
 
         `attended`, bool ``[N, L]`` or None, says what is no padding: finished sequences are put without it.
         """
-        self.streamer, self.ids, self.given, self.attended = streamer, ids, given, attended
+        self.streamer, self.given, self.attended = streamer, given, attended
         self.put_draft = getattr(streamer, "put_draft", None)
         self.last = time.monotonic()
+        self.draft = ids.cpu().clone() if self.put_draft else None
         self.stream = torch.cuda.Stream(ids.device) if ids.is_cuda and self.put_draft else None
+
+    def begin(self, first: int, ids: Tensor) -> None:
+        """From now on sequences from number `first` on are being written: `ids` is read whenever a draft is shown."""
+        self.first, self.ids = first, ids
 
     def show(self) -> None:
         """A draft, unless one was shown just now. Reading it does not wait for the steps that are under way."""
         if self.put_draft is None or time.monotonic() - self.last < SECONDS_BETWEEN_DRAFTS:
             return
-        if self.stream is None:
-            draft = self.ids.cpu().clone()
-        else:
-            with torch.cuda.stream(self.stream):
-                draft = self.ids.cpu()
-        self.put_draft(draft)
+        assert self.draft is not None
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            self.draft[self.first : self.first + len(self.ids)] = self.ids.cpu()
+        self.put_draft(self.draft.clone())
         self.last = time.monotonic()
 
-    def end(self) -> None:
-        """The finished sequences."""
+    def end(self, first: int, ids: Tensor, finished: Tensor) -> None:
+        """Sequences from number `first` on are written, where ``finished [n]`` says so: ``ids [n, L]``."""
+        if self.draft is not None:
+            self.draft[first : first + len(ids)] = ids.cpu()
         if self.streamer is None:
             return
-        ids, given = self.ids.cpu(), self.given.cpu()
-        attended = torch.ones_like(given) if self.attended is None else self.attended.cpu()
-        for row, known, text in zip(ids, given, attended):
+        rows = slice(first, first + len(ids))
+        given = self.given[rows].cpu()
+        attended = torch.ones_like(given) if self.attended is None else self.attended[rows].cpu()
+        for row, known, text, whole in zip(ids.cpu(), given, attended, finished.tolist()):
+            if not whole:
+                continue
             sequence, known = row[text], known[text]
             prompt = int((~known).int().argmax())
             self.streamer.put(sequence[:prompt])

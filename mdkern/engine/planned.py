@@ -16,10 +16,21 @@ from tqdm import tqdm
 
 from mdkern.decoders import Canvas, Planned
 from mdkern.engine.end_of_text import fill_tail, find_end
+from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Pacer, Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
 from mdkern.engine.request import Request
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, Outcome, SamplerState, TickBuffer, Timings
+from mdkern.engine.state import (
+    ALL_REVEALED,
+    END_OF_TEXT,
+    FAILED,
+    RUNNING,
+    IncompleteError,
+    Outcome,
+    SamplerState,
+    TickBuffer,
+    Timings,
+)
 from mdkern.kernels.loop.tick import begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -36,24 +47,53 @@ def run(
     model = torch.full_like(plan.step, GIVEN)
     ended = torch.zeros(len(plan.step), dtype=torch.bool, device=request.device)
     filled_at = torch.full_like(plan.step, GIVEN)  # the step before which a position was filled with the end of text
+    failed, failure = torch.zeros_like(ended), None
     nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
-    bar.reset(total=int(plan.events().sum()))
+    if bar.total is None:
+        bar.reset(total=int(plan.events().sum()))
     timings.lap("plan")
-    for name, first, stop in pieces(request):
-        run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar, drafts)
-        report_failure(request.denoisers[name], state)
-        nfe[name] += plan.events(first, stop)
-        model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
-        end = min(stop, request.steps)
-        if stops(request) and (end == request.steps or end % look_steps(request) == 0):
-            block_ends = end % (request.steps // request.blocks) == 0
-            plan, now, tail = stop_texts(request, state, plan, ~ended, block_ends)
-            ended |= now
-            model[tail] = GIVEN
-            filled_at[tail] = stop - 1
-        timings.lap(name)
-    reason = torch.where(ended, END_OF_TEXT, ALL_REVEALED)
-    return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason)
+
+    def outcome() -> Outcome:
+        left = (request.masked & (state.input_ids[: len(ended)] == request.mask_id)).any(-1)
+        reason = torch.where(ended, END_OF_TEXT, torch.where(left, RUNNING, ALL_REVEALED))
+        reason = torch.where(failed, FAILED, reason)
+        return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason, failure)
+
+    try:
+        for name, first, stop in pieces(request):
+            nfe[name] += plan.events(first, stop)
+            model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
+            run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar, drafts)
+            if has_failed(state):
+                unwritten = (
+                    (plan.step >= first) & (plan.step < stop) & (state.input_ids[: len(ended)] == request.mask_id)
+                )
+                failure = failure or explain_first(request, name, state, plan, unwritten)
+                failed |= unwritten.any(-1)
+                plan = replace(plan, step=plan.step.masked_fill(failed[:, None], GIVEN))
+            end = min(stop, request.steps)
+            if stops(request) and (end == request.steps or end % look_steps(request) == 0):
+                block_ends = end % (request.steps // request.blocks) == 0
+                plan, now, tail = stop_texts(request, state, plan, ~ended, block_ends)
+                ended |= now
+                model[tail] = GIVEN
+                filled_at[tail] = stop - 1
+            timings.lap(name)
+    except BaseException as error:
+        raise IncompleteError(outcome) from error
+    return outcome()
+
+
+def explain_first(request: Request, name: str, state: SamplerState, plan: RevealPlan, unwritten: Tensor) -> str:
+    """Why a pass of a denoiser gave no token: of the first sample with an ``unwritten [N, L]`` position."""
+    row = int(unwritten.any(-1).nonzero()[0, 0])
+    order = (plan.step if plan.order is None else plan.order)[row]
+    event = order[unwritten[row]].min()
+    position = (unwritten[row] & (order == event)).nonzero()[:, 0]
+    step = int(plan.step[row, position[0]])
+    ids = torch.where((plan.step[row] != GIVEN) & (order >= event), request.mask_id, state.input_ids[row])
+    time = request.decoder.times(request.steps)[step] if plan.time is None else plan.time[row, position[0]]
+    return explain(request, name, row, step, ids, position, float(time))
 
 
 def stops(request: Request) -> bool:
@@ -244,9 +284,3 @@ def stop_texts(
     filled, tail = fill_tail(ids, wanted, end, ended, request.eos_ids[0])
     ids.copy_(filled)
     return replace(plan, step=plan.step.masked_fill(tail, GIVEN)), ended, tail
-
-
-def report_failure(denoiser: Denoiser, state: SamplerState) -> None:
-    """The segment's one synchronisation."""
-    if bool(state.failed):
-        raise FloatingPointError(f"{denoiser.name} gave NaN or infinite logits, so no token could be drawn")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,3 +62,14 @@ class Request:
     @property
     def mask_id(self) -> int:
         return next(iter(self.denoisers.values())).mask_id
+
+
+def rows_of(request: Request, rows: slice | Tensor) -> Request:
+    """Some of a request's samples."""
+    mask = request.attention_mask
+    return replace(
+        request,
+        input_ids=request.input_ids[rows],
+        attention_mask=None if mask is None else mask[rows],
+        sample_ids=request.sample_ids[rows],
+    )

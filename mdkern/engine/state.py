@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from mdkern.engine.request import Request
 from mdkern.plan import Ticks, positions_in_text
 
-RUNNING, ALL_REVEALED, END_OF_TEXT = range(3)  # why a sequence stopped
-STOP_REASONS = ("running", "all_revealed", "end_of_text")
+RUNNING, ALL_REVEALED, END_OF_TEXT, FAILED = range(4)  # why a sequence stopped; of a failed one no token can be drawn
+STOP_REASONS = ("running", "all_revealed", "end_of_text", "failed")
 MOST_ENTRIES = 1 << 22  # int64 entries of a `TickBuffer`: 32 MiB
 MOST_TICKS = 4096
 
@@ -25,6 +26,20 @@ class Outcome:
     model: Tensor  # int64 [N, L]: by which of the request's denoisers, GIVEN where the input gave the token
     nfe: dict[str, Tensor]  # int64 [N] each
     stop_reason: Tensor  # int64 [N]
+    failure: str | None = None  # of the first sample that failed: its number, the step and why
+
+    @property
+    def finished(self) -> Tensor:
+        """bool ``[N]``"""
+        return (self.stop_reason == ALL_REVEALED) | (self.stop_reason == END_OF_TEXT)
+
+
+class IncompleteError(Exception):
+    """What ended a run, its cause, with what is known till then."""
+
+    def __init__(self, outcome: Callable[[], Outcome]) -> None:
+        super().__init__()
+        self.outcome = outcome
 
 
 class Timings:

@@ -18,13 +18,22 @@ from tqdm import tqdm
 
 from mdkern.decoders.base import Proposal
 from mdkern.engine.end_of_text import fill_tail, find_end
+from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Graph, Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
-from mdkern.engine.planned import report_failure
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.request import Request
 from mdkern.engine.slots import Slots, observe
-from mdkern.engine.state import ALL_REVEALED, END_OF_TEXT, RUNNING, Outcome, SamplerState, Timings
+from mdkern.engine.state import (
+    ALL_REVEALED,
+    END_OF_TEXT,
+    FAILED,
+    RUNNING,
+    IncompleteError,
+    Outcome,
+    SamplerState,
+    Timings,
+)
 from mdkern.kernels.loop.compact import compact
 from mdkern.kernels.loop.select import select
 from mdkern.models import Denoiser
@@ -60,21 +69,43 @@ def run(
     settings = Settings.of(request)
     progress = prepare(request, settings, state, workspace)
     count = len(request.input_ids)
-    bar.reset(total=int(progress.total.sum()))
+    if bar.total is None:
+        bar.reset(total=int(progress.total.sum()))
     bar.unit = "token"
     timings.lap("plan")
-    for segment in request.segments:
-        denoiser, number = request.denoisers[segment.model], list(request.denoisers).index(segment.model)
-        stretch = Stretch(denoiser, number, segment.stop, settings, state, progress, workspace)
-        (decode or decode_stretch)(stretch, bar, drafts)
-        report_failure(denoiser, state)
-        timings.lap(segment.model)
-    return Outcome(
-        progress.reveal_step[:count].clone(),
-        progress.reveal_model[:count].clone(),
-        {name: progress.nfe[number, :count].clone() for number, name in enumerate(request.denoisers)},
-        progress.stop_reason[:count].clone(),
-    )
+    failure = None
+
+    def outcome() -> Outcome:
+        return Outcome(
+            progress.reveal_step[:count].clone(),
+            progress.reveal_model[:count].clone(),
+            {name: progress.nfe[number, :count].clone() for number, name in enumerate(request.denoisers)},
+            progress.stop_reason[:count].clone(),
+            failure,
+        )
+
+    try:
+        for segment in request.segments:
+            denoiser, number = request.denoisers[segment.model], list(request.denoisers).index(segment.model)
+            stretch = Stretch(denoiser, number, segment.stop, settings, state, progress, workspace)
+            (decode or decode_stretch)(stretch, bar, drafts)
+            if has_failed(state):
+                failure = failure or explain_first(request, segment.model, settings, state, progress)
+            timings.lap(segment.model)
+    except BaseException as error:
+        raise IncompleteError(outcome) from error
+    return outcome()
+
+
+def explain_first(request: Request, name: str, settings: Settings, state: SamplerState, progress: Progress) -> str:
+    """Why a pass of a denoiser gave no token: of the first sample that failed."""
+    row = (progress.stop_reason == FAILED).nonzero()[:1, 0]
+    masked = (state.input_ids[row] == settings.mask_id) & progress.wanted[row]
+    step = progress.schedule_step(settings, masked.sum(-1), row) - (0 if settings.decoder.adaptive else 1)
+    just_now = progress.wanted[row] & (progress.reveal_step[row] == step[:, None])
+    ids = torch.where(just_now, settings.mask_id, state.input_ids[row])[0]
+    position = (masked | just_now)[0].nonzero()[:, 0]
+    return explain(request, name, int(row), int(step), ids, position, float(progress.times[step]))
 
 
 def prepare(request: Request, settings: Settings, state: SamplerState, workspace: Workspace | None) -> Progress:
@@ -348,6 +379,7 @@ def advance(
     progress.block_step[sequence] = torch.where(moves, 0, block_step)
     progress.closing[sequence] = torch.where(moves, 0, closing)
     reason = torch.where(ended, END_OF_TEXT, torch.where(finished, ALL_REVEALED, RUNNING))
+    reason = torch.where(failed, FAILED, reason)
     progress.stop_reason[sequence] = torch.where(active, reason, ALL_REVEALED)
 
     beyond = progress.schedule_step(settings, left, sequence) >= progress.stop

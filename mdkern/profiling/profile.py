@@ -26,9 +26,10 @@ from torch import Tensor
 
 from mdkern.models import Denoiser, DiT, DiTConfig, adapt
 from mdkern.models.denoiser import Head
+from mdkern.output import SampleOutput
 from mdkern.profiling.compiled import Compiled, Wrapped, ddpm_compiled, plain_hidden
 from mdkern.profiling.eager import ddpm
-from mdkern.sampling import SampleOutput, sample
+from mdkern.sampling import sample
 from mdkern.schedule import Schedule
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ import mdkern
 from mdkern import Denoiser, DiT, adapt, decoders
 from mdkern.decoders import Stepwise
 from mdkern.engine import cached, graphs, stepwise
+from mdkern.engine.groups import RUNS
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState, Timings
 from mdkern.models import Head, dit_window
-from mdkern.sampling import RUNS
 from tests.conftest import random_dit
 from tests.engine.test_stepwise import LENGTH, MASK, MODEL, STEPWISE, starts
 from tests.references.slow_sampler import PairModel, decode

@@ -452,7 +452,7 @@ class TestReplay:
 
         stream = torch.cuda.Stream()
         with monkeypatch.context() as patch:
-            patch.setattr("mdkern.engine.planned.report_failure", fail)
+            patch.setattr("mdkern.engine.planned.has_failed", fail)
             with torch.cuda.stream(stream), pytest.raises(ZeroDivisionError):
                 draw(pair)
         assert stream.query(), "the device is still at work"
@@ -508,9 +508,7 @@ class TestReplay:
             return original(self, *arguments)
 
         monkeypatch.setattr(planned.TickBuffer, "load", watched)
-        monkeypatch.setattr(
-            "mdkern.engine.planned.report_failure", lambda *_: torch.cuda.set_sync_debug_mode("default")
-        )
+        monkeypatch.setattr("mdkern.engine.planned.has_failed", lambda *_: torch.cuda.set_sync_debug_mode("default"))
         try:
             out = draw(pair)
         finally:

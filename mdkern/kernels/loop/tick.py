@@ -177,7 +177,8 @@ def end_in_pytorch(
     used = torch.arange(token.shape[0], device=token.device) < row_count
     failed |= ((token < 0) & used).any()
     # Unused rows have a target in the scratch sequence, whose ids must stay ids of the vocabulary.
-    input_ids.view(-1)[target] = token.clamp(min=0)
+    ids = input_ids.view(-1)
+    ids[target] = torch.where(token < 0, ids[target], token)
     tick += 1
 
 
@@ -203,7 +204,7 @@ def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, tar
 
     Args:
         input_ids: int64 ``[N + 1, L]``, contiguous, written in place.
-        failed: bool scalar, set where a used row has a negative token (NaN logits; it writes id 0).
+        failed: bool scalar, set where a used row has a negative token (NaN logits), which is not written.
         tick: int64 ``[1]``, counted up.
         token, target: int64 ``[M]``, from `vocab_projection` and `begin_tick`.
         row_count: int64 scalar: rows used.

@@ -154,7 +154,7 @@ def _end(input_ids, failed, tick, token, target, row_count, capacity, BLOCK: tl.
     used = (index < capacity) & (index < tl.load(row_count))
     drawn = tl.load(token + index, mask=used, other=0)
     at = tl.load(target + index, mask=used, other=0)
-    tl.store(input_ids + at, tl.maximum(drawn, 0), mask=used)
+    tl.store(input_ids + at, drawn, mask=used & (drawn >= 0))
     if tl.min(drawn, 0) < 0:
         tl.store(failed, True)
     if tl.program_id(0) == 0:

@@ -1,0 +1,224 @@
+"""A request run in groups of consecutive samples: what is finished can be handed over, or kept if the rest fails.
+
+All samples of a group go through the schedule together, segment after segment. Groups are of as few batches as take
+hardly more passes than all samples at once would.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.decoders import Planned, Stepwise
+from mdkern.engine import cached, planned, stepwise
+from mdkern.engine.graphs import lease
+from mdkern.engine.hooks import Drafts
+from mdkern.engine.request import Request, rows_of
+from mdkern.engine.state import FAILED, RUNNING, IncompleteError, Outcome, SamplerState, Timings
+from mdkern.output import SampleOutput, flops_saved, joined, summarise
+
+logger = logging.getLogger(__name__)
+
+RUNS: dict[str, Callable[..., Outcome]] = {
+    "none": stepwise.run,
+    "prefix": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=False)),
+    "dual": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=True)),
+}  # of decoders that look at the model, by `cache`
+
+MOST_GROWTH = 1.02  # passes of all groups over those of one run
+LEAST_PASSES, LEAST_PASSES_ON_GPU = 32, 256  # of a group: to begin one takes as long as a few passes of a small model
+UNEVEN_BATCHES = 32  # of a group whose sequences differ in their passes: half a batch idles while the last ones end
+SEQUENCES_PLANNED = 4096  # at a time, to count passes
+
+
+class Groups:
+    """A request's groups, run as they are iterated over.
+
+    Raises:
+        FloatingPointError: no token could be drawn for some samples. Told when all others are finished, or at once
+            where all of a group failed; the outputs are without them.
+        Otherwise what models and hooks raise. ``partial`` of any exception is a `SampleOutput` of what was finished
+        and not yet given.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        group_size: int | None = None,
+        return_history: bool = False,
+        cuda_graphs: bool = True,
+        progress: bool | None = None,
+        began: float | None = None,
+    ) -> None:
+        """`group_size` None: `choose_groups`. The first group's time counts from `began` on, default now."""
+        self.request = request
+        self.group_size = group_size
+        self.return_history, self.cuda_graphs = return_history, cuda_graphs
+        self.disable = None if progress is None else not progress
+        self.began = time.perf_counter() if began is None else began
+        self.pending: SampleOutput | None = None  # finished and not yet given
+
+    def __iter__(self) -> Iterator[SampleOutput]:
+        try:
+            with tqdm(unit="pass", desc="denoising", disable=self.disable, leave=False) as bar:
+                yield from self.run(bar)
+        except BaseException as error:
+            with suppress(Exception):
+                error.partial = self.empty() if self.pending is None else self.pending  # type: ignore[attr-defined]
+            raise
+
+    def all(self) -> SampleOutput:
+        """All groups' outputs as one; so is ``partial`` of an exception."""
+        outputs = []
+        began = self.began
+        try:
+            for output in self:
+                outputs.append(output)
+        except BaseException as error:
+            with suppress(Exception):
+                error.partial = self.joined([*outputs, error.partial], began)  # type: ignore[attr-defined]
+            raise
+        return self.joined(outputs, began)
+
+    def run(self, bar: tqdm) -> Iterator[SampleOutput]:
+        count, size = len(self.request.input_ids), self.group_size
+        with device_of(self.request):
+            if size is None:
+                groups, bar.total = choose_groups(self.request)
+            else:
+                groups = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+            most = max(rows.stop - rows.start for rows in groups)
+            request = prepared(self.request, most)
+        drafts = Drafts(request.streamer, request.input_ids, ~request.masked, request.attention_mask)
+        failure, failed = "", 0
+        for rows in groups:
+            with device_of(request):
+                outcome = self.run_group(rows_of(request, rows), most, bar, drafts, rows.start)
+            if outcome.failure is not None:
+                failure = failure or outcome.failure
+                failed += int((outcome.stop_reason == FAILED).sum())
+                if not bool(outcome.finished.any()):
+                    break
+                logger.warning("%s; the other samples go on", outcome.failure)
+            output, self.pending, self.began = self.pending, None, time.perf_counter()
+            assert output is not None
+            yield output
+        if failed:
+            others = f", and neither could be for {failed - 1} more" if failed > 1 else ""
+            raise FloatingPointError(
+                f"{failure}, so no token could be drawn{others}. What is finished is this error's `partial`"
+            )
+
+    def run_group(self, request: Request, most: int, bar: tqdm, drafts: Drafts, first: int) -> Outcome:
+        """Samples from number `first` on of a request that has at most `most` in a group, to be `pending`."""
+        run: Callable[..., Outcome] = planned.run if isinstance(request.decoder, Planned) else RUNS[request.cache]
+        asked = run is not planned.run and request.stopping_criteria is not None  # by the host, after every step
+        graphed = self.cuda_graphs and request.device.type == "cuda" and request.logits_processor is None and not asked
+        timings, count = Timings(self.began), len(request.input_ids)
+        with torch.no_grad(), lease(request, most) if graphed else nullcontext() as workspace:
+            state = SamplerState.of(request) if workspace is None else workspace.state
+            drafts.begin(first, state.input_ids[:count])
+            cause: BaseException | None = None
+            try:
+                outcome = run(request, state, workspace, bar, drafts, timings)
+            except IncompleteError as incomplete:
+                outcome, cause = incomplete.outcome(), incomplete.__cause__
+            sequences = state.input_ids[:count].clone()
+            self.pending = summarise(request, sequences, outcome, timings.total(), self.return_history)
+            if cause is not None:
+                raise cause
+        drafts.end(first, sequences, outcome.finished)
+        return outcome
+
+    def joined(self, outputs: list[SampleOutput], began: float) -> SampleOutput:
+        output = outputs[0]
+        if len(outputs) > 1:
+            output = joined(outputs, torch.cat, sum)
+            output.flops_saved = flops_saved(self.request, output)
+        assert output.timings is not None
+        output.timings["total"] = time.perf_counter() - began
+        return output
+
+    def empty(self) -> SampleOutput:
+        """The output of no sample."""
+        request = rows_of(self.request, slice(0, 0))
+        none, nfe = request.input_ids, dict.fromkeys(request.denoisers, request.sample_ids)
+        outcome = Outcome(none, none, nfe, torch.full_like(request.sample_ids, RUNNING))
+        return summarise(request, none, outcome, {"total": time.perf_counter() - self.began}, self.return_history)
+
+
+def device_of(request: Request) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(request.device) if request.device.type == "cuda" else nullcontext()
+
+
+def prepared(request: Request, most: int) -> Request:
+    """With denoisers prepared for groups of at most `most` samples; cached passes are of windows and need none."""
+    if request.cache != "none":
+        return request
+    rows = min(request.batch_size, most) * request.input_ids.shape[1] * (2 if request.guidance_scale else 1)
+    with torch.no_grad():
+        denoisers = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
+    return replace(request, denoisers=denoisers)
+
+
+def choose_groups(request: Request) -> tuple[list[slice], int | None]:
+    """The groups to run a request in, and the progress bar's total if there are several.
+
+    The last group takes the samples that are over, so that no batch is smaller than in one run.
+    """
+    count, batch = request.input_ids.shape[0], request.batch_size
+    passes, total = None, None
+    if count >= 2 * batch:
+        passes, total = count_passes(request)
+    least = LEAST_PASSES_ON_GPU if request.device.type == "cuda" else LEAST_PASSES
+    size = batch if passes is not None else batch * UNEVEN_BATCHES
+    while passes is not None and 2 * size <= count:
+        number = passes_of_groups(passes, size, batch)
+        if number <= MOST_GROWTH * passes_of_groups(passes, count, batch) and number >= least * (count // size):
+            break
+        size *= 2
+    if 2 * size > count:
+        return [slice(0, count)], None
+    firsts = range(0, count - size + 1, size)
+    return [slice(first, first + size) for first in firsts[:-1]] + [slice(firsts[-1], count)], total
+
+
+def passes_of_groups(passes: Tensor, size: int, batch: int) -> int:
+    """Forward passes of batches that groups of `size` samples take.
+
+    Args:
+        passes: int64 ``[N, S]``, of each sequence in each segment.
+    """
+    groups = len(passes) // size
+    cut = (groups - 1) * size
+    first, last = passes[:cut].view(groups - 1, size, passes.shape[1]), passes[None, cut:]
+    return sum(int(torch.maximum(-(-part.sum(1) // batch), part.amax(1)).sum()) for part in (first, last) if len(part))
+
+
+def count_passes(request: Request) -> tuple[Tensor | None, int]:
+    """Forward passes of each sequence in each segment, int64 ``[N, S]`` on the CPU, and the progress bar's total.
+
+    None where sequences may differ in what they take and only the run shows it.
+    """
+    masked = request.masked.sum(-1)
+    if isinstance(request.decoder, Stepwise):
+        even = int(masked.min()) == int(masked.max()) and not request.decoder.adaptive and not planned.stops(request)
+        steps = torch.tensor([segment.stop - segment.first for segment in request.segments])
+        return steps.expand(len(masked), -1) if even else None, int(masked.sum())
+    parts = []
+    for first in range(0, len(masked), SEQUENCES_PLANNED):
+        part = rows_of(request, slice(first, first + SEQUENCES_PLANNED))
+        plan = planned.draw_plan(part, SamplerState.of(part))
+        parts.append(torch.stack([plan.events(first, stop) for _, first, stop in planned.pieces(part)], -1).cpu())
+    passes = torch.cat(parts)
+    return passes, int(passes.sum())

@@ -1,0 +1,162 @@
+"""What `sample` returns, put together from what a run knows, and cut and joined by samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from mdkern.engine.end_of_text import End, find_end
+from mdkern.engine.request import Request, rows_of
+from mdkern.engine.state import STOP_REASONS, Outcome
+from mdkern.models import Denoiser
+from mdkern.plan import GIVEN
+
+
+@dataclass(frozen=True)
+class History:
+    """When and by which model each position was revealed."""
+
+    step: Tensor  # int64 [N, L]: 0..T-1, T for the closing pass, -1 where the input gave the token
+    model: Tensor  # int64 [N, L]: index into `models`, -1 where given
+    models: tuple[str, ...]
+    steps: int
+
+
+@dataclass
+class SampleOutput(ModelOutput):
+    """What `sample` returns.
+
+    Attributes:
+        sequences: int64 ``[N, L]``, no masked position left.
+        sample_ids: int64 ``[N]``, the sample numbers.
+        nfe: forward passes of each sequence by denoiser name, int64 ``[N]`` each.
+        tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
+        steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
+        stop_reason: of each sequence, ``"all_revealed"`` or ``"end_of_text"``.
+        lengths: int64 ``[N]``, tokens of each text up to the first end of text that was written, without it: prompt
+            included, padding not counted. All of the text where there is no end in it. An end of text in the prompt,
+            or given between masks, is a token like others.
+        prompt_lengths: int64 ``[N]``, tokens of each text before the first that was written, padding not counted.
+        attention_mask: bool ``[N, L]``, False at padding; None: no padding.
+        timings: seconds by what took them: ``plan``, one entry per denoiser name, ``total``.
+        flops_saved: counted FLOPs saved by the schedule against the dearest denoiser running the same forward passes;
+            None if a model does not tell its FLOPs, or passes are cut short by a cache.
+        seed: the seed used.
+        history: when `return_history` asked for it.
+    """
+
+    sequences: Tensor | None = None
+    sample_ids: Tensor | None = None
+    nfe: dict[str, Tensor] | None = None
+    tokens_per_forward: Tensor | None = None
+    steps: Tensor | None = None
+    stop_reason: list[str] | None = None
+    lengths: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    attention_mask: Tensor | None = None
+    timings: dict[str, float] | None = None
+    flops_saved: float | None = None
+    seed: int | None = None
+    history: History | None = None
+
+    def decode(self, tokenizer: Any, *, skip_prompt: bool = False, **options: Any) -> list[str]:
+        """The texts, each up to its end of text and without padding.
+
+        Args:
+            tokenizer: of transformers, or whatever has its ``decode(ids, **options)``.
+            skip_prompt: leave out what is before the first token that was written.
+            options: for the tokenizer.
+        """
+        assert self.sequences is not None
+        assert self.lengths is not None
+        assert self.prompt_lengths is not None
+        attended = torch.ones_like(self.sequences, dtype=torch.bool)
+        if self.attention_mask is not None:
+            attended = self.attention_mask
+        rows = zip(self.sequences.cpu(), attended.cpu(), self.prompt_lengths.tolist(), self.lengths.tolist())
+        return [
+            tokenizer.decode(row[kept][prompt if skip_prompt else 0 : length].tolist(), **options)
+            for row, kept, prompt, length in rows
+        ]
+
+
+def summarise(
+    request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float], return_history: bool
+) -> SampleOutput:
+    """The output of a request's finished samples; of others nothing is told."""
+    finished = outcome.finished.nonzero()[:, 0]
+    request, sequences = rows_of(request, finished), sequences[finished]
+    step, model, reason = (x[finished] for x in (outcome.step, outcome.model, outcome.stop_reason))
+    nfe = {name: passes[finished] for name, passes in outcome.nfe.items()}
+    revealed = (model != GIVEN).sum(-1)  # what was filled with the end of text has a step and no model
+    passes = sum(nfe.values(), torch.zeros_like(reason))
+    output = SampleOutput(
+        sequences=sequences,
+        sample_ids=request.sample_ids,
+        nfe=nfe,
+        tokens_per_forward=revealed / passes,
+        steps=(step.amax(-1) + 1).clamp(max=request.steps),
+        stop_reason=[STOP_REASONS[number] for number in reason.tolist()],
+        lengths=tokens_before(find_end(sequences, request.masked, request.mask_id, request.eos_ids), request),
+        prompt_lengths=tokens_before(find_end(request.input_ids, request.masked, request.mask_id, ()), request),
+        attention_mask=request.attention_mask,
+        timings=timings,
+        seed=request.seed,
+        history=History(step, model, tuple(request.denoisers), request.steps) if return_history else None,
+    )
+    output.flops_saved = flops_saved(request, output)
+    return output
+
+
+def tokens_before(end: End, request: Request) -> Tensor:
+    """int64 ``[N]``: tokens of each text before its end, or all of them if it has none."""
+    column = torch.arange(request.input_ids.shape[1], device=request.device)
+    before = (column < end.column) | ~end.found
+    return (before if request.attention_mask is None else before & request.attention_mask).sum(-1)
+
+
+def flops_saved(request: Request, output: SampleOutput) -> float | None:
+    """`counted_saving` of an output, None where passes are cut short by a cache."""
+    assert output.nfe is not None
+    assert output.tokens_per_forward is not None
+    if request.cache != "none":
+        return None
+    return counted_saving(request.denoisers, output.nfe, output.tokens_per_forward, request.input_ids.shape[1])
+
+
+def counted_saving(
+    denoisers: Mapping[str, Denoiser], nfe: Mapping[str, Tensor], tokens_per_forward: Tensor, length: int
+) -> float | None:
+    """Share of the FLOPs that the dearest denoiser would have spent on the same forward passes."""
+    passes = {name: int(count.sum()) for name, count in nfe.items()}
+    if not sum(passes.values()):
+        return None
+    rows = max(1, round(float(tokens_per_forward.mean())))
+    cost = {name: denoiser.flops(length, rows) for name, denoiser in denoisers.items()}
+    known = {name: flops for name, flops in cost.items() if flops is not None}
+    if len(known) < len(cost):
+        return None
+    return 1.0 - sum(passes[name] * known[name] for name in known) / (max(known.values()) * sum(passes.values()))
+
+
+def joined(
+    parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor], seconds: Callable[[Sequence[float]], float] = max
+) -> Any:
+    """Outputs as one: tensors by `join`, lists end to end, times by `seconds`, the rest as the first's."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return join(list(parts))
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in fields(first)]
+        return type(first)(**{name: joined([getattr(part, name) for part in parts], join, seconds) for name in names})
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return {key: joined([part[key] for part in parts if key in part], join, seconds) for key in keys}
+    return seconds(parts) if isinstance(first, float) else first
