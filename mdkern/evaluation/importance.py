@@ -1,0 +1,273 @@
+"""Which times need the heavy model: how far the light one is from it, over the diffusion time t.
+
+Three measures of Sedykh et al. (2604.02340) and of the sampler itself, each with its standard error:
+
+- *loss difference* (eq. 6): ``E |L_light(z_t) - L_heavy(z_t)|``, L the mean cross-entropy of the masked tokens of a text,
+  on the same corrupted texts;
+- *KL* (eq. 7): the mean over masked positions of KL(heavy || light), less that between two heavy models of different
+  seeds if there is a second one;
+- *path KL*: KL(heavy || light) along texts that the heavy model samples, at the positions that each step reveals. Summed
+  over the steps of a segment it is the KL divergence between the heavy sampler and the one that runs the light model in
+  that segment, over whole reveal paths (chain rule).
+
+All from the fused `divergence` operator, in memory that has no term in rows x vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.decoders import Ancestral
+from mdkern.engine.resolve import check_count
+from mdkern.engine.resolve_models import resolve_models
+from mdkern.evaluation.intervals import Estimate, estimate
+from mdkern.evaluation.likelihood import DEFAULT_BATCH_SIZE, resolve_texts
+from mdkern.evaluation.scores import target_log_prob
+from mdkern.kernels import divergence, noise
+from mdkern.models import Denoiser
+from mdkern.sampling import sample
+from mdkern.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class ImportanceAt:
+    """The measures at one diffusion time, in nats a masked token."""
+
+    t: float
+    heavy_loss: Estimate
+    light_loss: Estimate
+    loss_difference: Estimate  # eq. 6
+    kl: Estimate  # KL(heavy || light)
+    baseline_kl: Estimate | None = None  # KL(heavy || another heavy)
+
+    @property
+    def relative_kl(self) -> float:
+        """Eq. 7: the KL less the baseline pair's."""
+        return self.kl.mean - (self.baseline_kl.mean if self.baseline_kl is not None else 0.0)
+
+
+@dataclass(frozen=True)
+class PathImportanceAt:
+    """The path KL of a run of steps, in nats a text."""
+
+    first: int
+    stop: int
+    revealed_kl: Estimate  # sum over the positions revealed in these steps (the closing pass is greedy: not counted)
+    masked_kl: Estimate  # mean over all positions masked at the first of these steps
+
+
+def importance(
+    heavy: Any,
+    light: Any,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    baseline: Any = None,
+    times: Sequence[float] | int = 20,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> list[ImportanceAt]:
+    """Loss difference and KL between two models over the diffusion time, on the same corrupted texts.
+
+    Args:
+        heavy, light: as for `mdkern.sample`.
+        input_ids: int64 ``[N, L]``, whole texts; the paper takes 500.
+        attention_mask: ``[N, L]`` of 0 and 1, 0 at padding.
+        baseline: a second heavy model, of another seed, for the KL that two equally good models have.
+        times: the diffusion times in (0, 1], the shares that are masked; a number n means ``(i + 1/2) / n``.
+        batch_size: texts in a forward pass.
+        seed: of the masks, which are keyed by it, the text's number, the time's number and the position.
+        progress: show a progress bar; None: only on a terminal.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, before any forward pass.
+    """
+    models = {"H": heavy, "L": light} | ({} if baseline is None else {"B": baseline})
+    denoisers, _ = resolve_models(models, None, Schedule.from_segments(list(models)))
+    texts = resolve_texts(denoisers, input_ids, None, attention_mask, seed, None)
+    grid = resolve_times(times)
+    batch_size = check_count("batch_size", batch_size)
+    found = []
+    with torch.no_grad(), tqdm(grid, desc="importance", disable=None if progress is None else not progress) as bar:
+        for number, t in enumerate(bar):
+            columns: list[dict[str, Tensor]] = []
+            for text in torch.arange(len(input_ids), device=input_ids.device).split(batch_size):
+                masked = bernoulli_mask(texts.seed, texts.sample_ids[text], texts.position[text], number, t)
+                masked &= texts.wanted[text]
+                attended = None if texts.attention_mask is None else texts.attention_mask[text]
+                columns.append(compare(denoisers, texts.input_ids[text], masked, attended, t))
+            whole = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+            whole = {name: values[values.isfinite()] for name, values in whole.items()}  # texts with nothing masked
+            if not len(whole["kl"]):
+                raise ValueError(f"times={t} masks nothing in any text: give a larger time or more texts")
+            found.append(
+                ImportanceAt(
+                    t,
+                    estimate(whole["H"]),
+                    estimate(whole["L"]),
+                    estimate((whole["L"] - whole["H"]).abs()),
+                    estimate(whole["kl"]),
+                    estimate(whole["baseline"]) if baseline is not None else None,
+                )
+            )
+    return found
+
+
+def resolve_times(times: Sequence[float] | int) -> list[float]:
+    if isinstance(times, int):
+        count = check_count("times", times)
+        return [(index + 0.5) / count for index in range(count)]
+    grid = [float(t) for t in times]
+    if not grid or not all(0.0 < t <= 1.0 for t in grid):
+        raise ValueError(f"times must lie in (0, 1], at least one: {times}")
+    return grid
+
+
+def bernoulli_mask(seed: Tensor, sample: Tensor, position: Tensor, number: int, t: float) -> Tensor:
+    """bool ``[B, L]``: each position masked with probability t, keyed by (seed, sample, position, number)."""
+    zero = torch.zeros_like(position)
+    bits = noise.random_bits(seed, sample[:, None], position, zero + number, zero, noise.MASK_PLACE)
+    return noise.uniform(*bits) < t
+
+
+def compare(
+    denoisers: dict[str, Denoiser], ids: Tensor, masked: Tensor, attention_mask: Tensor | None, t: float
+) -> dict[str, Tensor]:
+    """Mean over the masked positions of each text, float64 ``[B]``: the losses by name, ``kl`` and ``baseline``.
+
+    NaN for texts with nothing masked.
+    """
+    row = masked.flatten().nonzero()[:, 0]
+    owner, count = row // ids.shape[1], masked.sum(-1).double()
+    hidden = {
+        name: denoiser.hidden(
+            torch.where(masked, denoiser.mask_id, ids),
+            torch.full((len(ids),), t, device=ids.device) if denoiser.time_conditioning else None,
+            None,
+            attention_mask,
+        ).flatten(0, 1)
+        for name, denoiser in denoisers.items()
+    }
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.zeros_like(count).index_add(0, owner, values.double()) / count
+
+    out = {
+        name: mean(-target_log_prob(denoiser.head, hidden[name], row, ids.flatten()[row]))
+        for name, denoiser in denoisers.items()
+    }
+    for key, name in (("kl", "L"), ("baseline", "B")):
+        if name in denoisers:
+            out[key] = mean(row_kl(denoisers["H"], hidden["H"], denoisers[name], hidden[name], row))
+    return out
+
+
+def row_kl(heavy: Denoiser, hidden: Tensor, light: Denoiser, light_hidden: Tensor, row: Tensor) -> Tensor:
+    """KL(heavy || light) at rows of hidden states ``[N, D]``, float32 ``[M]``."""
+    p, q = heavy.head, light.head
+    return divergence(
+        hidden,
+        p.weight,
+        p.bias,
+        light_hidden,
+        q.weight,
+        q.bias,
+        row,
+        scale=p.scale,
+        soft_cap=p.soft_cap,
+        other_scale=q.scale,
+        other_soft_cap=q.soft_cap,
+    ).kl
+
+
+def path_importance(
+    heavy: Any,
+    light: Any,
+    *,
+    num_samples: int = 64,
+    length: int | None = None,
+    steps: int | None = None,
+    segments: int = 10,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    seed: int | None = 0,
+    progress: bool | None = None,
+) -> list[PathImportanceAt]:
+    """KL(heavy || light) along the heavy model's own ancestral samples, by segments of the steps.
+
+    The paths are those of ``sample(heavy, num_samples=..., seed=...)``: a finished sample and the step at which each
+    position was revealed tell every state that it passed through. The pass of each event that reveals something is run
+    by both models.
+
+    Args:
+        heavy, light, num_samples, length, steps, seed, progress: as for `mdkern.sample`.
+        segments: equal parts of the steps, each of which is one entry of the result.
+        batch_size: states in a forward pass.
+    """
+    denoisers, _ = resolve_models({"H": heavy, "L": light}, None, Schedule.from_segments(["H", "L"]))
+    segments, batch_size = check_count("segments", segments), check_count("batch_size", batch_size)
+    p, q = denoisers["H"], denoisers["L"]
+    out = sample(
+        p, num_samples=num_samples, length=length, steps=steps, seed=seed, return_history=True, progress=progress
+    )
+    assert out.sequences is not None
+    assert out.history is not None
+    ids, step, total = out.sequences, out.history.step, out.history.steps
+    if segments > total:
+        raise ValueError(f"segments must be at most the {total} steps, not {segments}")
+    edges = [round(total * index / segments) for index in range(segments + 1)]
+    times = Ancestral().times(total).to(ids.device)
+    found = []
+    with torch.no_grad(), tqdm(range(segments), desc="path", disable=None if progress is None else not progress) as bar:
+        for number in bar:
+            first, stop = edges[number], edges[number + 1]
+            revealed = path_kl(p, q, ids, step, first, stop, times, batch_size)
+            masked = masked_kl(p, q, ids, step, first, times, batch_size)
+            found.append(PathImportanceAt(first, stop, estimate(revealed), estimate(masked)))
+    return found
+
+
+def path_kl(
+    p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, first: int, stop: int, times: Tensor, batch_size: int
+) -> Tensor:
+    """Sum over the positions revealed at steps ``first <= i < stop`` of KL(p || q) where they were, float64 ``[N]``."""
+    inside = (step >= first) & (step < stop)
+    event = torch.zeros((len(ids), stop - first), dtype=torch.bool, device=ids.device)
+    text, column = inside.nonzero(as_tuple=True)
+    event[text, step[text, column] - first] = True
+    owner, offset = event.nonzero(as_tuple=True)
+    kl = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    for text, at in zip(owner.split(batch_size), (offset + first).split(batch_size)):
+        rows = step[text] == at[:, None]
+        values, row = state_kl(p, q, ids[text], step[text] >= at[:, None], rows, times[at])
+        kl.index_add_(0, text[row // ids.shape[1]], values.double())
+    return kl
+
+
+def masked_kl(p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, at: int, times: Tensor, batch_size: int) -> Tensor:
+    """Mean over the positions still masked at step `at` of KL(p || q), float64; texts that have none are left out."""
+    means = []
+    for text in (step >= at).any(-1).nonzero()[:, 0].split(batch_size):
+        masked = step[text] >= at
+        values, row = state_kl(p, q, ids[text], masked, masked, times[at].expand(len(text)))
+        total_kl = torch.zeros(len(text), dtype=torch.float64, device=ids.device)
+        means.append(total_kl.index_add(0, row // ids.shape[1], values.double()) / masked.sum(-1))
+    return torch.cat(means)
+
+
+def state_kl(
+    p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(p || q) at the True entries of ``rows [B, L]`` and their flat indexes, of texts masked where `masked` says."""
+    row = rows.flatten().nonzero()[:, 0]
+    hidden = [
+        model.hidden(torch.where(masked, model.mask_id, ids), t.float() if model.time_conditioning else None)
+        for model in (p, q)
+    ]
+    return row_kl(p, hidden[0].flatten(0, 1), q, hidden[1].flatten(0, 1), row), row
