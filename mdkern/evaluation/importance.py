@@ -2,13 +2,13 @@
 
 Three measures of Sedykh et al. (2604.02340) and of the sampler itself, each with its standard error:
 
-- *loss difference* (eq. 6): ``E |L_light(z_t) - L_heavy(z_t)|``, L the mean cross-entropy of the masked tokens of a text,
-  on the same corrupted texts;
+- *loss difference* (eq. 6): ``E |L_light(z_t) - L_heavy(z_t)|`` on the same corrupted texts, where L is the mean
+  cross-entropy of the masked tokens of a text;
 - *KL* (eq. 7): the mean over masked positions of KL(heavy || light), less that between two heavy models of different
   seeds if there is a second one;
-- *path KL*: KL(heavy || light) along texts that the heavy model samples, at the positions that each step reveals. Summed
-  over the steps of a segment it is the KL divergence between the heavy sampler and the one that runs the light model in
-  that segment, over whole reveal paths (chain rule).
+- *path KL*: KL(heavy || light) along texts that the heavy model samples, at the positions that each step reveals.
+  Summed over the steps of a segment it is the KL divergence between the heavy sampler and the one that runs the light
+  model in that segment, over whole reveal paths (chain rule).
 
 All from the fused `divergence` operator, in memory that has no term in rows x vocabulary.
 """
@@ -261,9 +261,7 @@ def masked_kl(p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, at: int, time
     return torch.cat(means)
 
 
-def state_kl(
-    p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
+def state_kl(p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) at the True entries of ``rows [B, L]`` and their flat indexes, of texts masked where `masked` says."""
     row = rows.flatten().nonzero()[:, 0]
     hidden = [

@@ -60,7 +60,9 @@ def test_every_measure_is_its_expectation_over_masks() -> None:
         assert near(at.loss_difference, right["difference"])
         assert near(at.kl, right["kl"])
         assert at.relative_kl == at.kl.mean
-    assert found[-1].kl.mean == pytest.approx(float(kl((MASK,) * LENGTH).mean()), abs=1e-5)  # at t = 1 nothing is random
+    assert found[-1].kl.mean == pytest.approx(
+        float(kl((MASK,) * LENGTH).mean()), abs=1e-5
+    )  # at t = 1 nothing is random
     assert found[-1].kl.standard_error < 1e-7
 
 
@@ -88,7 +90,9 @@ def expected_path_kl(steps: int, eps: float = 1e-5) -> list[float]:
             total += weight * reveal * float(kl(state)[at].sum())
             p = log_p(HEAVY, state).exp()
             choices = [
-                [(MASK, 1 - reveal), *((v, reveal * float(p[i, v])) for v in range(VOCAB))] if i in at else [(token, 1.0)]
+                [(MASK, 1 - reveal), *((v, reveal * float(p[i, v])) for v in range(VOCAB))]
+                if i in at
+                else [(token, 1.0)]
                 for i, token in enumerate(state)
             ]
             for combination in itertools.product(*choices):
@@ -113,7 +117,12 @@ def test_the_path_kl_is_that_of_the_enumerated_chain() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"times": [0.0]}, r"\(0, 1\]"), ({"times": []}, "at least one"), ({"times": 0}, "times"), ({"times": [1e-9]}, "masks")],
+    [
+        ({"times": [0.0]}, r"\(0, 1\]"),
+        ({"times": []}, "at least one"),
+        ({"times": 0}, "times"),
+        ({"times": [1e-9]}, "masks"),
+    ],
 )
 def test_times_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

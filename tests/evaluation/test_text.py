@@ -53,7 +53,12 @@ class TestJudge:
 
     @pytest.mark.parametrize(
         ("ids", "lengths"),
-        [(torch.zeros(2, 10), None), (torch.zeros(3), None), (torch.full((1, 3), VOCAB), None), (torch.zeros(1, 3), [1])],
+        [
+            (torch.zeros(2, 10), None),
+            (torch.zeros(3), None),
+            (torch.full((1, 3), VOCAB), None),
+            (torch.zeros(1, 3), [1]),
+        ],
     )
     def test_other_input_is_refused(self, gpt2: GPT2LMHeadModel, ids: torch.Tensor, lengths: list[int] | None) -> None:
         with pytest.raises(ValueError, match="must"):
