@@ -32,8 +32,6 @@ class Problem:
         self.candidates = torch.rand(size, device=device) < 0.5
         self.tokens = torch.randint(0, 50_000, size, device=device)
         self.input_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self.masked = torch.ones(size, dtype=torch.bool, device=device)
-        self.remaining = torch.full((sequences,), 1 << 40, device=device)
         self.quota = torch.full((sequences,), entries // 16, device=device)
 
     def ours(self, rule: Any) -> Tensor:
@@ -45,12 +43,10 @@ class Problem:
             rule,
             quota=self.quota if rule == "top_k" else None,
             bound=BOUNDS[rule],
-            masked=self.masked,
-            remaining=self.remaining,
         )
 
     def chain(self, rule: str) -> Tensor:
-        """The same with torch: sort, rank, compare, write, count."""
+        """The same with torch: sort, rank, compare, write."""
         worth = -self.scores if rule == "entropy_bound" else self.scores
         worth = torch.where(self.candidates, worth, -torch.inf)
         best_first, order = worth.sort(dim=-1, descending=True, stable=True)
@@ -64,10 +60,8 @@ class Problem:
         else:
             entropy = torch.where(best_first.isinf(), 0.0, -best_first)
             passes = entropy.cumsum(-1) - entropy <= BOUNDS[rule]
-        chosen = torch.zeros_like(self.masked).scatter_(1, order, passes) & self.candidates
+        chosen = torch.zeros_like(self.candidates).scatter_(1, order, passes) & self.candidates
         self.input_ids.copy_(torch.where(chosen, self.tokens, self.input_ids))
-        self.masked &= ~chosen
-        self.remaining -= chosen.sum(-1)
         return chosen
 
 

@@ -130,15 +130,15 @@ def propose(decoder: Stepwise, state: State, statistics: Statistics | None = Non
 
 def reveal(state: State, choice: Choice, tokens: Tensor) -> list[dict[int, int]]:
     """What `select` writes into the texts, by position; nothing else may change."""
-    ids = state.ids.clone()
+    before = state.ids.gather(1, state.columns)
+    after = before.clone()
     written = select(
-        choice.scores, choice.candidates, tokens, ids, choice.rule, quota=choice.quota, bound=choice.bound,
-        temperature=choice.temperature, seed=state.view.seed, keys=state.view.keys, positions=state.columns,
+        choice.scores, choice.candidates, tokens, after, choice.rule, quota=choice.quota, bound=choice.bound,
+        temperature=choice.temperature, seed=state.view.seed, keys=state.view.keys,
     )  # fmt: skip
-    changed = ids != state.ids
-    inside = torch.zeros_like(changed).scatter(1, state.columns, written)
-    assert not (changed & ~inside).any()
-    return [{i: int(ids[b, i]) for i in inside[b].nonzero()[:, 0].tolist()} for b in range(len(ids))]
+    assert torch.equal(after[~written], before[~written])
+    columns = state.columns.tolist()
+    return [{columns[b][r]: int(after[b, r]) for r in written[b].nonzero()[:, 0].tolist()} for b in range(len(written))]
 
 
 def block_of(state: State, b: int) -> range:

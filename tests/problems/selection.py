@@ -32,7 +32,7 @@ AWKWARD = (
 
 def awkward_selection(
     rule: str, number: int, bound: float, entries: int, device: str = "cpu"
-) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[tuple[Any, ...], Tensor]:
     """As `random_selection`: scores that are `AWKWARD`, with a `bound`, of which some may not be chosen."""
     generator = torch.Generator().manual_seed(number)
     scores = AWKWARD[number](torch.rand(3, entries, generator=generator))
@@ -41,30 +41,26 @@ def awkward_selection(
     candidates = torch.rand(3, entries, generator=generator) < torch.tensor([[0.9], [0.1], [0.0]])
     tokens = torch.randint(-1, 20, (3, entries), generator=generator)
     quota = torch.randint(0, entries + 2, (3,), generator=generator) if rule == "top_k" else None
-    inputs = (scores, candidates, tokens, None, quota, None, None)
-    state = (
-        torch.full((3, entries), -7, device=device),
-        torch.ones(3, entries, dtype=torch.bool, device=device),
-        torch.full((3,), 50, device=device),
-    )
-    return (*(None if x is None else x.to(device) for x in inputs), rule, bound, 0.0), state
+    inputs = (scores, candidates, tokens, quota, None, None)
+    on_device = (None if x is None else x.to(device) for x in inputs)
+    return (*on_device, rule, bound, 0.0), torch.full((3, entries), -7, device=device)
 
 
 def outcomes(
-    implementations: Sequence[Callable[..., Tensor]], arguments: tuple[Any, ...], state: tuple[Tensor, ...]
+    implementations: Sequence[Callable[..., Tensor]], arguments: tuple[Any, ...], input_ids: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """What each implementation reveals and leaves in the state: of each of these tensors, one from each."""
+    """What each implementation reveals, and the ids that it leaves: of each of the two, one from each."""
     results = []
     for implementation in implementations:
-        written = tuple(x.clone() for x in state)
-        results.append((implementation(*arguments[:3], *written, *arguments[3:]), *written))
+        written = input_ids.clone()
+        results.append((implementation(*arguments[:3], written, *arguments[3:]), written))
     return zip(*results)
 
 
 def random_selection(
     rule: str, trial: int, sequences: int = 4, entries: int | None = None, device: str = "cpu"
-) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
-    """(arguments but the state), (input_ids, masked, remaining). Odd trials have many equal scores."""
+) -> tuple[tuple[Any, ...], Tensor]:
+    """(the operator's arguments but the ids), input_ids. Odd trials have many equal scores."""
     generator = torch.Generator().manual_seed(trial)
 
     def integers(high: int, *shape: int) -> Tensor:
@@ -79,16 +75,9 @@ def random_selection(
     candidates = torch.rand(sequences, entries, generator=generator) < (0.5, 1.0, 0.1, 0.0)[trial % 4]
     tokens = integers(99, sequences, entries)
     tokens[0, 0] = -1
-    positions = torch.stack([torch.randperm(length, generator=generator)[:entries] for _ in range(sequences)])
-    positions = positions.sort(-1).values
     quota = integers(entries + 2, sequences) if rule == "top_k" else None
     temperature = 0.5 if rule == "top_k" and trial % 3 == 0 else 0.0
     keys = integers(1000, sequences, entries, 3)
-    inputs = (scores, candidates, tokens, positions, quota, torch.tensor(99), keys)
+    inputs = (scores, candidates, tokens, quota, torch.tensor(99), keys)
     on_device = [None if x is None else x.to(device) for x in inputs]
-    state = (
-        torch.full((sequences, length), -7, device=device),
-        torch.ones(sequences, length, dtype=torch.bool, device=device),
-        torch.full((sequences,), 50, device=device),
-    )
-    return (*on_device, rule, BOUNDS[rule], temperature), state
+    return (*on_device, rule, BOUNDS[rule], temperature), torch.full((sequences, length), -7, device=device)

@@ -263,15 +263,16 @@ def chosen(choice: Choice, tokens: Tensor, seed: Tensor, keys: Tensor) -> list[i
         zero = torch.zeros((), dtype=torch.int64)
         sample, position, step = keys[0].unbind(-1)
         worth = worth / choice.temperature + noise.gumbel(seed, sample, position, step, zero, noise.POSITION)
-    value = {r: float(worth[r]) for r in able}
     sign = -1.0 if choice.rule == "entropy_bound" else 1.0
+    exact = {r: sign * float(worth[r]) for r in able}
+    value = {r: sign * rounded for r, rounded in in_steps(exact).items()}
     order = sorted(able, key=lambda r: (-sign * value[r], r))
     if choice.rule == "top_k":
         assert choice.quota is not None
         return sorted(order[: int(choice.quota[0])])
     if choice.rule == "threshold":
         bound = float(torch.tensor(choice.bound))  # as a float32
-        return sorted([r for r in order if value[r] >= bound] or order[:1])
+        return sorted([r for r in order if exact[r] >= bound] or order[:1])
     length, spent = 0, 0
     limit = fixed_point(float(torch.tensor(choice.bound)))
     for n, r in enumerate(order, start=1):
@@ -284,6 +285,14 @@ def chosen(choice: Choice, tokens: Tensor, seed: Tensor, keys: Tensor) -> list[i
             spent += fixed_point(value[r])
         length = n
     return sorted(order[: max(length, 1)])
+
+
+def in_steps(exact: dict[int, float]) -> dict[int, float]:
+    """Scores, the larger the better, in whole steps below the best, for which rounding is too small a difference."""
+    best = max(exact.values(), default=0.0)
+    step = 2.0**-16 * (1.0 if abs(best) < 1.0 else 2.0 ** math.floor(math.log2(abs(best))))
+    origin = 0.0 if abs(best) < step / 2 else best
+    return {r: origin - step * math.floor((best - value) / step + 0.5) for r, value in exact.items()}
 
 
 def fixed_point(entropy: float) -> int:

@@ -25,9 +25,6 @@ POINTERS = {
     "tokens": "*i64",
     "token": "*i64",
     "input_ids": "*i64",
-    "masked": "*i1",
-    "remaining": "*i64",
-    "positions": "*i64",
     "quota": "*i64",
     "revealed": "*i1",
 }
@@ -57,7 +54,7 @@ def build(
             signature[name] = types.get(name) or POINTERS.get(name) or NUMBERS.get(name)
             if signature[name] is None:
                 signature[name] = "fp32" if name in SCALARS else "*fp32"
-    if kernel is triton_select._select:
+    if kernel is triton_select.select_kernel:
         signature["temperature"] = "fp32"
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
@@ -112,7 +109,7 @@ def main() -> None:
         finish(capability, 1)
         for rule in (0, 3):
             constants = {"RULE": rule, "RANDOM": rule == 0, "BLOCK": 1024, "BITS": 42}
-            build(triton_select._select, capability, constants, {}, 4)
+            build(triton_select.select_kernel, capability, constants, {}, 4)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,7 @@ from mdkern.kernels import noise, triton_noise
 from mdkern.kernels.head import launch
 from mdkern.kernels.head.launch import Tiling, vocab_projection
 from mdkern.kernels.head.triton_projection import count_items, locate_item, schedule_tiles
-from mdkern.kernels.loop.select import select_reference
-from mdkern.kernels.loop.triton_select import select
 from tests.problems.projection import SEED, Problem, check_against_reference
-from tests.problems.selection import RULES, random_selection
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 
@@ -204,16 +201,3 @@ def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) ->
     assert abs(top1[3] - 1 / 3) < 1e-6
     assert abs(top2[3] - 1 / 3) < 1e-6
     assert (token[3:] >= 0).all()
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("trial", range(4))
-def test_selection_is_the_references(rule: str, trial: int) -> None:
-    arguments, state = random_selection(rule, trial)
-    outcomes = []
-    for implementation in (select_reference, select):
-        input_ids, masked, remaining = (x.clone() for x in state)
-        chosen = implementation(*arguments[:3], input_ids, masked, remaining, *arguments[3:])
-        outcomes.append((chosen, input_ids, masked, remaining))
-    for want, got in zip(*outcomes):
-        assert torch.equal(want, got)

@@ -5,14 +5,16 @@ The contract, and the operator in plain PyTorch; `triton_select` runs it on a GP
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels import noise
-from mdkern.kernels.device import has_triton
-from mdkern.kernels.loop.fixed_point import fixed_bound, fixed_point
+from mdkern.kernels.checks import check_tensor, check_written
+from mdkern.kernels.loop.grid import fixed_bound, fixed_point, steps_below_best
+from mdkern.kernels.operator import operator
 
 Rule = Literal["top_k", "threshold", "factor", "entropy_bound"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -23,9 +25,6 @@ def select_reference(
     candidates: Tensor,
     tokens: Tensor,
     input_ids: Tensor,
-    masked: Tensor | None,
-    remaining: Tensor | None,
-    positions: Tensor | None,
     quota: Tensor | None,
     seed: Tensor | None,
     keys: Tensor | None,
@@ -45,6 +44,8 @@ def select_reference(
         worth = worth / temperature + noise.gumbel(
             seed, sample, position, step, torch.zeros_like(sample), noise.POSITION
         )
+    if worth.numel():
+        worth = steps_below_best(worth, able)
     # Best first, the lower index first among equals, those that may not be chosen last.
     order = worth.argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, able.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
@@ -65,74 +66,17 @@ def select_reference(
         chosen = (rank < passes.int().cumprod(-1).sum(-1, keepdim=True)) | (rank == 0)
     chosen &= able
     row, entry = chosen.nonzero(as_tuple=True)
-    column = entry if positions is None else positions[row, entry].long()
-    input_ids[row, column] = tokens[row, entry]
-    if masked is not None:
-        masked[row, column] = False
-    if remaining is not None:
-        remaining -= chosen.sum(-1)
+    input_ids[row, entry] = tokens[row, entry]
     return chosen
 
 
-@torch.library.custom_op("mdkern::select", mutates_args=("input_ids", "masked", "remaining"))
-def _select(
-    scores: Tensor,
-    candidates: Tensor,
-    tokens: Tensor,
-    input_ids: Tensor,
-    masked: Tensor | None,
-    remaining: Tensor | None,
-    positions: Tensor | None,
-    quota: Tensor | None,
-    seed: Tensor | None,
-    keys: Tensor | None,
-    rule: str,
-    bound: float,
-    temperature: float,
-) -> Tensor:
-    return select_reference(
-        scores,
-        candidates,
-        tokens,
-        input_ids,
-        masked,
-        remaining,
-        positions,
-        quota,
-        seed,
-        keys,
-        rule,
-        bound,
-        temperature,
-    )
-
-
-@_select.register_kernel("cuda")
-def _on_gpu(scores: Tensor, *arguments: Any) -> Tensor:
-    if not has_triton(scores.device):
-        return select_reference(scores, *arguments)
-    from mdkern.kernels.loop import triton_select  # imports Triton, which is no business of a machine without a GPU
-
-    return triton_select.select(scores, *arguments)
-
-
-@_select.register_fake
-def _fake(
-    scores: Tensor,
-    candidates: Tensor,
-    tokens: Tensor,
-    input_ids: Tensor,
-    masked: Tensor | None,
-    remaining: Tensor | None,
-    positions: Tensor | None,
-    quota: Tensor | None,
-    seed: Tensor | None,
-    keys: Tensor | None,
-    rule: str,
-    bound: float,
-    temperature: float,
-) -> Tensor:
+def select_fake(scores: Tensor, *_: object) -> Tensor:
     return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+select_operator = operator(
+    select_reference, select_fake, "mdkern.kernels.loop.triton_select:select", mutates=("input_ids",), name="select"
+)
 
 
 def select(
@@ -147,11 +91,8 @@ def select(
     temperature: float = 0.0,
     seed: Tensor | None = None,  # []
     keys: Tensor | None = None,  # [B, R, 3]
-    positions: Tensor | None = None,  # [B, R]
-    masked: Tensor | None = None,  # [B, L]
-    remaining: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """Choose positions by their scores and reveal them: ``input_ids[b, positions[b, r]] = tokens[b, r]``.
+    """Choose positions by their scores and reveal them: ``input_ids[b, r] = tokens[b, r]``.
 
     Rules, of a sequence with scores c in descending order (ties: the lower r first), `bound` being their parameter:
 
@@ -162,59 +103,52 @@ def select(
     - ``entropy_bound``: scores are entropies in nats, the smaller the better: the longest prefix, ascending, with
       ``sum - largest <= bound``, at least the best. Sums are exact, of multiples of 2^-32. Ben-Hamu et al., 2505.24857.
 
+    What differs by rounding alone is a tie: scores are first put on a grid of steps of 2^-16 that goes down from the
+    sequence's best score, steps of 2^-16 times the largest power of two in the best score if that is above 1.
+    Only ``c >= bound`` looks at the scores as they are.
+
     Args:
         scores: float32 ``[B, R]``. NaN counts as the worst.
         candidates: bool ``[B, R]``: which entries may be chosen. One whose token is negative never is.
         tokens: int64 ``[B, R]``.
-        input_ids: int64 ``[B, L]``, written in place.
+        input_ids: int64 ``[B, L]``, L at least R, contiguous, written in place.
         rule, bound: see above.
-        quota: int32 or int64 ``[B]``, for ``top_k``; at least 0.
+        quota: int32 or int64 ``[B]``, for ``top_k``; below 0 counts as 0.
         temperature: with ``top_k``, draw the positions without replacement from ``softmax(scores / temperature)``.
         seed, keys: int64 scalar and int64 ``[B, R, 3]`` (sample, position, step), for a `temperature` above 0.
-        positions: int32 or int64 ``[B, R]``, column of each entry in `input_ids`. None: r itself.
-        masked: bool ``[B, L]``, set to False in place where revealed.
-        remaining: int64 ``[B]``, lessened in place by the number revealed.
 
     Returns:
         bool ``[B, R]``: the entries revealed.
 
     Raises:
-        ValueError: a rule, shape or dtype that does not fit; on a GPU, more than 65,535 entries a sequence.
+        ValueError: a rule, shape, dtype, device or number that does not fit; on a GPU, more than 65,535 entries a
+            sequence.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
-    shape = tuple(scores.shape)
-    if scores.ndim != 2 or scores.dtype != torch.float32:
-        raise ValueError(f"scores must be float32 [B, R], not {scores.dtype} {shape}")
-    expected = {
-        "candidates": (candidates, shape, (torch.bool,)),
-        "tokens": (tokens, shape, (torch.int64,)),
-        "input_ids": (input_ids, (shape[0], input_ids.shape[-1]), (torch.int64,)),
-        "quota": (quota, shape[:1], (torch.int32, torch.int64)),
-        "positions": (positions, shape, (torch.int32, torch.int64)),
-        "keys": (keys, (*shape, 3), (torch.int64,)),
-        "masked": (masked, tuple(input_ids.shape), (torch.bool,)),
-        "remaining": (remaining, shape[:1], (torch.int64,)),
-    }
-    for name, (tensor, wanted, dtypes) in expected.items():
-        if tensor is not None and (tuple(tensor.shape) != wanted or tensor.dtype not in dtypes):
-            raise ValueError(f"{name} must be {dtypes[0]} {list(wanted)}, not {tensor.dtype} {list(tensor.shape)}")
+    if scores.ndim != 2 or input_ids.ndim != 2 or input_ids.shape[1] < scores.shape[1]:
+        raise ValueError(
+            f"scores and input_ids must be [B, R] and [B, L] with L at least R, not {list(scores.shape)} and "
+            f"{list(input_ids.shape)}"
+        )
+    rows, entries = scores.shape
+    check_tensor("scores", scores, (rows, entries), torch.float32, scores.device)
+    check_tensor("candidates", candidates, (rows, entries), torch.bool, scores.device)
+    check_tensor("tokens", tokens, (rows, entries), torch.int64, scores.device)
+    check_tensor("input_ids", input_ids, (rows, input_ids.shape[1]), torch.int64, scores.device)
+    check_written("input_ids", input_ids)
+    check_tensor("quota", quota, (rows,), (torch.int64, torch.int32), scores.device)
+    check_tensor("seed", seed, (), torch.int64, scores.device)
+    check_tensor("keys", keys, (rows, entries, 3), torch.int64, scores.device)
     if (quota is None) == (rule == "top_k"):
         raise ValueError("quota goes with rule='top_k', and only with it")
-    if temperature < 0.0 or (temperature > 0.0 and (rule != "top_k" or seed is None or keys is None)):
+    if math.isnan(bound):
+        raise ValueError("bound must be a number, not NaN")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
+    if temperature > 0.0 and (rule != "top_k" or seed is None or keys is None):
         raise ValueError("a temperature above 0 needs rule='top_k', seed and keys")
-    return _select(
-        scores,
-        candidates,
-        tokens,
-        input_ids,
-        masked,
-        remaining,
-        positions,
-        quota,
-        seed,
-        keys,
-        rule,
-        float(bound),
-        float(temperature),
+    revealed: Tensor = select_operator(
+        scores, candidates, tokens, input_ids, quota, seed, keys, rule, float(bound), float(temperature)
     )
+    return revealed

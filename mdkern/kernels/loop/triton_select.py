@@ -3,7 +3,8 @@
 Best first, every rule admits an entry by how many are better (or what their entropies sum to) and by its own score, and
 after the first that it refuses it admits no other. So there is a lowest score that would be admitted. It is found by
 bisection over the ordered bits of the scores, one reduction a round, until a single entry or a single score is left in
-question; entries of equal score are told apart at the end, by counting them in order.
+question; entries of equal score are told apart at the end, by counting them in order. Before that the scores are put on
+the grid of `steps_below_best`.
 """
 
 # mypy: ignore-errors
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.loop.fixed_point import fixed_bound
+from mdkern.kernels.loop import grid
 
 TOP_K = tl.constexpr(0)
 THRESHOLD = tl.constexpr(1)
@@ -24,6 +25,7 @@ ENTROPY_BOUND = tl.constexpr(3)
 NUMBERS = {"top_k": TOP_K, "threshold": THRESHOLD, "factor": FACTOR, "entropy_bound": ENTROPY_BOUND}
 MOST_ENTRIES = 65_535  # of a sequence: sums of entropies, each held below 2^46, stay below 2^62
 MOST_HELD = 4096  # entries
+STEP_BITS = tl.constexpr(grid.STEP_BITS)
 
 
 @triton.jit
@@ -44,6 +46,20 @@ def _worth(key):
     """The float32 of a key."""
     bits = key.to(tl.int32, bitcast=True)
     return (bits ^ (~(bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _on_grid(key, best_key):
+    """The key of the score on the grid below the best score of the row, see `grid.steps_below_best`."""
+    worth, best = _worth(key), _worth(best_key)
+    power = tl.maximum(best.to(tl.int32, bitcast=True) & 0x7F800000, 127 << 23)
+    step_bits = power - (STEP_BITS << 23)
+    step = step_bits.to(tl.float32, bitcast=True)
+    inverse = ((254 << 23) - step_bits).to(tl.float32, bitcast=True)
+    anchor = tl.where(tl.abs(best) < 0.5 * step, 0.0, best)
+    below = tl.floor((best - worth) * inverse + 0.5) * step
+    rounded = tl.where(tl.abs(best) < float("inf"), anchor - below, worth)
+    return tl.where(key > 0, _key(rounded), 0)
 
 
 @triton.jit
@@ -104,14 +120,11 @@ def _count_from(trial, key, entropy, held, last, RULE: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit(do_not_specialize=["held", "limit", "entries", "length"])
-def _select(
+def select_kernel(
     scores,
     candidates,
     tokens,
     input_ids,
-    masked,
-    remaining,
-    positions,
     quota,
     seed,
     keys,
@@ -132,14 +145,8 @@ def _select(
     tokens += row * entries
     revealed += row * entries
     input_ids += row * length
-    if positions is not None:
-        positions += row * entries
     if keys is not None:
         keys += row * entries * 3
-    if masked is not None:
-        masked += row * length
-    if remaining is not None:
-        left = tl.load(remaining + row)
     most = tl.full([], 0, tl.int32)
     if RULE == TOP_K:
         most = tl.minimum(tl.load(quota + row), entries).to(tl.int32)
@@ -151,25 +158,31 @@ def _select(
     key = tl.full([BLOCK], 0, tl.uint32)
     lowest = tl.full([BLOCK], 4294967295, tl.uint32)
     highest = tl.full([BLOCK], 0, tl.uint32)
-    best = tl.full([BLOCK], 0, tl.int32)
     for start in range(0, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         key = _load_key(scores, candidates, tokens, keys, seed, temperature, index, entries, RULE, RANDOM)
         if held is not None:
             tl.store(held + index, key.to(tl.int32, bitcast=True))
-        best = tl.where(key > highest, index, best)
         highest = tl.maximum(highest, key)
         lowest = tl.minimum(lowest, tl.where(key > 0, key, 4294967295))
-    if held is not None:
+    best = tl.max(highest, 0)
+    if held is None:
+        key = _on_grid(key, best)
+    else:
         tl.debug_barrier()
-    high = tl.max(highest, 0)
+        for start in range(0, last, BLOCK):
+            at = held + start + tl.arange(0, BLOCK)
+            on_grid = _on_grid(tl.load(at).to(tl.uint32, bitcast=True), best)
+            tl.store(at, on_grid.to(tl.int32, bitcast=True))
+        tl.debug_barrier()
+    high = _on_grid(best, best)
     above = tl.full([], 0, tl.int32)
     spent = tl.full([], 0, tl.int64)
     if RULE == THRESHOLD:
-        best_index = tl.min(tl.where(highest == high, best, 2147483647), 0)
+        best_index = tl.full([], 2147483647, tl.int32)
     else:
         # Entries with keys above `high` are chosen, those below `low` are not.
-        low = tl.min(lowest, 0)
+        low = _on_grid(tl.min(lowest, 0), best)
         upto = entries  # or fewer entries have keys from `low` up, `above` of them above `high`
         entropy = key
         if RULE == ENTROPY_BOUND:
@@ -184,17 +197,15 @@ def _select(
             low = tl.where(lower, low, trial)
             upto = tl.where(lower, upto, count)
 
-    written = tl.zeros([BLOCK], tl.int32)
     for start in range(0, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         at = tl.minimum(index, entries - 1)
         token = tl.load(tokens + at)  # again: of long sequences they were not held
-        column = index
-        if positions is not None:
-            column = tl.load(positions + at)
         if held is not None:
             key = tl.load(held + index).to(tl.uint32, bitcast=True)
         if RULE == THRESHOLD:
+            first = tl.min(tl.where((key > 0) & (key == high), index, 2147483647), 0)
+            best_index = tl.minimum(best_index, first)
             chosen = (key > 0) & ((tl.load(scores + at) >= bound) | (index == best_index))  # a key knows no NaN
         else:
             level = (key >= low) & (key <= high)
@@ -212,12 +223,7 @@ def _select(
                 if RULE == ENTROPY_BOUND:
                     spent += tl.sum(tl.where(level, entropy, 0), 0)
         tl.store(revealed + index, chosen, mask=index < entries)
-        tl.store(input_ids + column, token, mask=chosen)
-        if masked is not None:
-            tl.store(masked + column, tl.zeros([BLOCK], tl.int1), mask=chosen)
-        written += chosen.to(tl.int32)
-    if remaining is not None:
-        tl.store(remaining + row, left - tl.sum(written, 0))
+        tl.store(input_ids + index, token, mask=chosen)
 
 
 def warps(block: int) -> int:
@@ -229,9 +235,6 @@ def select(
     candidates: Tensor,
     tokens: Tensor,
     input_ids: Tensor,
-    masked: Tensor | None,
-    remaining: Tensor | None,
-    positions: Tensor | None,
     quota: Tensor | None,
     seed: Tensor | None,
     keys: Tensor | None,
@@ -246,9 +249,6 @@ def select(
         return revealed
     if entries > MOST_ENTRIES:
         raise ValueError(f"a sequence has {entries} entries; the kernel counts up to {MOST_ENTRIES}")
-    for name, tensor in (("input_ids", input_ids), ("masked", masked)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} is written in place and must be contiguous, not of strides {tensor.stride()}")
 
     def dense(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.contiguous()
@@ -257,14 +257,11 @@ def select(
     held = None
     if entries > block:
         held = torch.empty((rows, triton.cdiv(entries, block) * block), dtype=torch.int32, device=scores.device)
-    _select[(rows,)](
+    select_kernel[(rows,)](
         dense(scores),
         dense(candidates),
         dense(tokens),
         input_ids,
-        masked,
-        remaining,
-        dense(positions),
         dense(quota),
         seed,
         dense(keys),
@@ -273,7 +270,7 @@ def select(
         entries,
         input_ids.shape[1],
         bound,
-        fixed_bound(bound) if rule == "entropy_bound" else 0,
+        grid.fixed_bound(bound) if rule == "entropy_bound" else 0,
         temperature,
         RULE=NUMBERS[rule],
         RANDOM=temperature > 0.0,

@@ -1,0 +1,42 @@
+"""What operators ask of the tensors that they are given; nothing here looks at their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Refuse what is not such a tensor, with a ValueError that says what was expected; None is let through.
+
+    Args:
+        dtypes: the first is the one that the message recommends.
+        device: where all tensors of the call must be. Meta tensors, which hold no values, are refused.
+    """
+    if tensor is None:
+        return
+    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    if tensor.is_meta:
+        raise ValueError(f"{name} is a meta tensor, which holds no values: move the model and its inputs to a device")
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes or tensor.layout != torch.strided:
+        kind = tensor.dtype if tensor.layout == torch.strided else f"{tensor.layout} {tensor.dtype}"
+        raise ValueError(f"{name} must be {dtypes[0]} {list(shape)}, not {kind} {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the other tensors, not on {tensor.device}")
+
+
+def check_written(name: str, tensor: Tensor) -> None:
+    """Refuse what cannot be written in place: tensors whose elements overlap, or lie apart."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is written in place and must be contiguous, not of strides {tensor.stride()}: "
+            "give a clone and copy it back"
+        )
