@@ -1,0 +1,236 @@
+"""Loading models whose own code was written for another version of transformers than the one installed.
+
+The code of LLaDA, LLaDA-MoE, Dream, SDAR and LLaDA 2 comes with the checkpoints (``trust_remote_code=True``) and expects
+the transformers of its time. What newer versions have changed under it is put back while such a model is loaded, and
+only then; once loaded, it runs without. What is put back:
+
+- names that the code imports and that are gone (`GONE`);
+- ``ROPE_INIT_FUNCTIONS["default"]``, the plain rotary frequencies;
+- buffers that are no part of the checkpoint, such as those frequencies. transformers 5 builds a model without memory
+  and leaves such buffers as they happen to be unless the code computes them a second time: wrong without a word;
+- ``tie_weights()`` and ``GenerationConfig.validate`` without later parameters, ``_tied_weights_keys`` as a list, models
+  that never call ``post_init``, ``config.use_cache``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+# In the order in which a checkpoint may offer its classes: the first that yields logits is wanted.
+AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+
+_lock = threading.RLock()  # what is put back is put back for the whole process
+
+
+class LossKwargs(TypedDict, total=False):
+    """Only ever a part of type annotations."""
+
+    num_items_in_batch: int
+
+
+class SlidingWindowCache:
+    """Only ever asked whether something is one."""
+
+
+# By module of transformers. Each is added only where the module lacks it.
+GONE: dict[str, dict[str, Any]] = {
+    "transformers.utils": {
+        "LossKwargs": LossKwargs,
+        "is_flash_attn_greater_or_equal_2_10": lambda: True,
+        "is_torch_flex_attn_available": lambda: True,
+    },
+    "transformers.utils.import_utils": {"is_torch_fx_available": lambda: True},
+    "transformers.cache_utils": {"SlidingWindowCache": SlidingWindowCache},
+    "transformers.pytorch_utils": {
+        "ALL_LAYERNORM_LAYERS": [nn.LayerNorm],
+        "is_torch_greater_or_equal_than_1_13": True,
+    },
+}
+
+
+def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
+    """A model by the class that its config names, in eval mode; its own code may be older than transformers 5.
+
+    Args:
+        name_or_path: of a model on the Hugging Face hub, or a folder.
+        options: as those of ``AutoModel.from_pretrained``: ``dtype``, ``revision``, ``device_map``, … Code that comes
+            with the checkpoint is run only with ``trust_remote_code=True``.
+    """
+    import transformers
+
+    of_config = ("trust_remote_code", "revision", "cache_dir", "token", "local_files_only", "subfolder", "code_revision")
+    with old_model_code():
+        config = transformers.AutoConfig.from_pretrained(
+            name_or_path, **{name: options[name] for name in of_config if name in options}
+        )
+        offered = getattr(config, "auto_map", None) or {}
+        architecture = str((getattr(config, "architectures", None) or [""])[0])
+        if offered:
+            auto_class = next((name for name in AUTO_CLASSES if name in offered), "AutoModel")
+        else:
+            auto_class = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModelForMaskedLM"
+        model: nn.Module = getattr(transformers, auto_class).from_pretrained(name_or_path, **options)
+    return model.eval()
+
+
+@contextmanager
+def old_model_code() -> Iterator[None]:
+    """What code of transformers 4 needs is there inside this context, for the whole process.
+
+    ``with old_model_code(): AutoModel.from_pretrained(…, trust_remote_code=True)`` is what `load_pretrained` does.
+    """
+    from transformers import GenerationConfig, PreTrainedModel, modeling_rope_utils
+
+    with _lock, ExitStack() as changes:
+        for module_name, names in GONE.items():
+            module = importlib.import_module(module_name)
+            for name, value in names.items():
+                if not hasattr(module, name):
+                    setattr(module, name, value)
+                    changes.callback(delattr, module, name)
+        rotary = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+        if "default" not in rotary:
+            rotary["default"] = default_frequencies
+            changes.callback(rotary.pop, "default")
+            replacements = Loading(PreTrainedModel).replacements()
+            for kind, methods in ((PreTrainedModel, replacements), (GenerationConfig, {"update": lenient_update()})):
+                for name, method in methods.items():
+                    changes.callback(setattr, kind, name, inspect.getattr_static(kind, name))
+                    setattr(kind, name, method)
+        yield
+
+
+def default_frequencies(
+    config: Any = None, device: torch.device | str | None = None, seq_len: int | None = None, **old: Any
+) -> tuple[Tensor, float]:
+    """Rotary frequencies ``base^(-2i/d)`` float32 ``[d / 2]``, and the factor 1 on cosines and sines.
+
+    Args:
+        config: with ``rope_theta`` or ``rope_parameters``, and ``head_dim`` or ``hidden_size`` and
+            ``num_attention_heads``. None: `old` has ``base`` and ``dim``.
+    """
+    if config is None:
+        base, width = old["base"], old["dim"]
+    else:
+        base = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = int(head_dim * (getattr(config, "partial_rotary_factor", None) or 1.0))
+    exponent = torch.arange(0, width, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / width
+    return 1.0 / base**exponent, 1.0
+
+
+class Loading:
+    """Methods of `PreTrainedModel` of transformers 5 around its own, for models as transformers 4 had them."""
+
+    def __init__(self, base: type) -> None:
+        self.base = base
+        self.built: list[nn.Module] = []  # models in the order in which their construction begins
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # as constructed, of those no checkpoint holds
+
+    def replacements(self) -> dict[str, Any]:
+        own = {name: inspect.getattr_static(self.base, name) for name in ("get_init_context", "from_pretrained")}
+        return {
+            "__init__": self.initialized(self.base.__init__),  # type: ignore[misc]
+            "get_expanded_tied_weights_keys": self.expanded(self.base.get_expanded_tied_weights_keys),  # type: ignore[attr-defined]
+            "get_init_context": classmethod(self.in_memory(own["get_init_context"].__func__)),
+            "from_pretrained": classmethod(self.with_buffers(own["from_pretrained"].__func__)),
+        }
+
+    def initialized(self, original: Callable[..., None]) -> Callable[..., None]:
+        """What models that never call `post_init` lack."""
+
+        @functools.wraps(original)
+        def __init__(model: Any, *args: Any, **kwargs: Any) -> None:
+            original(model, *args, **kwargs)
+            self.built.append(model)
+            if "all_tied_weights_keys" not in vars(model):
+                model.all_tied_weights_keys = {}
+            if not hasattr(model.config, "use_cache"):
+                model.config.use_cache = False
+            ignore_unknown_arguments(type(model), "tie_weights")
+
+        return __init__
+
+    def expanded(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Tied weights by a list of their names: each is the input embedding's."""
+
+        def get_expanded_tied_weights_keys(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(model._tied_weights_keys, list | tuple | set):
+                embedding = model.get_input_embeddings().weight
+                source = next(name for name, weight in model.named_parameters() if weight is embedding)
+                model._tied_weights_keys = {name: source for name in model._tied_weights_keys if name != source}
+            return original(model, *args, **kwargs)
+
+        return get_expanded_tied_weights_keys
+
+    def in_memory(self, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """Built in memory that is not written to before the weights are read, instead of on the meta device."""
+
+        def get_init_context(cls: type, *args: Any, **kwargs: Any) -> list[Any]:
+            from transformers import initialization
+
+            return [*original(cls, *args, **kwargs), initialization.no_init_weights(), torch.device("cpu"), self.seen()]
+
+        return get_init_context
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """The construction of a model, whose buffers are kept."""
+        self.built.clear()
+        yield
+        self.buffers = [
+            (module, name, buffer)
+            for module in (self.built[0].modules() if self.built else ())
+            for name in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(name)) is not None
+        ]
+
+    def with_buffers(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The buffers of the model as they were constructed, where it has been put."""
+
+        def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+            loaded = original(cls, *args, **kwargs)
+            for module, name, buffer in self.buffers:
+                place = module._buffers.get(name)
+                if place is not None and place.device.type != "meta":
+                    place.copy_(buffer)
+            self.built, self.buffers = [], []
+            return loaded
+
+        return from_pretrained
+
+
+def lenient_update() -> Callable[..., Any]:
+    """`GenerationConfig.update`, for classes whose `validate` knows fewer parameters than it is given."""
+    from transformers import GenerationConfig
+
+    original = GenerationConfig.update
+
+    def update(config: Any, **kwargs: Any) -> Any:
+        ignore_unknown_arguments(type(config), "validate")
+        return original(config, **kwargs)
+
+    return update
+
+
+def ignore_unknown_arguments(kind: type, name: str) -> None:
+    """Make a method of a class ignore keyword arguments that it does not know."""
+    method = getattr(kind, name)
+    parameters = inspect.signature(method).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+
+    @functools.wraps(method)
+    def called(instance: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(instance, *args, **{key: value for key, value in kwargs.items() if key in parameters})
+
+    setattr(kind, name, called)
