@@ -141,6 +141,7 @@ class Loading:
         return {
             "__init__": self.initialized(self.base.__init__),  # type: ignore[misc]
             "get_expanded_tied_weights_keys": self.expanded(self.base.get_expanded_tied_weights_keys),  # type: ignore[attr-defined]
+            "_initialize_weights": self.missing_only(self.base._initialize_weights),  # type: ignore[attr-defined]
             "get_init_context": classmethod(self.in_memory(own["get_init_context"].__func__)),
             "from_pretrained": classmethod(self.with_buffers(own["from_pretrained"].__func__)),
         }
@@ -171,6 +172,20 @@ class Loading:
             return original(model, *args, **kwargs)
 
         return get_expanded_tied_weights_keys
+
+    def missing_only(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Modules whose weights have all been read are left as they are.
+
+        Old code initialises all that a module has, and the first versions of transformers 5 let it.
+        """
+
+        def _initialize_weights(model: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+                module._is_hf_initialized = True  # type: ignore[assignment]
+            else:
+                original(model, module, *args, **kwargs)
+
+        return _initialize_weights
 
     def in_memory(self, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         """Built in memory that is not written to before the weights are read, instead of on the meta device."""
