@@ -161,7 +161,7 @@ class Windowed(Denoiser):
 
     def __init__(self, denoiser: Denoiser, cache: Tensor, columns: Tensor | None) -> None:
         self.denoiser, self.cache, self.columns = denoiser, cache, columns
-        self.mask_id, self.head = denoiser.mask_id, denoiser.head
+        self.name, self.mask_id, self.head = denoiser.name, denoiser.mask_id, denoiser.head
 
     def hidden(
         self,

@@ -39,8 +39,10 @@ def guided_hidden(
         given: bool ``[B, L]``, masked for u; not read at scale 0.
         input_ids, t, positions, attention_mask: as in `Denoiser.hidden`.
     """
+    count = (input_ids if positions is None else positions).shape[1]
     if scale == 0.0:
-        return denoiser.hidden(input_ids, t, positions, attention_mask)
+        hidden = denoiser.hidden(input_ids, t, positions, attention_mask)
+        return denoiser.check_states(hidden, len(input_ids), count)
     assert given is not None
 
     def twice(x: Tensor | None) -> Tensor | None:
@@ -48,6 +50,7 @@ def guided_hidden(
 
     both = torch.cat((input_ids, torch.where(given, denoiser.mask_id, input_ids)))
     hidden = denoiser.hidden(both, twice(t), twice(positions), twice(attention_mask))
+    hidden = denoiser.check_states(hidden, len(both), count)
     conditional, unconditional = hidden.float().chunk(2)
     guided = torch.lerp(unconditional, conditional, scale + 1.0)
     if denoiser.head.weight is None:  # logits, with -inf in both where an id is impossible

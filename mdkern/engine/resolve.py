@@ -274,6 +274,11 @@ def resolve(
             raise ValueError(
                 f"attention_mask must be None or all 1: {denoiser.name} takes none, so nothing may be padded"
             )
+        if mask is not None and denoiser.right_padding_only and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError(
+                f"attention_mask has padding before text, with which {denoiser.name} gives other states than without:"
+                " pad on the right (tokenizer.padding_side = 'right')"
+            )
     resolved_decoder = resolve_decoder(decoder, first)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)

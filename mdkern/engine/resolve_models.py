@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device, ids_of
@@ -51,9 +52,9 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
 
 
 def adapt_named(name: str, model: Any) -> Denoiser:
-    """`adapt`, its complaints under the schedule's name for the model."""
+    """`adapt`, the denoiser as its model is now, its complaints under the schedule's name for the model."""
     try:
-        return adapt(model)
+        return adapt(model).current()
     except (TypeError, ValueError) as error:
         raise type(error)(f"model {name}: {error}") from error
 
@@ -85,12 +86,25 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
 
 def not_finite(denoiser: Denoiser) -> list[str]:
     """Names of the weights that hold a NaN or an infinity: each read once, one synchronisation for all."""
-    weights = {name: weight.detach() for name, weight in denoiser.named_weights() if weight.numel()}
-    largest = [
-        torch.linalg.vector_norm(weight, torch.inf).to(denoiser.device, torch.float64)
-        for weight in weights.values()
-        if weight.is_floating_point() and weight.element_size() > 1  # of 8-bit formats PyTorch has no norm
-    ]
+    weights = dict(denoiser.named_weights())
+    largest = [size for weight in weights.values() if (size := largest_entry(weight, denoiser.device)) is not None]
     if not largest or bool(torch.stack(largest).isfinite().all()):
         return []
-    return [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    sizes = ((name, largest_entry(weight, denoiser.device)) for name, weight in weights.items())
+    return [name for name, size in sizes if size is not None and not bool(size.isfinite())]
+
+
+def largest_entry(weight: Tensor, device: torch.device) -> Tensor | None:
+    """The largest absolute value, float64 on `device`, NaN if there is one; None for what can't be asked.
+
+    That is: weights that are elsewhere (on the meta device, kept by accelerate), and formats for which PyTorch has no
+    norm, of 8 bits or of a library for quantisation.
+    """
+    weight = weight.detach()
+    floating = weight.is_floating_point() and weight.element_size() > 1
+    if weight.device.type == "meta" or not floating or not weight.numel():
+        return None
+    try:
+        return torch.linalg.vector_norm(weight, torch.inf).to(device, torch.float64)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.models import dit_fused, dit_window
-from mdkern.models.denoiser import Denoiser, Head, available_device, ids_of
-from mdkern.models.dit import DiT, gather_rows
-from mdkern.models.hf.introspect import accepted_arguments, end_of_text, first_setting, longest_input, output_layer
+from mdkern.models.by_logits import LogitsDenoiser
+from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_of
+from mdkern.models.dit import DiT
+from mdkern.models.hf.introspect import (
+    block_causal,
+    end_of_text,
+    execution_device,
+    first_setting,
+    longest_input,
+    wrapped_model,
+)
 from mdkern.models.hf.probe import examine
-from mdkern.models.hf.split import SplitDenoiser, serving
+from mdkern.models.hf.split import SplitDenoiser
 
 
 def adapt(
@@ -28,74 +36,144 @@ def adapt(
     num_blocks: int | None = None,
     device: torch.device | str | None = None,
     shifted: bool | None = None,
+    allow_causal: bool = False,
     name: str | None = None,
 ) -> Denoiser:
     """Make a `Denoiser` of a model.
 
     A module with ``get_output_embeddings``, as those of Hugging Face, is split: its own forward runs up to its output
     layer, which mdkern runs at the wanted positions only. What it can do is tried here by a few passes of a few ids,
-    once for a model. Where it can't be split it runs by its logits, and a warning says why.
+    once for a model. Where it can't be split it runs by its logits, and a warning says why. What was found out the
+    denoiser's `repr` tells.
 
     Args:
         model: a `DiT`; a Hugging Face masked language model; any callable from ids int64 ``[B, L]`` to logits
             ``[B, L, V]`` (it is also given ``t`` ``[B]`` or ``attention_mask`` ``[B, L]`` if it has parameters of
-            those names); or a `Denoiser`, returned as it is.
+            those names); or a `Denoiser`, returned as it is. Wrappers of data parallelism and of weight averaging are
+            looked through, and torch.compile's around a DiT.
         vocab_size: V. Needed for callables; taken from the model's config otherwise.
         mask_id: the mask token's id. Needed for callables, and for Hugging Face models whose config has none.
-        eos_id: an id that ends a text, or several; taken from the model's config otherwise.
-        max_length, num_blocks: as in `Denoiser`.
+        eos_id: an id that ends a text, or several; taken from the model's config and generation config otherwise.
+        max_length: most positions of a sequence; of a DiT at most its own.
+        num_blocks: as in `Denoiser`.
         device: where a callable wants its ids; taken from a module's parameters.
         shifted: whether the logits at a position are those of the next one, as of models that were autoregressive;
             then position i is served by i - 1, and by itself where nothing is before it. None: if the config's
             ``model_type`` is Dream's.
+        allow_causal: take a model all the same that sees only what is to the left of a position, or nothing beyond its
+            block of positions, or whose config says that it was made for blocks. It then runs with the attention of its
+            own forward.
         name: what to call it in messages.
 
     Raises:
         TypeError: not a model.
         ValueError: a missing or impossible `vocab_size` or `mask_id`, one that contradicts the model's own, `shifted`
-            for a DiT or a `Denoiser`, a model in training mode, a device that is not there.
+            for a DiT or a `Denoiser`, a model in training mode or a causal one, a device that is not there or is not
+            the model's.
     """
-    if isinstance(model, Denoiser | DiT):
-        known = model.config if isinstance(model, DiT) else model
-        for argument, value in (("vocab_size", vocab_size), ("mask_id", mask_id)):
-            if value is not None and value != getattr(known, argument):
-                raise ValueError(f"{argument}={value} contradicts the model's own {getattr(known, argument)}")
-        if shifted:
-            raise ValueError(f"shifted must not be given for a {type(model).__name__}: its states are in their places")
+    model = without_wrappers(model)
     if isinstance(model, Denoiser):
+        own = {what: getattr(model, what) for what in ("vocab_size", "mask_id", "max_length", "num_blocks", "name")}
+        given = {"max_length": max_length, "num_blocks": num_blocks, "name": name}
+        check_same({"vocab_size": vocab_size, "mask_id": mask_id} | given, own)
+        if eos_id is not None:
+            ids = ids_of("eos_id", eos_id, model.vocab_size, model.mask_id)
+            check_same({"eos_id": ids}, {"eos_id": model.eos_ids})
+        check_placed(model, model.device, device, shifted)
         return model
     if isinstance(model, nn.Module) and not isinstance(model, DiT) and model.training:
         raise ValueError("model is in training mode, so dropout would be on: call model.eval() first")
     if isinstance(model, DiT):
-        return DiTDenoiser(model, name)
+        check_same({"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks}, vars(model.config))
+        check_placed(model, model.embedding.device, device, shifted)
+        return DiTDenoiser(model, name, eos_id, max_length)
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
-    config = getattr(model, "config", None)
-    vocab_size = vocab_size if vocab_size is not None else getattr(config, "vocab_size", None)
-    mask_id = mask_id if mask_id is not None else getattr(config, "mask_token_id", None)
-    for argument, value in (("vocab_size", vocab_size), ("mask_id", mask_id)):
-        if value is None:
-            raise ValueError(f"{argument} must be given: {type(model).__name__} does not tell it")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{argument} must be a whole number, not {value!r}")
-    assert vocab_size is not None
-    assert mask_id is not None
-    check_ids(vocab_size, mask_id)
-    eos_ids = ids_of("eos_id", eos_id, vocab_size, mask_id) or end_of_text(model, vocab_size, mask_id)
-    max_length = max_length if max_length is not None else longest_input(model)
-    anatomy = examine(model, vocab_size, max_length)
+    vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, Integral)):
+        raise ValueError(f"max_length must be a whole number, not {max_length!r}")
     described: dict[str, Any] = {
         "vocab_size": vocab_size,
         "mask_id": mask_id,
-        "eos_ids": eos_ids,
-        "max_length": max_length,
+        "eos_ids": ids_of("eos_id", eos_id, vocab_size, mask_id) or end_of_text(model, vocab_size, mask_id),
+        "max_length": max_length if max_length is not None else longest_input(model),
         "num_blocks": num_blocks if num_blocks is not None else first_setting(model, "num_hidden_layers", "n_layers"),
-        "shifted": str(getattr(config, "model_type", "")).lower() == "dream" if shifted is None else shifted,
+        "shifted": str(first_setting(model, "model_type")).lower() == "dream" if shifted is None else shifted,
         "name": name or str(getattr(model, "__name__", type(model).__name__)),
     }
-    if isinstance(anatomy, str):
-        return LogitsDenoiser(model, device=device, reason=anatomy if isinstance(model, nn.Module) else "", **described)
-    return SplitDenoiser(model, anatomy, **described)
+    if isinstance(model, nn.Module) and device is not None:
+        check_placed(model, execution_device(model) or torch.device(device), device, None)
+    anatomy = examine(model, vocab_size, described["max_length"], device)
+    if not allow_causal:
+        check_direction(described["name"], block_causal(model), anatomy.direction)
+    if not anatomy.reason:
+        return SplitDenoiser(model, anatomy, **described)
+    told: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        told = {"reason": anatomy.reason, "padding": anatomy.padding}
+    denoiser = LogitsDenoiser(model, device=device, **described, **told)
+    denoiser.warn(stacklevel=2)
+    return denoiser
+
+
+def without_wrappers(model: Any) -> Any:
+    """The model in wrappers that run it as it is: of data parallelism, weight averaging, and compiled DiTs."""
+    inside = wrapped_model(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.optim.swa_utils.AveragedModel):
+        return without_wrappers(inside)
+    compiled = hasattr(model, "_orig_mod") and isinstance(without_wrappers(inside), DiT)
+    return without_wrappers(inside) if compiled else model
+
+
+def check_same(given: dict[str, Any], own: dict[str, Any]) -> None:
+    for argument, value in given.items():
+        if value is not None and value != own[argument]:
+            raise ValueError(f"{argument}={value} contradicts the model's own {own[argument]}")
+
+
+def check_placed(model: Any, own: torch.device, device: torch.device | str | None, shifted: bool | None) -> None:
+    """Refuse what cannot take effect: another device than the model's, a shift where there is none."""
+    if shifted:
+        raise ValueError(f"shifted must not be given for a {type(model).__name__}: its states are in their places")
+    if device is not None:
+        asked = available_device(device)
+        if asked.type != own.type or asked.index not in (None, own.index):
+            raise ValueError(f"device={asked} is not where the model is, {own}: move it by model.to({str(asked)!r})")
+
+
+def check_direction(name: str, configured: str, observed: str) -> None:
+    """Refuse models that do not look at all of a text."""
+    if not configured and not observed:
+        return
+    seen = f"was made for attention by {configured}" if configured else observed
+    raise ValueError(
+        f"{name} {seen}, while a masked diffusion model needs attention to all of a text, on both sides of a position:"
+        " causal and block-causal models are not supported. If it has been made bidirectional, switch its causal mask"
+        " off; adapt(model, …, allow_causal=True) runs it as it is"
+    )
+
+
+def known_ids(model: Any, vocab_size: Any, mask_id: Any) -> tuple[int, int]:
+    """`vocab_size` and `mask_id`, given or told by the config, checked."""
+    given = {
+        "vocab_size": vocab_size if vocab_size is not None else first_setting(model, "vocab_size"),
+        "mask_id": mask_id if mask_id is not None else first_setting(model, "mask_token_id"),
+    }
+    for argument, value in given.items():
+        if value is None:
+            missing = ", ".join(f"{name}=…" for name, known in given.items() if known is None)
+            inside = wrapped_model(model)
+            where = "" if inside is None else f"; or adapt the {type(inside).__name__} inside it"
+            kind = type(model).__name__
+            hint = " (tokenizer.mask_token_id, if it has one)" if missing == "mask_id=…" else ""
+            raise ValueError(
+                f"{argument} must be given: {kind} does not tell it. Write mdkern.adapt(model, {missing}){hint}{where}"
+            )
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{argument} must be a whole number, not {value!r}")
+    ids = int(given["vocab_size"]), int(given["mask_id"])
+    check_ids(*ids)
+    return ids
 
 
 def check_ids(vocab_size: int, mask_id: int) -> None:
@@ -111,16 +189,36 @@ class DiTDenoiser(Denoiser):
     takes_cache = True
     folds: dit_fused.Folds | None = None
 
-    def __init__(self, model: DiT, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        name: str | None = None,
+        eos_id: int | Sequence[int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
         config = model.config
         self.model = model
         self.name = name or f"DiT-{config.num_blocks}"
         self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
-        self.eos_ids = ids_of("eos_id", config.eos_id, config.vocab_size, config.mask_id)
-        self.max_length, self.num_blocks = config.max_length, config.num_blocks
+        eos_id = eos_id if eos_id is not None else config.eos_id
+        self.eos_ids = ids_of("eos_id", eos_id, config.vocab_size, config.mask_id)
+        self.max_length = config.max_length if max_length is None else max_length
+        if not isinstance(self.max_length, Integral) or not 1 <= self.max_length <= config.max_length:
+            raise ValueError(f"max_length must be 1 to {config.max_length}, the model's own, not {max_length!r}")
+        self.num_blocks = config.num_blocks
         self.time_conditioning = config.time_conditioning
-        self.device, self.dtype = model.embedding.device, model.embedding.dtype
-        self.head = Head(model.head_weight.detach(), model.suppressed_bias().detach())
+
+    head = Live(lambda self: Head(self.model.head_weight.detach(), self.model.suppressed_bias().detach()))
+    device = Live(lambda self: self.model.embedding.device)
+    dtype = Live(lambda self: self.model.embedding.dtype)
+
+    def current(self) -> DiTDenoiser:
+        now = copy.copy(self)
+        now.head = self.head
+        return now
+
+    def description(self) -> str:
+        return "runs by mdkern's own passes"
 
     def hidden(
         self,
@@ -160,78 +258,3 @@ class DiTDenoiser(Denoiser):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
-
-
-class LogitsDenoiser(Denoiser):
-    """Any callable from ids to logits. Exact, but every forward pass computes the logits of every position."""
-
-    no_cache_reason = "it runs by its logits"
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        vocab_size: int,
-        mask_id: int,
-        eos_ids: tuple[int, ...],
-        max_length: int | None,
-        num_blocks: int | None,
-        device: torch.device | str | None,
-        shifted: bool,
-        name: str,
-        reason: str,
-    ) -> None:
-        """`reason`: why it can't be split, for the warning; "" if nobody could expect it to be."""
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.model, self.name, self.shifted = model, name, shifted
-        # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
-        self.vocab_size, self.mask_id = max(vocab_size, mask_id + 1), mask_id
-        self.eos_ids, self.max_length, self.num_blocks = eos_ids, max_length, num_blocks
-        layer = output_layer(model)
-        rows = 0 if isinstance(layer, str) else len(cast(Tensor, layer.weight))
-        self.columns = max(vocab_size, rows)  # of the logits: tables may be padded
-        chosen = available_device(device or (parameter.device if parameter is not None else "cpu"))
-        self.dtype = parameter.dtype if parameter is not None else torch.float32
-        accepted = accepted_arguments(model)
-        self.time_conditioning = "t" in accepted
-        self.takes_attention_mask = "attention_mask" in accepted
-        bias = torch.zeros(self.columns, dtype=torch.float32, device=chosen)
-        self.device = bias.device  # with its index, so that it compares equal to those of other tensors there
-        bias[vocab_size:] = -torch.inf
-        if mask_id < vocab_size:
-            bias[mask_id] = -torch.inf
-        self.head = Head(None, bias)
-        because = f" because {reason}" if reason else ""
-        warnings.warn(
-            f"{self.name} runs by its logits{because}: the output layer is computed at every position of every forward"
-            " pass",
-            stacklevel=3,
-        )
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        t: Tensor | None = None,
-        positions: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Logits in place of hidden states: ``[B, L, V]`` or ``[B, R, V]``."""
-        arguments: dict[str, Tensor | None] = {"t": t} if self.time_conditioning else {}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
-        output = self.model(input_ids, **arguments)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        expected = (*input_ids.shape, self.columns)
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"{self.name} gave a {type(output).__name__}, expected floating logits {expected}")
-        if tuple(logits.shape) != expected or not logits.is_floating_point():
-            raise ValueError(
-                f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}"
-            )
-        if self.shifted:
-            positions = serving(input_ids, positions, attention_mask)
-        return logits if positions is None else gather_rows(logits, positions)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self.model, nn.Module):
-            yield from self.model.named_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -68,6 +68,16 @@ class Head:
         return finish_logits(logits, self.bias, self.scale, self.soft_cap)
 
 
+class Live:
+    """An attribute that is made anew whenever it is read, unless one was assigned to the object."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else self.make(instance)
+
+
 class Denoiser:
     """A masked diffusion language model, split where the sampler needs it split.
 
@@ -82,6 +92,7 @@ class Denoiser:
     num_blocks: int | None = None  # B of the paper's equation (3)
     time_conditioning: bool = False
     takes_attention_mask: bool = True  # whether sequences may be padded
+    right_padding_only: bool = False  # whether padding may come after the text only
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are there
     no_cache_reason: str = ""  # why not, for messages
     device: torch.device
@@ -108,6 +119,26 @@ class Denoiser:
             ``[B, L, D]`` or ``[B, R, D]``.
         """
         raise NotImplementedError
+
+    def current(self) -> Denoiser:
+        """The denoiser as its model is now, for one call of `sample`: itself, or a copy that holds it."""
+        return self
+
+    def description(self) -> str:
+        """How it runs, for `repr`."""
+        return "a Denoiser"
+
+    def __repr__(self) -> str:
+        facts = [f"{getattr(self, 'vocab_size', '?')} ids, mask id {getattr(self, 'mask_id', '?')}"]
+        facts += [f"ends of text {', '.join(map(str, self.eos_ids))}"] if self.eos_ids else []
+        facts += [f"at most {self.max_length} positions"] if self.max_length is not None else []
+        facts += ["conditioned on the time"] if self.time_conditioning else []
+        facts += [self.description()]
+        without = f" because {self.no_cache_reason}" if self.no_cache_reason else ""
+        facts += ["keeps keys and values" if self.takes_cache else f"keeps no keys and values{without}"]
+        side = " after the text" if self.right_padding_only else ""
+        facts += [f"takes padding{side}" if self.takes_attention_mask else "takes no padding"]
+        return f"<{self.name}: {'; '.join(facts)}>"
 
     def prepared(self, rows: int) -> Denoiser:
         """The denoiser to run one call of `sample` by: itself, or one that shares its weights.
@@ -154,6 +185,26 @@ class Denoiser:
             ``[B, R, D]``.
         """
         raise NotImplementedError
+
+    def check_states(self, states: Any, batch: int, count: int) -> Tensor:
+        """What `hidden` or `window_hidden` gave, refused if it is not ``[B, count, D]`` as the head needs it.
+
+        Looks at what the host knows of a tensor, not at its values.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        wanted = batch, count, len(bias) if weight is None else weight.shape[1]
+        if isinstance(states, Tensor) and tuple(states.shape) == wanted and states.device == bias.device:
+            fits = states.is_floating_point() if weight is None else states.dtype == weight.dtype
+            if fits:
+                return states
+        dtype = "a floating dtype" if weight is None else str(weight.dtype)
+        given = type(states).__name__
+        if isinstance(states, Tensor):
+            given = f"{states.dtype} {tuple(states.shape)} on {states.device}"
+        hint = ""
+        if isinstance(states, Tensor) and states.ndim == 3 and states.shape[1] != count:
+            hint = ": of each sequence the states at `positions` are wanted, in their order"
+        raise ValueError(f"{self.name}.hidden gave {given}, expected {dtype} {wanted} on {bias.device}{hint}")
 
     def logits(self, input_ids: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """float32 ``[B, L, V]`` with V the padded vocabulary: every logit of every position, as the baselines want."""

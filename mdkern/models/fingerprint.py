@@ -38,7 +38,10 @@ def own(module: nn.Module) -> dict[str, Any]:
 
 def describe(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+        try:
+            return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse ones, and those of other libraries
+            return id(value)
     if isinstance(value, dict):
         return tuple((key, describe(item)) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):

@@ -201,6 +201,7 @@ class TestCallable:
 
         denoiser = adapt(watch, vocab_size=4, mask_id=4)
         assert denoiser.time_conditioning
+        seen.clear()  # what `adapt` has tried
         steps, eps = 5, 0.1
         decoder = mdkern.Ancestral(eps)
         options: dict[str, Any] = {"length": 6, "steps": steps, "seed": 1, "batch_size": 1, "return_history": True}

@@ -24,6 +24,7 @@ from tests.problems.hf_models import (
     WIDTH,
     WORDS,
     adapted,
+    bert,
     by_logits,
     draw,
     dream,
@@ -55,8 +56,10 @@ class TestSplit:
         model, decoder = MODELS[name](), "threshold" if len(name) % 2 else "ancestral"  # half of the models each
         options: dict[str, Any] = {"input_ids": starts(6), "decoder": decoder, "seed": 3, "temperature": 0.8}
         want = mdkern.sample(by_logits(model, name == "dream"), **options)
-        denoiser, widths = adapted(model), set()
+        widths: set[int] = set()
         handle = model.get_output_embeddings().register_forward_hook(lambda _, __, out: widths.add(out.shape[-1]))
+        denoiser = adapted(model)
+        widths.clear()
         got = mdkern.sample(denoiser, **options)
         handle.remove()
         assert got.sequences.equal(want.sequences)
@@ -66,7 +69,8 @@ class TestSplit:
 
     def test_the_model_is_left_as_it_was(self, name: str) -> None:
         model, ids = MODELS[name](), random_ids(2, 9)
-        before, want = fingerprint(model), model(ids).logits.detach().clone()
+        want = model(ids).logits.detach().clone()
+        before = fingerprint(model)  # some change their config when they first run
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         denoiser = adapted(model)
         mdkern.sample(denoiser, input_ids=starts(2), seed=0)
@@ -290,9 +294,12 @@ class TestFallback:
         model = llama(is_causal=True)
         for block in model.model.layers:
             block.self_attn.is_causal = True
-        denoiser = adapted(model)
+        denoiser = adapted(model, allow_causal=True)
         assert not denoiser.takes_cache
-        assert denoiser.no_cache_reason == "its attention looks to the left only"
+        assert denoiser.no_cache_reason in (
+            "its attention looks to the left only",
+            "its attention has a mask or a bias of its own",  # which transformers 4 makes
+        )
         with pytest.raises(ValueError, match="kept keys and values"):
             mdkern.sample(denoiser, length=8, decoder="threshold", block_length=4, cache="dual")
 
@@ -301,7 +308,7 @@ class TestFallback:
         [
             ("roberta", "windows over kept keys and values do not give"),
             ("modern bert", "some of its attention is local"),
-            ("llama, eager attention", "its attention is not PyTorch's scaled_dot_product_attention"),
+            ("bert, eager attention", "its attention is not PyTorch's scaled_dot_product_attention"),
         ],
     )
     def test_no_cache_and_why(self, name: str, reason: str) -> None:
@@ -325,7 +332,7 @@ class TestFallback:
         assert ("a mask or a bias of its own" in denoiser.no_cache_reason) == (window < LONGEST)
 
     def test_a_model_that_sees_padding_takes_none(self) -> None:
-        model = llama(attn_implementation="eager")
+        model = bert(attn_implementation="eager")
         model.forward = deaf(model.forward)
         denoiser = adapted(model)
         assert not denoiser.takes_attention_mask
@@ -353,7 +360,7 @@ class TestPadding:
         model = llama()
         forward, capturing = model.forward, False
 
-        def call(input_ids: Tensor, position_ids: Tensor | None = None, use_cache: bool = False) -> Any:
+        def call(input_ids: Tensor, position_ids: Tensor | None = None, use_cache: bool = True) -> Any:
             length = input_ids.shape[1]
             mask = torch.ones(1, 1, length, length, dtype=torch.bool) if capturing else None
             return forward(input_ids, mask, position_ids, use_cache=use_cache)
@@ -371,15 +378,17 @@ class TestPadding:
         assert seen.masks == [None, None]
 
     def test_padding_that_leaks_by_less_than_rounding_is_noticed(self) -> None:
-        model = llama(attn_implementation="eager")
+        model = bert(attn_implementation="eager")
         assert adapted(model).takes_attention_mask
-        model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] + 1e-5 * args[0].mean(1, keepdim=True),))
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0] + 1e-5 * args[0].mean(1, keepdim=True),)
+        )
         assert not adapted(model).takes_attention_mask
 
     @pytest.mark.parametrize("name", MODELS)
     def test_text_is_what_it_is_alone(self, name: str) -> None:
         denoiser, alone = adapted(MODELS[name]()), starts(3)
-        before = 0 if name in ("bert", "roberta") else 3  # where positions are absolute, padding must come after
+        before = 3
         padded = torch.nn.functional.pad(alone, (before, 4 - before), value=7)
         mask = torch.nn.functional.pad(torch.ones_like(alone), (before, 4 - before))
         options: dict[str, Any] = {"steps": 6, "seed": 5, "decoder": "top_probability"}
@@ -422,11 +431,11 @@ class TestMarks:
         model = dream()
         assert graphs.mark_of(adapted(model)) != graphs.mark_of(adapted(model, shifted=False))
 
-    def test_a_head_replaced_since_is_noticed(self) -> None:
+    def test_a_head_replaced_in_the_midst_of_a_call_is_noticed(self) -> None:
         model = llama()
-        denoiser = adapted(model)
+        denoiser = adapted(model).current()
         model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
-        with pytest.raises(RuntimeError, match="another output layer than when it was adapted: adapt it again"):
+        with pytest.raises(RuntimeError, match="got another output layer while it was sampled from"):
             denoiser.hidden(random_ids(1, 4))
         adapted(model).hidden(random_ids(1, 4))
 

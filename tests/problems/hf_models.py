@@ -236,7 +236,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "modern bert": modern_bert,
     "llama": llama,
     "llama, tied": lambda: llama(tie_word_embeddings=True),
-    "llama, eager attention": lambda: llama(attn_implementation="eager"),
+    "bert, eager attention": lambda: bert(attn_implementation="eager"),
     "qwen": qwen,
     "dream": dream,
     "llada": llada,

@@ -1,8 +1,8 @@
 """Loading models whose own code was written for another version of transformers than the one installed.
 
-The code of LLaDA, LLaDA-MoE, Dream, SDAR and LLaDA 2 comes with the checkpoints (``trust_remote_code=True``) and expects
-the transformers of its time. What newer versions have changed under it is put back while such a model is loaded, and
-only then; once loaded, it runs without. What is put back:
+The code of LLaDA, LLaDA-MoE, Dream, SDAR and LLaDA 2 comes with the checkpoints (``trust_remote_code=True``) and
+expects the transformers of its time. What newer versions have changed under it is put back while such a model is
+loaded, and only then; once loaded, it runs without. What is put back:
 
 - names that the code imports and that are gone (`GONE`);
 - ``ROPE_INIT_FUNCTIONS["default"]``, the plain rotary frequencies;
@@ -67,7 +67,15 @@ def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
     """
     import transformers
 
-    of_config = ("trust_remote_code", "revision", "cache_dir", "token", "local_files_only", "subfolder", "code_revision")
+    of_config = (
+        "trust_remote_code",
+        "revision",
+        "cache_dir",
+        "token",
+        "local_files_only",
+        "subfolder",
+        "code_revision",
+    )
     with old_model_code():
         config = transformers.AutoConfig.from_pretrained(
             name_or_path, **{name: options[name] for name in of_config if name in options}
@@ -150,7 +158,7 @@ class Loading:
         """What models that never call `post_init` lack."""
 
         @functools.wraps(original)
-        def __init__(model: Any, *args: Any, **kwargs: Any) -> None:
+        def init(model: Any, *args: Any, **kwargs: Any) -> None:
             original(model, *args, **kwargs)
             self.built.append(model)
             if "all_tied_weights_keys" not in vars(model):
@@ -159,7 +167,7 @@ class Loading:
                 model.config.use_cache = False
             ignore_unknown_arguments(type(model), "tie_weights")
 
-        return __init__
+        return init
 
     def expanded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Tied weights by a list of their names: each is the input embedding's."""

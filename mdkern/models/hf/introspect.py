@@ -6,16 +6,51 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:
-    """Names of the parameters that a model's call takes."""
+    """Names of the parameters that a model's call takes, those included that a wrapper passes on by ``**kwargs``."""
     function = model.forward if isinstance(model, nn.Module) else model
     try:
-        return set(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin without a signature
         return set()
+    inside = wrapped_model(model)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return set(parameters) | (accepted_arguments(inside) if passes_on and inside is not None else set())
+
+
+def wrapped_model(model: Any) -> nn.Module | None:
+    """The model inside a wrapper: of PEFT, torch.compile, data parallelism, weight averaging."""
+    find = getattr(model, "get_base_model", None)
+    if isinstance(model, nn.Module) and callable(find):
+        inside = find()
+    else:
+        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return inside if isinstance(inside, nn.Module) and inside is not model else None
+
+
+def execution_device(model: Any) -> torch.device | None:
+    """Where a module's ids are wanted: where its weights are or, if accelerate keeps them elsewhere, where it runs."""
+    if not isinstance(model, nn.Module):
+        return None
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    parameter = next(model.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def first_position(model: Any) -> int:
+    """The position id of a text's first token: RoBERTa's relatives count from `padding_idx` + 1."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return int(table.padding_idx) + 1
+    return 0
 
 
 def first_setting(model: Any, *names: str) -> Any:
@@ -25,21 +60,34 @@ def first_setting(model: Any, *names: str) -> Any:
 
 
 def longest_input(model: Any) -> int | None:
-    """Positions that a Hugging Face model can read. RoBERTa's first ones are taken: its positions count from
-    `padding_idx` + 1."""
+    """Positions that a Hugging Face model can read."""
     positions = first_setting(model, "max_position_embeddings", "max_sequence_length")
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        table = getattr(module, "position_embeddings", None)
-        if positions is not None and isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return positions - table.padding_idx - 1
-    return positions
+    return positions - first_position(model) if isinstance(positions, int) else None
 
 
 def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
-    """The config's ids for the end of text, without those that no logits can give."""
-    told = first_setting(model, "eos_token_id")
-    ids = told if isinstance(told, list | tuple) else [told]
+    """The ids for the end of text of the config and the generation config, without those that no logits can give."""
+    ids: list[Any] = []
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        told = getattr(config, "eos_token_id", None)
+        ids += told if isinstance(told, list | tuple) else [told]
     return tuple(dict.fromkeys(id for id in ids if isinstance(id, int) and 0 <= id < vocab_size and id != mask_id))
+
+
+# By model_type, models made for a mask that hides the blocks after a position's own.
+BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2", "llada2_moe", "bd3lm", "fast_dllm_qwen")
+BLOCK_SETTINGS = ("block_size", "bd_size", "block_length")
+
+
+def block_causal(model: Any) -> str:
+    """What in a model's config says that it is made for a block-causal mask; "" if nothing does."""
+    kind = str(first_setting(model, "model_type") or "").lower()
+    longest = longest_input(model) or 1024
+    for name in BLOCK_SETTINGS:
+        length = first_setting(model, name)
+        if isinstance(length, int) and 1 <= length < longest:
+            return f"blocks of {length} ({name} in its config)"
+    return f"blocks (model_type {kind!r} in its config)" if kind in BLOCK_CAUSAL else ""
 
 
 def output_layer(model: Any) -> nn.Module | str:

@@ -7,6 +7,8 @@ if a padded sequence gives what it gives alone.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,94 +16,257 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import Head
+from mdkern.models.by_logits import LogitsDenoiser
+from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention
-from mdkern.models.hf.introspect import accepted_arguments, first_setting, output_layer
-from mdkern.models.hf.split import Anatomy, SplitDenoiser
+from mdkern.models.hf.introspect import (
+    accepted_arguments,
+    execution_device,
+    first_position,
+    first_setting,
+    output_layer,
+)
+from mdkern.models.hf.split import Anatomy, Padding, SplitDenoiser
+
+logger = logging.getLogger(__name__)
 
 SEQUENCES, LENGTH = 2, 10  # of a probe
+SPAN = 32  # of the probe of what a model sees
+ROUNDINGS = 8  # times what a computation changes by rounding alone: no more may come of what must not be seen
 LONG = 1024  # of the probe of models that make a mask for their attention: it may hide what is far away only
 # Largest difference between two ways to compute the same states: its root mean square over that of what is compared.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 ONE_LAYER = 0.1  # of it, for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
-_examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy | str]] = WeakKeyDictionary()
+_examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
-def examine(model: Any, vocab_size: int, max_length: int | None) -> Anatomy | str:
-    """A model's anatomy, or why it can't be split. Found out once for a model as it is."""
+def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.device | str | None = None) -> Anatomy:
+    """A model's anatomy. Found out once for a module as it is, and each time for a function.
+
+    Args:
+        device: where a function wants its ids.
+    """
     from mdkern.models.fingerprint import fingerprint  # which imports the models
 
-    layer = output_layer(model)
-    if isinstance(layer, str):
-        return layer
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    autocast = torch.is_autocast_enabled(weight.device.type), torch.get_autocast_dtype(weight.device.type)
+    place = available_device(device or execution_device(model) or "cpu")
+    if not isinstance(model, nn.Module):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return whole(model, "it is no module", vocab_size, min(max_length or LENGTH, LENGTH), place)
+    autocast: Any = None
+    if place.type != "meta":
+        autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
     state = fingerprint(model), vocab_size, max_length, autocast
     known = _examined.get(model)
     if known is None or known[0] != state:
         with torch.no_grad():
-            known = state, dissect(model, weight, vocab_size, max_length)
+            known = state, dissect(model, vocab_size, max_length or LONG, place)
         _examined[model] = known
     return known[1]
 
 
-def dissect(model: nn.Module, weight: Tensor, vocab_size: int, max_length: int | None) -> Anatomy | str:
+def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
+    layer = output_layer(model)
+    reason = layer if isinstance(layer, str) else ""
     if hasattr(model, "_orig_mod"):
-        return "it was compiled by torch.compile (adapt the model itself: its passes are captured in CUDA graphs)"
-    if weight.device.type == "meta":
-        return "it is on the meta device"
-    if any(parameter.device != weight.device for parameter in model.parameters()):
-        return "its layers are on several devices"
-    probe = Probe(model, weight, min(vocab_size, len(weight)), max_length or LONG)
+        reason = "it was compiled by torch.compile (adapt the model itself: its passes are captured in CUDA graphs)"
+    elif any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        reason = "its weights are kept elsewhere and brought in by accelerate"
+    elif any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return Anatomy("it is on the meta device")
+    elif len({parameter.device for parameter in model.parameters()}) > 1:
+        reason = "its layers are on several devices"
+    if not reason:
+        assert isinstance(layer, nn.Module)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        probe = Probe(model, weight, min(vocab_size, len(weight)), longest)
+        try:
+            return probe.anatomy()
+        except torch.OutOfMemoryError:
+            raise
+        except CannotBeSplitError as error:
+            reason = str(error)
+        except Exception as error:  # whatever somebody's code may raise
+            reason = f"a pass without its output layer failed: {first_line(error)}"
+    return whole(model, reason, vocab_size, longest, device)
+
+
+def whole(model: Any, reason: str, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
+    """Of a model that runs by its logits: what it sees and, of a module, how it is told of padding."""
+    described: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "device": device, "name": "the probe"}
+    anatomy = Anatomy(reason, padding=Padding() if isinstance(model, nn.Module) else None)
     try:
-        anatomy = probe.head()
-        return anatomy if isinstance(anatomy, str) else probe.padding(probe.cache(anatomy))
+        trial = Trial(model, vocab_size, longest, device)
+        anatomy = replace(anatomy, direction=trial.direction(LogitsDenoiser(model, **described)))
+        if isinstance(model, nn.Module):
+            ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
+            anatomy = replace(
+                anatomy,
+                padding=trial.padding(ways, model, lambda padding: LogitsDenoiser(model, padding=padding, **described)),
+            )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever somebody's code may raise
-        return f"a pass without its output layer failed: {first_line(error)}"
+    except Exception as error:  # it may need more than ids; what is wrong with it then is said when it is sampled from
+        logger.debug("%s could not be tried: %s", type(model).__name__, first_line(error))
+    return anatomy
+
+
+def logits_of(output: Any) -> Any:
+    return getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class Probe:
-    """Passes of a model over a few ids."""
+class CannotBeSplitError(Exception):
+    """Why, in words that follow "because"."""
+
+
+class Trial:
+    """Passes of a denoiser over a few ids, whatever its model is."""
+
+    def __init__(self, model: Any, vocab_size: int, longest: int, device: torch.device) -> None:
+        self.vocab_size, self.longest, self.device = vocab_size, longest, device
+        self.length = min(LENGTH, longest)
+        shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, shape, generator=generator)
+        pad = first_setting(model, "pad_token_id")  # which RoBERTa counts no position for
+        self.ids, self.other_ids = torch.where(ids == (-1 if pad is None else pad), (ids + 1) % vocab_size, ids).to(
+            device
+        )
+        self.t = torch.full((SEQUENCES,), 0.5, device=device)
+
+    def direction(self, denoiser: Denoiser) -> str:
+        """What a model does not see of a text, in words that follow its name; "" if it sees all, or its own position.
+
+        In one pass over four sequences: one of them with another last id, one with another first id, one the same, so
+        that what changes by rounding alone is known.
+        """
+        length = min(SPAN, self.longest)
+        if length < 4 or self.vocab_size < 2:
+            return ""
+        ids = torch.randint(self.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
+        rows = ids.repeat(4, 1)
+        rows[1, -1], rows[2, 0] = (rows[1, -1] + 1) % self.vocab_size, (rows[2, 0] + 1) % self.vocab_size
+        t = torch.full((4,), 0.5, device=self.device) if denoiser.time_conditioning else None
+        states = denoiser.hidden(rows.to(self.device), t).double()
+        same, last, first, again = states.nan_to_num(posinf=0.0, neginf=0.0)
+        rounding = ROUNDINGS * (same - again).abs().max()
+        from_last, from_first = ((same - other).abs().amax(-1) > rounding for other in (last, first))
+        left, right = int(from_last[:-1].sum()), int(from_first[1:].sum())  # positions that the change has reached
+        if right < length - 1 or left > (length - 1) // 2:
+            return ""
+        if not left:
+            return "looks to the left only"
+        return f"does not look beyond blocks of some {left + 1} positions"
+
+    def padding(self, ways: list[str], model: Any, denoiser: Callable[[Padding], Denoiser]) -> Padding:
+        """How it can be told of padding: the first of `ways` with which text is what it is alone."""
+        places = [None, first_position(model)] if "position_ids" in accepted_arguments(model) else [None]
+        one_sided = Padding()
+        for way in ways:
+            for place in places:
+                padding = Padding(way, place, place - 1 if place else None)
+                try:
+                    sides = self.unseen_padding(denoiser(padding))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # a way that somebody's code does not take
+                    continue
+                if sides == (True, True):
+                    return padding
+                if sides[0] and not one_sided.way:
+                    one_sided = padding._replace(right_only=True)
+        return one_sided
+
+    def unseen_padding(self, denoiser: Denoiser) -> tuple[bool, bool]:
+        """Whether text before padding, and text after it, is what it is alone, whatever the padding holds.
+
+        In all bits, or as far as it changes with the text of another sequence, which rounds differently where tokens
+        are sorted by experts.
+        """
+        text = max(1, self.length - 3)
+        column = torch.arange(self.length, device=self.device)
+        mask = torch.stack((column < text, column >= self.length - text))
+        t = self.t if denoiser.time_conditioning else None
+
+        def states(texts: Tensor, padding: Tensor) -> Tensor:
+            ids = padding.masked_scatter(mask, texts)
+            hidden = denoiser.hidden(ids, t, None, mask)
+            return hidden[mask].view(SEQUENCES, text, -1).nan_to_num(posinf=0.0, neginf=0.0)
+
+        texts, others = self.ids[:, :text], self.other_ids[:, :text]
+        first, second = states(texts, self.ids), states(texts, self.other_ids)
+        alone = denoiser.hidden(texts, t).nan_to_num(posinf=0.0, neginf=0.0)
+        rounding = torch.zeros(SEQUENCES, device=self.device, dtype=torch.float64)
+        if not first.equal(second):
+            company = (torch.stack((texts[0], others[1])), torch.stack((others[0], texts[1])))
+            changed = torch.stack([states(both, self.ids)[row] for row, both in enumerate(company)])
+            rounding = ROUNDINGS * (changed.double() - first.double()).abs().amax((1, 2))
+        leaks = (first.double() - second.double()).abs().amax((1, 2)) > rounding
+        right, left = (not bool(leaks[row]) and close(first[row], alone[row], denoiser.dtype) for row in (0, 1))
+        return right, left
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, part: float = 1.0) -> bool:
+    """Whether two computations in `dtype` agree to rounding; not where there is a NaN."""
+    ours, theirs = ours.double(), theirs.double()
+    bound = part * CLOSE.get(dtype, CLOSE[torch.float32])
+    return bool((ours - theirs).square().mean().sqrt() <= bound * theirs.square().mean().sqrt())
+
+
+class Probe(Trial):
+    """Passes of a model that is to be split."""
 
     def __init__(self, model: nn.Module, weight: Tensor, vocab_size: int, longest: int) -> None:
-        self.model, self.weight, self.vocab_size, self.longest = model, weight, vocab_size, longest
-        self.length = min(LENGTH, longest)
+        super().__init__(model, vocab_size, longest, weight.device)
+        self.model, self.weight = model, weight
         self.accepted = accepted_arguments(model)
-        shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
-        self.ids, self.other_ids = torch.randint(vocab_size, shape, generator=generator).to(weight.device)
-        self.t = torch.full((SEQUENCES,), 0.5, device=weight.device)
-        self.arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepted else {}
-        if "t" in self.accepted:
-            self.arguments["t"] = self.t
+        self.arguments: dict[str, Any] = {"t": self.t} if "t" in self.accepted else {}
 
-    def head(self) -> Anatomy | str:
-        """The scale, soft cap and bias that make the model's own logits of its hidden states, or why none do."""
+    def anatomy(self) -> Anatomy:
+        anatomy = self.cache(self.head(self.choose_call()))
+        ways = ["attention"] if anatomy.layout or isinstance(self.layout(), Layout) else []
+        ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
+        padding = self.padding(ways, self.model, lambda padding: self.denoiser(replace(anatomy, padding=padding)))
+        anatomy = replace(anatomy, padding=padding)
+        return replace(anatomy, direction=self.direction(self.denoiser(anatomy)))
+
+    def choose_call(self) -> bool:
+        """Whether the model must be called without use_cache=False, which makes some versions' attention causal."""
+        if "use_cache" not in self.accepted:
+            return False
+        plain, lean = (logits_of(self.model(self.ids, **self.arguments, **more)) for more in ({}, {"use_cache": False}))
+        self.plain = (
+            isinstance(plain, Tensor) and isinstance(lean, Tensor) and plain.shape == lean.shape
+        ) and not self.close(lean, plain)
+        if not self.plain:
+            self.arguments["use_cache"] = False
+        return self.plain
+
+    def head(self, plain: bool) -> Anatomy:
+        """With the scale, soft cap and bias that make the model's own logits of its hidden states."""
         with HeadPass(self.weight) as run:
             self.model(self.ids, **self.arguments)
         hidden, bias = run.hidden, run.bias
         if hidden is None or run.calls != 1:
-            return f"its forward runs its output embedding {run.calls} times, not once"
+            raise CannotBeSplitError(f"its forward runs its output embedding {run.calls} times, not once")
         if hidden.shape != (*self.ids.shape, self.weight.shape[1]):
-            return f"its output embedding is given {tuple(hidden.shape)}, not [B, L, D]"
-        output = self.model(self.ids, **self.arguments)
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
+            raise CannotBeSplitError(f"its output embedding is given {tuple(hidden.shape)}, not [B, L, D]")
+        if bias is not None and bias is not getattr(output_layer(self.model), "bias", None):
+            raise CannotBeSplitError("its output embedding is run with a bias that is not its own")
+        logits = logits_of(self.model(self.ids, **self.arguments))
         if not isinstance(logits, Tensor) or logits.shape != (*self.ids.shape, len(self.weight)):
-            return "its output is not the logits of its output embedding"
+            raise CannotBeSplitError("its output is not the logits of its output embedding")
         for scale, soft_cap in self.shapings():
             shift = torch.zeros(len(self.weight), device=self.weight.device) if bias is None else scale * bias.float()
             ours = Head(self.weight, shift, scale, soft_cap).logits(hidden.to(self.weight.dtype))
             if self.close(ours, logits, ONE_LAYER):
-                return Anatomy(scale, soft_cap, bias)
-        return "its logits are not a linear function of what its output embedding is given"
+                return Anatomy("", scale, soft_cap, bias is not None, plain=plain)
+        raise CannotBeSplitError("its logits are not a linear function of what its output embedding is given")
 
     def shapings(self) -> list[tuple[float, float]]:
         """Scales and soft caps to try: those of most models, LLaDA, Cohere, Granite and Gemma 2."""
@@ -112,10 +277,8 @@ class Probe:
         return [(scale, cap) for cap in dict.fromkeys((0.0, float(cap or 0.0))) for scale in scales]
 
     def close(self, ours: Tensor, theirs: Tensor, part: float = 1.0) -> bool:
-        """Whether two computations agree to rounding; not where there is a NaN."""
-        ours, theirs = ours.double(), theirs.double()
-        bound = part * max(CLOSE.get(dtype, 0.0) for dtype in (self.weight.dtype, next(self.model.parameters()).dtype))
-        return bool((ours - theirs).square().mean().sqrt() <= bound * theirs.square().mean().sqrt())
+        dtypes = self.weight.dtype, next(self.model.parameters()).dtype
+        return close(ours, theirs, max(dtypes, key=lambda dtype: CLOSE.get(dtype, 0.0)), part)
 
     def denoiser(self, anatomy: Anatomy) -> SplitDenoiser:
         return SplitDenoiser(self.model, anatomy, vocab_size=self.vocab_size, mask_id=0, name="the probe")
@@ -129,7 +292,7 @@ class Probe:
         ways += [name for name, module in self.model.named_modules() if turns_queries_and_keys(module)][:1]
         reason = "its call takes no position_ids"
         for way in ways:
-            tried = replace(anatomy, layout=layout, rotary=way, padding="attention", no_cache="")
+            tried = replace(anatomy, layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
             try:
                 if self.windows_agree(self.denoiser(tried)):
                     return tried
@@ -171,29 +334,6 @@ class Probe:
             if not self.close(ours[at < length], theirs[at < length]):
                 return False
         return True
-
-    def padding(self, anatomy: Anatomy) -> Anatomy:
-        """With where it can be told of padding."""
-        ways = ["attention"] if anatomy.layout or isinstance(self.layout(), Layout) else []
-        ways += ["attention_mask"] if "attention_mask" in self.accepted else []
-        for way in ways:
-            tried = replace(anatomy, padding=way)
-            try:
-                if self.padding_is_unseen(self.denoiser(tried)):
-                    return tried
-            except (TypeError, ValueError, RuntimeError, IndexError, AssertionError):
-                continue
-        return replace(anatomy, padding="")
-
-    def padding_is_unseen(self, denoiser: SplitDenoiser) -> bool:
-        """Whether text before padding is what it is alone, and the same to the last bit whatever the padding holds."""
-        text = max(1, self.length - 3)
-        mask = torch.arange(self.length, device=self.weight.device).expand(SEQUENCES, -1) < text
-        first, second = (
-            denoiser.hidden(torch.where(mask, self.ids, padding), self.t, None, mask)[:, :text]
-            for padding in (self.ids, self.other_ids)
-        )
-        return first.equal(second) and self.close(first, denoiser.hidden(self.ids[:, :text], self.t))
 
 
 def turns_queries_and_keys(module: nn.Module) -> bool:
