@@ -1,4 +1,6 @@
-# make demo: text from the shipped pair.  make test, make bench, make lint: as they say. Each makes its environment first.
+# make demo: text from the shipped pair.  make check: lint, types and the quick tests.  make test: all tests.
+# make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
+# make dist REPOSITORY=https://...: what is uploaded.  Each makes its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Threads that wait sleep instead of spinning: on two cores, one of them busy with other work, two texts of 256 tokens in
@@ -8,11 +10,28 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: .venv/installed
 	$(BIN)/mdkern sample --schedule "L32 H192 L32" --steps 256 --num-samples 2 --seed 0
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+check: .venv/installed lint
+	$(PYTEST) -m "not slow"
+
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(PYTEST)
 
 bench: .venv/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only -s
+
+bench-results: .venv/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only -s --keep-results
+
+# Links of the README to files of the repository are absolute on a package's page, where there are no such files.
+dist: .venv/installed
+	@test -n "$(REPOSITORY)" || { echo "say where the sources are: make dist REPOSITORY=https://host/owner/mdkern"; exit 2; }
+	rm -rf build/release && mkdir -p build/release
+	git archive HEAD | tar -x -C build/release
+	sed -i -E 's#\]\(((docs|benchmarks|mdkern|training|tests)/|([A-Z]+\.md))#](REPOSITORY/\1#g; s#REPOSITORY/([^)]*\.(png|svg))#$(REPOSITORY)/raw/HEAD/\1#g; s#REPOSITORY/#$(REPOSITORY)/blob/HEAD/#g' build/release/README.md
+	sed -i -E 's#^\[project.urls\]#&\nRepository = "$(REPOSITORY)"#' build/release/pyproject.toml
+	cd build/release && ../../$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('../../dist'); b.build_wheel('../../dist')"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -30,4 +49,4 @@ csrc:
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo test bench lint csrc clean
+.PHONY: demo check test bench bench-results lint dist csrc clean

@@ -269,6 +269,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_command_line_under_torchrun(
     checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +284,7 @@ def test_command_line_under_torchrun(
     assert "2 processes on cpu" in several.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun_is_told_once(checkpoints: list[str]) -> None:
     found = torchrun("sample", *checkpoints, "--device", "cpu", "--schedule", "X9")
     assert found.returncode != 0

@@ -55,6 +55,7 @@ class TheirTokenizer:
         return [" ".join(map(str, row)) for row in sequences.tolist()]
 
 
+@pytest.mark.slow
 def test_every_python_block_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: llada())
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: TheirTokenizer())

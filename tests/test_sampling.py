@@ -175,6 +175,7 @@ class TestResult:
         assert torch.equal(prompt, given)
         assert torch.equal(out.sequences[:, :4], given[:, :4])
 
+    @pytest.mark.slow
     def test_nfe_is_the_number_of_steps_that_reveal(self) -> None:
         """Per sequence and denoiser, and within 1 % of ``T (1 - (1 - 1/T)^L)`` in the mean."""
         out = run(num_samples=2000, batch_size=256, return_history=True)

@@ -331,6 +331,7 @@ def assert_same_run(out: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 def test_training_learns(tmp_path, optimizer):
     counting = write_tokens(tmp_path / "tokens.bin", np.arange(20_000) % 31)
     assert train.main(arguments(counting, tmp_path, 400, optimizer=optimizer, width=32, ema_decay=0.9)) == 0
@@ -358,6 +359,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_unbroken(tmp_path, token_file, unbroken):
     """Killed at step 60, some steps after its last checkpoint."""
     command = arguments(
@@ -415,6 +417,7 @@ def test_micro_batches_give_the_same_losses(tmp_path, token_file):
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, token_file):
     train.main(arguments(token_file, tmp_path / "one", 10))
     with socket.socket() as probe:

@@ -165,6 +165,7 @@ def tiny_bench() -> Bench:
     return Bench(TINY, torch.device("cpu"), lambda device: (random_dit(**shape),))
 
 
+@pytest.mark.slow
 def test_every_decoder_is_measured(results: Path) -> None:
     parts = json.loads(results.read_text())["parts"]
     kinds = {type(case.ours) for case in make_cases(Gauge(), 0.0, 8, 16, 4, torch.device("cpu"))}

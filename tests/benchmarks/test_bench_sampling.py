@@ -35,6 +35,7 @@ def parts() -> dict[str, Any]:
     return {name: part(bench) for name, part in PARTS.items()}
 
 
+@pytest.mark.slow
 def test_every_part_can_be_kept_and_read_again(parts: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "paper-setting.json"
     for name, content in parts.items():

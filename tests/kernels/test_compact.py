@@ -65,11 +65,13 @@ def test_kernel_interpreted(shape: tuple[int, int], share: float) -> None:
 
 
 @pytest.mark.skipif(interpreted, reason="one interpreter is enough")
+@pytest.mark.slow
 def test_kernel_in_the_interpreter() -> None:
     run_in_the_interpreter("tests/kernels/test_compact.py", "kernel_interpreted")
 
 
 @pytest.mark.skipif(interpreted, reason="the interpreter compiles nothing")
+@pytest.mark.slow
 def test_kernel_compiles_for_every_gpu() -> None:
     run_compiling("tests.kernels.test_compact")
 

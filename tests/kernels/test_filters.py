@@ -22,10 +22,12 @@ V = 50_258
 
 
 @pytest.mark.parametrize("part", ["threshold", "not threshold"])
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(part: str) -> None:
     run_in_the_interpreter("tests/suites/interpreted_filters.py", part)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_gpu() -> None:
     run_compiling("tests.suites.compiled_filters")
 

@@ -10,6 +10,7 @@ from tests.own_process import run_in_the_interpreter
 from tests.problems.tick import arguments, check_tick, random_state
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     run_in_the_interpreter("tests/suites/interpreted_tick.py")
 

@@ -18,10 +18,12 @@ V = 50_258
 
 
 @pytest.mark.parametrize("part", ["not selection", "selection"])
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(part: str) -> None:
     run_in_the_interpreter("tests/suites/interpreted_head.py", part)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_gpu() -> None:
     run_compiling("tests.suites.compiled_head")
 
@@ -122,6 +124,7 @@ def test_chi_square_would_find_a_wrong_temperature() -> None:
     assert chi_square(draw(logits, 20_000, 1.1), logits.double().softmax(-1)) < 1e-6
 
 
+@pytest.mark.slow
 def test_draws_have_the_exact_distribution_at_full_vocabulary() -> None:
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
     assert chi_square(draw(logits, 1500), logits.double().softmax(-1)) > 1e-4

@@ -30,10 +30,12 @@ ON_THE_DEVICE = {"width": 256, "num_heads": 4, "num_blocks": 3, "max_length": 51
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     run_in_the_interpreter("tests/suites/interpreted_backbone.py")
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_gpu() -> None:
     run_compiling("tests.suites.compiled_backbone")
 

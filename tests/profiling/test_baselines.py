@@ -85,6 +85,7 @@ def check_agreement(found: dict[str, float]) -> None:
     assert abs(found["judge_distance"]) < 2, found
 
 
+@pytest.mark.slow
 def test_sampler_agrees_with_ddpm_on_the_shipped_pair() -> None:
     """256 short samples each; the same at full length runs on a GPU."""
     heavy, light, tokenizer = mdkern.load_pair("cpu")

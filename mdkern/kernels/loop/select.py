@@ -48,8 +48,11 @@ def select_reference(
         worth = steps_below_best(worth, able)
     # Best first, the lower index first among equals, those that may not be chosen last.
     order = worth.argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, able.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
-    rank = order.argsort(dim=-1)
+    able_first = able.gather(-1, order)
+    behind = able.sum(-1, keepdim=True) + (~able_first).cumsum(-1)
+    rank_of_sorted = torch.where(able_first, able_first.cumsum(-1), behind) - 1
+    rank = torch.empty_like(order).scatter_(-1, order, rank_of_sorted)
+    order = torch.empty_like(order).scatter_(-1, rank_of_sorted, order)
     best_first = worth.gather(-1, order)
     place = torch.arange(1, scores.shape[1] + 1, device=scores.device)
     if rule == "top_k":
