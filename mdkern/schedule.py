@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
+from numbers import Rational, Real
+from typing import Any
 
 NAME = r"[A-Za-z_]+"
-PART = re.compile(rf"({NAME})\s*[:=x*]?\s*(\d+)")
+PART = re.compile(rf"[\s,;]*+({NAME}+)\s*+[:=x*]?+\s*+(\d++)[\s,;]*+")  # possessive: no text takes quadratic time
+LONGEST_TEXT = 100_000  # characters
+LARGEST_COUNT = 2**63 - 1  # steps
 
 
 @dataclass(frozen=True)
@@ -35,24 +41,42 @@ class Schedule:
         """Parse the paper's text form: names and step counts, separated by spaces or commas, in either case.
 
         Raises:
-            ValueError: nothing to parse, a part that is not a name and a count, or a count of 0.
+            TypeError: not a str.
+            ValueError: nothing to parse, a part that is not a name and a count, a count of 0, more than `LONGEST_TEXT`
+                characters, or a sum of more than `LARGEST_COUNT` steps.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str such as 'L125 H750 L125', not {type(text).__name__}")
-        parts = [(name.upper(), int(count)) for name, count in PART.findall(text)]
-        if PART.sub("", text).strip(" ,;\t\n") or not parts:
-            raise ValueError(f"schedule {text!r} is not a list of names and step counts such as 'L125 H750 L125'")
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"a schedule's text must have at most {LONGEST_TEXT} characters, not {len(text)}")
+        parts: list[tuple[str, Fraction]] = []
+        end = 0
+        while match := PART.match(text, end):
+            name, count = match.groups()
+            if len(count) > len(str(LARGEST_COUNT)):
+                raise ValueError(f"schedule {shortened(text)} has a part of more than {LARGEST_COUNT} steps")
+            parts.append((name.upper(), Fraction(int(count))))
+            end = match.end()
+        if end < len(text) or not parts:
+            raise ValueError(
+                f"schedule {shortened(text)} is not a list of names and step counts such as 'L125 H750 L125'"
+            )
         if any(count == 0 for _, count in parts):
-            raise ValueError(f"schedule {text!r} has a part of 0 steps: leave it out")
-        self.parts: tuple[tuple[str, Fraction], ...] = merge([(name, Fraction(count)) for name, count in parts])
+            raise ValueError(f"schedule {shortened(text)} has a part of 0 steps: leave it out")
+        if sum(count for _, count in parts) > LARGEST_COUNT:
+            raise ValueError(f"schedule {shortened(text)} has more than {LARGEST_COUNT} steps")
+        self.parts: tuple[tuple[str, Fraction], ...] = merge(parts)
         self.fixed = True
 
     @classmethod
     def from_shares(cls, shares: Sequence[tuple[str, Fraction | float]]) -> Schedule:
-        """Parts as shares of the steps, which sum to 1; parts of share 0 are left out."""
-        for name, _ in shares:
-            check_name(name)
-        exact = [(name.upper(), Fraction(share).limit_denominator(10**9)) for name, share in shares]
+        """Parts as shares of the steps, which sum to 1; parts of share 0 are left out.
+
+        Raises:
+            TypeError: a share that is no real number.
+            ValueError: a name that is not of letters, shares that are negative or do not sum to 1.
+        """
+        exact = [(check_name(name).upper(), exact_share(share, f"the share of {name}")) for name, share in shares]
         whole = sum((share for _, share in exact), Fraction(0))
         if any(share < 0 for _, share in exact) or abs(whole - 1) > Fraction(1, 10**6):
             raise ValueError(f"shares {shares} must be non-negative and sum to 1")
@@ -69,9 +93,9 @@ class Schedule:
     @classmethod
     def sandwich(cls, light_share: float, heavy: str = "H", light: str = "L") -> Schedule:
         """Light at both ends, half of `light_share` each, heavy between: the paper's best."""
-        if not 0 <= light_share <= 1:
+        share = exact_share(light_share, "light_share")
+        if not 0 <= share <= 1:
             raise ValueError(f"light_share must lie in 0..1, not {light_share}")
-        share = Fraction(light_share).limit_denominator(10**9)
         return cls.from_shares([(light, share / 2), (heavy, 1 - share), (light, share / 2)])
 
     @classmethod
@@ -169,6 +193,20 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise ValueError(f"a model's name must be letters, as in 'L125 H750 L125', not {name!r}")
     return name
+
+
+def exact_share(share: Any, what: str) -> Fraction:
+    """A number of any real type, NumPy's included, as a fraction; `what` it is, for the message."""
+    if isinstance(share, bool) or not isinstance(share, Real | Decimal):
+        raise TypeError(f"{what} must be a number, not {share!r}")
+    if not isinstance(share, Rational) and not math.isfinite(share):
+        raise ValueError(f"{what} must lie in 0..1, not {share}")
+    return Fraction(share if isinstance(share, Rational | Decimal) else float(share)).limit_denominator(10**9)
+
+
+def shortened(text: str) -> str:
+    """A text in quotation marks, of which a long one's beginning."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def merge(parts: Sequence[tuple[str, Fraction]]) -> tuple[tuple[str, Fraction], ...]:

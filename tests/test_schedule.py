@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mdkern import Schedule
-from mdkern.schedule import Segment
+from mdkern.schedule import LONGEST_TEXT, Segment
 
 # 250 light steps of 1000 as the paper places them, and one model alone, with what equation (3) says they save.
 HAND_MADE = {
@@ -64,6 +67,42 @@ def test_names_may_be_words_and_more_than_two() -> None:
 def test_text_that_is_no_schedule_is_refused(text: str):
     with pytest.raises(ValueError, match="not a list of names and step counts"):
         Schedule(text)
+
+
+def test_the_longest_texts_are_read_and_longer_ones_refused() -> None:
+    """In linear time: these are what a pattern that tries every start anew takes minutes for."""
+    for text in ("a", "H ", "H1 ", "H" + " " * 49, "H5, "):
+        whole = text * (LONGEST_TEXT // len(text))
+        if text in ("H1 ", "H5, "):
+            assert Schedule(whole).total == len(whole) // len(text) * int(text[1])
+        else:
+            with pytest.raises(ValueError, match=r"'(a|H).*\.\.\.' is not a list of names") as error:
+                Schedule(whole)
+            assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=f"at most {LONGEST_TEXT} characters, not {LONGEST_TEXT + 2}"):
+        Schedule("H1" + " " * LONGEST_TEXT)
+
+
+def test_counts_are_bounded() -> None:
+    assert Schedule(f"H{2**63 - 1}").total == 2**63 - 1
+    for text in (f"H{2**63}", f"H{2**62} L{2**62}", "H1" + "0" * 5000):
+        with pytest.raises(ValueError, match=f"more than {2**63 - 1} steps"):
+            Schedule(text)
+
+
+@pytest.mark.parametrize("number", [0.25, Fraction(1, 4), Decimal("0.25"), np.float32(0.25), np.float64(0.25)])
+def test_shares_are_numbers_of_any_kind(number: Any) -> None:
+    by_hand = Schedule("L1 H6 L1").segments()
+    assert Schedule.sandwich(number).segments(8) == by_hand
+    assert Schedule.from_shares([("L", number / 2), ("H", 1 - number), ("L", number / 2)]).segments(8) == by_hand
+
+
+@pytest.mark.parametrize("bad", ["0.25", None, True, 1j, [0.25]])
+def test_shares_that_are_no_numbers_are_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match="light_share must be a number, not"):
+        Schedule.sandwich(bad)
+    with pytest.raises(TypeError, match="share of H must be a number, not"):
+        Schedule.from_shares([("H", bad)])
 
 
 def test_other_bad_schedules_are_refused() -> None:

@@ -156,6 +156,7 @@ def train_bpe(sources: Sequence[str], vocab_size: int, out: Path, sample_every: 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
         "mask_token": MASK,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,

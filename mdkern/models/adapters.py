@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdkern.models import dit_fused, dit_window
 from mdkern.models.by_logits import LogitsDenoiser
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_of
-from mdkern.models.dit import DiT
+from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.introspect import (
     block_causal,
     end_of_text,
@@ -196,6 +196,13 @@ class DiTDenoiser(Denoiser):
         eos_id: int | Sequence[int] | None = None,
         max_length: int | None = None,
     ) -> None:
+        if dit_fused.is_hooked(model) or type(model).forward is not DiT.forward:
+            raise ValueError(
+                "the DiT has a hook or a forward of its own, which sampling would pass over: it runs the backbone and"
+                " the head apart. Hook the modules inside it, or adapt a function of ids that calls the DiT"
+            )
+        if any(type(block) is not Block or dit_fused.is_hooked(block) for block in model.blocks):
+            self.takes_cache, self.no_cache_reason = False, "its blocks are hooked or replaced as a whole"
         config = model.config
         self.model = model
         self.name = name or f"DiT-{config.num_blocks}"

@@ -178,6 +178,10 @@ class Block(nn.Module):
         if positions is None or query_rotary is None:
             query, key, value = map(self.split_heads, self.attn_qkv(normed).chunk(3, dim=-1))
             return rotate(query, *rotary), rotate(key, *rotary), value
+        if not dit_fused.is_plain(self.attn_qkv):  # its weight alone does not tell what it does
+            query, key, value = self.attn_qkv(normed).chunk(3, dim=-1)
+            query, key, value = map(self.split_heads, (gather_rows(query, positions), key, value))
+            return rotate(query, *query_rotary), rotate(key, *rotary), value
         width = normed.shape[-1]
         query_weight, key_value_weight = self.attn_qkv.weight.split([width, 2 * width])
         query = self.split_heads(F.linear(gather_rows(normed, positions), query_weight))

@@ -63,11 +63,25 @@ def covers(model: DiT) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether reading its parameters does what calling it does."""
+    """Whether reading its parameters does what calling it does: a module of ours or PyTorch's, that nothing is put
+    around or in the place of. Hooks (weight and spectral norm are), parametrisations, adapters, another ``forward``
+    and tensors of a subclass (quantised, distributed) make the module's own call the only way.
+    """
     from mdkern.models import dit  # which imports this module
 
     kinds = (dit.DiT, dit.Block, dit.ModulatedNorm, dit.Modulation, dit.TimeEmbedding, nn.Linear, nn.ModuleList)
-    return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        type(module) in kinds
+        and not is_hooked(module)
+        and not nn.modules.module._has_any_global_hook()
+        and all(type(parameter) in (nn.Parameter, Tensor, type(None)) for parameter in module._parameters.values())
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does something before or after its class's ``forward``, or something else instead."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 class Folded(NamedTuple):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdkern import DiT
+import mdkern
+from mdkern import DiT, adapt
 from mdkern.kernels.backbone import linear, modulated_norm, rotary
 from mdkern.kernels.backbone.linear import linear_gelu, linear_residual, linear_rotary
 from mdkern.models import dit_fused
@@ -250,6 +251,89 @@ def test_strangers_among_the_modules_are_noticed(make_dit: MakeDiT) -> None:
     assert not plain(hooked)
     handle.remove()
     assert plain(hooked)
+    for change in strangers():
+        model = make_dit()
+        change(model)
+        assert not plain(model), change
+
+
+def strangers() -> list[Callable[[DiT], Any]]:
+    """Ways to make the second block's first layer another function without replacing its weight."""
+
+    def forward_of_its_own(model: DiT) -> None:  # as accelerate does
+        layer, forward = model.blocks[1].attn_qkv, model.blocks[1].attn_qkv.forward
+        layer.forward = lambda x: 2 * forward(x)
+
+    class Subclass(Tensor):
+        """As quantised and distributed weights are."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.linear:
+                return 2 * torch.nn.functional.linear(args[0], args[1].as_subclass(Tensor))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    def subclass(model: DiT) -> None:
+        layer = model.blocks[1].attn_qkv
+        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Subclass))
+
+    class Twice(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module | None = None) -> None:
+            super().__init__()
+            self.layer = layer
+            self.weight = None if layer is None else layer.weight  # as adapters do: there, and not the whole truth
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * (x if self.layer is None else self.layer(x))
+
+    def wrapped(model: DiT) -> None:
+        model.blocks[1].attn_qkv = Twice(model.blocks[1].attn_qkv)
+
+    return [
+        forward_of_its_own,
+        subclass,
+        wrapped,
+        lambda model: torch.nn.utils.parametrize.register_parametrization(model.blocks[1].attn_qkv, "weight", Twice()),
+        lambda model: model.blocks[1].attn_qkv.register_forward_hook(lambda _module, _inputs, output: 2 * output),
+        lambda model: model.blocks[1].attn_qkv.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],)),
+        lambda model: torch.nn.utils.weight_norm(model.blocks[1].attn_qkv).weight_g.data.mul_(2),
+    ]
+
+
+@pytest.mark.parametrize("change", strangers())
+@pytest.mark.parametrize("window", [False, True])
+def test_they_run_in_the_last_block_too(make_dit: MakeDiT, change: Callable[[DiT], Any], window: bool) -> None:
+    """Whatever doubles what the layer gives is the model with doubled weights, at all rows and at some, cached or not."""
+    model, doubled = make_dit(), make_dit()
+    change(model)
+    with torch.no_grad():
+        doubled.blocks[1].attn_qkv.weight *= 2
+        ids, _, positions, _ = question(doubled, 2, 9, 3, False)
+        assert positions is not None
+        want = doubled.hidden(ids)
+        rows = want.gather(1, positions[..., None].expand(-1, -1, want.shape[-1]))
+        torch.testing.assert_close(model.hidden(ids), want)
+        if window:
+            cache = torch.zeros(adapt(model).cache_shape(2, 9))
+            torch.testing.assert_close(adapt(model).window_hidden(cache, ids, None, positions), rows)
+        else:
+            torch.testing.assert_close(model.hidden(ids, None, positions), rows)
+
+
+def test_hooks_that_sampling_would_pass_over_are_refused(make_dit: MakeDiT) -> None:
+    class Other(DiT):
+        def forward(self, *arguments: Any) -> Tensor:
+            return -super().forward(*arguments)
+
+    hooked = make_dit()
+    hooked.register_forward_hook(lambda _module, _inputs, output: output / 2)
+    for model in (hooked, Other(hooked.config).eval()):
+        with pytest.raises(ValueError, match="hook or a forward of its own"):
+            adapt(model)
+    hooked = make_dit()
+    hooked.blocks[0].register_forward_hook(lambda _module, _inputs, output: output / 2)
+    with pytest.raises(ValueError, match="blocks are hooked or replaced"):
+        mdkern.sample(hooked, decoder="threshold", length=8, block_length=4, cache="prefix")
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
