@@ -303,7 +303,7 @@ def strangers() -> list[Callable[[DiT], Any]]:
 @pytest.mark.parametrize("change", strangers())
 @pytest.mark.parametrize("window", [False, True])
 def test_they_run_in_the_last_block_too(make_dit: MakeDiT, change: Callable[[DiT], Any], window: bool) -> None:
-    """Whatever doubles what the layer gives is the model with doubled weights, at all rows and at some, cached or not."""
+    """Whatever doubles what the layer gives is the model with doubled weights, at all rows and at some."""
     model, doubled = make_dit(), make_dit()
     change(model)
     with torch.no_grad():
