@@ -65,7 +65,8 @@ def covers(model: DiT) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether reading its parameters does what calling it does: a module of ours or PyTorch's, that nothing is put
     around or in the place of. Hooks (weight and spectral norm are), parametrisations, adapters, another ``forward``
-    and tensors of a subclass (quantised, distributed) make the module's own call the only way.
+    and tensors of a subclass (quantised, distributed) make the module's own call the only way. Hooks on all modules at once
+    are taken for observers, as PyTorch's counter of operations is.
     """
     from mdkern.models import dit  # which imports this module
 
@@ -73,7 +74,6 @@ def is_plain(module: nn.Module) -> bool:
     return (
         type(module) in kinds
         and not is_hooked(module)
-        and not nn.modules.module._has_any_global_hook()
         and all(type(parameter) in (nn.Parameter, Tensor, type(None)) for parameter in module._parameters.values())
     )
 
