@@ -105,12 +105,25 @@ def load_model(name: str, path: str, dtype: torch.dtype, device: torch.device) -
 
 
 def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a file, a folder or a repository. None of its code is run, and nothing is asked."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    from mdkern.models.weight_files import find_local, plain_file, read_json
+
     try:
-        if Path(path).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=path)
-        return AutoTokenizer.from_pretrained(path)
+        local = find_local(path, "tokenizer", single_names=True)
+        if local is not None and not local.is_dir():
+            return PreTrainedTokenizerFast(tokenizer_file=str(plain_file(local)))
+        if local is not None:
+            for file in local.glob("*.json"):
+                plain_file(file)
+            config = local / "tokenizer_config.json"
+            code = read_json(config).get("auto_map") if config.exists() else None
+            if code and not (local / "tokenizer.json").exists():
+                raise ValueError("it needs code of its own, which is not run: save it as a fast one, a tokenizer.json")
+            if code:
+                return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local is not None)
     except Exception as error:  # as above
         raise ValueError(f"--tokenizer {path} cannot be loaded: {one_line(error)}") from error
 

@@ -22,6 +22,8 @@ from mdkern.models import dit_fused
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
 TIME_FREQUENCIES = 256
+MOST_POSITIONS = 1 << 20  # beyond, the angles of rotary positions are off by more than 0.06 in float32
+LARGEST_SIDE = 1 << 20
 TIME_NOISE_EPS = 1e-3  # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - eps) t)
 # [16, 12, 1024, 64], non-causal, H200: cuDNN 0.122 ms, flash 0.188, memory-efficient 0.417.
 HOPPER_ATTENTION = [
@@ -60,12 +62,32 @@ class DiTConfig:
     tie_head: bool = False
 
     def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "mask_id",
+            "max_length",
+            "num_blocks",
+            "width",
+            "num_heads",
+            "mlp_ratio",
+            "cond_dim",
+        ):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < (name != "mask_id"):
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("time_conditioning", "tie_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.max_length > MOST_POSITIONS:
+            raise ValueError(f"max_length must be at most {MOST_POSITIONS}, not {self.max_length}")
+        if max(self.mlp_ratio, self.cond_dim) > LARGEST_SIDE:
+            raise ValueError(f"mlp_ratio and cond_dim must be at most {LARGEST_SIDE}")
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(f"width {self.width} must split into {self.num_heads} heads of an even size")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id {self.mask_id} must lie in 0..{self.vocab_size - 1}")
-        if min(self.num_blocks, self.max_length, self.mlp_ratio) < 1:
-            raise ValueError("num_blocks, max_length and mlp_ratio must be at least 1")
         if isinstance(self.eos_id, list):  # as JSON has it
             object.__setattr__(self, "eos_id", tuple(self.eos_id))
 

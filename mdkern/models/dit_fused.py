@@ -65,8 +65,8 @@ def covers(model: DiT) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether reading its parameters does what calling it does: a module of ours or PyTorch's, that nothing is put
     around or in the place of. Hooks (weight and spectral norm are), parametrisations, adapters, another ``forward``
-    and tensors of a subclass (quantised, distributed) make the module's own call the only way. Hooks on all modules at once
-    are taken for observers, as PyTorch's counter of operations is.
+    and tensors of a subclass (quantised, distributed) make the module's own call the only way. Hooks on all modules at
+    once are taken for observers, as PyTorch's counter of operations is.
     """
     from mdkern.models import dit  # which imports this module
 

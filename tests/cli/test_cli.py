@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -304,3 +305,33 @@ def test_the_shipped_pair_is_the_default(capsys):
     assert out.strip()
     assert "schedule L1 H6 L1" in err
     assert "(12 blocks)" in err
+
+
+def test_a_tokenizers_own_code_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    trace = tmp_path / "it ran"
+    (tmp_path / "own.py").write_text(f"open({str(trace)!r}, 'w')\nclass Own: ...\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="needs code of its own, which is not run"):
+        load_tokenizer(str(tmp_path))
+    shutil.copy(pretrained.FOLDER / "tokenizer" / "tokenizer.json", tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == 4096
+    assert not trace.exists()
+
+
+def test_a_mistyped_tokenizer_is_no_request_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    for name in ("runs/tokenizr", "./tokenizr", str(tmp_path / "x")):
+        with pytest.raises(ValueError, match=f"cannot be loaded: no tokenizer at {re.escape(name)}"):
+            load_tokenizer(name)
+
+
+def test_the_shipped_tokenizer_pads():
+    tokenizer = load_tokenizer(str(pretrained.FOLDER / "tokenizer"))
+    padded = tokenizer(["one", "one two three"], padding=True)
+    assert len(set(map(len, padded["input_ids"]))) == 1
+    assert tokenizer.pad_token_id == 0
+    assert padded["attention_mask"][0][-1] == 0

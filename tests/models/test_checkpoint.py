@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mdkern import DiT
-from mdkern.models import checkpoint, load_dit, load_mdlm
+from mdkern.models import DiTConfig, checkpoint, load_dit, load_mdlm
 
 MakeDiT = Callable[..., DiT]
 VOCAB, WIDTH, HEADS, COND, LENGTH = 517, 24, 3, 20, 12
@@ -519,3 +519,280 @@ class TestTheirLayout:
         (tmp_path / "text.ckpt").write_text("hello")
         with pytest.raises(ValueError, match=r"text\.ckpt is not a whole file of weights"):
             load_dit(tmp_path / "text.ckpt")
+
+
+# Lightning's hyper-parameters hold OmegaConf's containers and a tokenizer. These classes have OmegaConf's names and the
+# attributes that its pickles have, and are gone where the checkpoint is read.
+
+
+class AnyNode:
+    def __init__(self, value: Any) -> None:
+        self._metadata, self._parent, self._val = {"flags": {}}, None, value
+
+
+class DictConfig:
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._metadata, self._parent = {"ref_type": dict}, None
+        self._content = {
+            name: DictConfig(value) if isinstance(value, dict) else AnyNode(value) for name, value in content.items()
+        }
+
+
+def run_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The configuration of a run as each repository has it, as far as it describes the model."""
+    model = {"name": "small", "type": "ddit", "hidden_size": WIDTH, "cond_dim": COND, "length": LENGTH, "n_blocks": 2}
+    model |= {"n_heads": HEADS, "scale_by_sigma": True, "dropout": 0.1, "tie_word_embeddings": False}
+    noise, data = {"type": "loglinear", "sigma_min": 1e-4}, {"tokenizer_name_or_path": "gpt2"}
+    common = {"model": model, "noise": noise, "data": data, "diffusion": "absorbing_state"}
+    flat = {"backbone": "dit", "parameterization": "subs", "time_conditioning": False, "T": 0, "subs_masking": False}
+    if name == "mdlm":
+        return common | flat | changes
+    algo = flat | {"name": name, "causal_attention": False}
+    if name == "bd3lm":
+        common |= {"block_size": 4}
+        algo |= {"cross_attn": True, "sampler": "semi_ar"}
+    if name in ("duo", "duo_base"):
+        del common["diffusion"]
+        algo |= {"parameterization": "mean", "time_conditioning": True}
+    if name == "sedd":
+        algo |= {"parameterization": "score", "time_conditioning": True}
+    return common | {"algo": algo | changes}
+
+
+@pytest.mark.parametrize("time_conditioning", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_the_runs_own_settings_are_honoured(
+    mdlm: MDLM, tmp_path: Path, time_conditioning: bool, reference: bool, prefix: str
+) -> None:
+    run = run_of("mdlm", time_conditioning=time_conditioning)
+    if reference:
+        run["size"], run["model"]["length"] = {"of": LENGTH}, "${size.of}"
+    content = lightning(mdlm, None, hyper_parameters={"config": DictConfig(run), "tokenizer": object()})
+    content["state_dict"] = {
+        name.replace("backbone.", f"backbone.{prefix}"): tensor for name, tensor in content["state_dict"].items()
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    model = load_dit(tmp_path / "last.ckpt")  # without any of it: 1 head, 1,024 positions, no time
+    assert (model.config.num_heads, model.config.max_length, model.config.mask_id) == (HEADS, LENGTH, VOCAB - 1)
+    assert_logits_of(model, mdlm, time_conditioning)
+
+
+def test_the_newer_code_keeps_the_same_settings_elsewhere(mdlm: MDLM, tmp_path: Path) -> None:
+    run = DictConfig(run_of("mdlm"))
+    algorithm = DictConfig({"config": run_of("other") | {"algo": {"name": "mdlm", "time_conditioning": True}}})
+    for config, time_conditioning in ((run, False), (algorithm._content["config"], True)):
+        torch.save(lightning(mdlm, None, hyper_parameters={"config": config}), tmp_path / "last.ckpt")
+        assert_logits_of(load_dit(tmp_path / "last.ckpt"), mdlm, time_conditioning)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time_conditioning": True}, "time_conditioning=True, the run that wrote .* had False"),
+        ({"n_heads": 4}, "n_heads=4, the run that wrote .* had 3"),
+        ({"model_length": 99}, "model_length=99, the run that wrote .* had 12"),
+        ({"mask_token_id": 5}, "mask_index=5, the run that wrote .* had 400"),
+    ],
+)
+def test_settings_that_contradict_the_run_are_refused(
+    mdlm: MDLM, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    tokenizer = SlowTokenizer({"[MASK]": 400, "[SEP]": 401}, "[MASK]")
+    parameters = {"config": DictConfig(run_of("mdlm")), "tokenizer": tokenizer}
+    torch.save(lightning(mdlm, None, hyper_parameters=parameters), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_mdlm(tmp_path / "last.ckpt", changes)
+    assert load_mdlm(tmp_path / "last.ckpt", {"mask_token_id": 400}).config.mask_id == 400
+
+
+class SlowTokenizer:
+    """As transformers' own pickle: tables of ids, and special tokens by their text."""
+
+    def __init__(self, vocab: dict[str, int], mask_token: str | None) -> None:
+        self.vocab, self._mask_token, self._eos_token = vocab, mask_token, "[SEP]"
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_the_mask_is_that_of_the_runs_tokenizer(mdlm: MDLM, tmp_path: Path, with_mask: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from mdkern.pretrained import FOLDER
+
+    content = json.loads((FOLDER / "tokenizer" / "tokenizer.json").read_text())
+    vocab = {token: number for token, number in content["model"]["vocab"].items() if number < VOCAB - 1}
+    content["model"] |= {"vocab": vocab, "merges": []}
+    content["added_tokens"] = content["added_tokens"][:1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    special = {"eos_token": "<|endoftext|>"} | ({"mask_token": "z"} if with_mask else {})
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **special)
+    slow = SlowTokenizer({"[SEP]": 0, "[MASK]": 90}, "[MASK]" if with_mask else None)
+    for tokenizer, mask_id in ((fast, vocab["z"]), (slow, 90)):
+        parameters = {"config": DictConfig(run_of("mdlm")), "tokenizer": tokenizer}
+        torch.save(lightning(mdlm, None, hyper_parameters=parameters), tmp_path / "last.ckpt")
+        config = load_dit(tmp_path / "last.ckpt").config
+        assert (config.mask_id, config.eos_id) == (mask_id if with_mask else VOCAB - 1, 0)
+
+
+REASONS = {
+    "bd3lm": "block by block",
+    "duo": "uniformly random tokens",
+    "duo_base": "uniformly random tokens",
+    "sedd": "ratios of probabilities",
+    "ar": "autoregressive",
+    "d3pm": "gives the mask a probability",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_relatives_are_recognised_and_refused(mdlm: MDLM, tmp_path: Path, name: str) -> None:
+    """As a checkpoint of their training, and as a folder of transformers."""
+    torch.save(lightning(mdlm, None, hyper_parameters={"config": DictConfig(run_of(name))}), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=REASONS[name]):
+        load_dit(tmp_path / "last.ckpt")
+    folder = mdlm.write(tmp_path / "folder", model_type=name.upper() if name == "duo" else name)
+    with pytest.raises(ValueError, match=REASONS[name]):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameterization": "d3pm"}, "parameterization 'd3pm' is not"),
+        ({"parameterization": "sedd"}, "ratios of probabilities"),
+        ({"backbone": "dimamba"}, "backbone is 'dimamba'"),
+        ({"diffusion": "uniform"}, "noise is 'uniform'"),
+        ({"time_conditioning": True, "noise": {"type": "cosine"}}, "times of noise 'cosine'"),
+    ],
+)
+def test_runs_of_mdlms_code_with_another_model_are_refused(
+    mdlm: MDLM, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = DictConfig(run_of("mdlm", **changes))
+    torch.save(lightning(mdlm, None, hyper_parameters={"config": config}), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_dit(tmp_path / "last.ckpt")
+
+
+def test_relatives_are_recognised_by_their_weights(mdlm: MDLM, tmp_path: Path) -> None:
+    state = mdlm.state_dict()
+    save_file(state | {"sampling_eps_min": torch.tensor(1e-3)}, tmp_path / "bd3lm.safetensors")
+    plain = {name: tensor for name, tensor in state.items() if "adaLN" not in name and "sigma_map" not in name}
+    save_file(plain, tmp_path / "no_adaln.safetensors")
+    bare = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    torch.save({"model": bare, "ema": {"shadow_params": []}, "optimizer": {}, "step": 3}, tmp_path / "checkpoint.pth")
+    for file, message in (
+        ("bd3lm.safetensors", "block by block"),
+        ("no_adaln.safetensors", "no adaLN modulations"),
+        ("bare.safetensors", r"without 'backbone\.'.*ratios of probabilities"),
+        ("checkpoint.pth", "training checkpoint of SEDD"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_dit(tmp_path / file)
+    (tmp_path / "config.json").write_text(json.dumps({"graph": {"type": "absorb"}, "tokens": VOCAB - 1}))
+    with pytest.raises(ValueError, match="ratios of probabilities"):
+        load_dit(tmp_path / "bare.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(mdlm.config()))
+    assert_logits_of(load_dit(tmp_path / "bare.safetensors"), mdlm, False)
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_blocks": 10**6}, r"missing \['blocks\.2\.\*'\] of 1000000 blocks"),
+            ({"num_blocks": 10**18}, "blocks"),
+            ({"max_length": 10**8}, "max_length must be at most 1048576"),
+            ({"width": 10**12, "num_heads": 1}, r"the config wants \(11, 1000000000000\)"),
+            ({"vocab_size": 10**12}, r"the config wants \(1000000000000, 16\)"),
+            ({"cond_dim": 10**9}, "cond_dim must be at most"),
+            ({"mlp_ratio": 10**6}, "the config wants"),
+            ({"num_heads": 0}, "num_heads must be at least 1, not 0"),
+            ({"width": "16"}, "width must be a whole number, not '16'"),
+            ({"num_blocks": 2.0}, r"num_blocks must be a whole number, not 2\.0"),
+            ({"tie_head": "no"}, "tie_head must be true or false"),
+            ({"mask_id": None}, "mask_id must be a whole number"),
+        ],
+    )
+    def test_sizes_are_compared_before_anything_is_built(
+        self, make_dit: MakeDiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+    ) -> None:
+        make_dit().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        built: list[DiTConfig] = []
+        monkeypatch.setattr(checkpoint, "DiT", lambda config: built.append(config) or DiT(config))
+        with pytest.raises(ValueError, match=message):
+            load_dit(tmp_path)
+        assert all((config.num_blocks, config.max_length) == (1, 1) for config in built)
+
+    @pytest.mark.parametrize(
+        "text", ["", "[1]", '"x"', "{", "\x00", "[" * 100_000, '{"model_type": "mdkern-dit"}', "1e5"]
+    )
+    def test_wrong_json_is_named(self, make_dit: MakeDiT, tmp_path: Path, text: str) -> None:
+        make_dit().save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_dit(tmp_path)
+
+    @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/../../b", "", "..\\b", 3, None])
+    def test_an_index_reaches_no_other_folder(self, make_dit: MakeDiT, tmp_path: Path, shard: Any) -> None:
+        folder = tmp_path / "model"
+        make_dit().save_pretrained(folder)
+        (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"embedding": shard}}))
+        with pytest.raises(ValueError, match=r"outside of its folder|no weight_map"):
+            load_dit(folder)
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+    @pytest.mark.parametrize("kind", ["pipe", "loop", "folder"])
+    def test_what_is_no_plain_file_is_not_read(self, make_dit: MakeDiT, tmp_path: Path, name: str, kind: str) -> None:
+        make_dit().save_pretrained(tmp_path)
+        if name.endswith("index.json"):
+            (tmp_path / "model.safetensors").unlink()
+        (tmp_path / name).unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(tmp_path / name)
+        elif kind == "loop":
+            (tmp_path / name).symlink_to(tmp_path / name)
+        else:
+            (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=r"is no plain file|cannot be read"):
+            load_dit(tmp_path)
+
+    def test_devices_are_not_read(self) -> None:
+        with pytest.raises(ValueError, match="/dev/zero is no plain file"):
+            load_dit("/dev/zero")
+
+    def test_a_tensor_must_have_its_numbers(self, mdlm: MDLM, tmp_path: Path) -> None:
+        state = mdlm.state_dict() | {"backbone.vocab_embed.embedding": torch.ones(1, 1).expand(10**9, WIDTH)}
+        torch.save(state, tmp_path / "weights.ckpt")
+        with pytest.raises(ValueError, match=r"embedding of .* has fewer bytes than its shape"):
+            load_dit(tmp_path / "weights.ckpt")
+
+    @pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "a/b/c", "nowhere", "~/x", "runs/nowhere"])
+    def test_a_mistyped_folder_is_no_request_to_the_hub(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*(nowhere|c|x)"):
+            load_dit(name.format(tmp_path))
+
+    def test_what_the_hub_does_not_have_may_be_a_folder_that_is_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(*_: Any, **__: Any) -> None:
+            raise OSError("no route")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+        with pytest.raises(FileNotFoundError, match=r"some/name: there is no such folder here, and .*no route"):
+            load_dit("some/name")
+
+
+def test_a_runs_folder_is_as_good_as_its_final_model(make_dit: MakeDiT, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="has no final model yet"):
+        load_dit(tmp_path)
+    make_dit().save_pretrained(tmp_path / "final")
+    assert_same(load_dit(tmp_path), make_dit())
