@@ -75,7 +75,7 @@ class DiTConfig:
             value = getattr(self, name)
             if type(value) is not int:
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
-            if value < (name != "mask_id"):
+            if value < 1 and name != "mask_id":
                 raise ValueError(f"{name} must be at least 1, not {value}")
         for name in ("time_conditioning", "tie_head"):
             if not isinstance(getattr(self, name), bool):
