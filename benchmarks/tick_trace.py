@@ -11,8 +11,8 @@ import torch
 from mdkern import DiT, sample
 from mdkern.profiling.profile import Setting
 
-# A tick runs from one `_begin` to the next: `_begin`, the backbone's kernels, from `_project` on the head's, `_end`.
-BEGIN, HEAD = "_begin", "_project"
+# A tick runs from one `BEGIN` to the next: `BEGIN`, the backbone's kernels, from `HEAD` on the output layer's.
+BEGIN, HEAD = "begin_tick_kernel", "vocab_projection_kernel"
 TRACED_STEPS = 100
 
 
@@ -52,7 +52,7 @@ def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
     """Means over all ticks but the last.
 
     Returns:
-        In milliseconds: ``tick_ms`` from one `_begin` to the next; ``backbone_ms``, and ``head_ms`` with sampling and
+        In milliseconds: ``tick_ms`` from one `begin_tick` to the next; ``backbone_ms``, and ``head_ms`` with sampling and
         bookkeeping, that their kernels lasted. ``idle_share`` of the time in which no kernel ran. The dearest kernels.
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.start)

@@ -31,7 +31,7 @@ from mdkern.engine.state import (
     TickBuffer,
     Timings,
 )
-from mdkern.kernels.loop.tick import begin_tick, end_tick
+from mdkern.kernels.loop.tick import TickSource, begin_tick, end_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.plan import GIVEN, RevealPlan, Ticks
@@ -147,7 +147,7 @@ def reveal_tick(
     Everything is read from and written to device tensors; the host gives shapes only. `batch` and `capacity` must be
     at least the tick's own.
     """
-    inputs = begin_tick(
+    source = TickSource(
         state.input_ids,
         state.attention_mask,
         state.text_position,
@@ -161,9 +161,8 @@ def reveal_tick(
         ticks.row,
         ticks.row_count,
         state.tick,
-        batch,
-        capacity,
     )
+    inputs = begin_tick(source, batch, capacity)
     given = None
     if request.guidance_scale:
         given = state.given[ticks.sequence.index_select(0, state.tick)[0, :batch]]

@@ -93,7 +93,13 @@ def test_tables_and_plot(parts: dict[str, Any], tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_trace_is_split_into_backbone_head_and_idling() -> None:
-    tick = [("_begin", 0, 10), ("gemm", 10, 60), ("gemm", 70, 100), ("_project", 95, 120), ("_end", 120, 125)]
+    tick = [
+        ("begin_tick_kernel", 0, 10),
+        ("gemm", 10, 60),
+        ("gemm", 70, 100),
+        ("vocab_projection_kernel", 95, 120),
+        ("end_tick_kernel", 120, 125),
+    ]
     kernels = [Kernel("plan", -50, -20)]
     for number in range(3):
         kernels += [Kernel(name, 200 * number + start, 200 * number + end) for name, start, end in tick]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels import compact
-from mdkern.kernels.loop.compact import _compact, reference
+from mdkern.kernels.loop.compact import compact_operator, compact_reference
 from tests.own_process import run_compiling, run_in_the_interpreter
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,7 +53,16 @@ def test_only_masks_are_compacted() -> None:
 
 
 def test_the_operator_is_well_registered() -> None:
-    torch.library.opcheck(_compact, (random_mask((3, 40), 0.5),))
+    torch.library.opcheck(compact_operator, (random_mask((3, 40), 0.5),))
+
+
+def test_masks_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask must be torch\.bool"):
+        compact(torch.ones(3))
+    with pytest.raises(ValueError, match="meta"):
+        compact(torch.ones(3, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="at most 2\\^30 entries"):
+        compact(torch.ones(1, 1, dtype=torch.bool).expand(2, (1 << 29) + 1))
 
 
 @pytest.mark.skipif(not interpreted, reason="the next test runs it in Triton's interpreter")
@@ -82,7 +91,7 @@ def compile_kernel() -> None:
 
     types = {"mask": "*i1", "row": "*i64", "count": "*i64", "size": "i32"}
     for capability in (80, 90, 100):
-        build(triton_compact._compact, capability, {"BLOCK": 1024, "WIDTH": 8192}, types, warps=4)
+        build(triton_compact.compact_kernel, capability, {"BLOCK": 1024, "WIDTH": 8192}, types, warps=4)
 
 
 @pytest.mark.gpu
@@ -92,7 +101,7 @@ def test_gpu_entries_are_those_that_are_true(shape: tuple[int, int], share: floa
     mask = random_mask(shape, share, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours, torchs = compact(mask), reference(mask)
+        ours, torchs = compact(mask), compact_reference(mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check_against_definition(mask, *ours)

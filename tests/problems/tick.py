@@ -43,7 +43,8 @@ def arguments(state: SamplerState, ticks: Ticks, number: int) -> tuple[Any, ...]
     state.tick.fill_(number)
     known = (state.input_ids, state.attention_mask, state.text_position, state.sample, state.temperature)
     packed = (ticks.sequence, ticks.step, ticks.time, ticks.position, ticks.row, ticks.row_count, state.tick)
-    return *known, state.closing_step, *packed, ticks.batch[number], ticks.row.shape[1]
+    source = tick.TickSource(*known, state.closing_step, *packed)
+    return source, ticks.batch[number], ticks.row.shape[1]
 
 
 def check_tick(begin: Any, end: Any, padded: bool, device: str = "cpu") -> None:
@@ -51,7 +52,7 @@ def check_tick(begin: Any, end: Any, padded: bool, device: str = "cpu") -> None:
     state, ticks = random_state(padded, device)
     for number in range(len(ticks)):
         given = arguments(state, ticks, number)
-        ours, theirs = begin(*given), tick.begin_in_pytorch(*given)
+        ours, theirs = begin(*given), tick.begin_tick_reference(*given)
         used = torch.arange(ticks.row.shape[1], device=device) < ticks.row_count[number]
         for at, (a, b) in enumerate(zip(ours, theirs)):
             rows = at in (4, 6, 7, 8)
@@ -64,7 +65,7 @@ def check_tick(begin: Any, end: Any, padded: bool, device: str = "cpu") -> None:
             token[0] = -1
         target = ours[8]
         results = []
-        for finish in (end, tick.end_in_pytorch):
+        for finish in (end, tick.end_tick_reference):
             ids, failed, count = state.input_ids.clone(), state.failed.clone(), state.tick.clone()
             finish(ids, failed, count, token, target, ours[5])
             assert int(count) == number + 1

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdkern.kernels.device import has_triton
+from mdkern.kernels.checks import check_tensor
+from mdkern.kernels.operator import operator
+
+MOST_ENTRIES = 1 << 30  # the kernel counts in int32
 
 
-def reference(mask: Tensor) -> tuple[Tensor, Tensor]:
+def compact_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
     """`compact` in plain PyTorch, without a synchronisation too: the n-th True entry is the first with n up to it."""
     if mask.numel() == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=mask.device)
@@ -23,24 +26,14 @@ def reference(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(number, place).masked_fill(place > count, 0), count
 
 
-@torch.library.custom_op("mdkern::compact", mutates_args=())
-def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    return reference(mask)
-
-
-@_compact.register_kernel("cuda")
-def _on_gpu(mask: Tensor) -> tuple[Tensor, Tensor]:
-    if not has_triton(mask.device) or mask.numel() == 0:
-        return reference(mask)
-    from mdkern.kernels.loop import triton_compact  # imports Triton, which is no business of a machine without a GPU
-
-    return triton_compact.compact(mask)
-
-
-@_compact.register_fake
-def _fake(mask: Tensor) -> tuple[Tensor, Tensor]:
+def compact_outputs(mask: Tensor) -> tuple[Tensor, Tensor]:
     row = torch.empty(mask.numel(), dtype=torch.int64, device=mask.device)
     return row, row.new_empty(())
+
+
+compact_operator = operator(
+    compact_reference, compact_outputs, "mdkern.kernels.loop.triton_compact:compact", name="compact"
+)
 
 
 def compact(
@@ -49,14 +42,16 @@ def compact(
     """The indices of the True entries of a mask, ascending, in a tensor whose size does not depend on their number.
 
     Args:
-        mask: bool ``[B, R]``, or of any other shape; fewer than 2^31 entries.
+        mask: bool ``[B, R]``, or of any other shape; at most 2^30 entries.
 
     Returns:
         row int64 ``[B*R]``: indices into the flattened mask, 0 from `count` on; and count int64 ``[]``.
 
     Raises:
-        ValueError: a mask that is not bool.
+        ValueError: a mask that is not bool, or has too many entries.
     """
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, not {mask.dtype}")
-    return _compact(mask)
+    check_tensor("mask", mask, mask.shape, torch.bool, mask.device)
+    if mask.numel() > MOST_ENTRIES:
+        raise ValueError(f"mask must have at most 2^30 entries, not {list(mask.shape)}: take a smaller batch size")
+    row, count = compact_operator(mask)
+    return row, count

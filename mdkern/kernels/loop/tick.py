@@ -7,12 +7,35 @@ operations they are about 25 launches.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mdkern.kernels.device import has_triton
+from mdkern.kernels.checks import check_tensor, check_written
+from mdkern.kernels.operator import operator
+
+
+class TickSource(NamedTuple):
+    """What ticks are read from: the state of N sequences, row N scratch, and K ticks of S slots (`mdkern.plan.Ticks`).
+
+    All are contiguous. A slot's sequence is in 0..N, a position in 0..L-1, a row in 0..S*R-1, `tick` in 0..K-1: in
+    slots and rows that are not used as well, for they are read.
+    """
+
+    input_ids: Tensor  # int64 [N + 1, L]
+    attention_mask: Tensor | None  # bool [N + 1, L]
+    text_position: Tensor  # int64 [N + 1, L]
+    sample: Tensor  # int64 [N + 1], sample numbers
+    temperature: Tensor  # float32 []
+    closing_step: Tensor  # int64 [], the step whose rows are greedy
+    sequence: Tensor  # int64 [K, S]
+    step: Tensor  # int64 [K, S]
+    time: Tensor  # float32 [K, S]
+    position: Tensor  # int64 [K, S, R]
+    row: Tensor  # int64 [K, W]
+    row_count: Tensor  # int64 [K]
+    tick: Tensor  # int64 [1], which of the ticks
 
 
 class TickInputs(NamedTuple):
@@ -29,151 +52,86 @@ class TickInputs(NamedTuple):
     target: Tensor  # int64 [M], where in the flattened ids the token goes; unused rows: the scratch sequence
 
 
-def begin_in_pytorch(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    text_position: Tensor,
-    sample: Tensor,
-    temperature: Tensor,
-    closing_step: Tensor,
-    sequence: Tensor,
-    step: Tensor,
-    time: Tensor,
-    position: Tensor,
-    row: Tensor,
-    row_count: Tensor,
-    tick: Tensor,
-    batch: int,
-    capacity: int,
+def begin_tick_reference(
+    source: TickSource, batch: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def of_tick(x: Tensor) -> Tensor:
-        return x.index_select(0, tick)[0]
+    """`begin_tick` in plain PyTorch."""
 
+    def of_tick(x: Tensor) -> Tensor:
+        return x.index_select(0, source.tick)[0]
+
+    input_ids, mask, position = source.input_ids, source.attention_mask, of_tick(source.position)[:batch]
     scratch, width = input_ids.shape[0] - 1, position.shape[-1]
-    sequences, steps = of_tick(sequence)[:batch], of_tick(step)[:batch]
-    positions = of_tick(position)[:batch]
-    rows, count = of_tick(row)[:capacity], of_tick(row_count)
+    sequences, steps = of_tick(source.sequence)[:batch], of_tick(source.step)[:batch]
+    rows, count = of_tick(source.row)[:capacity], of_tick(source.row_count)
     slot = rows // width
-    row_sequence, row_step, row_position = sequences[slot], steps[slot], positions.reshape(-1)[rows]
+    row_sequence, row_step, row_position = sequences[slot], steps[slot], position.reshape(-1)[rows]
     used = torch.arange(capacity, device=rows.device) < count
-    keys = torch.stack((sample[row_sequence], text_position[row_sequence, row_position], row_step), dim=-1)
+    keys = torch.stack((source.sample[row_sequence], source.text_position[row_sequence, row_position], row_step), -1)
     target = torch.where(used, row_sequence, scratch) * input_ids.shape[1] + row_position
-    row_temperature = torch.where(row_step == closing_step, 0.0, temperature)
-    attended = input_ids.new_empty(0, dtype=torch.bool) if attention_mask is None else attention_mask[sequences]
     return (
         input_ids[sequences],
-        attended,
-        of_tick(time)[:batch].clone(),
-        positions.clone(),
+        input_ids.new_empty(0, dtype=torch.bool) if mask is None else mask[sequences],
+        of_tick(source.time)[:batch].clone(),
+        position.clone(),
         rows.clone(),
         count.clone(),
         keys,
-        row_temperature,
+        torch.where(row_step == source.closing_step, 0.0, source.temperature),
         target,
     )
 
 
-_begin_tick = torch.library.custom_op("mdkern::begin_tick", begin_in_pytorch, mutates_args=())
-
-
-@_begin_tick.register_kernel("cuda")
-def _begin_on_gpu(
-    input_ids: Tensor, *arguments: Any
+def begin_tick_outputs(
+    source: TickSource, batch: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not has_triton(input_ids.device):
-        return begin_in_pytorch(input_ids, *arguments)
-    from mdkern.kernels.loop import triton_tick  # imports Triton, which is no business of a machine without a GPU
+    """Room for what `begin_tick` returns; an attention mask of no entries where there is none."""
+    length, width = source.input_ids.shape[1], source.position.shape[-1]
 
-    return triton_tick.begin_tick(input_ids, *arguments)
-
-
-@_begin_tick.register_fake
-def _begin_fake(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    text_position: Tensor,
-    sample: Tensor,
-    temperature: Tensor,
-    closing_step: Tensor,
-    sequence: Tensor,
-    step: Tensor,
-    time: Tensor,
-    position: Tensor,
-    row: Tensor,
-    row_count: Tensor,
-    tick: Tensor,
-    batch: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    length, width = input_ids.shape[1], position.shape[-1]
-
-    def ids(*shape: int) -> Tensor:
-        return input_ids.new_empty(shape)
+    def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=source.input_ids.device)
 
     return (
-        ids(batch, length),
-        ids(0).bool() if attention_mask is None else ids(batch, length).bool(),
-        time.new_empty(batch),
-        ids(batch, width),
-        ids(capacity),
-        ids(),
-        ids(capacity, 3),
-        temperature.new_empty(capacity),
-        ids(capacity),
+        room(batch, length),
+        room(*((0,) if source.attention_mask is None else (batch, length)), dtype=torch.bool),
+        room(batch, dtype=torch.float32),
+        room(batch, width),
+        room(capacity),
+        room(),
+        room(capacity, 3),
+        room(capacity, dtype=torch.float32),
+        room(capacity),
     )
 
 
-def begin_tick(
-    input_ids: Tensor,  # [N + 1, L]
-    attention_mask: Tensor | None,  # [N + 1, L]
-    text_position: Tensor,  # [N + 1, L]
-    sample: Tensor,  # [N + 1]
-    temperature: Tensor,  # []
-    closing_step: Tensor,  # []
-    sequence: Tensor,  # [K, S]
-    step: Tensor,  # [K, S]
-    time: Tensor,  # [K, S]
-    position: Tensor,  # [K, S, R]
-    row: Tensor,  # [K, W]
-    row_count: Tensor,  # [K]
-    tick: Tensor,  # [1]
-    batch: int,
-    capacity: int,
-) -> TickInputs:
+begin_tick_operator = operator(
+    begin_tick_reference, begin_tick_outputs, "mdkern.kernels.loop.triton_tick:begin_tick", name="begin_tick"
+)
+
+
+def begin_tick(source: TickSource, batch: int, capacity: int) -> TickInputs:
     """What tick number `tick` works on, read from the sampler's state and the segment's ticks.
 
     Args:
-        input_ids, text_position: int64 ``[N + 1, L]``; `attention_mask`: bool, or None. Row N is scratch.
-        sample: int64 ``[N + 1]``, sample numbers.
-        temperature, closing_step: float32 and int64 scalars: rows of the closing step are greedy.
-        sequence, step, time, position, row, row_count: a segment's ticks, see `mdkern.plan.Ticks`.
-        tick: int64 ``[1]``, which of the K ticks.
+        source: see there.
         batch: B, sequences of the tick, at most S.
         capacity: M, rows of the tick, at most W.
+
+    Raises:
+        ValueError: more sequences or rows than a tick has.
     """
-    ids, attended, *rest = _begin_tick(
-        input_ids,
-        attention_mask,
-        text_position,
-        sample,
-        temperature,
-        closing_step,
-        sequence,
-        step,
-        time,
-        position,
-        row,
-        row_count,
-        tick,
-        batch,
-        capacity,
-    )
-    return TickInputs(ids, None if attention_mask is None else attended, *rest)
+    if batch > source.sequence.shape[1] or capacity > source.row.shape[1]:
+        raise ValueError(
+            f"a tick has {source.sequence.shape[1]} slots and {source.row.shape[1]} rows, not {batch} and {capacity}"
+        )
+    ids, attended, *rest = begin_tick_operator(*source, batch, capacity)
+    return TickInputs(ids, None if source.attention_mask is None else attended, *rest)
 
 
-def end_in_pytorch(
+def end_tick_reference(
     input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor
 ) -> None:
+    """`end_tick` in plain PyTorch."""
     used = torch.arange(token.shape[0], device=token.device) < row_count
     failed |= ((token < 0) & used).any()
     # Unused rows have a target in the scratch sequence, whose ids must stay ids of the vocabulary.
@@ -182,21 +140,13 @@ def end_in_pytorch(
     tick += 1
 
 
-_end_tick = torch.library.custom_op("mdkern::end_tick", end_in_pytorch, mutates_args=("input_ids", "failed", "tick"))
-
-
-@_end_tick.register_kernel("cuda")
-def _end_on_gpu(input_ids: Tensor, *arguments: Any) -> None:
-    if not has_triton(input_ids.device):
-        return end_in_pytorch(input_ids, *arguments)
-    from mdkern.kernels.loop import triton_tick
-
-    triton_tick.end_tick(input_ids, *arguments)
-
-
-@_end_tick.register_fake
-def _end_fake(*_: Any) -> None:
-    return None
+end_tick_operator = operator(
+    end_tick_reference,
+    lambda *_: None,
+    "mdkern.kernels.loop.triton_tick:end_tick",
+    mutates=("input_ids", "failed", "tick"),
+    name="end_tick",
+)
 
 
 def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor) -> None:
@@ -208,5 +158,16 @@ def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, tar
         tick: int64 ``[1]``, counted up.
         token, target: int64 ``[M]``, from `vocab_projection` and `begin_tick`.
         row_count: int64 scalar: rows used.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
-    _end_tick(input_ids, failed, tick, token, target, row_count)
+    device = input_ids.device
+    check_tensor("input_ids", input_ids, input_ids.shape, torch.int64, device)
+    check_written("input_ids", input_ids)
+    check_tensor("failed", failed, (), torch.bool, device)
+    check_tensor("tick", tick, (1,), torch.int64, device)
+    check_tensor("token", token, (token.numel(),), torch.int64, device)
+    check_tensor("target", target, (token.numel(),), torch.int64, device)
+    check_tensor("row_count", row_count, (), torch.int64, device)
+    end_tick_operator(input_ids, failed, tick, token, target, row_count)

@@ -7,14 +7,15 @@ it counts the whole mask itself: a byte an entry, read from the L2 cache.
 # mypy: ignore-errors
 # ruff: noqa: N803
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mdkern.kernels.loop.compact import compact_outputs, compact_reference
+
 
 @triton.jit(do_not_specialize=["size"])
-def _compact(
+def compact_kernel(
     mask,
     row,
     count,
@@ -46,11 +47,14 @@ def _compact(
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`mdkern.kernels.compact` on a GPU (or, on the CPU, in Triton's interpreter), of at least one entry."""
+    """`mdkern.kernels.compact` on a GPU (or, on the CPU, in Triton's interpreter)."""
     size = mask.numel()
-    row = torch.empty(size, dtype=torch.int64, device=mask.device)
-    count = row.new_empty(())
+    if size == 0:
+        return compact_reference(mask)
+    row, count = compact_outputs(mask)
     block = min(1024, max(32, triton.next_power_of_2(size)))
     width = min(8192, max(32, triton.next_power_of_2(size)))
-    _compact[(triton.cdiv(size, block),)](mask.contiguous(), row, count, size, BLOCK=block, WIDTH=width, num_warps=4)
+    compact_kernel[(triton.cdiv(size, block),)](
+        mask.contiguous(), row, count, size, BLOCK=block, WIDTH=width, num_warps=4
+    )
     return row, count

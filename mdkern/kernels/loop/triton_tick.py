@@ -3,16 +3,17 @@
 # mypy: ignore-errors
 # ruff: noqa: N803
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mdkern.kernels.loop.tick import TickSource, begin_tick_outputs
 
 BLOCK = 256
 
 
 @triton.jit
-def _begin(
+def begin_tick_kernel(
     input_ids,
     attention_mask,
     text_position,
@@ -45,16 +46,17 @@ def _begin(
     BLOCK: tl.constexpr,
 ):
     now = tl.load(tick)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
-    inside = index < batch * length
-    owner = tl.load(sequence + now * slots + index // length, mask=inside, other=0)
+    slot = index // length  # products of two sizes may be past 2^31
+    inside = slot < batch
+    owner = tl.load(sequence + now * slots + slot, mask=inside, other=0)
     source = owner * length + index % length
     tl.store(ids_out + index, tl.load(input_ids + source, mask=inside, other=0), mask=inside)
     if attention_mask is not None:
         tl.store(mask_out + index, tl.load(attention_mask + source, mask=inside, other=0), mask=inside)
 
-    inside = index < batch * width
+    inside = index // width < batch
     place = tl.load(position + now * slots * width + index, mask=inside, other=0)
     tl.store(position_out + index, place, mask=inside)
     inside = index < batch
@@ -80,77 +82,31 @@ def _begin(
 
 
 def begin_tick(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    text_position: Tensor,
-    sample: Tensor,
-    temperature: Tensor,
-    closing_step: Tensor,
-    sequence: Tensor,
-    step: Tensor,
-    time: Tensor,
-    position: Tensor,
-    row: Tensor,
-    row_count: Tensor,
-    tick: Tensor,
-    batch: int,
-    capacity: int,
+    source: TickSource, batch: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mdkern.kernels.loop.tick.begin_tick` on a GPU (or, on the CPU, in Triton's interpreter)."""
-    (sequences, length), (_, slots, width) = input_ids.shape, position.shape
-    device = input_ids.device
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=device)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    attended = torch.empty((0,) if attention_mask is None else (batch, length), dtype=torch.bool, device=device)
-    out = (
-        ids(batch, length),
-        attended,
-        floats(batch),
-        ids(batch, width),
-        ids(capacity),
-        ids(),
-        ids(capacity, 3),
-        floats(capacity),
-        ids(capacity),
-    )
-    for tensor in (input_ids, text_position, sequence, step, time, position, row, attention_mask):
-        assert tensor is None or tensor.is_contiguous()
-    _begin[(triton.cdiv(max(batch * length, batch * width, capacity), BLOCK),)](
-        input_ids,
-        attention_mask,
-        text_position,
-        sample,
-        temperature,
-        closing_step,
-        sequence,
-        step,
-        time,
-        position,
-        row,
-        row_count,
-        tick,
-        *out,
+    (sequences, length), (_, slots, width) = source.input_ids.shape, source.position.shape
+    assert all(tensor is None or tensor.is_contiguous() for tensor in source)
+    outputs = begin_tick_outputs(source, batch, capacity)
+    begin_tick_kernel[(triton.cdiv(max(batch * length, batch * width, capacity, 1), BLOCK),)](
+        *source,
+        *outputs,
         batch,
         capacity,
         sequences - 1,
         slots,
-        row.shape[1],
+        source.row.shape[1],
         length,
         width,
         BLOCK=BLOCK,
         num_warps=2,
     )
-    return out
+    return outputs
 
 
 @triton.jit
-def _end(input_ids, failed, tick, token, target, row_count, capacity, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def end_tick_kernel(input_ids, failed, tick, token, target, row_count, capacity, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     used = (index < capacity) & (index < tl.load(row_count))
     drawn = tl.load(token + index, mask=used, other=0)
     at = tl.load(target + index, mask=used, other=0)
@@ -163,8 +119,7 @@ def _end(input_ids, failed, tick, token, target, row_count, capacity, BLOCK: tl.
 
 def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, target: Tensor, row_count: Tensor) -> None:
     """`mdkern.kernels.loop.tick.end_tick` on a GPU (or, on the CPU, in Triton's interpreter)."""
-    assert input_ids.is_contiguous()
     capacity = token.shape[0]
-    _end[(max(1, triton.cdiv(capacity, BLOCK)),)](
-        input_ids, failed, tick, token, target, row_count, capacity, BLOCK=BLOCK, num_warps=2
+    end_tick_kernel[(max(1, triton.cdiv(capacity, BLOCK)),)](
+        input_ids, failed, tick, token.contiguous(), target.contiguous(), row_count, capacity, BLOCK=BLOCK, num_warps=2
     )
