@@ -12,7 +12,7 @@ from mdkern import DiT, sample
 from mdkern.profiling.profile import Setting
 
 # A tick runs from one `BEGIN` to the next: `BEGIN`, the backbone's kernels, from `HEAD` on the output layer's.
-BEGIN, HEAD = "begin_tick_kernel", "vocab_projection_kernel"
+BEGIN, HEAD = "begin_tick_kernel", ("vocab_projection", "filtered_logits")  # the latter: how names begin
 TRACED_STEPS = 100
 
 
@@ -52,7 +52,7 @@ def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
     """Means over all ticks but the last.
 
     Returns:
-        In milliseconds: ``tick_ms`` from one `begin_tick` to the next; ``backbone_ms``, and ``head_ms`` with sampling and
+        In milliseconds: ``tick_ms`` from one `BEGIN` to the next; ``backbone_ms``, and ``head_ms`` with sampling and
         bookkeeping, that their kernels lasted. ``idle_share`` of the time in which no kernel ran. The dearest kernels.
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
@@ -64,7 +64,7 @@ def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
     spent, by_name = defaultdict[str, float](float), defaultdict[str, float](float)
     stage, busy, reached = "head", 0.0, inside[0].start
     for kernel in inside:
-        if kernel.name == HEAD:
+        if kernel.name.startswith(HEAD):
             stage = "head"
         lasted = kernel.end - kernel.start
         spent["head" if kernel.name == BEGIN else stage] += lasted
