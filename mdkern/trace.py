@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from mdkern.files import write_whole
 from mdkern.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -133,17 +134,3 @@ def schedule_segments(history: History, schedule: Schedule | str | None) -> list
         else:
             segments.append((current, step, step + 1))
     return segments
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all: to a new file beside it, then moved in place."""
-    target = Path(path).resolve()  # a link stays a link
-    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with staging.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, target)
-    finally:
-        staging.unlink(missing_ok=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mdkern.files import real_path
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +18,13 @@ if TYPE_CHECKING:
     from mdkern.models import DiT
 
 
+LARGEST = 2**31 - 1
+
+
 def one_line(error: Exception) -> str:
+    """An error's message; a system error's as file and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -23,9 +33,32 @@ def positive(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    if not 1 <= value <= LARGEST:
+        bound = "at least 1" if value < 1 else f"at most {LARGEST}"
+        raise argparse.ArgumentTypeError(f"must be a whole number of {bound}, not {text!r}")
     return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+    return value
+
+
+def unicode_text(text: str) -> str:
+    """A text as it is; refused if the terminal gave bytes that are none, as those of Latin-1 where UTF-8 is spoken."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise argparse.ArgumentTypeError(
+            f"has bytes that are no text in {encoding}, from character {error.start} on: write it in {encoding}"
+        ) from None
+    return text
 
 
 def named_path(text: str) -> tuple[str, str]:
@@ -37,12 +70,32 @@ def named_path(text: str) -> tuple[str, str]:
 
 def check_target(option: str, path: Path) -> None:
     """Refuse, before any work, a file that could not be written or that is not a plain file."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
+    try:
+        target = real_path(path)
+        there = os.path.lexists(target)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option} {path} is no file: {one_line(error)}") from None
+    if not target.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {target.parent}")
+    if there and not target.is_file():
         raise ValueError(f"{option} {path} exists and is not a file")
-    if not os.access(path.resolve().parent, os.W_OK):
+    if there and not os.access(target, os.W_OK):
+        raise ValueError(f"{option} {path} is write-protected")
+    if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{option} {path}: the folder is not writable")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, by links or by its hard links, or would if it were there."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return real_path(one) == real_path(other)
+
+
+def discard_stdout() -> None:
+    """Send what is still to be written to standard output nowhere, so that leaving Python does not fail on it."""
+    with suppress(OSError, ValueError):  # a stand-in for standard output may have no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -57,8 +110,10 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is not a device: expected cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type != "cuda":
-        return device
+        raise ValueError(f"--device {name}: mdkern runs on cpu and cuda, not on {device.type}")
     device = torch.device("cuda", local_rank() if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from mdkern.decoders import Decoder
 
 REFERENCE_TEXT = "frequency"  # a decoder's parameter that is read off a text: the option names its file
+EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # of values for parameters without a default
+EXPLAINED = {
+    REFERENCE_TEXT: "the tokens' frequencies are counted in that text",
+    "exponents": "it may be a number, a list such as [2,1,0.5], or a file of numbers, one per position",
+}
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +30,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         default="ancestral",
         help="which positions are revealed at a step, e.g. threshold:threshold=0.9 or remdm:kind=cap,eta=0.01; a "
         "wrong name is answered with all that there are. position_aware:frequency=FILE takes the tokens' frequencies "
-        "from a text file (default: ancestral)",
+        "from a text file, genmd4:exponents=FILE numbers, which may also be given as in genmd4:exponents=[2,1,0.5] "
+        "(default: ancestral)",
     )
     group.add_argument("--block-length", metavar="N", type=positive, help="reveal in blocks of N from left to right")
     group.add_argument(
@@ -74,9 +81,28 @@ def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
     if name not in DECODERS:
         by_name(name)  # says so, and what there is
     kind = DECODERS[name]
-    known = [field.name for field in fields(kind)]
+    parameters = {field.name: field for field in fields(kind)}
+    options = parse_options(text, name, rest, list(parameters))
+    needed = [key for key, field in parameters.items() if field.default is MISSING and field.default_factory is MISSING]
+    missing = [key for key in needed if key not in options]
+    if missing:
+        wanted = ",".join(f"{key}={EXAMPLES.get(key, 'VALUE')}" for key in missing)
+        explained = "".join(f"; {EXPLAINED[key]}" for key in missing if key in EXPLAINED)
+        raise ValueError(f"--decoder {text}: {name} needs {', '.join(missing)}, as in {name}:{wanted}{explained}")
+    for key, value in options.items():
+        takes_numbers = "Tensor" in str(parameters[key].type) and key != REFERENCE_TEXT
+        if takes_numbers and isinstance(value, str):
+            options[key] = read_numbers(text, Path(value))
+    if isinstance(options.get(REFERENCE_TEXT), str):
+        return with_frequencies(text, kind, options)
+    decoder = build(text, kind, **options)
+    return lambda tokenizer, vocab_size: decoder
+
+
+def parse_options(text: str, name: str, rest: str, known: list[str]) -> dict[str, Any]:
+    """A decoder's parameters from ``KEY=VALUE,KEY=VALUE``."""
     options: dict[str, Any] = {}
-    for part in rest.split(",") if rest else []:
+    for part in re.split(r",(?![^\[]*\])", rest) if rest else []:  # commas, but for those in brackets
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise ValueError(f"--decoder {text}: {part!r} must be KEY=VALUE, as in threshold:threshold=0.9")
@@ -85,17 +111,19 @@ def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
             raise ValueError(f"--decoder {text}: {name} has no parameter {key!r}, {there_is}")
         if key in options:
             raise ValueError(f"--decoder {text}: {key} is given twice")
-        options[key] = literal(value)
-    if REFERENCE_TEXT in known:
-        if REFERENCE_TEXT not in options:
-            raise ValueError(f"--decoder {text}: {name} needs a text file, as in {name}:{REFERENCE_TEXT}=FILE")
-        return with_frequencies(text, kind, options)
-    decoder = build(text, by_name, name) if not options else build(text, kind, **options)
-    return lambda tokenizer, vocab_size: decoder
+        options[key] = literal(text, value)
+    return options
 
 
-def literal(text: str) -> int | float | str:
-    """A whole number, a number, or else the text itself; the decoders refuse what is not for them."""
+def literal(decoder: str, text: str) -> Any:
+    """A whole number, a number, a list of numbers in brackets, true, false, or else the text itself.
+
+    The decoders refuse what is not for them.
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.startswith("["):
+        return numbers_of(decoder, text, text[1:].removesuffix("]").replace(",", " "))
     for kind in (int, float):
         try:
             return kind(text)
@@ -104,10 +132,29 @@ def literal(text: str) -> int | float | str:
     return text
 
 
+def read_numbers(decoder: str, path: Path) -> list[float]:
+    """The numbers in a file, between which there is white space or a comma."""
+    return numbers_of(decoder, str(path), read_text(decoder, path).replace(",", " "))
+
+
+def numbers_of(decoder: str, where: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split()]
+    except ValueError as error:
+        raise ValueError(f"--decoder {decoder}: {where} must hold numbers: {one_line(error)}") from None
+
+
+def read_text(decoder: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--decoder {decoder}: {path} cannot be read: {one_line(error)}") from error
+
+
 def build(text: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Decoder:
     try:
         decoder: Decoder = make(*arguments, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"--decoder {text}: {one_line(error)}") from error
     return decoder
 
@@ -120,10 +167,7 @@ def with_frequencies(text: str, kind: type[Any], options: dict[str, Any]) -> Cal
 
     path = Path(str(options.pop(REFERENCE_TEXT)))
     build(text, kind, torch.ones(1), **options)  # the other parameters are right
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--decoder {text}: {path} cannot be read: {one_line(error)}") from error
+    content = read_text(text, path)
 
     def make(tokenizer: Any, vocab_size: int) -> Decoder:
         ids = torch.tensor(tokenizer.encode(content, add_special_tokens=False), dtype=torch.int64)

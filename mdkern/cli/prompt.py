@@ -1,0 +1,80 @@
+"""``mdkern sample``'s prompt, and the schedule: what the text begins as and which model runs when."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mdkern.schedule import Schedule
+
+LIGHT_SHARE = 0.25  # of the default schedule: L32 H192 L32 at 256 steps
+PLACEHOLDER = re.compile(r"\[MASK:(\d{1,9})\]")
+
+
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """The prompt's text, from the option or from the file.
+
+    Raises:
+        ValueError: both are given, or the file cannot be read or is not UTF-8.
+    """
+    if file is None:
+        return text or ""
+    if text is not None:
+        raise ValueError("--prompt and --prompt-file must not both be given")
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file {file} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): convert it "
+            "first, e.g. with iconv -f latin1 -t utf-8"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
+
+
+def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, longest: int) -> Tensor:
+    """The prompt's tokens, and mask ids for its placeholders and for what follows: int64 ``[1, L]``."""
+    import torch
+
+    if length is not None and length > longest:
+        raise ValueError(f"--length {length} is beyond the {longest} positions of the models")
+    ids: list[int] = []
+    for index, piece in enumerate(PLACEHOLDER.split(prompt)):  # text, count, text, count, …, text
+        if index % 2 == 0:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+        elif len(ids) + int(piece) > longest:
+            raise ValueError(f"--prompt: with [MASK:{piece}] it is beyond the {longest} positions of the models")
+        else:
+            ids += [mask_id] * int(piece)
+    length = length or (len(ids) if mask_id in ids else longest)
+    if len(ids) > length:
+        raise ValueError(f"--prompt has {len(ids)} tokens, beyond the {length} positions to be used")
+    ids += [mask_id] * (length - len(ids))
+    if mask_id not in ids:
+        raise ValueError(f"--prompt fills all {length} positions: nothing is left to write")
+    return torch.tensor([ids])
+
+
+def choose_schedule(text: str | None, models: Sequence[str]) -> Schedule:
+    from mdkern.schedule import Schedule
+
+    if text is None and len(models) == 1:
+        return Schedule.constant(models[0])
+    if text is None and set(models) == {"H", "L"}:
+        return Schedule.sandwich(LIGHT_SHARE)
+    if text is None:
+        raise ValueError(f"--schedule must be given to say when each of {', '.join(models)} runs")
+    kind, _, share = text.partition(":")
+    if kind.strip().lower() != "sandwich":
+        return Schedule(text)
+    try:
+        return Schedule.sandwich(float(share))
+    except ValueError:
+        raise ValueError(
+            f"--schedule {text!r} must give the light model's share in 0..1, as in sandwich:0.25"
+        ) from None

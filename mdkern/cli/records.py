@@ -1,0 +1,116 @@
+"""``--output``: samples as JSON lines, kept in ``FILE.partial`` while they are made, in place as ``FILE`` at the end.
+
+The partial file's first line is what was asked for, so that ``--resume`` goes on with nothing else. Then comes a line
+for each sample in the order in which they were finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from mdkern.files import create, named_errors, real_path, replacing
+
+
+class SampleFile:
+    """The samples of one request, some of which may have been finished by an earlier run."""
+
+    def __init__(self, target: Path, request: Mapping[str, Any], seed: int) -> None:
+        """Begin a file, or go on with what an interrupted run has left.
+
+        Args:
+            target: the file to be written in the end.
+            request: all that the samples depend on but the seed, as JSON can hold it.
+            seed: of a new run; one that is resumed keeps its own.
+
+        Raises:
+            ValueError: what is left is of another request, or is not ours.
+        """
+        self.target = real_path(target)
+        self.path = partial_path(target)
+        self.seed = seed
+        self.places: dict[int, tuple[int, int]] = {}  # by sample number, where its line begins and ends
+        if self.path.exists():
+            self.file: BinaryIO = self.path.open("r+b")
+            self.go_on(request)
+        else:
+            self.file = create(self.path, self.target)
+            self.append({"request": dict(request), "seed": seed})
+
+    def go_on(self, request: Mapping[str, Any]) -> None:
+        """Read what is finished; a last line that was cut off in the middle is dropped."""
+        try:
+            lines = iter(self.file)
+            first = next(lines)
+            begun = json.loads(first)
+            theirs, self.seed = begun["request"], int(begun["seed"])
+        except (StopIteration, ValueError, KeyError, TypeError):
+            raise ValueError(f"--resume: {self.path} is not what an interrupted run leaves: delete it") from None
+        ours = json.loads(json.dumps(request))
+        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        if differing:
+            raise ValueError(
+                f"--resume: {self.path} was begun with other settings ({', '.join(differing)}): ask for the same, or "
+                "delete it to begin anew"
+            )
+        end = len(first)
+        for line in lines:
+            try:
+                number = json.loads(line)["sample"] if line.endswith(b"\n") else None
+            except (ValueError, KeyError, TypeError):
+                number = None
+            if not isinstance(number, int):
+                break
+            self.places[number] = end, end + len(line)
+            end += len(line)
+        self.file.seek(end)
+        self.file.truncate()
+
+    def append(self, *values: Mapping[str, Any]) -> None:
+        """Write lines, and see to it that they are on the disk."""
+        with named_errors(self.path):
+            end, places = self.file.tell(), {}
+            for value in values:
+                line = json.dumps(value).encode() + b"\n"
+                self.file.write(line)
+                places[value.get("sample")] = end, end + len(line)
+                end += len(line)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.places |= {number: place for number, place in places.items() if number is not None}
+
+    def finish(self, numbers: Iterable[int]) -> None:
+        """Put the file in place: the samples of these numbers, in their order."""
+        with replacing(self.target) as whole:
+            for number in numbers:
+                begin, end = self.places[number]
+                self.file.seek(begin)
+                whole.write(self.file.read(end - begin))
+        self.file.close()
+        self.path.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """After an error, leave what is finished and add to the error where it is; leave no empty file."""
+        if error is None:
+            return
+        with suppress(OSError):  # what could not be written is what the error is about
+            self.file.close()
+        count = len(self.places)
+        if count:
+            are = "sample is" if count == 1 else "samples are"
+            error.add_note(f"{count} finished {are} in {self.path}, from which --resume goes on")
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def partial_path(target: Path) -> Path:
+    path = real_path(target)
+    return path.with_name(f"{path.name}.partial")

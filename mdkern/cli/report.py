@@ -1,0 +1,146 @@
+"""What ``mdkern sample`` tells of its samples: texts on standard output, JSON records, and the summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mdkern.cli.common import discard_stdout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mdkern.decoders import Decoder
+    from mdkern.models import DiT
+    from mdkern.output import SampleOutput
+    from mdkern.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the options come to."""
+
+    models: dict[str, DiT]
+    tokenizer: Any
+    schedule: Schedule
+    ids: Tensor  # int64 [1, L], what each sample begins as
+    decoder: Decoder
+    seed: int
+
+
+def decode_texts(output: SampleOutput, tokenizer: Any, cut: bool) -> list[str]:
+    """The samples' texts as they are, special tokens included; `cut`: up to their end of text."""
+    from mdkern.trace import decode
+
+    assert output.sequences is not None
+    assert output.lengths is not None
+    rows, lengths = output.sequences.tolist(), output.lengths.tolist()
+    return [decode(tokenizer, row[:length] if cut else row) for row, length in zip(rows, lengths)]
+
+
+def sample_records(
+    output: SampleOutput, texts: Sequence[str], schedule: Schedule, decoder: str
+) -> list[dict[str, Any]]:
+    """One JSON object per sample."""
+    assert output.sequences is not None
+    assert output.sample_ids is not None
+    assert output.nfe is not None
+    assert output.stop_reason is not None
+    return [
+        {
+            "sample": number,
+            "text": texts[row],
+            "token_ids": token_ids,
+            "nfe": {name: int(passes[row]) for name, passes in output.nfe.items()},
+            "seed": output.seed,
+            "schedule": str(schedule),
+            "decoder": decoder,
+            "stop_reason": output.stop_reason[row],
+        }
+        for row, (number, token_ids) in enumerate(zip(output.sample_ids.tolist(), output.sequences.tolist()))
+    ]
+
+
+class Printer:
+    """Standard output, as the samples finish."""
+
+    def __init__(self, headed: bool, essential: bool) -> None:
+        """`headed`: say which sample a text is. `essential`: the texts go nowhere else, so its loss ends the run."""
+        self.headed, self.essential = headed, essential
+        self.printed = 0
+        self.failure: OSError | None = None
+
+    def show(self, numbers: Sequence[int], texts: Sequence[str]) -> None:
+        """Print texts with their samples' numbers.
+
+        Raises:
+            OSError: the texts could not be written and go nowhere else. Otherwise it is kept as `failure`.
+        """
+        from tqdm import tqdm
+
+        try:
+            for number, text in zip(numbers, texts):
+                if self.failure is None:
+                    header = f"{'' if self.printed == 0 else chr(10)}--- sample {number} ---\n" if self.headed else ""
+                    tqdm.write(f"{header}{text}", file=sys.stdout)  # the progress bar makes room
+                    self.printed += 1
+            sys.stdout.flush()
+        except OSError as error:
+            discard_stdout()
+            self.failure = type(error)(error.errno, error.strerror, "standard output")
+            if self.essential:
+                raise self.failure from error
+
+
+def without_texts(output: SampleOutput) -> SampleOutput:
+    """What the summary needs of an output."""
+    return replace(output, sequences=None, lengths=None, prompt_lengths=None, stop_reason=None, history=None)
+
+
+def joined(outputs: Sequence[SampleOutput]) -> SampleOutput:
+    """The outputs of groups as one, but for `flops_saved`, which is the first's."""
+    import torch
+
+    from mdkern import output
+
+    whole: SampleOutput = output.joined(outputs, torch.cat, sum) if len(outputs) > 1 else outputs[0]
+    return whole
+
+
+def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str:
+    """What was run, how many forward passes it took, how long, and what the schedule saved.
+
+    `processes`: that shared the work.
+    """
+    from mdkern.models import adapt
+    from mdkern.output import counted_saving
+
+    assert output.tokens_per_forward is not None
+    assert output.nfe is not None
+    assert output.timings is not None
+    denoisers = {name: adapt(job.models[name]) for name in job.schedule.models}
+    first = next(iter(denoisers.values()))
+    count, length, masked = len(output.tokens_per_forward), job.ids.shape[1], int((job.ids == first.mask_id).sum())
+    where = f"{processes} processes on {first.device.type}" if processes > 1 else str(first.device)
+    dtype = str(first.dtype).removeprefix("torch.")
+    blocks = {name: job.models[name].config.num_blocks for name in denoisers}
+    passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
+    each = ", ".join(f"{name} {passes[name]:.1f} ({blocks[name]} blocks)" for name in passes)
+    seconds = output.timings["total"]
+    parts = ", ".join(f"{name} {output.timings[name]:.2f} s" for name in passes)
+    lines = [
+        f"{count} x {length} tokens, decoder {decoder}, schedule {job.schedule}, seed {output.seed}, {where}, {dtype}",
+        f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {job.schedule.total} steps",
+        f"{seconds:.2f} s ({parts}), {count * masked / seconds:,.0f} tokens/s",
+    ]
+    if len(blocks) > 1:
+        saved = output.flops_saved
+        if saved is not None:
+            saved = counted_saving(denoisers, output.nfe, output.tokens_per_forward, length)
+        counted = "unknown" if saved is None else f"{saved:.1%}"
+        dearest = max(blocks, key=lambda name: blocks[name])
+        by_blocks = f"{job.schedule.saved(blocks):.1%}"
+        lines.append(f"saved against {dearest} alone: {by_blocks} of the blocks (equation 3), {counted} of the FLOPs")
+    return "\n".join(lines)

@@ -1,0 +1,298 @@
+"""``mdkern sample``: its options, and the run from the models to the files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdkern import __version__
+from mdkern.cli.common import check_target, load_models, named_path, positive, same_file, seconds, unicode_text
+from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
+from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
+from mdkern.cli.records import SampleFile, partial_path
+from mdkern.cli.report import Job, Printer, decode_texts, joined, sample_records, summary, without_texts
+
+if TYPE_CHECKING:
+    from mdkern.distributed import Ranks
+    from mdkern.output import SampleOutput
+
+EXAMPLES = """\
+examples:
+  mdkern sample --prompt "Once upon a time" --length 64 --seed 0
+  mdkern sample --prompt "She went[MASK:5] home." --decoder threshold:threshold=0.9
+  mdkern sample --num-samples 1000 --output texts.jsonl            the texts, one JSON object a line
+  mdkern sample --num-samples 1000 --output texts.jsonl --resume   the rest of them, after an interrupt
+  mdkern sample --heavy big/ --light small/ --tokenizer tokenizer.json --schedule "L32 H192 L32"
+  torchrun --nproc-per-node 2 -m mdkern sample --num-samples 64    the samples shared out over two GPUs
+"""
+
+
+def add_sample(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="write text",
+        description="Write text with a heavy and a light model under a schedule.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_sample)
+    add_models(parser)
+    add_text(parser)
+    add_decoding(parser)
+    add_output(parser)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models", "Without any of these, the small pair that ships with mdkern.")
+    group.add_argument("--heavy", metavar="PATH", help="checkpoint that the schedule calls H (ours or MDLM's layout)")
+    group.add_argument("--light", metavar="PATH", help="checkpoint that the schedule calls L")
+    group.add_argument(
+        "--model", metavar="NAME=PATH", action="append", default=[], type=named_path, help="one more; repeatable"
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="their tokenizer: a folder or a tokenizer.json")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: bfloat16 on a GPU, else float32)",
+    )
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
+        "--schedule",
+        metavar="TEXT",
+        type=unicode_text,
+        help="models and step counts, e.g. 'L32 H192 L32', or 'sandwich:SHARE' with the light model's share of any "
+        f"number of steps (default: sandwich:{LIGHT_SHARE})",
+    )
+    group.add_argument("--steps", metavar="T", type=positive, help="(default: the schedule's, or else the length)")
+    group.add_argument("--length", metavar="L", type=positive, help="in tokens, prompt included (default: the longest)")
+    group.add_argument("--num-samples", metavar="N", type=positive, default=1, help="(default: 1)")
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        type=unicode_text,
+        help="text to continue. [MASK:12] in it stands for 12 tokens to be filled in; the text is then continued only "
+        "up to a --length that is given",
+    )
+    group.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt from a file in UTF-8, as it is")
+    group.add_argument("--temperature", metavar="X", type=float, default=1.0, help="0 is greedy (default: 1)")
+    group.add_argument("--seed", metavar="S", type=int, help="whole number (default: a new one, told at the end)")
+    group.add_argument("--batch-size", metavar="B", type=positive, help="speed and memory only (default: 16)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="also write the samples as JSON lines: as they finish to FILE.partial, which becomes FILE at the end",
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="with --output: go on with the FILE.partial of an interrupted run, if any"
+    )
+    group.add_argument("--trace", metavar="FILE", type=Path, help="also write an HTML page that replays the denoising")
+    group.add_argument("--trace-title", metavar="TEXT", type=unicode_text, help="the page's heading")
+    group.add_argument("--quiet", action="store_true", help="text only: no progress bar, no summary")
+    group.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        help="under torchrun: how long a process waits for the others (default: 1800)",
+    )
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    """Load, sample, hand over the samples as they finish, then the page and the summary."""
+    check_options(arguments)
+
+    from mdkern.distributed import TIMEOUT, torchrun_ranks
+
+    with torchrun_ranks(arguments.timeout or TIMEOUT) as ranks, ExitStack() as stack:
+        if arguments.timeout is not None and ranks is None:
+            raise ValueError("--timeout is for several processes, as torchrun starts them: there is only this one")
+        speaks = ranks is None or ranks.rank == 0
+        file: SampleFile | None = None
+        with ranks.together() if ranks else nullcontext():
+            job = prepare(arguments)
+            seed, numbers = job.seed, list(range(arguments.num_samples))
+            if speaks and arguments.output is not None:
+                file = stack.enter_context(SampleFile(arguments.output, request_of(arguments, job), seed))
+                if arguments.seed is not None and file.seed != seed:
+                    raise ValueError(f"--seed {seed}: {file.path} was begun with seed {file.seed}")
+                seed, numbers = file.seed, [number for number in numbers if number not in file.places]
+        if ranks:
+            seed, numbers = ranks.gather((seed, numbers))[0]
+        receiver = Receiver(arguments, job, file) if speaks else None
+        receive(run_groups(arguments, job, ranks, seed, numbers), receiver)
+        if receiver is not None:
+            receiver.finish(ranks.count if ranks else 1)
+
+
+def receive(groups: Iterator[SampleOutput], receiver: Receiver | None) -> None:
+    """Hand over every group, and of one that fails what was finished."""
+    try:
+        for output in groups:
+            if receiver is not None:
+                receiver.take(output)
+    except BaseException as error:
+        rest: SampleOutput | None = getattr(error, "partial", None)
+        if receiver is not None and rest is not None and rest.sample_ids is not None and len(rest.sample_ids):
+            receiver.take(rest)
+        if out_of_memory(error):
+            raise MemoryError("out of memory: lower --batch-size, --length or --num-samples") from error
+        raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work, options that do not go together and files that could not be written."""
+    targets = {"--output": arguments.output, "--trace": arguments.trace}
+    for option, path in targets.items():
+        if path is not None:
+            check_target(option, path)
+    if None not in targets.values() and same_file(arguments.output, arguments.trace):
+        raise ValueError(f"--output and --trace are the same file {arguments.output}")
+    if arguments.trace_title is not None and arguments.trace is None:
+        raise ValueError("--trace-title goes with --trace")
+    if arguments.resume and arguments.output is None:
+        raise ValueError("--resume goes with --output, whose finished samples it goes on from")
+    if arguments.resume and arguments.trace is not None:
+        raise ValueError("--resume and --trace do not go together: of finished samples the steps are not known")
+    if arguments.output is None:
+        return
+    partial = partial_path(arguments.output)
+    check_target("--output", partial)
+    if partial.exists() and not arguments.resume:
+        raise ValueError(
+            f"{partial} has samples of a run that was interrupted: go on with --resume, or delete it to begin anew"
+        )
+
+
+def prepare(arguments: argparse.Namespace) -> Job:
+    """Load the models, and check all that depends on them."""
+    from mdkern.engine.resolve import resolve_blocks, resolve_seed
+
+    prompt = read_prompt(arguments.prompt, arguments.prompt_file)
+    make_decoder = parse_decoder(arguments.decoder)
+    models, tokenizer = load_models(arguments)
+    schedule = choose_schedule(arguments.schedule, tuple(models))
+    first = next(iter(models.values()))
+    longest = min(model.config.max_length for model in models.values())
+    ids = start_ids(prompt, tokenizer, first.config.mask_id, arguments.length, longest)
+    decoder = make_decoder(tokenizer, first.config.vocab_size)
+    steps = arguments.steps or schedule.total
+    cached = arguments.cache != "none"
+    steps = resolve_blocks(arguments.block_length, ids == first.config.mask_id, steps, cached)[2]
+    schedule = schedule.fit(steps or ids.shape[1])
+    return Job(models, tokenizer, schedule, ids.to(first.embedding.device), decoder, resolve_seed(arguments.seed, None))
+
+
+def request_of(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """All that the samples depend on but a seed of their own, by option: a value, or a digest of it."""
+    from mdkern.digest import digest, model_digest
+    from mdkern.models import adapt
+
+    options = {f"--{name.replace('_', '-')}": value for name, value in sampling(arguments).items()}
+    del options["--cuda-graphs"]  # the samples are the same
+    return (
+        {f"model {name}": model_digest(adapt(job.models[name])) for name in job.schedule.models}
+        | {"the tokenizer": digest(job.tokenizer.get_vocab()), "the prompt": digest(job.ids)}
+        | {"--schedule": str(job.schedule), "--decoder": digest(job.decoder), "mdkern's version": __version__}
+        | options
+    )
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as `mdkern.sample` takes them, but for the decoder and what is speed alone."""
+    return sample_options(arguments) | {"temperature": arguments.temperature}
+
+
+def run_groups(
+    arguments: argparse.Namespace, job: Job, ranks: Ranks | None, seed: int, numbers: list[int]
+) -> Iterator[SampleOutput]:
+    """The samples of these numbers, group by group; of several processes all at once."""
+    from mdkern.distributed import sample_distributed
+    from mdkern.sampling import sample_groups
+
+    if not numbers:
+        return
+    call: dict[str, Any] = {
+        "input_ids": job.ids,
+        "num_samples": len(numbers),
+        "sample_ids": numbers,
+        "batch_size": arguments.batch_size,
+        "decoder": job.decoder,
+        **sampling(arguments),
+        "seed": seed,
+        "return_history": arguments.trace is not None,
+        "progress": False if arguments.quiet else None,
+    }
+    if ranks:
+        yield sample_distributed(job.models, job.schedule, timeout=ranks.timeout, **call)
+    else:
+        yield from sample_groups(job.models, job.schedule, **call)
+
+
+class Receiver:
+    """Takes the samples as they finish: prints their texts, writes their records, keeps what the end needs."""
+
+    def __init__(self, arguments: argparse.Namespace, job: Job, file: SampleFile | None) -> None:
+        self.arguments, self.job, self.file = arguments, job, file
+        to_files = arguments.output is not None or arguments.trace is not None
+        self.printer = Printer(headed=arguments.num_samples > 1, essential=not to_files)
+        self.outputs: list[SampleOutput] = []
+
+    def take(self, output: SampleOutput) -> None:
+        assert output.sample_ids is not None
+        texts = decode_texts(output, self.job.tokenizer, self.arguments.stop_at_eos)
+        self.printer.show(output.sample_ids.tolist(), texts)
+        if self.file is not None:
+            self.file.append(*sample_records(output, texts, self.job.schedule, self.arguments.decoder))
+        self.outputs.append(output if self.arguments.trace is not None else without_texts(output))
+
+    def finish(self, processes: int) -> None:
+        """Put the files in place and sum up."""
+        arguments, job = self.arguments, self.job
+        if self.file is not None:
+            self.file.finish(range(arguments.num_samples))
+        if self.outputs:
+            output = joined(self.outputs)
+            if arguments.trace is not None:
+                write_page(arguments, job, output)
+            if not arguments.quiet:
+                sys.stdout.flush()
+                print(summary(output, job, arguments.decoder, processes), file=sys.stderr)
+        if self.printer.failure is not None:
+            raise self.printer.failure
+
+
+def write_page(arguments: argparse.Namespace, job: Job, output: SampleOutput) -> None:
+    """The page that replays the denoising."""
+    from mdkern.trace import USUAL_MODELS, About, write_trace
+
+    sizes = {name: model.config for name, model in job.models.items()}
+    described = {name: f"{size.num_blocks} blocks of width {size.width}" for name, size in sizes.items()}
+    about: About = {
+        "schedule": job.schedule,
+        "decoder": arguments.decoder,
+        "models": {name: ", ".join(filter(None, (USUAL_MODELS.get(name), text))) for name, text in described.items()},
+    }
+    if arguments.trace_title is not None:
+        about["title"] = arguments.trace_title
+    write_trace(arguments.trace, output, job.tokenizer, **about)
