@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import lzma
@@ -21,8 +22,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mdkern.cli import main as cli
 from mdkern.models import DiT, DiTConfig, load_dit
-from training import checkpoint, data, judge, loop, train
+from training import checkpoint, data, judge, loop, sizes, train
 from training.batches import MaskedBatches, Prefetched, masked_batch, step_generator, stratified_times
 from training.evaluate import MaskedLoss, held_out_nelbo
 from training.loop import World
@@ -494,8 +496,66 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
     assert number(checkpoint.load_checkpoint(tmp_path)) == 1
     assert "cannot be read" in caplog.text
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
-    with pytest.raises(RuntimeError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         checkpoint.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["weights", "optimiser", "step"])
+def test_a_flipped_bit_is_noticed(tmp_path, caplog, what):
+    """In a number of a tensor, which PyTorch reads without complaint, or of the settings."""
+    states = [
+        {"step": step, "model": {"w": torch.ones(64)}, "optimizers": [{"m": torch.full((64,), 2.0)}]} for step in (1, 2)
+    ]
+    for state in states:
+        checkpoint.save_checkpoint(tmp_path, state)
+    current = tmp_path / checkpoint.CURRENT
+    whole = current.read_bytes()
+    number_of = {"weights": torch.ones(3).numpy().tobytes(), "optimiser": torch.full((3,), 2.0).numpy().tobytes()}
+    if what == "step":
+        saved = torch.load(current, weights_only=True)
+        torch.save(saved | {"step": 3}, current)
+    else:
+        place = whole.index(number_of[what]) + 1
+        current.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        torch.load(current, weights_only=True)
+    assert number(checkpoint.load_checkpoint(tmp_path)) == 1
+    assert "checksum" in caplog.text
+
+
+def test_a_loop_of_links_is_no_missing_checkpoint(tmp_path):
+    """Starting again would overwrite what may be there."""
+    (tmp_path / checkpoint.CURRENT).symlink_to(tmp_path / checkpoint.CURRENT)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
+        checkpoint.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", '{"step": null}', '{"step": "2", "loss": 1}', '{"st', "3", "\x00"])
+def test_spoilt_lines_of_a_log_are_dropped(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2, "loss": 1.0}}\n{{"step": 3, "loss": 1.0}}\n')
+    checkpoint.JsonLines(log, 2).close()
+    assert losses(tmp_path) == [2.0, 1.0]
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence_and_its_last_checkpoint(tmp_path, token_file, monkeypatch, caplog):
+    command = arguments(token_file, tmp_path, 40, checkpoint_every=0)
+    save, calls = torch.save, []
+
+    def disk_full(state: Any, file: Any) -> None:
+        calls.append(state["step"])
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(checkpoint.torch, "save", disk_full)
+        assert train.main(command) == 1
+    assert "No space left on device" in caplog.text
+    assert number(checkpoint.load_checkpoint(tmp_path)) == 2
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert train.main(command) == 0
+    assert len(losses(tmp_path)) == 40
 
 
 # ------------------------------------------------------------------------------------------------- refused arguments
@@ -536,6 +596,127 @@ def test_a_token_file_cut_short_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ValueError, match="100 tokens of its description"):
         data.open_tokens(path)
+
+
+# ------------------------------------------------------------------------------------------- from a text to a sample
+
+
+def test_any_text_trains_and_the_printed_line_samples(tmp_path, caplog, capsys):
+    """With nothing but the text: a tokenizer, sizes that suit it, a held-out part, and the line at the end."""
+    text = tmp_path / "book.txt"
+    words = np.random.default_rng(0).integers(0, 40, 6000)
+    text.write_text("".join(f"word{word}{' ' if place % 12 else chr(10)}" for place, word in enumerate(words)))
+    command = ["--data", text, "--out", tmp_path / "run", "--tokens", 3000, "--batch-size", 8, "--eval-samples", 8]
+    command = [str(part) for part in [*command, "--width", 32, "--blocks", 1, "--device", "cpu"]]
+    with caplog.at_level(logging.INFO):
+        assert train.main(command) == 0
+    line = caplog.text.partition("sample from it:\n")[2].split()
+    assert line[:2] == ["mdkern", "sample"]
+    assert cli.main([*line[1:], "--device", "cpu", "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out) > 50
+    folder = tmp_path / "run" / "data"
+    train_tokens, info = data.open_tokens(folder / "train.bin")
+    valid_tokens, _ = data.open_tokens(folder / "valid.bin")
+    assert 0.03 < len(valid_tokens) / (len(train_tokens) + len(valid_tokens)) < 0.07
+    backend = data.TextEncoder.load(folder / "tokenizer").backend
+    both = [int(token) for tokens in (train_tokens, valid_tokens) for token in tokens]
+    assert backend.decode(both[:-1]).strip() == text.read_text().strip()
+    assert info.vocab_size <= 512
+    before = (folder / "train.bin").stat().st_mtime_ns
+    assert train.main(command) == 0  # finished: nothing is made again
+    assert (folder / "train.bin").stat().st_mtime_ns == before
+
+
+def test_sizes_suit_the_device_and_the_data():
+    for device, count, blocks, length in (("cpu", 10**6, 4, 64), ("cpu", 50, 4, 50), ("cuda", 10**9, 12, 1024),
+                                          ("cuda", 10**7, 12, 256)):  # fmt: skip
+        args = train.build_parser().parse_args(["--data", "x", "--out", "y", "--device", device])
+        sizes.choose_sizes(args, count, 10**6)
+        assert (args.blocks, args.length) == (blocks, length)
+        assert args.tokens <= 100 * count
+    args = train.build_parser().parse_args(["--data", "x", "--out", "y", "--device", "cpu", "--preset", "mdlm"])
+    sizes.choose_sizes(args, 10**9, 10**6)
+    assert (args.blocks, args.width, args.batch_size, args.lr, args.optimizer) == (12, 768, 512, 3e-4, "adamw")
+    args = train.build_parser().parse_args(["--data", "x", "--out", "y", "--device", "cpu", "--width", "64"])
+    sizes.choose_sizes(args, 10**6, 10**6)
+    assert (args.width, args.blocks) == (64, 4)
+
+
+def test_memory_decides_on_micro_batches_and_refuses_what_cannot_fit(monkeypatch):
+    config = DiTConfig(vocab_size=50_258, mask_id=50_257, max_length=1024, tie_head=True)
+    args = argparse.Namespace(batch_size=512, length=1024, grad_accum=None)
+    free = {"bytes": 64 << 30}
+    monkeypatch.setattr(sizes, "available_bytes", lambda device: free["bytes"])
+    sizes.fit_memory(args, config, torch.device("cpu"), 1)
+    split = args.grad_accum
+    per_micro_batch = sizes.training_bytes(config, 1024, 512 // split, "cpu")
+    assert per_micro_batch < 0.7 * free["bytes"] < sizes.training_bytes(config, 1024, 512 // (split // 2), "cpu")
+    args.grad_accum = 1
+    with pytest.raises(ValueError, match=r"would take about \d+\.\d GB, and 68\.7 GB are free: .*larger --grad-accum"):
+        sizes.fit_memory(args, config, torch.device("cpu"), 1)
+    args.grad_accum, free["bytes"] = None, 1 << 30
+    with pytest.raises(ValueError, match=r"1\.1 GB are free"):
+        sizes.fit_memory(args, config, torch.device("cpu"), 1)
+
+
+def test_a_signal_acts_between_two_micro_batches(tmp_path, token_file):
+    """The step is given up, its gradients with it, and done anew: the run is the unbroken one."""
+    command = arguments(token_file, tmp_path / "whole", 6, grad_accum=4)
+    assert train.main(command) == 0
+    command = arguments(token_file, tmp_path / "cut", 6, grad_accum=4)
+    calls = []
+
+    def forward(self: MaskedLoss, *batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4 * 2 + 2:  # the second micro-batch of the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return MaskedLoss.plain_forward(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedLoss, "plain_forward", MaskedLoss.forward, raising=False)
+        patch.setattr(MaskedLoss, "forward", forward)
+        assert train.main(command) == 0
+    assert len(calls) == 4 * 2 + 2
+    assert number(checkpoint.load_checkpoint(tmp_path / "cut")) == 2
+    assert train.main(command) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_texts_are_named(tmp_path, tokenizer_folder, capsys, damage):
+    source = tmp_path / "text.txt.xz"
+    whole = lzma.compress(np.random.default_rng(0).integers(97, 120, 20_000).astype(np.uint8).tobytes())
+    spoilt = whole[: len(whole) // 2] if damage == "cut" else whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    source.write_bytes(spoilt)
+    with pytest.raises(SystemExit):
+        data.main(["tokenize", "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "t.bin"), str(source)])
+    assert "text.txt.xz is damaged or cut short" in capsys.readouterr().err
+    assert not (tmp_path / "t.bin").exists()
+
+
+def test_a_text_takes_bounded_memory_whatever_it_unpacks_to(tmp_path, tokenizer_folder, monkeypatch):
+    """An endless line is refused before it is read whole; empty documents are written as they come."""
+    monkeypatch.setattr(data, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(data, "BATCH_CHARS", 100)
+    line = tmp_path / "line.txt.xz"
+    line.write_bytes(lzma.compress(b"a" * 10**7))
+    with pytest.raises(ValueError, match="a line of more than 1000 characters"):
+        data.tokenize([str(line)], tokenizer_folder, tmp_path / "t.bin")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n<|endoftext|>\n" * 1000)
+    batches = list(data._batches(data.documents_text(data.paragraphs(str(empty)))))
+    assert max(map(len, batches)) <= 100
+
+
+def test_unpacking_stops_at_the_described_size(tmp_path, token_file):
+    packed = data.pack(token_file, tmp_path / "packed")
+    packed.write_bytes(lzma.compress(bytes(1 << 24)))
+    with pytest.raises(ValueError, match="more than the 40000 bytes of its description"):
+        data.unpack(packed, tmp_path / "out")
+    packed.write_bytes(packed.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        data.unpack(packed, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin*"))
 
 
 # ----------------------------------------------------------------------------------------------------------- judge

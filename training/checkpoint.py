@@ -1,11 +1,12 @@
-"""Checkpoints that are either complete or absent, and exact resumption."""
+"""Checkpoints that are either complete or absent, with a checksum, and exact resumption."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from training.data import atomic_open
 log = logging.getLogger(__name__)
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+CHECKSUM = "sha256"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the folder's checkpoint, keeping the one before. A crash at any point leaves a usable one."""
+    """Write `state` as the folder's checkpoint, keeping the one before. A crash at any point leaves a usable one.
+
+    With it goes a checksum of all that it holds, under the name `CHECKSUM`.
+    """
     with atomic_open(folder / ".checkpoint.new") as file:
-        torch.save(state, file)
+        torch.save(state | {CHECKSUM: checksum(state)}, file)
     if (folder / CURRENT).exists():
         link = folder / ".checkpoint.link"
         link.unlink(missing_ok=True)
@@ -36,20 +41,48 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The folder's checkpoint on the CPU, or the one before if it cannot be read, or None if there is none.
+    """The folder's checkpoint on the CPU, or the one before if it is damaged, or None if there is none.
 
-    Raises RuntimeError if there are checkpoints and none can be read.
+    Raises ValueError if there are checkpoints and all are damaged.
     """
-    paths = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
+    paths = [folder / name for name in (CURRENT, PREVIOUS) if os.path.lexists(folder / name)]
     for path in paths:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if state.pop(CHECKSUM, None) != checksum(state):
+                raise ValueError("its checksum is not that of what it holds")
             return state
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("%s cannot be read (%s)", path, error)
+        except Exception as error:  # a damaged file fails in a dozen ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning("%s cannot be read (%s)", path, reason)
     if paths:
-        raise RuntimeError(f"no checkpoint in {folder} can be read: remove them to start again")
+        raise ValueError(f"no checkpoint in {folder} can be read: remove them to start again")
     return None
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a checkpoint's content: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for part in parts_of(value):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    elif isinstance(value, dict):
+        yield f"{{{len(value)}".encode()
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from parts_of(item)
+    elif isinstance(value, list | tuple):
+        yield f"[{len(value)}".encode()
+        for item in value:
+            yield from parts_of(item)
+    else:
+        yield repr(value).encode()
 
 
 def check_same_config(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -60,18 +93,25 @@ def check_same_config(saved: dict[str, Any], wanted: dict[str, Any], folder: Pat
         raise ValueError(f"the checkpoint in {folder} is of another run ({'; '.join(differing)}): use another --out")
 
 
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a log that hold a step and its loss, and what they hold; lines cut short or spoilt are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("loss"), int | float):
+            records.append((line, record))
+    return records
+
+
 class JsonLines:
     """A log of one JSON object a line, each with a `step`; cut back to the checkpoint's step on resumption."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Keep the lines with ``step <= last_step`` and append after them."""
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):  # a line cut short by a crash
-                continue
+        kept = [line + "\n" for line, record in read_records(path) if record["step"] <= last_step]
         with atomic_open(path, "w") as file:
             file.writelines(kept)
         self.file = open(path, "a")  # noqa: SIM115 - held for the run's length

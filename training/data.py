@@ -40,6 +40,7 @@ DATASETS = {"openwebtext": "Skylion007/openwebtext", "lm1b": "billion-word-bench
 PARQUET = "refs/convert/parquet"  # both are script data sets, which `datasets` >= 4 loads from this branch only
 BATCH_CHARS = 1 << 22  # text encoded at once; bounds memory at a few hundred MB
 SAMPLE_CHARS = 1 << 20
+LONGEST_LINE = 1 << 24  # characters
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,7 @@ def paragraphs(source: str) -> Iterator[str | None]:
     opener = lzma.open if path.suffix == ".xz" else open
     open_document = False
     with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        for line in file:
-            paragraph = str(line).removesuffix("\n")
+        for paragraph in lines_of(file, path):
             if paragraph != END_OF_TEXT:
                 open_document = True
                 yield paragraph
@@ -100,6 +100,22 @@ def paragraphs(source: str) -> Iterator[str | None]:
                 yield None
     if open_document:
         yield None
+
+
+def lines_of(file: IO[Any], path: Path) -> Iterator[str]:
+    """The lines of a text without their ends, in bounded memory.
+
+    Raises ValueError on a line of more than `LONGEST_LINE` characters and on a damaged or truncated file.
+    """
+    try:
+        while line := str(file.readline(LONGEST_LINE + 1)):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path} has a line of more than {LONGEST_LINE} characters: break it (fold -s)")
+            yield line.removesuffix("\n")
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def _dataset_paragraphs(name: str, split: str) -> Iterator[str | None]:
@@ -255,7 +271,7 @@ def _batches(items: Iterator[str | None]) -> Iterator[list[str | None]]:
     chars = 0
     for item in items:
         batch.append(item)
-        chars += len(item or "")
+        chars += len(item or "") + 1  # empty documents take memory, too
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -311,11 +327,18 @@ def unpack(packed: Path, out: Path) -> Path:
     """Undo `pack`. Raises ValueError if the tokens are not the packed ones."""
     path = out / packed.name.removesuffix(".xz")
     info = read_info(packed.with_suffix(""))
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
+    described = info.count * np.dtype(info.dtype).itemsize
     with lzma.open(packed, "rb") as source, atomic_open(path) as file:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            file.write(block)
+        try:
+            while block := source.read(1 << 20):
+                size += len(block)
+                if size > described:
+                    raise ValueError(f"{packed} holds more than the {described} bytes of its description")
+                digest.update(block)
+                file.write(block)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{packed} is damaged or cut short: {error}") from error
         if digest.hexdigest() != info.sha256:
             raise ValueError(f"{packed} is damaged: its tokens do not have the described checksum")
     write_info(path, info)
@@ -349,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done = pool.map(pack if args.command == "pack" else unpack, args.files, [args.out] * len(args.files))
                 for path in done:
                     log.info("%s (%d bytes)", path, path.stat().st_size)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:  # OSError: a full disk, a loop of links
         parser.error(str(error))
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from training.batches import Prefetched
-from training.checkpoint import JsonLines, check_same_config, load_checkpoint, save_checkpoint
+from training.checkpoint import JsonLines, check_same_config, load_checkpoint, read_records, save_checkpoint
 from training.optim import WeightAverage, set_lr
 
 log = logging.getLogger(__name__)
@@ -69,9 +69,18 @@ def joined_world(device: str) -> Iterator[World]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGINT into a question: has one arrived? The old handlers are put back at the end."""
+    """Turn SIGTERM and SIGINT into a question: has one arrived? A second SIGINT interrupts at once.
+
+    The old handlers are put back at the end.
+    """
     received: list[int] = []
-    old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:
@@ -139,7 +148,8 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
-        log.info("resumed at step %d (%.3g tokens)", self.step, state["tokens"])
+        exact = "" if torch.get_num_threads() == 1 else "; the same to the bit only with OMP_NUM_THREADS=1"
+        log.info("resumed at step %d (%.3g tokens)%s", self.step, state["tokens"], exact)
 
     def save(self) -> None:
         if self.world.rank:
@@ -169,7 +179,10 @@ class Trainer:
         last_save = time.monotonic()
         with stop_signals() as stop_asked:
             for micro_batches in prefetched:
-                self.train_step(objective, micro_batches)
+                if self.train_step(objective, micro_batches, stop_asked):
+                    report.flush()
+                    self.save()
+                    break
                 finished = self.step == options.total_steps
                 read = finished or self.step % options.log_every == 0
                 stop = due = False
@@ -187,7 +200,11 @@ class Trainer:
         report.close()
         return self.step >= options.total_steps
 
-    def train_step(self, objective: nn.Module, micro_batches: list[tuple[Tensor, ...]]) -> None:
+    def train_step(
+        self, objective: nn.Module, micro_batches: list[tuple[Tensor, ...]], stop_asked: Callable[[], bool]
+    ) -> bool:
+        """One step. Returns whether it was given up: by a signal, between two micro-batches of a single process. It is
+        done anew when the run goes on."""
         set_lr(self.optimizers, self.options.schedule(self.step))
         loss = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -199,6 +216,10 @@ class Trainer:
                     micro_loss = objective(*tensors)
                 micro_loss.backward()
             loss = loss + micro_loss.detach()
+            if not last and self.world.size == 1 and stop_asked():
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                return True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -206,6 +227,7 @@ class Trainer:
         self.average.update(self.step)
         self.step += 1
         self.pending.append((loss, norm))
+        return False
 
 
 class Report:
@@ -280,9 +302,7 @@ def plot_losses(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    import json
-
-    records = [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
+    records = [record for _, record in read_records(out / LOG_FILE)]
     if not records:
         return
     losses = torch.tensor([r["loss"] for r in records], dtype=torch.float64)

@@ -13,7 +13,7 @@ from training.optim import lr_schedule
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimiser (defaults of MDLM)")
+    group = parser.add_argument_group("optimiser")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     group.add_argument("--lr", type=float, default=3e-4, help="peak rate of AdamW")
     group.add_argument("--muon-lr", type=float, help="peak rate of Muon (default: --lr)")

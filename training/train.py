@@ -1,12 +1,14 @@
 """Train a masked diffusion denoiser with the objective of MD4 (2406.04329) and MDLM (2406.07524).
 
-    python -m training.train --data train.bin --valid test.bin --out runs/heavy --blocks 12 --tokens 2e9
-    torchrun --nproc-per-node 8 -m training.train ...        # the same run on eight GPUs
+    python -m training.train --data book.txt --out runs/mine                 # any text; minutes on a CPU
+    python -m training.train --data train.bin --valid test.bin --out runs/heavy --preset mdlm
+    torchrun --nproc-per-node 8 -m training.train ...                        # the same run on eight GPUs
 
 t is uniform in [eps, 1] (stratified over the global batch), each token is masked with probability t, and the loss is
 the sum over masked tokens of -log p / t, divided by the number of tokens. The run's folder holds checkpoints,
 log.jsonl, loss.png, and at the end final/ (float32), final-bf16/ and eval.json, all three of the averaged weights.
-Starting the same command again goes on where it stopped; the pieces give the same run as one piece.
+Starting the same command again goes on where it stopped; with one thread (OMP_NUM_THREADS=1) on a CPU the pieces give
+the same run as one piece, to the bit. With more threads sums are taken in another order each time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import copy
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,33 +34,45 @@ from training.evaluate import MaskedLoss, held_out_nelbo
 from training.loop import Trainer, World, joined_world
 from training.optim import WeightAverage, make_optimizers
 from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, loop_options, run_config
+from training.prepare import prepare_text
+from training.sizes import PRESETS, choose_sizes, fit_memory
 
 log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, help="training token file (.bin, see training.data)")
-    parser.add_argument("--valid", type=Path, required=True, help="held-out token file")
+    parser.add_argument("--data", type=Path, help="a text file, plain or .xz, or a token file (.bin of training.data)")
+    parser.add_argument("--valid", type=Path, help="held-out token file; default for a text: its last 5 %%")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer's folder; default for a text: one trained on it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--preset",
+        choices=["auto", *PRESETS],
+        default="auto",
+        help="what is not given below: tiny trains in minutes on a CPU, small is the shipped heavy model, mdlm has"
+        " MDLM's size; auto (default) chooses by device and data",
+    )
     model = parser.add_argument_group("model")
-    model.add_argument("--blocks", type=int, default=12)
-    model.add_argument("--width", type=int, default=768)
-    model.add_argument("--heads", type=int, default=12)
+    model.add_argument("--blocks", type=int)
+    model.add_argument("--width", type=int)
+    model.add_argument("--heads", type=int)
     model.add_argument("--mlp-ratio", type=int, default=4)
-    model.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    model.add_argument("--length", type=int, help="tokens of a window")
     model.add_argument("--time-conditioning", action="store_true")
     model.add_argument("--untied-head", action="store_true", help="a head of its own instead of the embedding")
     run = parser.add_argument_group("run")
-    run.add_argument("--tokens", type=float, default=2e9, help="tokens to train on, rounded up to whole steps")
-    run.add_argument("--batch-size", type=int, default=512, help="sequences a step, all processes together")
-    run.add_argument("--grad-accum", type=int, default=1, help="micro-batches a step and process")
+    run.add_argument("--tokens", type=float, help="tokens to train on, rounded up to whole steps")
+    run.add_argument("--batch-size", type=int, help="sequences a step, all processes together")
+    run.add_argument("--grad-accum", type=int, help="micro-batches a step and process; default: by the memory")
     run.add_argument("--eps", type=float, default=1e-3, help="smallest diffusion time")
     run.add_argument("--seed", type=int, default=0)
     add_optimizer_arguments(parser)
     add_loop_arguments(parser)
+    open_settings = ("optimizer", "lr", "weight_decay", "schedule", "warmup", "ema_decay")
+    parser.set_defaults(**dict.fromkeys(open_settings))  # the preset's
     end = parser.add_argument_group("evaluation")
-    end.add_argument("--eval-samples", type=int, default=8192, help="(window, t) pairs of the held-out NELBO")
+    end.add_argument("--eval-samples", type=int, help="(window, t) pairs of the held-out NELBO")
     end.add_argument("--eval-batch-size", type=int, default=64)
     end.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint or final model in --out")
     return parser
@@ -86,8 +101,11 @@ def make_trainer(
 
 def train(args: argparse.Namespace, world: World, started: float) -> bool:
     """Train, and save and evaluate the averaged weights once the run is complete. Returns whether it is."""
+    prepare(args, world)
     tokens, info = open_tokens(args.data)
-    _, valid_info = open_tokens(args.valid)
+    valid_tokens, valid_info = open_tokens(args.valid)
+    choose_sizes(args, len(tokens), len(valid_tokens))
+    check_arguments(args)
     if valid_info.tokenizer_sha256 != info.tokenizer_sha256:
         raise ValueError(f"{args.data} and {args.valid} were made with different tokenizers")
     config = DiTConfig(
@@ -102,6 +120,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
         time_conditioning=args.time_conditioning,
         tie_head=not args.untied_head,
     )
+    fit_memory(args, config, world.device, world.size)
     batches = MaskedBatches(
         tokens, args.batch_size, args.length, info.mask_id, args.seed, args.eps, world.rank, world.size, args.grad_accum
     )
@@ -123,13 +142,36 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
         save_dit(final, args.out / "final")
         evaluate(final, args, world, trainer.step)
         save_dit(final.bfloat16(), args.out / "final-bf16")
+        log.info("sample from it:\n    %s", sampling_command(args))
     return True
+
+
+def prepare(args: argparse.Namespace, world: World) -> None:
+    """Put token files in the place of a text."""
+    if args.data.suffix == ".bin":
+        if args.valid is None:
+            raise ValueError("--valid is needed with a token file: a text has its own last part held out")
+        return
+    if args.valid is not None:
+        raise ValueError("--valid goes with a token file (.bin) as --data: of a text the last part is held out")
+    if world.size > 1:
+        raise ValueError("--data must be a token file (.bin) for several processes: make it with training.data")
+    args.data, args.valid, args.tokenizer = prepare_text(args.data, args.out / "data", args.tokenizer)
+
+
+def sampling_command(args: argparse.Namespace) -> str:
+    """The command line that samples from the finished run."""
+    tokenizer = "TOKENIZER" if args.tokenizer is None else shlex.quote(str(args.tokenizer))
+    return (
+        f"mdkern sample --heavy {shlex.quote(str(args.out))} --tokenizer {tokenizer} --num-samples 2"
+        f" --length {args.length} --steps {args.length}"
+    )
 
 
 def evaluate(model: DiT, args: argparse.Namespace, world: World, step: int | None = None) -> None:
     """Write the held-out NELBO of a model to eval.json."""
     tokens, info = open_tokens(args.valid)
-    length = min(args.length, model.config.max_length)
+    length = min(args.length or model.config.max_length, model.config.max_length, len(tokens))
     batch_size = min(args.eval_batch_size, args.eval_samples)
     result = held_out_nelbo(model.eval(), tokens, length, args.eval_samples, batch_size, world, args.seed, args.eps)
     bytes_per_token = info.text_bytes / info.count
@@ -173,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
         if args.data is None and not args.eval_only:
             raise ValueError("--data is needed to train")
+        if args.eval_only:
+            args.valid = args.valid or args.out / "data" / "valid.bin"
+            args.eval_samples = args.eval_samples or PRESETS["tiny"]["eval_samples"]
         torch.set_float32_matmul_precision("high")
         with joined_world(args.device) as world:
             if world.rank:
@@ -183,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 train(args, world, started)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # a full disk: what was written before is whole
         log.error("%s", error)
         return 1
     return 0

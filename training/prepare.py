@@ -1,0 +1,77 @@
+"""A text file made ready for training: a tokenizer of its own, and its tokens with the last part held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from training.data import TokenFileInfo, atomic_open, open_tokens, tokenize, train_bpe, write_info
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 0.05
+SOURCE_FILE = "source.json"
+VOCAB_SIZES = (4096, 2048, 1024, 512, 384, 320, 288, 272, 264, 260, 258)
+
+
+def prepare_text(text: Path, out: Path, tokenizer: Path | None = None) -> tuple[Path, Path, Path]:
+    """Token files of a text's first 95 % and last 5 %, and the folder of their tokenizer, all in `out`.
+
+    Args:
+        text: a text file, plain or .xz, as `training.data` reads it.
+        tokenizer: a tokenizer's folder; None: one is trained on the text.
+
+    What an earlier call made of the same text is used again.
+    """
+    if not text.is_file():
+        raise FileNotFoundError(f"no such file: {text}")
+    train, valid, folder = out / "train.bin", out / "valid.bin", out / "tokenizer"
+    with open(text, "rb") as file:
+        source = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "tokenizer": str(tokenizer or "")}
+    made = out / SOURCE_FILE
+    if made.is_file() and json.loads(made.read_text()) == source:
+        return train, valid, folder
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    else:
+        train_fitting_bpe(text, folder)
+    whole = out / "whole.bin"
+    tokenize([str(text)], folder, whole)
+    tokens, info = open_tokens(whole)
+    cut = len(tokens) - max(1, int(HELD_OUT * len(tokens)))
+    for path, part in ((train, tokens[:cut]), (valid, tokens[cut:])):
+        write_part(path, part, info)
+    whole.unlink()
+    whole.with_suffix(".json").unlink()
+    with atomic_open(made, "w") as file:
+        json.dump(source, file)
+    log.info("%s: %d tokens to train on, %d held out", text, cut, len(tokens) - cut)
+    return train, valid, folder
+
+
+def train_fitting_bpe(text: Path, folder: Path) -> None:
+    """Train a BPE of at most one id for 200 bytes, and of as many as the text yields."""
+    size = text.stat().st_size * (4 if text.suffix == ".xz" else 1)
+    sizes = [number for number in VOCAB_SIZES if number <= max(size // 200, 512)]
+    for number in sizes:
+        try:
+            train_bpe([str(text)], number, folder, sample_every=max(1, size // (64 << 20)))
+            return
+        except ValueError as error:
+            if "entries only" not in str(error) or number == sizes[-1]:
+                raise
+            log.debug("%s", error)
+
+
+def write_part(path: Path, tokens: np.ndarray, info: TokenFileInfo) -> None:
+    share = len(tokens) / info.count
+    with atomic_open(path) as file:
+        file.write(tokens.tobytes())
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    write_info(path, replace(info, count=len(tokens), sha256=digest, text_bytes=round(share * info.text_bytes)))
