@@ -155,7 +155,7 @@ def inside(bench: Bench) -> dict[str, Any]:
 def looked_up(model: DiT, setting: Setting) -> int:
     """FLOPs of a sequence's pass that are read from a table instead of being done."""
     folds = DiTDenoiser(model).prepared(setting.batch_size * setting.length).folds
-    return 0 if folds is None or folds.heads is None else 2 * setting.length * model.config.width * folds.heads.shape[1]
+    return 0 if folds is None or folds.qkv is None else 2 * setting.length * model.config.width * folds.qkv.shape[1]
 
 
 def product_rate(device: torch.device) -> float:

@@ -33,6 +33,12 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} as the other tensors, not on {tensor.device}")
 
 
+def check_rows_apart(name: str, tensor: Tensor) -> None:
+    """Refuse what is written in place, row by row, where rows overlap: views that were expanded, for one."""
+    if tensor.shape[0] > 1 and tensor.stride(0) < tensor[0].numel():
+        raise ValueError(f"{name} is written in place and its rows overlap, of strides {tensor.stride()}: give a clone")
+
+
 def check_written(name: str, tensor: Tensor) -> None:
     """Refuse what cannot be written in place: tensors whose elements overlap, or lie apart."""
     if not tensor.is_contiguous():

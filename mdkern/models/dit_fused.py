@@ -1,29 +1,8 @@
 """`DiT.hidden` for inference on a GPU: the same computation in few passes over memory.
 
-One H100, bf16, in a CUDA graph, 16 sequences of 1,024, width 768, 12 blocks, the last at 8 rows a sequence: 13.8 ms by
-the modules, 6.6 ms with these passes and cuBLAS's products, 6.2 ms with our own, then in smaller tiles; 4 blocks 1.92
-and 1.82 ms. With cuBLAS, of a block's 577 us in kernels the products with their residual updates take 356, attention
-125, norms 2 x 32, rotary 32.
-
 Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and what the first
-block makes of each id into a table, once for a call of `sample`. One H200, the same pass again and again, at the card's
-power limit: 6.77 ms without either, 6.44 with the norms folded, 6.36 with the table, too; 4 blocks 1.86 and 1.77 ms.
-(The larger tiles of `hopper_linear` came later: 6.08 and 1.70 ms, on another card of the same kind.) In 4 blocks of
-random weights the result is 5.9e-3 off float64 without, 6.5e-3 with, 6.9e-3 by the modules.
-
-What was tried and left out:
-
-- Gates folded into the weights, so that cuBLAS adds to the stream: 0.8 % faster with 8 rows a sequence, 3 % with all,
-  but without the sums of rows that folded norms need, and another copy of weights.
-- Folding in every pass, so that nothing is kept: 6.74 ms of the 6.77 above.
-- Products launched before the kernel before them ends (programmatic dependent launch): 6.55 ms instead of 6.52, both
-  with a ring of three stages.
-- The second multiplying warpgroup of a product held back by one to three steps, so that the first one's end hides
-  behind its multiplying: queries, keys and values alone 95.5 us instead of 97.3, up 127.5 instead of 128.8, the whole
-  the same within its spread.
-- The batch in two halves, to stay in the cache: 6 % slower with 8 rows a sequence, 1 % faster with all.
-- fp8 products: 208 us a block instead of 346, but with PyTorch's operators the GELU and the rounding of attention's and
-  the MLP's outputs are passes of their own; counting their bytes, about a tenth of the backbone is left to gain.
+block makes of each id into a table, once for a call of `sample`. What each part brings, and what was tried and left
+out: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -37,7 +16,7 @@ from torch import Tensor, nn
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
-from mdkern.kernels.backbone.rotary import gathered_heads, rotary
+from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.models.denoiser import PREPARED
 
@@ -86,7 +65,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 class Folded(NamedTuple):
     """A layer with the norm before it folded in, see `mdkern.kernels.backbone.folded_norm`. A tuple, so that
-    `mdkern.graphs` sees its addresses."""
+    `mdkern.engine.graphs` sees its addresses."""
 
     weight: Tensor
     bias: Tensor
@@ -102,11 +81,11 @@ class FoldedBlock(NamedTuple):
 class Folds(NamedTuple):
     """What is computed from the weights once for a call of `sample`."""
 
-    heads: Tensor | None  # [V, 3 D]: queries, keys and values that the first block makes of each id, not yet turned
+    qkv: Tensor | None  # [V, 3 D]: queries, keys and values that the first block makes of each id, not yet rotated
     blocks: tuple[FoldedBlock, ...]
 
 
-LARGEST_TABLE = 1 << 28  # bytes of `Folds.heads`
+LARGEST_TABLE = 1 << 28  # bytes of `Folds.qkv`
 TABLE_PART = 1 << 14  # rows of it that are computed at a time
 
 
@@ -114,9 +93,9 @@ def fold(model: DiT, rows: int) -> Folds | None:
     """The blocks' folded layers and the first block's table, computed now from the weights as they are.
 
     They are always in the same memory, as much as the layers themselves and up to 256 MiB for the table, for as long
-    as the model lives where it is, or until `mdkern.graphs.clear`. (In float16 a product of weight and modulation below
-    6e-5 loses bits.) None where `hidden` has no use for them: passes of less than 4,096 rows, time conditioning, other
-    cards.
+    as the model lives where it is, or until `mdkern.engine.graphs.clear`. (In float16 a product of weight and
+    modulation below 6e-5 loses bits.) None where `hidden` has no use for them: passes of less than 4,096 rows, time
+    conditioning, other cards.
     """
     if not covers(model):
         PREPARED.pop(model, None)
@@ -132,9 +111,9 @@ def fold(model: DiT, rows: int) -> Folds | None:
         shift1, scale1, _, shift2, scale2, _ = modulation(block.modulation, None)
         if folded.attn_qkv is not None:
             fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
-        elif folds.heads is not None:
-            for ids, heads in zip(model.embedding.split(TABLE_PART), folds.heads.split(TABLE_PART)):
-                torch.mm(modulated_norm(ids, block.norm1.weight, shift1, scale1), block.attn_qkv.weight.T, out=heads)
+        elif folds.qkv is not None:
+            for ids, qkv in zip(model.embedding.split(TABLE_PART), folds.qkv.split(TABLE_PART)):
+                torch.mm(modulated_norm(ids, block.norm1.weight, shift1, scale1), block.attn_qkv.weight.T, out=qkv)
         fold_norm(block.mlp_up.weight, block.mlp_up.bias, block.norm2.weight, shift2, scale2, out=folded.mlp_up)
     return folds
 
@@ -159,7 +138,7 @@ def new_fold(layer: nn.Linear, device: torch.device | str) -> Folded:
 
 
 def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
-    tensors = [folds.heads, *(tensor for block in folds.blocks for layer in block for tensor in layer or ())]
+    tensors = [folds.qkv, *(tensor for block in folds.blocks for layer in block for tensor in layer or ())]
     return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
 
 
@@ -170,7 +149,7 @@ def folds_fit(model: DiT, rows: int) -> bool:
         and is_hopper(model.embedding.device)
         and rows >= products.FEWEST_ROWS
         and config.width % SPAN == 0
-        and products.turns_fused(model.rotary[0], config.num_heads)
+        and products.rotates_fused(model.rotary[0], config.num_heads)
     )
 
 
@@ -235,13 +214,13 @@ def hidden(
         folded = None if folds is None else folds.blocks[number]
         last = number + 1 == len(blocks)
         pruned = positions is not None and last
-        kinds, turned = (2, 1) if pruned else (3, 2)
+        kinds, rotated = (2, 1) if pruned else (3, 2)  # of queries, keys and values
         if stream is None:
-            stream, heads = first_heads(model, block, input_ids, kinds, turned, shift1, scale1, folds)
+            stream, qkv = first_qkv(model, block, input_ids, kinds, rotated, shift1, scale1, folds)
         else:
             operands = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
-            heads = heads_of(block, operands, kinds, turned, model.rotary, length)
-        *queries, key, value = heads.view(batch, length, kinds, block.num_heads, -1).unbind(2)
+            qkv = qkv_of(block, operands, kinds, rotated, model.rotary, length)
+        *queries, key, value = qkv.view(batch, length, kinds, block.num_heads, -1).unbind(2)
         if positions is not None and pruned:
             first = torch.arange(0, batch * length, length, device=positions.device)[:, None]
             x, normed = gathered_norm(stream.x, (first + positions).flatten(), block.norm1.weight, shift1, scale1)
@@ -264,36 +243,36 @@ def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ..
     return tuple(part.squeeze(1) if part.ndim == 3 else part for part in module(condition))
 
 
-def first_heads(
+def first_qkv(
     model: DiT,
     block: Block,
     input_ids: Tensor,
     kinds: int,
-    turned: int,
+    rotated: int,
     shift: Tensor,
     scale: Tensor,
     folds: Folds | None,
 ) -> tuple[Stream, Tensor]:
-    """The stream as it begins, and `heads_of` the first block: looked up, if there is a table."""
+    """The stream as it begins, and `qkv_of` the first block: looked up, if there is a table."""
     ids, length = input_ids.flatten(), input_ids.shape[1]
-    if folds is not None and folds.heads is not None:
-        table = folds.heads[:, -kinds * model.config.width :]
+    if folds is not None and folds.qkv is not None:
+        table = folds.qkv[:, -kinds * model.config.width :]
         cos, sin = model.rotary
-        x, heads = gathered_heads(model.embedding, table, ids, cos, sin, heads=turned * block.num_heads, length=length)
-        return Stream(x), heads
+        x, qkv = gathered_qkv(model.embedding, table, ids, cos, sin, heads=rotated * block.num_heads, length=length)
+        return Stream(x), qkv
     x, normed = gathered_norm(model.embedding, ids, block.norm1.weight, shift, scale)
     operands = Operands(normed, block.attn_qkv.weight, None)
-    return Stream(x), heads_of(block, operands, kinds, turned, model.rotary, length)
+    return Stream(x), qkv_of(block, operands, kinds, rotated, model.rotary, length)
 
 
-def heads_of(
-    block: Block, operands: Operands, kinds: int, turned: int, tables: tuple[Tensor, Tensor], length: int
+def qkv_of(
+    block: Block, operands: Operands, kinds: int, rotated: int, tables: tuple[Tensor, Tensor], length: int
 ) -> Tensor:
-    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``, the first `turned` of them turned."""
+    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``, the first `rotated` of them rotated."""
     rows, weight, bias, sums = operands
     columns = kinds * rows.shape[1]
     bias = None if bias is None else bias[-columns:]
-    heads = turned * block.num_heads
+    heads = rotated * block.num_heads
     return products.linear_rotary(rows, weight[-columns:], *tables, heads=heads, length=length, bias=bias, sums=sums)
 
 

@@ -1,9 +1,9 @@
-"""`DiT` over a window of its sequences, the rest of them by keys and values kept from earlier passes.
+"""`DiT` over a window of its sequences, the rest of them by a KV cache of earlier passes.
 
 What block-wise decoding with a cache runs (Fast-dLLM, Wu et al., 2505.22618). Attention is bidirectional, so keys and
-values of a column change when any other column does: those kept from an earlier pass are stale, and the result is that
-of a full pass only if nothing else has changed since, or where nothing but the first block's keys and values, which see
-their own column alone, is read.
+values of a column change when any other column does: the cached ones are stale, and the result is that of a full pass
+only if nothing else has changed since, or where nothing but the first block's keys and values, which see their own
+column alone, is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mdkern.kernels.backbone.linear import linear_gelu, linear_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm
-from mdkern.kernels.backbone.rotary import rotary as turn
+from mdkern.kernels.backbone.rotary import rotary as rotate
 from mdkern.models import dit_fused
 from mdkern.models.dit import Block, DiT, DiTConfig, attention_priority, gather_rows
 from mdkern.models.dit_fused import Stream, attend, modulation, queries_at
@@ -63,8 +63,8 @@ def plain_window_hidden(
     rotary, wanted_rotary = rotary_at(model, inside), rotary_at(model, inside.gather(1, positions))
     x = model.embedding[input_ids]
     *blocks, last = cast(Iterable[Block], model.blocks)
-    for block, kept in zip(blocks, cache):
-        x = run_block(block, x, kept, columns, rotary, condition, key_mask)
+    for block, cached in zip(blocks, cache):
+        x = run_block(block, x, cached, columns, rotary, condition, key_mask)
     x = run_block(last, x, cache[-1], columns, rotary, condition, key_mask, positions, wanted_rotary)
     return model.norm_final(x, *model.modulation_final(condition))
 
@@ -78,7 +78,7 @@ def rotary_at(model: DiT, columns: Tensor) -> tuple[Tensor, Tensor]:
 def run_block(
     block: Block,
     x: Tensor,
-    kept: Tensor,
+    cached: Tensor,
     columns: Tensor,
     rotary: tuple[Tensor, Tensor],
     condition: Tensor | None,
@@ -86,14 +86,14 @@ def run_block(
     positions: Tensor | None = None,
     wanted_rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`Block.forward` of a window ``[B, W, D]``: its keys and values go to ``kept [2, B, L + 1, H, head_dim]``."""
+    """`Block.forward` of a window ``[B, W, D]``: its keys and values go to ``cached [2, B, L + 1, H, head_dim]``."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition)
     normed = block.norm1(x, shift1, scale1)
     query, key, value = block.heads(normed, rotary, positions, wanted_rotary)
     sequence = torch.arange(len(columns), device=columns.device)[:, None]
-    for old, new in zip(kept, (key, value)):
+    for old, new in zip(cached, (key, value)):
         old[sequence, columns] = new.transpose(1, 2)
-    keys, values = kept[:, :, :-1].transpose(2, 3)
+    keys, values = cached[:, :, :-1].transpose(2, 3)
     attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=key_mask)
     return block.finish(x if positions is None else gather_rows(x, positions), attended, gate1, shift2, scale2, gate2)
 
@@ -116,7 +116,7 @@ def fused_window_hidden(
     place = None if columns is None else (first * room + columns).flatten()  # [B * W], rows of a block's cache
     stream = None
     blocks = cast("list[Block]", list(model.blocks))
-    for number, (block, kept) in enumerate(zip(blocks, cache)):
+    for number, (block, cached) in enumerate(zip(blocks, cache)):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
         if stream is None:
             x, normed = gathered_norm(model.embedding, input_ids.flatten(), block.norm1.weight, shift1, scale1)
@@ -124,14 +124,14 @@ def fused_window_hidden(
         else:
             normed = stream.norm(block.norm1.weight, shift1, scale1)
         last = number + 1 == len(blocks)
-        heads = project(block, normed, 2 if last else 3, model.rotary, batch, inside)
-        keep(kept, heads[:, :, -2:], place)
+        qkv = window_qkv(block, normed, 2 if last else 3, model.rotary, batch, inside)
+        write_cache(cached, qkv[:, :, -2:], place)
         if last:
             x, normed = gathered_norm(stream.x, wanted, block.norm1.weight, shift1, scale1)
             stream, query = Stream(x), queries_at(block, normed, wanted_columns, model.rotary)
         else:
-            query = heads[:, :, 0]
-        keys, values = kept[:, :, :-1]
+            query = qkv[:, :, 0]
+        keys, values = cached[:, :, :-1]
         stream.add(attend(query, keys, values, key_mask).view(stream.x.shape), block.attn_out, gate1)
         normed = stream.norm(block.norm2.weight, shift2, scale2)
         stream.add(linear_gelu(normed, block.mlp_up.weight, block.mlp_up.bias), block.mlp_down, gate2)
@@ -140,7 +140,7 @@ def fused_window_hidden(
     return final.unflatten(0, (batch, -1))
 
 
-def project(
+def window_qkv(
     block: Block, normed: Tensor, kinds: int, tables: tuple[Tensor, Tensor], batch: int, columns: Tensor | None
 ) -> Tensor:
     """The last `kinds` of queries, keys and values of a window, all but the values rotated.
@@ -153,21 +153,21 @@ def project(
         ``[B, W, kinds, H, head_dim]``.
     """
     weight = block.attn_qkv.weight[-kinds * normed.shape[1] :]
-    turned = (kinds - 1) * block.num_heads
+    rotated = (kinds - 1) * block.num_heads
     if columns is None:
-        product = linear_rotary(normed, weight, *tables, heads=turned, length=len(normed) // batch)
+        product = linear_rotary(normed, weight, *tables, heads=rotated, length=len(normed) // batch)
     else:
         product = F.linear(normed, weight)
-        turn(product.unflatten(1, (kinds * block.num_heads, -1))[:, :turned], *tables, positions=columns.flatten())
+        rotate(product.unflatten(1, (kinds * block.num_heads, -1))[:, :rotated], *tables, positions=columns.flatten())
     return product.view(batch, -1, kinds, block.num_heads, 2 * tables[0].shape[1])
 
 
-def keep(kept: Tensor, heads: Tensor, place: Tensor | None) -> None:
-    """Write keys and values ``[B, W, 2, H, head_dim]`` into a block's ``kept [2, B, L + 1, H, head_dim]``.
+def write_cache(cached: Tensor, heads: Tensor, place: Tensor | None) -> None:
+    """Write keys and values ``[B, W, 2, H, head_dim]`` into a block's ``cached [2, B, L + 1, H, head_dim]``.
 
     `place` is the row of each in ``B * (L + 1)``, int64 ``[B * W]``; None: the first L of each sequence.
     """
     if place is None:
-        kept[:, :, :-1] = heads.permute(2, 0, 1, 3, 4)
+        cached[:, :, :-1] = heads.permute(2, 0, 1, 3, 4)
     else:
-        kept.flatten(1, 2).index_copy_(1, place, heads.flatten(0, 1).transpose(0, 1))
+        cached.flatten(1, 2).index_copy_(1, place, heads.flatten(0, 1).transpose(0, 1))

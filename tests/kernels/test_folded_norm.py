@@ -17,7 +17,7 @@ from mdkern.kernels.backbone import folded_norm
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import fold_norm, new_sums, row_sums
 from mdkern.kernels.backbone.linear import linear_gelu, linear_residual, linear_rotary
-from mdkern.kernels.backbone.modulated_norm import plain_modulated_norm
+from mdkern.kernels.backbone.modulated_norm import modulated_norm_reference
 from mdkern.models import dit_fused
 from mdkern.models.denoiser import PREPARED
 from tests.problems.backbone import modulation, normal
@@ -38,7 +38,7 @@ def folded_layer(width: int, dtype: torch.dtype, device: str = "cpu") -> tuple[l
 def product_of_norm(x: Tensor, layer: list[Tensor]) -> Tensor:
     """In float64, by the definition."""
     weight, bias, *norm = (tensor.double() for tensor in layer)
-    return F.linear(plain_modulated_norm(x.double(), *norm, None, None), weight, bias)
+    return F.linear(modulated_norm_reference(x.double(), *norm, None, None), weight, bias)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -101,10 +101,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_the_operators_are_well_registered() -> None:
     check, (layer, folded) = torch.library.opcheck, folded_layer(256, torch.float32)
     x, angle = normal(3, 12, 256), normal(4, 6, 32)
-    check(folded_norm._fold_norm, (*folded, *layer))
-    check(products._linear_rotary, (x, folded[0], angle.cos(), angle.sin(), 4, 6, folded[1], row_sums(x)))
-    check(products._linear_gelu, (x, *folded, row_sums(x)))
-    check(products._linear_residual, (x, x.clone(), normal(5, 256, 256), None, normal(6, 256), new_sums(x)))
+    check(folded_norm.fold_norm_operator, (*folded, *layer))
+    check(products.linear_rotary_operator, (x, folded[0], angle.cos(), angle.sin(), 4, 6, folded[1], row_sums(x)))
+    check(products.linear_gelu_operator, (x, *folded, row_sums(x)))
+    check(products.linear_residual_operator, (x, x.clone(), normal(5, 256, 256), None, normal(6, 256), new_sums(x)))
 
 
 # The whole.
@@ -139,7 +139,7 @@ def test_it_is_the_modules_function(
     model = make_dit(**WIDE | {"num_blocks": blocks}).requires_grad_(False)
     ids, positions = question(model, 3, 16, rows)
     prepared = adapt(model).prepared(ids.numel())
-    assert (prepared.folds.heads is not None) == bool(largest_table)
+    assert (prepared.folds.qkv is not None) == bool(largest_table)
     got = prepared.hidden(ids, None, positions)
     torch.testing.assert_close(got, model.plain_hidden(ids, None, positions), rtol=1e-4, atol=1e-5)
 
@@ -264,11 +264,11 @@ def test_where_it_does_not_serve_nothing_is_made(make_dit: MakeDiT, fused_everyw
 def test_gpu_products_are_as_exact_as_with_norms(dtype: torch.dtype, mean: float, rows: int) -> None:
     layer, folded = folded_layer(768, dtype, "cuda")
     plain = torch.empty_like(folded[0]), torch.empty_like(folded[1])
-    folded_norm.plain_fold_norm(*plain, *layer)
+    folded_norm.fold_norm_reference(*plain, *layer)
     assert (folded[0].double().sum(1).abs() < 1e-6 * folded[0].double().abs().sum(1)).all()
     torch.testing.assert_close(folded, plain, rtol=0.01, atol=1e-3)
     x = (normal(3, rows, 768) + mean).to("cuda", dtype)
-    normed = plain_modulated_norm(x, *layer[2:], None, None)
+    normed = modulated_norm_reference(x, *layer[2:], None, None)
     exact = product_of_norm(x, layer)
     angle = normal(4, 333, 32).cuda()
     cos, sin = angle.cos(), angle.sin()

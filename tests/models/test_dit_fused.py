@@ -92,12 +92,10 @@ def test_rotary_makes_products_depend_on_distance_alone() -> None:
     torch.testing.assert_close(product(9, 9), (query * key).sum(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_gathered_heads_are_those_of_gathered_ids() -> None:
+def test_gathered_qkv_are_those_of_gathered_ids() -> None:
     embedding, weight, index = normal(1, 9, 10), normal(2, 24, 10), torch.tensor([3, 8, 0, 3, 9, -1])
     angle = normal(4, 3, 4)
-    x, heads = rotary.gathered_heads(
-        embedding, embedding @ weight.T, index, angle.cos(), angle.sin(), heads=2, length=3
-    )
+    x, heads = rotary.gathered_qkv(embedding, embedding @ weight.T, index, angle.cos(), angle.sin(), heads=2, length=3)
     assert torch.equal(x[:4], embedding[index[:4]])
     assert x.isnan().all(1).tolist() == heads.isnan().all(1).tolist() == [False] * 4 + [True] * 2
     want = linear_rotary(x, weight, angle.cos(), angle.sin(), heads=2, length=3)
@@ -151,9 +149,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         ("together", normal(2, 8, 12).T, torch.tensor([1]), 1),
     ):
         with pytest.raises(ValueError, match=match):
-            rotary.gathered_heads(x, table, index, *angles, heads=heads, length=4)
+            rotary.gathered_qkv(x, table, index, *angles, heads=heads, length=4)
     with pytest.raises(ValueError, match="length"):
-        rotary.gathered_heads(x, normal(2, 12, 8), torch.tensor([1]), *angles, heads=1, length=5)
+        rotary.gathered_qkv(x, normal(2, 12, 8), torch.tensor([1]), *angles, heads=1, length=5)
     with pytest.raises(ValueError, match="weight"):
         linear_gelu(x, normal(2, 24, 19), normal(3, 24))
     with pytest.raises(ValueError, match="stream"):
@@ -173,10 +171,12 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         ("length", torch.ones(6, 2), 1, 7),
     ],
 )
-def test_angles_that_do_not_fit_are_refused_before_any_kernel(match: str, cos: Tensor, heads: int, length: int) -> None:
-    """On a device that runs none: Hopper's reads tables by their addresses."""
-    x, weight, cos = (tensor.to("meta") for tensor in (normal(1, 12, 20), normal(2, 24, 20), cos))
-    sin = torch.ones(6, 2, device="meta")
+def test_angles_that_do_not_fit_are_refused_before_any_kernel(
+    match: str, cos: Tensor, heads: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper's reads tables by their addresses."""
+    monkeypatch.setattr(linear, "linear_rotary_operator", pytest.fail)
+    x, weight, sin = normal(1, 12, 20), normal(2, 24, 20), torch.ones(6, 2)
     with pytest.raises(ValueError, match=match):
         linear_rotary(x, weight, cos, sin, heads=heads, length=length)
 
@@ -186,15 +186,15 @@ def test_the_operators_are_well_registered(sequences: int) -> None:
     x, (weight, shift, scale, gate) = normal(1, 12, 8), modulation(8, sequences)
     matrix, bias, angle = normal(2, 8, 8), normal(3, 8), normal(4, 6, 2)
     check = torch.library.opcheck
-    check(modulated_norm._modulated_norm, (x, weight, shift, scale, x.clone(), gate))
-    check(modulated_norm._modulated_norm, (x, weight, shift, scale, None, None))
-    check(modulated_norm._gathered_norm, (x, torch.tensor([3, 1, 1]), weight, shift, scale))
-    check(rotary._rotary, (x.view(12, 2, 4), angle.cos(), angle.sin(), None, 6))
+    check(modulated_norm.modulated_norm_operator, (x, weight, shift, scale, x.clone(), gate))
+    check(modulated_norm.modulated_norm_operator, (x, weight, shift, scale, None, None))
+    check(modulated_norm.gathered_norm_operator, (x, torch.tensor([3, 1, 1]), weight, shift, scale))
+    check(rotary.rotary_operator, (x.view(12, 2, 4), angle.cos(), angle.sin(), None, 6))
     index = torch.tensor([3, 1, 1])
-    check(rotary._gathered_heads, (x, normal(5, 12, 16), index, angle.cos(), angle.sin(), 3, 6))
-    check(linear._linear_rotary, (x, matrix, angle.cos(), angle.sin(), 1, 6))
-    check(linear._linear_gelu, (x, matrix, bias))
-    check(linear._linear_residual, (x, x.clone(), matrix, bias, gate, None))
+    check(rotary.gathered_qkv_operator, (x, normal(5, 12, 16), index, angle.cos(), angle.sin(), 3, 6))
+    check(linear.linear_rotary_operator, (x, matrix, angle.cos(), angle.sin(), 1, 6))
+    check(linear.linear_gelu_operator, (x, matrix, bias))
+    check(linear.linear_residual_operator, (x, x.clone(), matrix, bias, gate, None))
 
 
 # The whole.
@@ -447,13 +447,13 @@ def test_gpu_norm_is_exact(dtype: torch.dtype, sequences: int, width: int) -> No
         stream, want_stream = x.clone(), x.double()
         weight, shift, scale, gate = (part.double() for part in parts)
         normed = modulated_norm.modulated_norm(stream, *parts[:3], update=update, gate=parts[3])
-        want = modulated_norm.plain_modulated_norm(want_stream, weight, shift, scale, update.double(), gate)
+        want = modulated_norm.modulated_norm_reference(want_stream, weight, shift, scale, update.double(), gate)
         for got, exact in ((stream, want_stream), (normed, want)):
             assert relative_error(got, exact) < 2 * relative_error(exact.to(dtype), exact)
         index = torch.randint(rows, (40,), device="cuda")
         gathered, normed = modulated_norm.gathered_norm(x, index, *parts[:3])
         assert torch.equal(gathered, x[index])
-        exact = modulated_norm.plain_gathered_norm(x.double(), index, weight, shift, scale)[1]
+        exact = modulated_norm.gathered_norm_reference(x.double(), index, weight, shift, scale)[1]
         assert relative_error(normed, exact) < 2 * relative_error(exact.to(dtype), exact)
 
 
@@ -483,7 +483,7 @@ def test_gpu_heads_are_gathered_and_turned_exactly(dtype: torch.dtype, rows: int
     cos, sin = angle.cos(), angle.sin()
     for first in (0, 1):  # columns of the table may be left out
         part = table[:, first * head_dim :]
-        x, got = rotary.gathered_heads(embedding, part, index, cos, sin, heads=heads, length=300)
+        x, got = rotary.gathered_qkv(embedding, part, index, cos, sin, heads=heads, length=300)
         exact = part[index.clamp(0, 499)].double().unflatten(1, (-1, head_dim))
         rotary.rotary(exact[:, :heads], cos.double(), sin.double(), length=300)
         assert torch.equal(x[there], embedding[index[there]])

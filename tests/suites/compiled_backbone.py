@@ -44,30 +44,31 @@ def norm(capability: int, width: int, gathered: bool) -> None:
     types |= dict.fromkeys(("rows", "table_rows", "group"), "i32") | {"eps": "fp32"}
     types |= {f"{name}_stride": "i64" for name in ("x", "update", "shift", "scale", "gate")}
     constants = {"WIDTH": width, "ROWS": 4, "BLOCK": triton.next_power_of_2(width)}
-    build(triton_modulated_norm._norm, ASTSource, capability, types, constants, num_warps=4)
+    build(triton_modulated_norm.modulated_norm_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
 def rotary(capability: int, head_dim: int, placed: bool) -> None:
-    types = {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "rows": "i32", "length": "i32", "stride": "i64"}
+    types = {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "stride": "i64"}
+    types |= dict.fromkeys(("rows", "length", "table_rows"), "i32")
     types |= {"positions": "*i64"} if placed else {}
     half = head_dim // 2
     constants = {"HEADS": 24, "HALF": half, "ROWS": 4, "HEAD_BLOCK": 8, "HALF_BLOCK": triton.next_power_of_2(half)}
-    build(triton_rotary._rotate, ASTSource, capability, types, constants, num_warps=4)
+    build(triton_rotary.rotary_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
 def heads(capability: int) -> None:
-    types = dict.fromkeys(("embedding", "table", "x", "product"), "*bf16") | {"row_index": "*i64"}
+    types = dict.fromkeys(("embedding", "table", "x", "qkv"), "*bf16") | {"row_index": "*i64"}
     types |= {"cos": "*fp32", "sin": "*fp32"} | dict.fromkeys(("rows", "table_rows", "length"), "i32")
     types |= {"embedding_stride": "i64", "table_stride": "i64"}
     constants = {"WIDTH": 768, "COLUMNS": 2304, "HEADS": 24, "HALF": 32, "ROWS": 4}
     constants |= {"HEAD_BLOCK": 8, "HALF_BLOCK": 32, "COLUMN_BLOCK": 256}
-    build(triton_rotary._gather, ASTSource, capability, types, constants, num_warps=4)
+    build(triton_rotary.gathered_qkv_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
 def fold(capability: int) -> None:
     types = dict.fromkeys(("weight", "bias", "norm_weight", "shift", "scale", "folded", "added"), "*bf16")
     constants = {"WIDTH": 768, "BLOCK": 1024, "ROUNDS": 3, "NEAR_ZERO": 0.2}
-    build(triton_folded_norm._fold, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
+    build(triton_folded_norm.fold_norm_kernel, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
 
 
 def descriptor(element: str, block: list[int]) -> str:
@@ -92,7 +93,7 @@ def linear(element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: 
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
     types |= {"sums": "*fp32"} if spans else {}
-    product(hopper_linear._linear, types, {"GELU": gelu, "PAIRS": pairs, "SPANS": spans})
+    product(hopper_linear.linear_kernel, types, {"GELU": gelu, "PAIRS": pairs, "SPANS": spans})
 
 
 def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> None:
@@ -101,7 +102,7 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     types |= {"stream": descriptor(element, [64, 64])}
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"sums": "*fp32"} if sums else {}
-    product(hopper_residual._add_linear, types, {})
+    product(hopper_residual.linear_residual_kernel, types, {})
 
 
 def main() -> None:

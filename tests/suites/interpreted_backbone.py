@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 
 from mdkern.kernels.backbone import triton_folded_norm, triton_modulated_norm, triton_rotary
-from mdkern.kernels.backbone.folded_norm import plain_fold_norm
-from mdkern.kernels.backbone.modulated_norm import plain_gathered_norm, plain_modulated_norm
-from mdkern.kernels.backbone.rotary import plain_gathered_heads, plain_rotary
+from mdkern.kernels.backbone.folded_norm import fold_norm_reference
+from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
+from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
 from tests.problems.backbone import modulation, normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -28,7 +28,7 @@ def test_norm_is_the_references(sequences: int, rows: int, width: int, updated: 
     x, update = normal(1, rows, width), normal(2, rows, 3 * width)[:, width : 2 * width]
     weight, shift, scale, gate = modulation(width, sequences)
     outcomes = []
-    for implementation in (plain_modulated_norm, triton_modulated_norm.modulated_norm):
+    for implementation in (modulated_norm_reference, triton_modulated_norm.modulated_norm):
         stream = x.clone()
         normed = implementation(stream, weight, shift, scale, update if updated else None, gate if updated else None)
         outcomes.append((stream, normed))
@@ -42,7 +42,7 @@ def test_rows_of_a_program_do_not_matter(rows_of_program: int) -> None:
     x, update = normal(1, 24, 40), normal(2, 24, 40)
     weight, shift, scale, gate = modulation(40, 3)  # 8 rows each
     want_stream, stream, normed = x.clone(), x.clone(), torch.empty_like(x)
-    want = plain_modulated_norm(want_stream, weight, shift, scale, update, gate)
+    want = modulated_norm_reference(want_stream, weight, shift, scale, update, gate)
     arguments = (stream, None, update, gate, weight, shift, scale, stream, normed)
     triton_modulated_norm.launch(*arguments, rows_of_program=rows_of_program)
     torch.testing.assert_close(normed, want, rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_gathered_rows_are_the_references(sequences: int) -> None:
     table = normal(3, 9, 50)[:, 1:41]
     index = torch.tensor([0, 8, 3, 3, -1, 9, 5, 2], dtype=torch.int32)  # two of them are not there
     weight, shift, scale, _ = modulation(40, sequences)
-    want = plain_gathered_norm(table, index, weight, shift, scale)
+    want = gathered_norm_reference(table, index, weight, shift, scale)
     got = triton_modulated_norm.gathered_norm(table, index, weight, shift, scale)
     for expected, tensor in zip(want, got):
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -68,7 +68,7 @@ def test_folded_weights_are_the_references(dtype: torch.dtype, biased: bool) -> 
     weight, bias = normal(1, 9, 256).to(dtype), normal(2, 9).to(dtype)
     norm, shift, scale, _ = modulation(256, 0, dtype)
     outcomes = []
-    for implementation in (plain_fold_norm, triton_folded_norm.fold_norm):
+    for implementation in (fold_norm_reference, triton_folded_norm.fold_norm):
         folded = torch.empty_like(weight), torch.empty_like(bias)
         implementation(*folded, weight, bias if biased else None, norm, shift, scale)
         outcomes.append(folded)
@@ -77,7 +77,7 @@ def test_folded_weights_are_the_references(dtype: torch.dtype, biased: bool) -> 
     assert (outcomes[1][0].double().sum(1).abs() < 1e-5).all()
 
 
-def turned(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tensor:
+def rotated(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tensor:
     x = x.clone()
     implementation(x[:, :heads], *arguments)
     return x
@@ -87,24 +87,25 @@ def turned(x: Tensor, heads: int, implementation: Any, *arguments: Any) -> Tenso
 @pytest.mark.parametrize("placed", [False, True])
 def test_rotary_is_the_references(heads: int, head_dim: int, placed: bool) -> None:
     x, angle = normal(4, 14, heads + 2, head_dim), normal(5, 7, head_dim // 2)
-    positions = torch.tensor([6, 0, 3, 3, 1, 5, 2] * 2) if placed else torch.arange(14) % 7
-    want = turned(x, heads, plain_rotary, angle.cos(), angle.sin(), positions)
-    got = turned(x, heads, triton_rotary.rotary, angle.cos(), angle.sin(), positions if placed else None, 7)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    positions = torch.tensor([6, 0, 3, -1, 1, 7, 2] * 2) if placed else None  # two of them are not there
+    want = rotated(x, heads, rotary_reference, angle.cos(), angle.sin(), positions, 7)
+    got = rotated(x, heads, triton_rotary.rotary, angle.cos(), angle.sin(), positions, 7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got[:, :heads].isnan().flatten(1).all(1).tolist() == [placed and place in (3, 5) for place in range(7)] * 2
     assert torch.equal(got[:, heads:], x[:, heads:])
 
 
 @pytest.mark.parametrize(
-    ("heads", "turned", "head_dim"), [(36, 24, 64), (24, 12, 64), (9, 6, 20), (3, 3, 6), (2, 0, 2)]
+    ("heads", "rotated", "head_dim"), [(36, 24, 64), (24, 12, 64), (9, 6, 20), (3, 3, 6), (2, 0, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gathered_heads_are_the_references(heads: int, turned: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_gathered_qkv_are_the_references(heads: int, rotated: int, head_dim: int, dtype: torch.dtype) -> None:
     embedding, table = normal(3, 9, 50, dtype=dtype)[:, 1:41], normal(6, 9, (heads + 1) * head_dim, dtype=dtype)
     table = table[:, head_dim:]
     index = torch.tensor([0, 8, 3, 3, -1, 9, 5], dtype=torch.int32)  # two of them are not there
     angle = normal(5, 4, head_dim // 2)
-    arguments = (embedding, table, index, angle.cos(), angle.sin(), turned, 3)
-    want, got = (gather(*arguments) for gather in (plain_gathered_heads, triton_rotary.gathered_heads))
+    arguments = (embedding, table, index, angle.cos(), angle.sin(), rotated, 3)
+    want, got = (gather(*arguments) for gather in (gathered_qkv_reference, triton_rotary.gathered_qkv))
     precision = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(got, want, rtol=precision, atol=precision, equal_nan=True)
     for rows in got:

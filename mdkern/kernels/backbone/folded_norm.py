@@ -15,13 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone.modulated_norm import runs_fused, wide
+from mdkern.kernels.backbone.modulated_norm import wide
 from mdkern.kernels.backbone.norm_constants import EPS, NEAR_ZERO, ROUNDS
+from mdkern.kernels.checks import check_written
+from mdkern.kernels.operator import operator
 
 SPAN = 256  # columns that a row's sums are of: a column tile of the product that leaves them
 
 
-def plain_fold_norm(
+def fold_norm_reference(
     folded: Tensor,
     added: Tensor,
     weight: Tensor,
@@ -61,48 +63,13 @@ def one_over_spread(sums: Tensor) -> Tensor:
     return (square - mean.square()).clamp(min=0).add(EPS).rsqrt()
 
 
-@torch.library.custom_op("mdkern::fold_norm", mutates_args=("folded", "added"))
-def _fold_norm(
-    folded: Tensor,
-    added: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-) -> None:
-    plain_fold_norm(folded, added, weight, bias, norm_weight, shift, scale)
-
-
-@_fold_norm.register_kernel("cuda")
-def _fold_on_gpu(
-    folded: Tensor,
-    added: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-) -> None:
-    if not runs_fused(weight):
-        plain_fold_norm(folded, added, weight, bias, norm_weight, shift, scale)
-        return
-    from mdkern.kernels.backbone import triton_folded_norm  # imports Triton, no business of a machine without a GPU
-
-    triton_folded_norm.fold_norm(folded, added, weight, bias, norm_weight, shift, scale)
-
-
-@_fold_norm.register_fake
-def _fold_fake(
-    folded: Tensor,
-    added: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-) -> None:
-    return None
+fold_norm_operator = operator(
+    fold_norm_reference,
+    lambda *_: None,
+    "mdkern.kernels.backbone.triton_folded_norm:fold_norm",
+    mutates=("folded", "added"),
+    name="fold_norm",
+)
 
 
 def new_sums(x: Tensor) -> Tensor:
@@ -134,6 +101,8 @@ def fold_norm(
     folded, added = out
     if folded.shape != weight.shape or folded.dtype != weight.dtype or added.shape != weight.shape[:1]:
         raise ValueError(f"out must be {weight.dtype} {list(weight.shape)} and {list(weight.shape[:1])}")
+    check_written("out[0]", folded)
+    check_written("out[1]", added)
     for name, vector in (("norm_weight", norm_weight), ("shift", shift), ("scale", scale)):
         if vector.shape != weight.shape[1:]:
             raise ValueError(f"{name} must be [{weight.shape[1]}], not {list(vector.shape)}")
@@ -141,4 +110,4 @@ def fold_norm(
         raise ValueError(f"bias must be {list(added.shape)}, not {list(bias.shape)}")
     if not all(tensor.is_contiguous() for tensor in (folded, added)):
         raise ValueError("out is to be contiguous")
-    _fold_norm(folded, added, weight, bias, norm_weight, shift, scale)
+    fold_norm_operator(folded, added, weight, bias, norm_weight, shift, scale)

@@ -1,12 +1,14 @@
 """`mdkern.kernels.backbone.linear` for Hopper in Gluon: products whose epilogues do what would otherwise be a pass.
 
-A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
-output tiles; two warpgroups multiply 192 rows by 128 columns each and finish them in registers, 64 rows at a time. The
-finished rows leave through buffers of their own while the next tile is multiplied. A layer normalisation's division by
-the rows' spread goes along, if their sums are known (`mdkern.kernels.backbone.folded_norm`).
+A persistent program per multiprocessor: a producer warp copies tiles into a ring in shared memory, running ahead over
+the ends of output tiles; two consumer warpgroups multiply 192 rows by 128 columns each and finish them in registers, 64
+rows at a time. The finished rows leave through buffers of their own while the next tile is multiplied. A layer
+normalisation's division by the rows' spread goes along, if their sums are known (`kernels.backbone.folded_norm`).
 
 The tile, 192 x 256, is as large as the registers allow: 192 of a thread's 240 hold it. At the card's power limit a
-product takes as long as its energy does, and a larger tile is copied fewer times from the cache.
+product takes as long as its energy does, and a larger tile is copied fewer times from the cache. Measurements:
+docs/notes/backbone.md. Rows times twice the spans of a row, which index the sums, must stay below 2^31: 89 million rows
+of 3,072 columns.
 """
 
 # mypy: ignore-errors
@@ -71,7 +73,7 @@ def _load_angles(cos, sin, row, length, PAIRS: gl.constexpr, UNIT: gl.constexpr)
 
 
 @gluon.jit
-def _turn(first, second, cos, sin):
+def _rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -93,35 +95,35 @@ def _replaced(quarters, x, AT: gl.constexpr):
 
 
 @gluon.jit
-def _turn_across(first, second, cos, sin, UNIT: gl.constexpr):
-    """16 pairs of a head of 128 columns, turned."""
+def _rotate_across(first, second, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 128 columns, rotated."""
     left, right = _quarters(first), _quarters(second)
-    a, b = _turn(left[UNIT], right[UNIT], cos, sin)
+    a, b = _rotate(left[UNIT], right[UNIT], cos, sin)
     return _replaced(left, a, UNIT), _replaced(right, b, UNIT)
 
 
 @gluon.jit
-def _turn_within(part, cos, sin, UNIT: gl.constexpr):
-    """16 pairs of a head of 64 columns, turned."""
+def _rotate_within(part, cos, sin, UNIT: gl.constexpr):
+    """16 pairs of a head of 64 columns, rotated."""
     quarters = _quarters(part)
-    a, b = _turn(quarters[UNIT], quarters[UNIT + 2], cos, sin)
+    a, b = _rotate(quarters[UNIT], quarters[UNIT + 2], cos, sin)
     return _replaced(_quarters(_replaced(quarters, a, UNIT)), b, UNIT + 2)
 
 
 @gluon.jit
-def _turn_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
+def _rotate_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
     """128 columns: two heads of 64, or one. (Loading the next rows' angles ahead spills, and is no faster.)"""
     for unit in gl.static_range(PAIRS // 16):
         c, s = _load_angles(cos, sin, row, length, PAIRS, unit)
         if PAIRS == 32:
-            first, second = _turn_within(first, c, s, unit), _turn_within(second, c, s, unit)
+            first, second = _rotate_within(first, c, s, unit), _rotate_within(second, c, s, unit)
         else:
-            first, second = _turn_across(first, second, c, s, unit)
+            first, second = _rotate_across(first, second, c, s, unit)
     return first, second
 
 
 @gluon.jit
-def _copy(
+def _produce(
     left,
     right,
     rings,
@@ -131,7 +133,7 @@ def _copy(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
-    """The copying warp."""
+    """The producer warp: copies tiles into the ring."""
     left_ring, right_ring, _, _, _, full, empty = rings
     row_tiles, column_tiles, steps = sizes
     BM: gl.constexpr = ROWS * BLOCKS
@@ -203,7 +205,7 @@ def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexp
 
 
 @gluon.jit
-def _multiply(
+def _consume(
     out,
     tables,
     rings,
@@ -216,11 +218,11 @@ def _multiply(
     PAIRS: gl.constexpr,  # head_dim / 2
     SPANS: gl.constexpr,  # of a row of the left matrix, with sums
 ):
-    """A multiplying warpgroup."""
+    """A consumer warpgroup: multiplies the tiles and finishes their product."""
     _, cos, sin, _ = tables
     _, right_ring, leaving, _, _, _, empty = rings
     row_tiles, column_tiles, steps = sizes
-    rows, length, turned = places
+    rows, length, rotated = places
     STAGES: gl.constexpr = right_ring.shape[0]
     FACTOR: gl.constexpr = 0.5 if GELU else 1.0
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -259,19 +261,19 @@ def _multiply(
             if GELU:
                 second = _gelu_of_twice(second)
             if cos is not None:
-                if column < turned:
-                    first, second = _turn_heads(first, second, cos, sin, at, length, PAIRS)
+                if column < rotated:
+                    first, second = _rotate_heads(first, second, cos, sin, at, length, PAIRS)
                 _leave(first, out, leaving, at, column, HALF, 2 * block)
             _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1)
     tma.store_wait(0)
 
 
 # Not specialised, so that no length or batch size is compiled anew.
-COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "turned")
+COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "rotated")
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def _linear(
+def linear_kernel(
     left,  # descriptor of [M, K]
     right,  # descriptor of [N, K]
     out,  # descriptor of [M, N]
@@ -284,7 +286,7 @@ def _linear(
     steps,
     rows,
     length,
-    turned,
+    rotated,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
@@ -308,13 +310,13 @@ def _linear(
     # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
     rings = (left_ring, right_ring, leaving, shifts, scales, full, empty)
     sizes = (row_tiles, column_tiles, steps)
-    places = (rows, length, turned)
+    places = (rows, length, rotated)
     tables = (bias, cos, sin, sums)
     gl.warp_specialize(
         [
-            (_multiply, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
-            (_multiply, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
-            (_copy, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
+            (_consume, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_consume, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_produce, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],
         [REGISTERS, 24],

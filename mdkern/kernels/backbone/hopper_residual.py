@@ -1,9 +1,9 @@
 """`mdkern.kernels.linear_residual` for Hopper in Gluon: a product added to the stream in place, as it leaves.
 
-A persistent program per processor: one warp copies tiles into a ring in shared memory, running ahead over the ends of
-output tiles; two warpgroups multiply 64 rows by 256 columns each and finish them in registers. The stream's tile comes
-in through the buffers by which it leaves, while the product is made. The epilogue sums up the rows that it holds, for
-the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
+A persistent program per multiprocessor: a producer warp copies tiles into a ring in shared memory, running ahead over
+the ends of output tiles; two consumer warpgroups multiply 64 rows by 256 columns each and finish them in registers. The
+stream's tile comes in through the buffers by which it leaves, while the product is made. The epilogue sums up the rows
+that it holds, for the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
 """
 
 # mypy: ignore-errors
@@ -26,7 +26,7 @@ HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta
 
 
 @gluon.jit
-def _copy(
+def _produce(
     left,
     right,
     stream,
@@ -37,7 +37,7 @@ def _copy(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
-    """The copying warp."""
+    """The producer warp: copies tiles into the ring."""
     left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
     BM: gl.constexpr = ROWS * WARPGROUPS
@@ -66,7 +66,7 @@ def _copy(
 
 
 @gluon.jit
-def _multiply(
+def _consume(
     stream,
     tables,
     rings,
@@ -76,7 +76,7 @@ def _multiply(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
-    """A multiplying warpgroup."""
+    """A consumer warpgroup: multiplies the tiles and adds their product to the stream."""
     bias, gate, sums = tables
     left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
@@ -93,13 +93,14 @@ def _multiply(
         # What the end of the tile needs is fetched at its start: later it would be waited for.
         within = gl.arange(0, PART, layout=gl.SliceLayout(0, WIDE))
         sequence = gl.minimum(row // rows_of_sequence, last_sequence)  # the last tile's rows may be past the end
+        sequence_gate = gate + sequence.to(gl.int64) * gate_stride
         shifts = ()
         factors = ()
         for part in gl.static_range(PARTS):
             at = gl.multiple_of(column + PART * part, PART) + within
             if bias is not None:
                 shifts = shifts + (gl.load(bias + at),)
-            factors = factors + (gl.load(gate + sequence * gate_stride + at),)
+            factors = factors + (gl.load(sequence_gate + at),)
         product = gl.zeros([ROWS, SPAN], gl.float32, layout=product_layout)
         previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
         for k in range(steps):
@@ -156,7 +157,7 @@ COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "rows_of_sequence", "las
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def _add_linear(
+def linear_residual_kernel(
     left,  # descriptor of [M, K]
     right,  # descriptor of [N, K]
     stream,  # descriptor of [M, N], added to
@@ -197,9 +198,9 @@ def _add_linear(
     tables = (bias, gate, sums)
     gl.warp_specialize(
         [
-            (_multiply, (stream, tables, rings, sizes, places, 0, GROUP, PROGRAMS)),
-            (_multiply, (stream, tables, rings, sizes, places, 1, GROUP, PROGRAMS)),
-            (_copy, (left, right, stream, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
+            (_consume, (stream, tables, rings, sizes, places, 0, GROUP, PROGRAMS)),
+            (_consume, (stream, tables, rings, sizes, places, 1, GROUP, PROGRAMS)),
+            (_produce, (left, right, stream, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -1,9 +1,7 @@
 """`linear_rotary`, `linear_gelu`, `linear_residual`: a transformer's matrix products with what follows them.
 
 The contract, and the operators in plain PyTorch; `hopper_linear` and `hopper_residual` run them where many rows meet a
-Hopper GPU. What there is to save (one H100, bf16, 16,384 rows, width 768): cuBLAS takes 89 us for queries, keys and
-values and a pass that turns them 32; 120 us for the up product with its bias, 135 with its GELU; a norm 17 us, 32 if it
-also adds the residual. Plain Triton (tiles of 128 x 256, persistent, bulk copies) took 102 us turned and 166 with GELU.
+Hopper GPU. What there is to save: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -15,13 +13,15 @@ from torch import Tensor
 from mdkern.kernels.backbone.folded_norm import SPAN, one_over_spread, row_sums
 from mdkern.kernels.backbone.modulated_norm import per_row, wide
 from mdkern.kernels.backbone.rotary import check_angles, check_heads, check_length, rotary
+from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.device import copies_in_bulk, is_hopper
+from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
-FEWEST_ROWS = 4096  # below, column tiles of 256 leave most processors of a Hopper GPU without work
+FEWEST_ROWS = 4096  # below, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
-def plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor:
+def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``, of the rows over their spread if there are `sums`."""
     if sums is None:
         return F.linear(x, weight, bias)
@@ -29,7 +29,7 @@ def plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor |
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def plain_linear_rotary(
+def linear_rotary_reference(
     x: Tensor,
     weight: Tensor,
     cos: Tensor,
@@ -40,20 +40,20 @@ def plain_linear_rotary(
     sums: Tensor | None = None,
 ) -> Tensor:
     """`linear_rotary` as a product and a pass over its output."""
-    product = plain_product(x, weight, bias, sums)
+    product = product_reference(x, weight, bias, sums)
     rotary(product.view(x.shape[0], -1, 2 * cos.shape[1])[:, :heads], cos, sin, length=length)
     return product
 
 
-def plain_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
     """`linear_gelu`: on a GPU the epilogue of cuBLASLt's product."""
-    if x.is_cuda and sums is None:
+    if x.is_cuda and sums is None and hasattr(torch, "_addmm_activation"):  # without it: a pass over the product more
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
-    return F.gelu(plain_product(x, weight, bias, sums), approximate="tanh")
+    return F.gelu(product_reference(x, weight, bias, sums), approximate="tanh")
 
 
-def plain_linear_residual(
-    stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None = None
+def linear_residual_reference(
+    stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
     """`linear_residual` as a product and a pass over its output."""
     stream.copy_(stream.to(wide(stream)) + per_row(gate, stream) * F.linear(x, weight, bias))
@@ -61,101 +61,64 @@ def plain_linear_residual(
         sums.copy_(row_sums(stream))
 
 
-@torch.library.custom_op("mdkern::linear_rotary", mutates_args=())
-def _linear_rotary(
+def linear_rotary_on_gpu(
     x: Tensor,
     weight: Tensor,
     cos: Tensor,
     sin: Tensor,
     heads: int,
     length: int,
-    bias: Tensor | None = None,
-    sums: Tensor | None = None,
+    bias: Tensor | None,
+    sums: Tensor | None,
 ) -> Tensor:
-    return plain_linear_rotary(x, weight, cos, sin, heads, length, bias, sums)
-
-
-@_linear_rotary.register_kernel("cuda")
-def _rotary_on_gpu(
-    x: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    length: int,
-    bias: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> Tensor:
-    if not runs_fused(x, weight) or not turns_fused(cos, heads):
-        return plain_linear_rotary(x, weight, cos, sin, heads, length, bias, sums)
+    if not runs_fused(x, weight) or not rotates_fused(cos, heads):
+        return linear_rotary_reference(x, weight, cos, sin, heads, length, bias, sums)
     from mdkern.kernels.backbone import launch_linear
 
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    turned = heads * 2 * cos.shape[1]
-    launch_linear.linear(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, turned=turned, sums=sums)
+    out = new_product(x, weight)
+    rotated = heads * 2 * cos.shape[1]
+    launch_linear.linear(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, sums=sums)
     return out
 
 
-@_linear_rotary.register_fake
-def _rotary_fake(
-    x: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    length: int,
-    bias: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("mdkern::linear_gelu", mutates_args=())
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
-    return plain_linear_gelu(x, weight, bias, sums)
-
-
-@_linear_gelu.register_kernel("cuda")
-def _gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
+def linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
     if not runs_fused(x, weight):
-        return plain_linear_gelu(x, weight, bias, sums)
+        return linear_gelu_reference(x, weight, bias, sums)
     from mdkern.kernels.backbone import launch_linear
 
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    out = new_product(x, weight)
     launch_linear.linear(x, weight, out, bias=bias, gelu=True, sums=sums)
     return out
 
 
-@_linear_gelu.register_fake
-def _gelu_fake(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-# `sums` has no default here: PyTorch 2.11 fails on a mutated argument that is left to its default.
-@torch.library.custom_op("mdkern::linear_residual", mutates_args=("stream", "sums"))
-def _linear_residual(
+def linear_residual_on_gpu(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
-    plain_linear_residual(stream, x, weight, bias, gate, sums)
-
-
-@_linear_residual.register_kernel("cuda")
-def _residual_on_gpu(
-    stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None = None
-) -> None:
     if not adds_in_place(x, weight, gate):
-        plain_linear_residual(stream, x, weight, bias, gate, sums)
+        linear_residual_reference(stream, x, weight, bias, gate, sums)
         return
     from mdkern.kernels.backbone import launch_linear
 
-    launch_linear.add_linear(stream, x, weight, bias, gate, sums)
+    launch_linear.linear_residual(stream, x, weight, bias, gate, sums)
 
 
-@_linear_residual.register_fake
-def _residual_fake(
-    stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None = None
-) -> None:
-    return None
+def new_product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    """Room for ``x @ weight.T``."""
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+HERE = "mdkern.kernels.backbone.linear"
+linear_rotary_operator = operator(
+    linear_rotary_reference, new_product, f"{HERE}:linear_rotary_on_gpu", name="linear_rotary"
+)
+linear_gelu_operator = operator(linear_gelu_reference, new_product, f"{HERE}:linear_gelu_on_gpu", name="linear_gelu")
+linear_residual_operator = operator(
+    linear_residual_reference,
+    lambda *_: None,
+    f"{HERE}:linear_residual_on_gpu",
+    mutates=("stream", "sums"),
+    name="linear_residual",
+)
 
 
 def runs_fused(x: Tensor, weight: Tensor) -> bool:
@@ -170,7 +133,7 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def turns_fused(cos: Tensor, heads: int) -> bool:
+def rotates_fused(cos: Tensor, heads: int) -> bool:
     """Whether `hopper_linear` takes the heads."""
     return cos.shape[1] in (32, 64) and heads * cos.shape[1] % 64 == 0
 
@@ -192,7 +155,7 @@ def linear_rotary(
     bias: Tensor | None = None,  # [C]
     sums: Tensor | None = None,  # [K / 256, 2, N]
 ) -> Tensor:
-    """``x @ weight.T + bias``, its first `heads` heads turned by their rows' positions: row n is at ``n % length``.
+    """``x @ weight.T + bias``, its first `heads` heads rotated by their rows' positions: row n is at ``n % length``.
 
     Args:
         x: floating ``[N, K]``.
@@ -214,7 +177,8 @@ def linear_rotary(
     check_angles(x, sin.shape[-1], cos, sin)
     check_heads(heads, weight.shape[0], cos)
     check_length(length, cos)
-    return _linear_rotary(x, weight, cos, sin, heads, length, bias, sums)
+    product: Tensor = linear_rotary_operator(x, weight, cos, sin, heads, length, bias, sums)
+    return product
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, sums: Tensor | None = None) -> Tensor:
@@ -232,7 +196,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, sums: Tensor | None 
         ValueError: shapes or dtypes that do not fit.
     """
     check_product(x, weight, bias, sums)
-    return _linear_gelu(x, weight, bias, sums)
+    product: Tensor = linear_gelu_operator(x, weight, bias, sums)
+    return product
 
 
 def linear_residual(
@@ -267,19 +232,20 @@ def linear_residual(
         raise ValueError(f"gate must be [C] or [S, C] with S dividing {x.shape[0]} rows, not {list(gate.shape)}")
     if sums is not None:
         check_sums(sums, stream)
-    _linear_residual(stream, x, weight, bias, gate, sums)
+    linear_residual_operator(stream, x, weight, bias, gate, sums)
 
 
 def check_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, sums: Tensor | None = None) -> None:
+    check_tensor("x", x, x.shape, x.dtype, x.device)
+    check_tensor("weight", weight, weight.shape, weight.dtype, x.device)
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(
             f"weight must be {x.dtype} [C, {x.shape[-1]}] for x {list(x.shape)}, "
             f"not {weight.dtype} {list(weight.shape)}"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or not bias.is_contiguous()):
-        raise ValueError(
-            f"bias must be contiguous {weight.dtype} [{weight.shape[0]}], not {bias.dtype} {list(bias.shape)}"
-        )
+    check_tensor("bias", bias, weight.shape[:1], weight.dtype, x.device)
+    if bias is not None and not bias.is_contiguous():
+        raise ValueError(f"bias must be contiguous, not of strides {bias.stride()}")
     if sums is not None:
         check_sums(sums, x)
 

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.kernels.backbone.norm_constants import EPS
+from mdkern.kernels.checks import check_tensor, check_written
 from mdkern.kernels.device import has_triton
+from mdkern.kernels.operator import operator
 
 MOST_COLUMNS = 1 << 13  # of a row in the kernel, which keeps whole rows in registers; beyond, plain PyTorch does it
 
 
-def plain_modulated_norm(
+def modulated_norm_reference(
     x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     """`modulated_norm` in plain PyTorch."""
@@ -26,7 +28,7 @@ def plain_modulated_norm(
     return normalise(x, weight, shift, scale)
 
 
-def plain_gathered_norm(
+def gathered_norm_reference(
     table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`gathered_norm` in plain PyTorch."""
@@ -51,59 +53,32 @@ def per_row(modulation: Tensor, x: Tensor) -> Tensor:
     return modulation.to(wide(x))
 
 
-@torch.library.custom_op("mdkern::modulated_norm", mutates_args=("x",))
-def _modulated_norm(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    return plain_modulated_norm(x, weight, shift, scale, update, gate)
-
-
-@_modulated_norm.register_kernel("cuda")
-def _modulated_on_gpu(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    if not runs_fused(x):
-        return plain_modulated_norm(x, weight, shift, scale, update, gate)
-    from mdkern.kernels.backbone import triton_modulated_norm  # imports Triton, no business of a machine without a GPU
-
-    return triton_modulated_norm.modulated_norm(x, weight, shift, scale, update, gate)
-
-
-@_modulated_norm.register_fake
-def _modulated_fake(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("mdkern::gathered_norm", mutates_args=())
-def _gathered_norm(
-    table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    return plain_gathered_norm(table, row_index, weight, shift, scale)
-
-
-@_gathered_norm.register_kernel("cuda")
-def _gathered_on_gpu(
-    table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    if not runs_fused(table):
-        return plain_gathered_norm(table, row_index, weight, shift, scale)
-    from mdkern.kernels.backbone import triton_modulated_norm
-
-    return triton_modulated_norm.gathered_norm(table, row_index, weight, shift, scale)
-
-
-@_gathered_norm.register_fake
-def _gathered_fake(
-    table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def gathered_norm_outputs(table: Tensor, row_index: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     x = table.new_empty(row_index.shape[0], table.shape[1])
     return x, torch.empty_like(x)
 
 
+KERNELS = "mdkern.kernels.backbone.triton_modulated_norm"
+modulated_norm_operator = operator(
+    modulated_norm_reference,
+    lambda x, *_: torch.empty_like(x),
+    f"{KERNELS}:modulated_norm",
+    mutates=("x",),
+    name="modulated_norm",
+)
+gathered_norm_operator = operator(
+    gathered_norm_reference, gathered_norm_outputs, f"{KERNELS}:gathered_norm", name="gathered_norm"
+)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take such rows."""
+    return x.shape[1] <= MOST_COLUMNS and x.dtype != torch.float64
+
+
 def runs_fused(x: Tensor) -> bool:
-    return has_triton(x.device) and x.shape[1] <= MOST_COLUMNS and x.dtype != torch.float64
+    """Whether a kernel takes such rows where they are."""
+    return has_triton(x.device) and fits(x)
 
 
 def modulated_norm(
@@ -133,13 +108,13 @@ def modulated_norm(
         ValueError: shapes or dtypes that do not fit.
     """
     check_modulation(x, x.shape[0], weight, {"shift": shift, "scale": scale, "gate": gate})
-    if not x.is_contiguous():
-        raise ValueError(f"x is written in place and must be contiguous, not of strides {x.stride()}")
+    check_written("x", x)
     if (update is None) != (gate is None):
         raise ValueError("update and gate go together")
     if update is not None and (update.shape != x.shape or update.dtype != x.dtype):
         raise ValueError(f"update must be {x.dtype} {list(x.shape)}, not {update.dtype} {list(update.shape)}")
-    return _modulated_norm(x, weight, shift, scale, update, gate)
+    normed: Tensor = modulated_norm_operator(x, weight, shift, scale, update, gate)
+    return normed
 
 
 def gathered_norm(
@@ -162,20 +137,23 @@ def gathered_norm(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    if row_index.ndim != 1 or row_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"row_index must be int64 [N], not {row_index.dtype} {list(row_index.shape)}")
+    check_tensor("row_index", row_index, (row_index.numel(),), (torch.int64, torch.int32), table.device)
     check_modulation(table, row_index.shape[0], weight, {"shift": shift, "scale": scale})
-    return _gathered_norm(table, row_index, weight, shift, scale)
+    x, normed = gathered_norm_operator(table, row_index, weight, shift, scale)
+    return x, normed
 
 
 def check_modulation(x: Tensor, rows: int, weight: Tensor, modulation: dict[str, Tensor | None]) -> None:
+    check_tensor("x", x, x.shape, x.dtype, x.device)
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"rows must be floating [N, D], not {x.dtype} {list(x.shape)}")
     width, shape = x.shape[1], tuple(modulation["shift"].shape)  # type: ignore[union-attr]
-    if weight.shape != (width,):
-        raise ValueError(f"weight must be [{width}], not {list(weight.shape)}")
+    check_tensor("weight", weight, (width,), weight.dtype, x.device)
     for name, tensor in modulation.items():
-        if tensor is not None and (tensor.ndim not in (1, 2) or tensor.shape[-1] != width or tensor.shape != shape):
+        if tensor is None:
+            continue
+        if tensor.ndim not in (1, 2) or tensor.shape[-1] != width or tensor.shape != shape:
             raise ValueError(f"{name} must be [{width}] or [S, {width}] as the others, not {list(tensor.shape)}")
+        check_tensor(name, tensor, shape, tensor.dtype, x.device)
     if len(shape) == 2 and (shape[0] == 0 or rows % shape[0]):
         raise ValueError(f"{rows} rows cannot be shared out among {shape[0]} sequences")

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mdkern.kernels.backbone.folded_norm import fold_norm_reference
+from mdkern.kernels.backbone.modulated_norm import fits
 from mdkern.kernels.backbone.norm_constants import NEAR_ZERO, ROUNDS
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
 
 
 @triton.jit
-def _fold(
+def fold_norm_kernel(
     weight,
     bias,
     norm_weight,
@@ -60,11 +62,14 @@ def fold_norm(
     scale: Tensor,
 ) -> None:
     """`mdkern.kernels.fold_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(weight):
+        fold_norm_reference(folded, added, weight, bias, norm_weight, shift, scale)
+        return
     rows, width = weight.shape
     weight = unit_stride(weight)
     block = triton.next_power_of_2(width)
     vectors = (unit_stride(vector) for vector in (bias, norm_weight, shift, scale))
-    _fold[(rows,)](
+    fold_norm_kernel[(rows,)](
         weight,
         *vectors,
         folded,

@@ -10,11 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mdkern.kernels.backbone.modulated_norm import (
+    fits,
+    gathered_norm_outputs,
+    gathered_norm_reference,
+    modulated_norm_reference,
+)
 from mdkern.kernels.backbone.norm_constants import EPS
 
 
 @triton.jit(do_not_specialize=["rows", "table_rows", "group"])
-def _norm(
+def modulated_norm_kernel(
     x,  # the rows, or the table that they are taken from
     row_index,
     update,
@@ -71,7 +77,7 @@ def _norm(
 
 
 def choose_rows(rows: int, sequences: int) -> int:
-    """Rows of a program: more of them read the modulation once, fewer spread short inputs over the processors."""
+    """Rows of a program: more of them read the modulation once, fewer spread short inputs over the multiprocessors."""
     most = 4 if rows >= 4096 else 1
     return most if sequences == 1 else math.gcd(most, rows // sequences)
 
@@ -96,7 +102,7 @@ def launch(
     rows_of_program = rows_of_program or choose_rows(rows, sequences)
     block = triton.next_power_of_2(width)
     shift, scale, gate = unit_stride(shift), unit_stride(scale), unit_stride(gate)
-    _norm[(triton.cdiv(rows, rows_of_program),)](
+    modulated_norm_kernel[(triton.cdiv(rows, rows_of_program),)](
         x,
         row_index,
         update,
@@ -130,6 +136,8 @@ def modulated_norm(
     x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     """`mdkern.kernels.backbone.modulated_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(x):
+        return modulated_norm_reference(x, weight, shift, scale, update, gate)
     normed = torch.empty_like(x)
     launch(x, None, unit_stride(update), gate, weight, shift, scale, x, normed)
     return normed
@@ -139,7 +147,8 @@ def gathered_norm(
     table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`mdkern.kernels.gathered_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
-    x = table.new_empty(row_index.shape[0], table.shape[1])
-    normed = torch.empty_like(x)
+    if not fits(table):
+        return gathered_norm_reference(table, row_index, weight, shift, scale)
+    x, normed = gathered_norm_outputs(table, row_index)
     launch(unit_stride(table), row_index.contiguous(), None, None, weight, shift, scale, x, normed)
     return x, normed

@@ -1,20 +1,24 @@
-"""`mdkern.kernels.backbone.rotary` in Triton: a program turns all heads of a few rows, whose sines it reads once."""
+"""`mdkern.kernels.backbone.rotary` in Triton: a program rotates all heads of a few rows, whose sines it reads once."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mdkern.kernels.backbone.rotary import gathered_qkv_outputs, gathered_qkv_reference, rotary_reference
+
 
 @triton.jit
-def _turn(
+def _rotate_heads(
     source,  # of each row, [ROWS]
     target,
     cos,
     sin,
     position,
+    positions,  # P
     readable,
     writable,
     HEADS: tl.constexpr,
@@ -22,14 +26,15 @@ def _turn(
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
-    """The first heads of some rows. What cannot be read is NaN."""
+    """The first heads of some rows. What cannot be read, or has a position that is not there, is NaN."""
     dimension = tl.arange(0, HALF_BLOCK)
     half = (dimension < HALF)[None, None, :]
     readable = readable[:, None, None] & half
     writable = writable[:, None, None] & half
     angle = (position * HALF)[:, None, None] + dimension[None, None, :]
-    c = tl.load(cos + angle, mask=writable, other=1.0)  # [ROWS, 1, HALF_BLOCK]
-    s = tl.load(sin + angle, mask=writable, other=0.0)
+    there = writable & ((position >= 0) & (position < positions))[:, None, None]
+    c = tl.load(cos + angle, mask=there, other=float("nan"))  # [ROWS, 1, HALF_BLOCK]
+    s = tl.load(sin + angle, mask=there, other=float("nan"))
     for start in tl.static_range(0, HEADS, HEAD_BLOCK):
         head = start + tl.arange(0, HEAD_BLOCK)
         inside = (head < HEADS)[None, :, None]
@@ -53,14 +58,15 @@ def _copy(source, target, readable, writable, FIRST: tl.constexpr, COLUMNS: tl.c
         tl.store(target[:, None] + column, held, mask=writable[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
-def _rotate(
+@triton.jit(do_not_specialize=["rows", "length", "table_rows"])
+def rotary_kernel(
     x,
     cos,
     sin,
     positions,
     rows,  # N
     length,  # row n is at n % length, where no positions are given
+    table_rows,  # P
     stride,  # of a row of x
     HEADS: tl.constexpr,
     HALF: tl.constexpr,  # head_dim / 2
@@ -72,18 +78,18 @@ def _rotate(
     real = row < rows
     position = row % length if positions is None else tl.load(positions + row, mask=real, other=0).to(tl.int64)
     at = x + row * stride
-    _turn(at, at, cos, sin, position, real, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
+    _rotate_heads(at, at, cos, sin, position, table_rows, real, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows", "table_rows", "length"])
-def _gather(
+def gathered_qkv_kernel(
     embedding,
     table,
     row_index,
     cos,
     sin,
     x,
-    product,
+    qkv,
     rows,  # N
     table_rows,
     length,
@@ -91,7 +97,7 @@ def _gather(
     table_stride,
     WIDTH: tl.constexpr,  # of the embedding
     COLUMNS: tl.constexpr,  # of the table
-    HEADS: tl.constexpr,  # that are turned
+    HEADS: tl.constexpr,  # that are rotated
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -103,8 +109,8 @@ def _gather(
     index = tl.load(row_index + row, mask=real, other=0).to(tl.int64)
     inside = real & (index >= 0) & (index < table_rows)
     _copy(embedding + index * embedding_stride, x + row * WIDTH, inside, real, 0, WIDTH, COLUMN_BLOCK)
-    source, target = table + index * table_stride, product + row * COLUMNS
-    _turn(source, target, cos, sin, row % length, inside, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
+    source, target = table + index * table_stride, qkv + row * COLUMNS
+    _rotate_heads(source, target, cos, sin, row % length, length, inside, real, HEADS, HALF, HEAD_BLOCK, HALF_BLOCK)
     _copy(source, target, inside, real, 2 * HALF * HEADS, COLUMNS, COLUMN_BLOCK)
 
 
@@ -120,18 +126,22 @@ def rotary(
 ) -> None:
     """`mdkern.kernels.backbone.rotary` on a GPU (or, on the CPU, in Triton's interpreter)."""
     rows, heads, head_dim = x.shape
+    if x.dtype == torch.float64:
+        rotary_reference(x, cos, sin, positions, length)
+        return
     if rows == 0 or heads == 0:
         return
     half_block = triton.next_power_of_2(head_dim // 2)
     head_block = head_block or min(8, triton.next_power_of_2(heads))
     rows_of_program = rows_of_program or max(1, min(4 if rows >= 4096 else 1, 1024 // (head_block * half_block)))
-    _rotate[(triton.cdiv(rows, rows_of_program),)](
+    rotary_kernel[(triton.cdiv(rows, rows_of_program),)](
         x,
         cos,
         sin,
         None if positions is None else positions.contiguous(),
         rows,
         max(length, 1),
+        cos.shape[0],
         x.stride(0),
         HEADS=heads,
         HALF=head_dim // 2,
@@ -142,22 +152,24 @@ def rotary(
     )
 
 
-def gathered_heads(
+def gathered_qkv(
     embedding: Tensor, table: Tensor, row_index: Tensor, cos: Tensor, sin: Tensor, heads: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """`mdkern.kernels.gathered_heads` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`mdkern.kernels.backbone.gathered_qkv` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if table.dtype == torch.float64:
+        return gathered_qkv_reference(embedding, table, row_index, cos, sin, heads, length)
     rows, half = row_index.shape[0], cos.shape[1]
-    x, product = embedding.new_empty(rows, embedding.shape[1]), table.new_empty(rows, table.shape[1])
+    x, qkv = gathered_qkv_outputs(embedding, table, row_index)
     if rows:
         rows_of_program = 4 if rows >= 4096 else 1
-        _gather[(triton.cdiv(rows, rows_of_program),)](
+        gathered_qkv_kernel[(triton.cdiv(rows, rows_of_program),)](
             embedding,
             table,
             row_index.contiguous(),
             cos,
             sin,
             x,
-            product,
+            qkv,
             rows,
             table.shape[0],
             length,
@@ -173,4 +185,4 @@ def gathered_heads(
             COLUMN_BLOCK=256,
             num_warps=4,
         )
-    return x, product
+    return x, qkv
