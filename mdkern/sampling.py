@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders import Decoder
+from mdkern.engine.checks import check_count
 from mdkern.engine.groups import Groups
-from mdkern.engine.resolve import check_count, resolve
+from mdkern.engine.resolve import resolve
 from mdkern.output import SampleOutput
 from mdkern.schedule import Schedule
 
@@ -23,14 +24,15 @@ def sample(
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
     num_samples: int | None = None,
     length: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     guidance_scale: float = 0.0,
     logits_processor: Any = None,
     decoder: str | Decoder = "ancestral",
@@ -53,22 +55,25 @@ def sample(
     batch; with `block_length` the longest sequence of the call says how many steps a block has.
 
     Args:
-        heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models; then the schedule may be the
-            second argument.
-        light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: one model.
+        heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models.
+        light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: one model. Without it the schedule may
+            be the second argument.
         schedule: a `Schedule` or its text, e.g. ``"L32 H192 L32"``.
         input_ids: int64 ``[N, L]``, the mask id wherever text is wanted. One row is repeated `num_samples` times.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding, which is neither read nor written.
+        token_type_ids: what tokenizers add to the two; all 0.
         num_samples: N, without `input_ids`. Default 1.
         length: L in tokens, without `input_ids`. Default: the model's longest.
         steps: T. Default: the schedule's own, or else L; with `block_length`, as many as its blocks have positions.
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
-            to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none.
+            to `top_p`, of these the ones at least `min_p` times as probable as the first. None is none.
         guidance_scale: w of classifier-free guidance: logits ``u + (w + 1) (c - u)``, u of the prompt masked too.
-        logits_processor: a `LogitsProcessor` of transformers, or a list of them. It needs logits, which are then
-            computed at the rows that want a token, some at a time; no CUDA graphs.
+        logits_processor: a logits processor, or a list of them: of transformers those that need no order of writing
+            (`mdkern.engine.processors` says which; others are refused), or callables ``(input_ids, scores) -> scores``
+            or ``(input_ids, scores, positions) -> scores``. They need logits, which are then computed at the rows that
+            want a token, some at a time; no CUDA graphs.
         decoder: a decoder of `mdkern.decoders` or its name: which positions are revealed at a step. Decoders that look
             at the model (top probability, threshold, ...) have no fixed number of passes; for those that reveal as much
             as they trust, the schedule's step is the share of the text that is revealed.
@@ -85,9 +90,10 @@ def sample(
             they are, which a planned decoder looks for at the end of each block or, without blocks, at a sixteenth of
             the steps; a decoder that looks at the model after each step or, if it edits or remasks, each block.
             Whoever reads `SampleOutput.lengths`, or calls its `decode`, gets the text without its end.
-        stopping_criteria: of transformers, given the ids ``[B, L]``, masks included, and None: ends a text before its
-            first mask, and from there on there is only end of text. Asked after every step of a decoder that looks at
-            the model, without CUDA graphs, and after every block of one that does not.
+        stopping_criteria: a stopping criterion, or a list of them; a text that one ends is filled up like one that
+            ended by `stop_at_eos`. Those of transformers see the text before the first mask (`mdkern.engine.criteria`);
+            other callables the ids ``[B, L]``, masks included, and None. Asked after every step of a decoder that looks
+            at the model, without CUDA graphs, and after every block of one that does not.
         streamer: of transformers: ``put`` with each finished sequence, in two parts, what it began with and the rest,
             then ``end``. If it has ``put_draft``, that is given all sequences ``[N, L]`` now and then.
         seed: 64-bit. None takes one from `generator`, or from PyTorch's default generator.
@@ -117,6 +123,7 @@ def sample(
         schedule,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        token_type_ids=token_type_ids,
         num_samples=num_samples,
         length=length,
         steps=steps,

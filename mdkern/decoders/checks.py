@@ -1,4 +1,4 @@
-"""Refusing parameters that cannot be right."""
+"""Refusing parameters that cannot be right, and what decoders of one's own must not return."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Collection
 from math import inf
 from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.decoders.base import Choice, View
 
 
 def check_number(
@@ -26,3 +31,23 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_answers(decoder: Any, view: View, choice: Choice, edited: Tensor | None, remasked: Tensor | None) -> None:
+    """Refuse a decoder's answers by their dtypes and shapes, which the host knows.
+
+    Raises:
+        ValueError: with what was wanted.
+    """
+    wanted: list[tuple[str, Tensor | None, torch.dtype]] = [
+        ("choose's scores", choice.scores, torch.float32),
+        ("choose's candidates", choice.candidates, torch.bool),
+        ("edit", edited, torch.bool),
+        ("remask", remasked, torch.bool),
+    ]
+    for name, answer, dtype in wanted:
+        if answer is not None and (answer.shape != view.ids.shape or answer.dtype != dtype):
+            raise ValueError(
+                f"{type(decoder).__name__}: {name} must be {dtype} {list(view.ids.shape)},"
+                f" not {answer.dtype} {list(answer.shape)}"
+            )

@@ -25,7 +25,7 @@ from mdkern.engine.hooks import Drafts, guided_hidden
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import Stretch, decode_tick, run_steps, watcher
+from mdkern.engine.stepwise import Stretch, attended, decode_tick, run_steps, watcher
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
@@ -152,7 +152,7 @@ def windows(
         given,
         progress.times[slots.view.step] if denoiser.time_conditioning else None,
         positions,
-        None if state.attention_mask is None else state.attention_mask[slots.sequence],
+        attended(state, slots),
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdkern.engine.hooks import guided_hidden, process
+from mdkern.engine.hooks import guided_hidden, processed
+from mdkern.engine.processors import Rows
 from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
+from mdkern.plan import positions_in_text
 
 
 def has_failed(state: SamplerState) -> bool:
@@ -18,8 +20,10 @@ def has_failed(state: SamplerState) -> bool:
     return failed
 
 
-def explain(request: Request, name: str, row: int, step: int, ids: Tensor, position: Tensor, time: float) -> str:
-    """A sentence on a failure, found by running its pass again, alone.
+def explain(
+    request: Request, name: str, row: int, step: int, ids: Tensor, position: Tensor, time: float
+) -> FloatingPointError:
+    """Why a pass gave no token, found by running it again, alone.
 
     Args:
         name: of the denoiser in the request.
@@ -34,16 +38,20 @@ def explain(request: Request, name: str, row: int, step: int, ids: Tensor, posit
     t = torch.tensor([time], dtype=torch.float32, device=ids.device) if denoiser.time_conditioning else None
     given = ~request.masked[row : row + 1]
     hidden = guided_hidden(denoiser, request.guidance_scale, ids[None], given, t, None, mask)
-    logits = denoiser.head.logits(hidden)[0, position]
-    reason, at = fault(logits)
+    states = hidden[0, position]
+    reason, at = fault(denoiser.head.logits(states))
     source = model
     if reason is None and request.logits_processor is not None:
-        rows = ids.expand(len(position), -1)
-        reason, at = fault(process(request.logits_processor, rows, logits, denoiser.mask_id))
+        attended = None if mask is None else mask.expand(len(position), -1)
+        in_text = position if mask is None else positions_in_text(mask)[0, position]
+        rows = Rows(ids.expand(len(position), -1), attended, position, in_text, denoiser.mask_id)
+        reason, at = fault(processed(request.logits_processor, denoiser.head, states, rows))
         source = "the logits processor"
+    where = f"sample {int(request.sample_ids[row])}, step {step}"
     if reason is None:  # not to be seen again in a pass of its own
-        return f"sample {int(request.sample_ids[row])}, step {step}: {model} gave NaN or infinite logits"
-    return f"sample {int(request.sample_ids[row])}, step {step}, position {int(position[at])}: {source} {reason}"
+        return FloatingPointError(f"{where}: {model} gave NaN or infinite logits, so no token could be drawn")
+    where += f", position {int(position[at])}"
+    return FloatingPointError(f"{where}: {source} {reason}, so no token could be drawn")
 
 
 def fault(logits: Tensor) -> tuple[str | None, int]:

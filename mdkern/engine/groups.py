@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mdkern.decoders import Planned, Stepwise
 from mdkern.engine import cached, planned, stepwise
+from mdkern.engine.checks import check_flag
 from mdkern.engine.graphs import lease
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request, rows_of
@@ -62,8 +63,9 @@ class Groups:
         """`group_size` None: `choose_groups`. The first group's time counts from `began` on, default now."""
         self.request = request
         self.group_size = group_size
-        self.return_history, self.cuda_graphs = return_history, cuda_graphs
-        self.disable = None if progress is None else not progress
+        self.return_history = check_flag("return_history", return_history)
+        self.cuda_graphs = check_flag("cuda_graphs", cuda_graphs)
+        self.disable = None if progress is None else not check_flag("progress", progress)
         self.began = time.perf_counter() if began is None else began
         self.pending: SampleOutput | None = None  # finished and not yet given
 
@@ -99,7 +101,7 @@ class Groups:
             most = max(rows.stop - rows.start for rows in groups)
             request = prepared(self.request, most)
         drafts = Drafts(request.streamer, request.input_ids, ~request.masked, request.attention_mask)
-        failure, failed = "", 0
+        failure, failed = None, 0
         for rows in groups:
             with device_of(request):
                 outcome = self.run_group(rows_of(request, rows), most, bar, drafts, rows.start)
@@ -112,11 +114,9 @@ class Groups:
             output, self.pending, self.began = self.pending, None, time.perf_counter()
             assert output is not None
             yield output
-        if failed:
-            others = f", and neither could be for {failed - 1} more" if failed > 1 else ""
-            raise FloatingPointError(
-                f"{failure}, so no token could be drawn{others}. What is finished is this error's `partial`"
-            )
+        if failure is not None:
+            others = f"; {failed - 1} more failed" if failed > 1 else ""
+            raise type(failure)(f"{failure}{others}. What is finished is this error's `partial`")
 
     def run_group(self, request: Request, most: int, bar: tqdm, drafts: Drafts, first: int) -> Outcome:
         """Samples from number `first` on of a request that has at most `most` in a group, to be `pending`."""
@@ -127,6 +127,8 @@ class Groups:
         with torch.no_grad(), lease(request, most) if graphed else nullcontext() as workspace:
             state = SamplerState.of(request) if workspace is None else workspace.state
             drafts.begin(first, state.input_ids[:count])
+            if request.stopping_criteria is not None:
+                request.stopping_criteria.begin(count)
             cause: BaseException | None = None
             try:
                 outcome = run(request, state, workspace, bar, drafts, timings)

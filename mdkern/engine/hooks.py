@@ -1,15 +1,15 @@
-"""What others put into the sampler: guidance, logits processors and stopping criteria of transformers, streamers."""
+"""What others put into the sampler: guidance, logits processors (which: `processors`), streamers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mdkern.engine.processors import Processors, Rows
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.reference import CHUNK_ELEMENTS
 from mdkern.kernels.head.vocab_projection import RowStatistics
@@ -58,25 +58,29 @@ def guided_hidden(
     return guided.to(hidden.dtype)
 
 
-def stopped(criteria: Callable[[Tensor, Any], Any], input_ids: Tensor) -> Tensor:
-    """bool ``[B]``: which sequences a stopping criterion of transformers ends."""
-    answer = torch.as_tensor(criteria(input_ids, None), device=input_ids.device).bool()
-    return answer.expand(len(input_ids))
+class Texts(NamedTuple):
+    """What logits processors may read of the sequences of a pass."""
+
+    input_ids: Tensor  # int64 [B, L], as they are now, masks included
+    attended: Tensor | None  # bool [B, L], False at padding; None: no padding
+    columns: Tensor | None  # int64 [B, R], of the hidden states; None: all
+    mask_id: int
 
 
-def process(processor: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, logits: Tensor, mask_id: int) -> Tensor:
-    """What a processor makes of float32 logits ``[M, V]`` of sequences ``input_ids [M, L]``."""
-    if mask_id >= logits.shape[1]:
-        logits = torch.nn.functional.pad(logits, (0, mask_id + 1 - logits.shape[1]), value=-torch.inf)
-    return processor(input_ids, logits).float()
+def processed(processors: Processors, head: Head, states: Tensor, rows: Rows) -> Tensor:
+    """Logits ``[M, V]`` of hidden ``states [M, D]``, as the processors leave them; the mask always has a column."""
+    logits, suppressed = head.logits(states), head.bias == -torch.inf
+    missing = max(0, rows.mask_id + 1 - logits.shape[1])
+    logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    suppressed = torch.nn.functional.pad(suppressed, (0, missing), value=True)
+    return processors(rows, logits, suppressed)
 
 
 def row_statistics(
-    processor: Callable[[Tensor, Tensor], Tensor] | None,
+    processors: Processors | None,
     head: Head,
     hidden: Tensor,
-    input_ids: Tensor,
-    mask_id: int,
+    texts: Texts,
     row: Tensor,
     row_count: Tensor,
     temperature: Tensor,
@@ -84,20 +88,17 @@ def row_statistics(
     keys: Tensor,
     **options: Any,
 ) -> RowStatistics:
-    """`vocab_projection` of hidden states or, where there is a processor, of logits that it has seen.
+    """`vocab_projection` of hidden states or, where there are processors, of logits that they have seen.
 
     The logits are computed for the rows alone, some at a time.
 
     Args:
-        processor: of transformers: ids ``[M, L]`` and float32 logits ``[M, V]`` -> logits ``[M, V]``; or None.
         hidden: ``[B, R, D]``; `row` indexes its ``B * R`` rows.
-        input_ids: int64 ``[B, L]``, what each sequence is now, masks included.
-        mask_id: given a column of its own, of -inf, where the head has none.
-        row, row_count, temperature, seed, keys, options: as in `vocab_projection`; with a processor
+        row, row_count, temperature, seed, keys, options: as in `vocab_projection`; with processors
             `row_count` is read, which synchronises.
     """
     flat, width = hidden.flatten(0, 1), hidden.shape[1]
-    if processor is None:
+    if processors is None:
         shaping: dict[str, Any] = {"row_count": row_count, "scale": head.scale, "soft_cap": head.soft_cap}
         return vocab_projection(flat, head.weight, head.bias, row, temperature, seed, keys, **shaping, **options)
     count = int(row_count)
@@ -106,7 +107,15 @@ def row_statistics(
     parts = [nothing]
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
-        logits = process(processor, input_ids[row[part] // width], head.logits(flat[row[part]]), mask_id)
+        sequence, entry = row[part] // width, row[part] % width
+        asked = Rows(
+            texts.input_ids[sequence],
+            None if texts.attended is None else texts.attended[sequence],
+            entry if texts.columns is None else texts.columns[sequence, entry],
+            keys[part, 1],
+            texts.mask_id,
+        )
+        logits = processed(processors, head, flat[row[part]], asked)
         places = torch.arange(len(logits), device=logits.device)
         parts.append(vocab_projection(logits, None, None, places, temperature[part], seed, keys[part], **options))
 

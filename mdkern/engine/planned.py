@@ -18,7 +18,7 @@ from mdkern.decoders import Canvas, Planned
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Pacer, Workspace
-from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
+from mdkern.engine.hooks import Drafts, Texts, guided_hidden, row_statistics
 from mdkern.engine.request import Request
 from mdkern.engine.state import (
     ALL_REVEALED,
@@ -84,7 +84,9 @@ def run(
     return outcome()
 
 
-def explain_first(request: Request, name: str, state: SamplerState, plan: RevealPlan, unwritten: Tensor) -> str:
+def explain_first(
+    request: Request, name: str, state: SamplerState, plan: RevealPlan, unwritten: Tensor
+) -> FloatingPointError:
     """Why a pass of a denoiser gave no token: of the first sample with an ``unwritten [N, L]`` position."""
     row = int(unwritten.any(-1).nonzero()[0, 0])
     order = (plan.step if plan.order is None else plan.order)[row]
@@ -136,7 +138,14 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
     canvas = Canvas(
         masked, block, request.blocks, request.steps, state.seed, state.sample[:count], state.text_position[:count]
     )
-    return request.decoder.plan(canvas)
+    plan = request.decoder.plan(canvas)
+    step = plan.step
+    if step.shape != masked.shape or bool((masked != ((step >= 0) & (step <= plan.steps))).any()):
+        raise ValueError(
+            f"{type(request.decoder).__name__}: plan must give every masked position a step from 0 to {request.steps}"
+            f" and all others {GIVEN}"
+        )
+    return plan
 
 
 def reveal_tick(
@@ -179,8 +188,7 @@ def reveal_tick(
         request.logits_processor,
         head,
         hidden,
-        inputs.input_ids,
-        denoiser.mask_id,
+        Texts(inputs.input_ids, inputs.attention_mask, inputs.positions, denoiser.mask_id),
         inputs.row,
         inputs.row_count,
         inputs.temperature,
@@ -275,11 +283,13 @@ def stop_texts(
         ``[N, L]``, which is filled in now.
     """
     ids, wanted = state.input_ids[: len(plan.step)], request.masked
+    criteria, ended = request.stopping_criteria, torch.zeros_like(running)
+    if criteria is not None and block_ends:
+        numbers = torch.arange(len(ids), device=ids.device)
+        ended, cut = criteria.stop(ids, wanted, request.attention_mask, request.mask_id, numbers, running)
+        ids.copy_(cut)
     end = find_end(ids, wanted, request.mask_id, request.eos_ids if request.stop_at_eos else ())
-    ended = end.known
-    if request.stopping_criteria is not None and block_ends:
-        ended = ended | stopped(request.stopping_criteria, ids.clone())
-    ended = ended & running
+    ended = (ended | end.known) & running
     filled, tail = fill_tail(ids, wanted, end, ended, request.eos_ids[0])
     ids.copy_(filled)
     return replace(plan, step=plan.step.masked_fill(tail, GIVEN)), ended, tail

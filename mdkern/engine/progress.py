@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.decoders import Stepwise
+from mdkern.decoders import DECODERS, Stepwise
 from mdkern.engine.request import Filters, Request
 from mdkern.engine.state import ALL_REVEALED, RUNNING, SamplerState
 from mdkern.models.fingerprint import describe, fingerprint
@@ -30,12 +30,17 @@ class Settings:
     guidance_scale: float
     logits_processor: Any  # not with graphs
     stopping_criteria: Any  # not with graphs
+    most_passes: int | None  # that a sequence may take with masks left; None: the decoder is known to come to an end
 
     @staticmethod
     def of(request: Request) -> Settings:
-        assert isinstance(request.decoder, Stepwise)
+        decoder, most_passes = request.decoder, None
+        assert isinstance(decoder, Stepwise)
+        if type(decoder) not in DECODERS.values():
+            needed = (1 + decoder.closing_steps) * request.input_ids.shape[1] if decoder.adaptive else request.steps
+            most_passes = 4 * needed + 64
         return Settings(
-            decoder=request.decoder,
+            decoder=decoder,
             filters=request.filters,
             steps=request.steps,
             block_length=request.block_length,
@@ -46,6 +51,7 @@ class Settings:
             guidance_scale=request.guidance_scale,
             logits_processor=request.logits_processor,
             stopping_criteria=request.stopping_criteria,
+            most_passes=most_passes,
         )
 
     @property

@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from mdkern.decoders import Decoder, Planned, by_name
-from mdkern.engine.request import CACHES, Filters, Request
+from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_filters, check_flag, check_real
+from mdkern.engine.criteria import Criteria
+from mdkern.engine.processors import Processors
+from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
 
 DEFAULT_BATCH_SIZE = 16
+MOST_GUIDANCE = 1e6  # far beyond use; logits times it stay far inside float32
 LEAST_TEMPERATURE = 1e-30  # below, logits over it may leave float32's range; it is taken for 0
-
-
-def check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(value)
 
 
 def resolve_input(
@@ -77,10 +74,22 @@ def resolve_input(
     return input_ids.clone(), attention_mask
 
 
+def check_token_types(token_type_ids: Any, input_ids: Any) -> None:
+    """What tokenizers add for models with segments: accepted where it says nothing."""
+    if token_type_ids is None:
+        return
+    same = isinstance(token_type_ids, Tensor) and getattr(input_ids, "shape", None) == token_type_ids.shape
+    if not same or bool((token_type_ids != 0).any()):
+        raise ValueError(
+            "token_type_ids must be all 0 and of input_ids' shape: models are run on a text's first segment only"
+        )
+
+
 def check_ids(name: str, ids: Any, denoiser: Denoiser) -> None:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor, not {kind}")
+    check_dense(name, ids)
     if ids.device != denoiser.device:
         raise ValueError(f"{name} is on {ids.device}, the model on {denoiser.device}: move one of them")
 
@@ -96,6 +105,9 @@ def check_mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, not {shape}")
+    check_dense("attention_mask", attention_mask)
+    if attention_mask.is_complex():
+        raise TypeError(f"attention_mask must be of bool or whole numbers, not {attention_mask.dtype}")
     if attention_mask.device != input_ids.device:
         raise ValueError(
             f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}: move one of them"
@@ -126,7 +138,13 @@ def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Ten
         numbers = torch.as_tensor(sample_ids, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"sample_ids must be {count} whole numbers, not {sample_ids!r}") from error
-    if numbers.is_floating_point() or numbers.dtype == torch.bool or tuple(numbers.shape) != (count,):
+    check_dense("sample_ids", numbers)
+    if (
+        numbers.dtype.is_floating_point
+        or numbers.dtype.is_complex
+        or numbers.dtype == torch.bool
+        or tuple(numbers.shape) != (count,)
+    ):
         raise ValueError(f"sample_ids must be {count} whole numbers, not {numbers.dtype} {tuple(numbers.shape)}")
     numbers = numbers.long()
     low, high = int(numbers.min()), int(numbers.max())
@@ -135,37 +153,22 @@ def resolve_sample_ids(sample_ids: Any, count: int, device: torch.device) -> Ten
     return numbers
 
 
-def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
-    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
-        raise ValueError(f"top_k must be a whole number of at least 0, not {top_k!r}")
-    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
-    if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be a number from 0 to 1, not {min_p!r}")
-    return Filters(int(top_k), float(top_p), float(min_p))
-
-
 def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
-        raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale!r}")
+    scale = check_real("guidance_scale", scale, 0, MOST_GUIDANCE)
     capped = [name for name, denoiser in denoisers.items() if denoiser.head.soft_cap > 0.0]
     if scale and capped:
         raise ValueError(f"guidance_scale needs a head without a soft cap: model {capped[0]} has one")
-    return float(scale)
+    return scale
 
 
-def check_hook(name: str, hook: Any, kind: type[list[Any]]) -> Any:
-    """A callable or a list of them, as `kind` of transformers; None for an empty list."""
-    if isinstance(hook, list) and all(map(callable, hook)):
-        return kind(hook) if hook else None
-    if hook is not None and not callable(hook):
-        raise TypeError(f"{name} must be callable, as those of transformers are, not {type(hook).__name__}")
-    return hook
-
-
-def check_streamer(streamer: Any) -> Any:
+def check_streamer(streamer: Any, count: int) -> Any:
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
+    if count > 1 and hasattr(streamer, "stop_signal"):  # whoever iterates over it stops at the first text's end
+        raise ValueError(
+            f"streamer: {type(streamer).__name__} ends with the first text, and {count} samples are wanted: sample them"
+            " one by one with a streamer each, iterate over mdkern.sample_groups, or give a TextStreamer"
+        )
     return streamer
 
 
@@ -234,14 +237,15 @@ def resolve(
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
     num_samples: int | None = None,
     length: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     guidance_scale: float = 0.0,
     logits_processor: Any = None,
     decoder: Any = "ancestral",
@@ -255,11 +259,9 @@ def resolve(
     sample_ids: Sequence[int] | Tensor | None = None,
 ) -> Request:
     """Check every argument of `mdkern.sample` and fill in what is left open."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature!r}")
+    temperature = check_real("temperature", temperature, 0, MOST_FLOAT32)
     filters = check_filters(top_k, top_p, min_p)
-    logits_processor = check_hook("logits_processor", logits_processor, LogitsProcessorList)
-    stopping_criteria = check_hook("stopping_criteria", stopping_criteria, StoppingCriteriaList)
+    processors, criteria = Processors.of(logits_processor), Criteria.of(stopping_criteria)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:
         steps = check_count("steps", steps)
@@ -267,6 +269,7 @@ def resolve(
         decoder = by_name(decoder)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     first = next(iter(denoisers.values()))
+    check_token_types(token_type_ids, input_ids)
     ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
     for denoiser in denoisers.values():
         check_length("length" if input_ids is None else "input_ids' second dimension", ids.shape[1], denoiser)
@@ -283,11 +286,10 @@ def resolve(
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
     block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total, cache != "none")
-    if not isinstance(stop_at_eos, bool):
-        raise TypeError(f"stop_at_eos must be True or False, not {stop_at_eos!r}")
+    stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in denoiser.eos_ids))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
-    if (stop_at_eos or stopping_criteria is not None) and not eos_ids:
+    if (stop_at_eos or criteria is not None) and not eos_ids:
         raise ValueError(f"{stops} needs a model with eos_ids: {first.name} has none")
     steps = steps or ids.shape[1]
     return Request(
@@ -305,11 +307,11 @@ def resolve(
         attention_mask=mask,
         sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
         batch_size=batch_size,
-        temperature=float(temperature) if temperature >= LEAST_TEMPERATURE else 0.0,
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         filters=filters,
         guidance_scale=check_guidance(guidance_scale, denoisers),
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        streamer=check_streamer(streamer),
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        streamer=check_streamer(streamer, len(ids)),
         seed=resolve_seed(seed, generator),
     )

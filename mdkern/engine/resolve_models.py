@@ -16,9 +16,9 @@ from mdkern.schedule import NAME, Schedule
 
 def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
     """The denoisers by upper-case name, and the schedule over them."""
+    if schedule is None and isinstance(light, str | Schedule):
+        light, schedule = None, light
     if isinstance(heavy, Mapping):
-        if schedule is None and isinstance(light, str | Schedule):
-            light, schedule = None, light
         if light is not None:
             raise ValueError("light must not be given when the first argument is a mapping of models: put it in there")
         if not heavy or not all(isinstance(name, str) and re.fullmatch(NAME, name) for name in heavy):
@@ -30,7 +30,7 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
     else:
         if isinstance(light, str | Schedule):
             raise ValueError(
-                "light must be a model: with one model and a schedule write sample({'H': model}, schedule)"
+                f"light must be a model, not {str(light)!r}: the schedule is given already, {str(schedule)!r}"
             )
         models = {"H": heavy} | ({"L": light} if light is not None else {})
     if schedule is None:
@@ -79,9 +79,22 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
             raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
         if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():
             raise ValueError(f"model {name} has a head of {denoiser.head.weight.dtype}: a floating dtype is needed")
+        opened = open_ids(denoiser)
+        if opened:
+            what = "its mask id" if denoiser.mask_id in opened else "an id beyond its vocabulary,"
+            raise ValueError(f"model {name} could draw {what} {opened[0]}: set its head's bias to -inf there")
         broken = not_finite(denoiser)
         if broken:
             raise ValueError(f"model {name} has NaN or infinite weights in {', '.join(broken[:3])}")
+
+
+def open_ids(denoiser: Denoiser) -> list[int]:
+    """The first id that may be drawn and must not, the mask or a padded one; or none."""
+    bias = denoiser.head.bias
+    forbidden = torch.arange(len(bias), device=bias.device)
+    forbidden = (forbidden == denoiser.mask_id) | (forbidden >= denoiser.vocab_size)
+    found: list[int] = (forbidden & (bias != -torch.inf)).nonzero()[:1, 0].tolist()
+    return found
 
 
 def not_finite(denoiser: Denoiser) -> list[str]:

@@ -26,7 +26,7 @@ class Outcome:
     model: Tensor  # int64 [N, L]: by which of the request's denoisers, GIVEN where the input gave the token
     nfe: dict[str, Tensor]  # int64 [N] each
     stop_reason: Tensor  # int64 [N]
-    failure: str | None = None  # of the first sample that failed: its number, the step and why
+    failure: Exception | None = None  # of the first sample that failed
 
     @property
     def finished(self) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.decoders.base import Proposal
+from mdkern.decoders.checks import check_answers
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Graph, Workspace
-from mdkern.engine.hooks import Drafts, guided_hidden, row_statistics, stopped
+from mdkern.engine.hooks import Drafts, Texts, guided_hidden, row_statistics
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.request import Request
 from mdkern.engine.slots import Slots, observe
@@ -73,7 +74,7 @@ def run(
         bar.reset(total=int(progress.total.sum()))
     bar.unit = "token"
     timings.lap("plan")
-    failure = None
+    failure: Exception | None = None
 
     def outcome() -> Outcome:
         return Outcome(
@@ -97,10 +98,18 @@ def run(
     return outcome()
 
 
-def explain_first(request: Request, name: str, settings: Settings, state: SamplerState, progress: Progress) -> str:
-    """Why a pass of a denoiser gave no token: of the first sample that failed."""
+def explain_first(
+    request: Request, name: str, settings: Settings, state: SamplerState, progress: Progress
+) -> Exception:
+    """Why the first sample that failed has no tokens."""
     row = (progress.stop_reason == FAILED).nonzero()[:1, 0]
     masked = (state.input_ids[row] == settings.mask_id) & progress.wanted[row]
+    passes = int(progress.passes[row])
+    if settings.most_passes is not None and passes >= settings.most_passes:
+        return RuntimeError(
+            f"sample {int(request.sample_ids[row])}: after {passes} passes {type(settings.decoder).__name__} has left"
+            f" {int(masked.sum())} masks: wherever something is masked, its choose must reveal at least one position"
+        )
     step = progress.schedule_step(settings, masked.sum(-1), row) - (0 if settings.decoder.adaptive else 1)
     just_now = progress.wanted[row] & (progress.reveal_step[row] == step[:, None])
     ids = torch.where(just_now, settings.mask_id, state.input_ids[row])[0]
@@ -210,8 +219,13 @@ def whole_sequences(
         state.given[slots.sequence] if settings.guidance_scale else None,
         progress.times[slots.view.step] if denoiser.time_conditioning else None,
         None if settings.block_length is None else slots.column,
-        None if state.attention_mask is None else state.attention_mask[slots.sequence],
+        attended(state, slots),
     )
+
+
+def attended(state: SamplerState, slots: Slots) -> Tensor | None:
+    """What is no padding in the slots' sequences, bool ``[B, L]``; None: all."""
+    return None if state.attention_mask is None else state.attention_mask[slots.sequence]
 
 
 def propose(
@@ -224,8 +238,7 @@ def propose(
         settings.logits_processor,
         head,
         hidden,
-        slots.ids,
-        settings.mask_id,
+        Texts(slots.ids, attended(state, slots), slots.column, settings.mask_id),
         row,
         row_count,
         state.temperature.expand(len(row)),
@@ -265,15 +278,17 @@ def decide(
         Which entries take their proposed token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
         slots whose logits had a NaN, bool ``[B]``.
     """
-    decoder, view, active = settings.decoder, slots.view, slots.active[:, None]
+    decoder, view = settings.decoder, slots.view
     failed = (rows & (proposal.token < 0)).any(-1)
     state.failed |= failed.any()
     choice = decoder.choose(view, proposal)
     edited, remasked = decoder.edit(view, proposal), decoder.remask(view)
+    if settings.most_passes is not None:
+        check_answers(decoder, view, choice, edited, remasked)
     new = view.ids.clone()
     changed = select(
         choice.scores,
-        choice.candidates & active,
+        choice.candidates & view.masked,
         proposal.token,
         new,
         choice.rule,
@@ -284,10 +299,10 @@ def decide(
         keys=view.keys if choice.temperature > 0.0 else None,
     )
     if edited is not None:
-        changed = changed | (edited & active)
+        changed = changed | (edited & view.revealed & (proposal.token >= 0))
         new = torch.where(changed, proposal.token, new)
     if remasked is not None:
-        new = torch.where(remasked & active, settings.mask_id, new)
+        new = torch.where(remasked & view.revealed, settings.mask_id, new)
     return changed, new, failed
 
 
@@ -320,12 +335,12 @@ def stop_texts(settings: Settings, state: SamplerState, progress: Progress, slot
         final: bool ``[B]``, whether what is revealed stays as it is.
     """
     sequence, ids = slots.sequence, state.input_ids[slots.sequence]
-    wanted = progress.wanted[sequence]
+    wanted, ended, criteria = progress.wanted[sequence], torch.zeros_like(final), settings.stopping_criteria
+    if criteria is not None:
+        asked = final & slots.active
+        ended, ids = criteria.stop(ids, wanted, attended(state, slots), settings.mask_id, sequence, asked)
     end = find_end(ids, wanted, settings.mask_id, settings.eos_ids if settings.stop_at_eos else ())
-    ended = end.known & final
-    if settings.stopping_criteria is not None:
-        ended = ended | stopped(settings.stopping_criteria, ids)
-    ended = ended & slots.active
+    ended = (ended | (end.known & final)) & slots.active
     filled, tail = fill_tail(ids, wanted, end, ended, settings.eos_ids[0])
     state.input_ids[sequence] = filled
     progress.reveal_step[sequence] = torch.where(tail, slots.view.step[:, None], progress.reveal_step[sequence])
@@ -364,6 +379,10 @@ def advance(
     ids = state.input_ids[sequence]  # [B, L]
     masked = (ids == settings.mask_id) & progress.wanted[sequence]
     left = masked.sum(-1)
+    if settings.most_passes is not None:
+        stuck = (left > 0) & (progress.passes[sequence] >= settings.most_passes)
+        state.failed |= (stuck & active).any()
+        failed = failed | stuck
     finished = (over & (left == 0)) | ended | failed
     if settings.block_length is None:
         next_block, next_masked = progress.block[sequence], left

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.engine.resolve import check_count, check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
+from mdkern.engine.checks import check_count
+from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.scores import target_log_prob
 from mdkern.kernels import noise

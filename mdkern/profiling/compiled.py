@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from mdkern.engine.resolve import check_count, resolve_input, resolve_seed
+from mdkern.engine.checks import check_count
+from mdkern.engine.resolve import resolve_input, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.kernels.device import capability
 from mdkern.models import Denoiser, adapt

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.engine.resolve import check_count, resolve_input, resolve_seed
+from mdkern.engine.checks import check_count
+from mdkern.engine.resolve import resolve_input, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.schedule import Schedule
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TextIteratorStreamer
 
 import mdkern
 from mdkern import Ancestral, Denoiser, Schedule, adapt, sample
@@ -44,6 +46,10 @@ class CountingDenoiser(Denoiser):
 
     def with_head(self, weight: Tensor) -> CountingDenoiser:
         self.head = Head(weight, self.head.bias)
+        return self
+
+    def with_bias(self, bias: Tensor) -> CountingDenoiser:
+        self.head = Head(torch.zeros(len(bias), WIDTH), bias)
         return self
 
 
@@ -222,8 +228,8 @@ CASES = [
     refuse_call(
         "schedule in the place of light",
         ValueError,
-        "light must be a model: with one model and a schedule write",
-        lambda m: sample(m.heavy, "H4", **GOOD),
+        "light must be a model, not",
+        lambda m: sample(m.heavy, "H4", "H4", **GOOD),
     ),
     refuse_call(
         "light beside a mapping",
@@ -483,6 +489,57 @@ CASES = [
 ]
 
 
+NUMBERS = torch.ones(2, dtype=torch.int64)
+SECOND = torch.tensor([[0, 0, 1, 1]])
+PADDED = torch.zeros(9).index_fill(0, torch.tensor(6), -torch.inf)
+SPARSE = torch.ones(1, 4, dtype=torch.int64).to_sparse()
+ITERATED = TextIteratorStreamer(tokenizer=None)
+CASES += [
+    *(
+        refuse(f"{name}={value!r}", TypeError, f"{name} must be True or False, not", **{name: value})
+        for name in ("return_history", "cuda_graphs", "stop_at_eos", "progress")
+        for value in ("False", 0, torch.ones(2, 2))
+    ),
+    *(
+        refuse(f"{name}={value!r}", ValueError, f"{name} must be {message}", **{name: value})
+        for name, value, message in [
+            ("temperature", 1e39, "at most 3.40282e"),
+            ("temperature", 10**40, "at most 3.40282e"),
+            ("temperature", 1j, "a finite number of at least 0"),
+            ("guidance_scale", 1e308, "at most 1e"),
+            ("steps", 2**63, "at most 2147483647"),
+            ("num_samples", 2**31, "at most 2147483647"),
+            ("sample_ids", torch.tensor([1j, 2]), "2 whole numbers, not torch.complex64"),
+        ]
+    ),
+    refuse("sparse ids", TypeError, "input_ids must be a dense tensor", input_ids=SPARSE),
+    refuse("sparse mask", TypeError, "attention_mask must be a dense", input_ids=OPEN, attention_mask=SPARSE),
+    refuse("sparse numbers", TypeError, "sample_ids must be a dense tensor", sample_ids=NUMBERS.to_sparse()),
+    refuse("complex mask", TypeError, "attention_mask must be of", input_ids=OPEN, attention_mask=OPEN * 1j),
+    refuse(
+        "segments",
+        ValueError,
+        "token_type_ids must be all 0",
+        input_ids=OPEN,
+        token_type_ids=torch.tensor([[0, 0, 1, 1]]),
+    ),
+    refuse("segments without ids", ValueError, "token_type_ids must be", token_type_ids=torch.zeros(2, 6)),
+    refuse("two texts to iterate over", ValueError, "ends with the first text, and 2 samples", streamer=ITERATED),
+    refuse_call(
+        "a head that lets the mask win",
+        ValueError,
+        "model H could draw its mask id 6: set its head's bias to -inf there",
+        lambda m: sample(m.other().with_bias(torch.zeros(VOCAB)), **GOOD),
+    ),
+    refuse_call(
+        "padded ids that are open",
+        ValueError,
+        "model H could draw an id beyond its vocabulary, 8",
+        lambda m: sample(m.other(vocab_size=8).with_bias(PADDED), **GOOD),
+    ),
+]
+
+
 @pytest.mark.parametrize(("call", "error", "message"), CASES)
 def test_refused_before_the_first_forward_pass(
     models: Models, call: Callable[[Models], Any], error: type[Exception], message: str
@@ -514,6 +571,42 @@ def test_whole_numbers_of_every_kind_are_numbers(models: Models) -> None:
         out = sample(models.heavy, input_ids=OPEN.to(dtype), steps=4, seed=3)
         assert out.sequences.equal(sample(models.heavy, input_ids=OPEN, steps=4, seed=3).sequences)
         assert out.sequences.dtype == torch.int64
+
+
+def test_numbers_of_every_kind_are_numbers(models: Models) -> None:
+    plain = sample(models.heavy, **GOOD, temperature=0.5, top_k=3, top_p=0.75, min_p=0.25, guidance_scale=0.5)
+    numpy = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float16(0.75), "min_p": np.float64(0.25)}
+    ours = sample(models.heavy, **GOOD, **numpy, guidance_scale=Fraction(1, 2), return_history=np.bool_(False))
+    assert ours.sequences.equal(plain.sequences)
+
+
+def test_none_is_no_filter(models: Models) -> None:
+    plain = sample(models.heavy, **GOOD, top_k=0, top_p=1.0, min_p=0.0)
+    assert plain.sequences.equal(sample(models.heavy, **GOOD, top_k=None, top_p=None, min_p=None).sequences)
+
+
+def test_the_schedule_may_be_the_second_argument(models: Models) -> None:
+    by_name = sample(models.heavy, schedule="H4", **GOOD).sequences
+    assert sample(models.heavy, "H4", **GOOD).sequences.equal(by_name)
+    assert sample(models.heavy, Schedule("H4"), **GOOD).sequences.equal(by_name)
+
+
+def test_what_a_tokenizer_returns_can_be_given(models: Models) -> None:
+    plain = sample(models.heavy, input_ids=OPEN, **WITH_PROMPT).sequences
+    for dtype in (torch.int64, torch.int32, torch.bool):
+        for mask in (torch.ones_like(OPEN), torch.tensor([[1, 1, 0, 0]])):
+            batch = {"input_ids": OPEN, "attention_mask": mask.to(dtype), "token_type_ids": torch.zeros_like(OPEN)}
+            assert sample(models.heavy, **batch, **WITH_PROMPT).sequences[:, 1].equal(plain[:, 1])
+
+
+def test_one_text_can_be_iterated_over(models: Models) -> None:
+    class Spelling:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join(chr(97 + int(item)) for item in ids)
+
+    streamer = TextIteratorStreamer(Spelling(), skip_prompt=True)
+    out = sample(models.heavy, **(GOOD | {"num_samples": 1}), streamer=streamer)
+    assert "".join(streamer) == Spelling().decode(out.sequences[0])
 
 
 def test_the_callers_tensors_are_left_as_they_are(models: Models) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 import mdkern
 from mdkern import decoders
 from mdkern.engine import hooks
+from mdkern.engine.processors import Processors
 from mdkern.kernels import vocab_projection
 from tests.conftest import random_dit
 from tests.references.slow_sampler import PairModel
@@ -109,7 +110,8 @@ class TestProcessor:
         """In chunks of a few rows, too."""
         monkeypatch.setattr(hooks, "CHUNK_ELEMENTS", 3 * 16)
         hidden, ids = torch.randn(4, 6, 8), torch.randint(16, (4, 9))
-        head = mdkern.models.denoiser.Head(torch.randn(16, 8), torch.zeros(16))
+        bias = torch.zeros(16).index_fill(0, torch.tensor(15), -torch.inf)
+        head = mdkern.models.denoiser.Head(torch.randn(16, 8), bias)
         row, count = torch.tensor([1, 5, 7, 12, 23, 0, 0]), torch.tensor(5)
         keys = torch.arange(21).view(7, 3)
 
@@ -117,9 +119,11 @@ class TestProcessor:
             return logits + 5.0 * torch.nn.functional.one_hot(input_ids[:, 0], 16)
 
         found = hooks.row_statistics(
-            toward, head, hidden, ids, 15, row, count, torch.ones(7), torch.tensor(3), keys, want_entropy=True
-        )
+            Processors.of(toward), head, hidden, hooks.Texts(ids, None, None, 15), row, count, torch.ones(7),
+            torch.tensor(3), keys, want_entropy=True,
+        )  # fmt: skip
         logits = toward(ids[row // 6], head.logits(hidden.flatten(0, 1)[row]))
+        logits[:, 15] = -torch.inf  # the mask
         wanted = vocab_projection(
             logits, None, None, torch.arange(7), 1.0, torch.tensor(3), keys, row_count=count, want_entropy=True
         )
