@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mdkern.engine import graphs
     from mdkern.evaluation.likelihood import Likelihood, likelihood
     from mdkern.models import Denoiser, DiT, DiTConfig, adapt
+    from mdkern.models.hf.compat import load_pretrained
     from mdkern.output import History, SampleOutput
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
@@ -28,6 +29,7 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.evaluation.likelihood": ("Likelihood", "likelihood"),
     "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
     "mdkern.output": ("History", "SampleOutput"),
+    "mdkern.models.hf.compat": ("load_pretrained",),
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
     "mdkern.sampling": ("sample", "sample_groups"),
@@ -48,6 +50,7 @@ __all__ = [
     "graphs",
     "likelihood",
     "load_pair",
+    "load_pretrained",
     "sample",
     "sample_distributed",
     "sample_groups",

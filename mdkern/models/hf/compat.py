@@ -110,7 +110,7 @@ def old_model_code() -> Iterator[None]:
             rotary["default"] = default_frequencies
             changes.callback(rotary.pop, "default")
             replacements = Loading(PreTrainedModel).replacements()
-            for kind, methods in ((PreTrainedModel, replacements), (GenerationConfig, {"update": lenient_update()})):
+            for kind, methods in ((PreTrainedModel, replacements), (GenerationConfig, lenient_configs())):
                 for name, method in methods.items():
                     changes.callback(setattr, kind, name, inspect.getattr_static(kind, name))
                     setattr(kind, name, method)
@@ -232,17 +232,19 @@ class Loading:
         return from_pretrained
 
 
-def lenient_update() -> Callable[..., Any]:
-    """`GenerationConfig.update`, for classes whose `validate` knows fewer parameters than it is given."""
+def lenient_configs() -> dict[str, Callable[..., Any]]:
+    """What of `GenerationConfig` calls `validate`, for classes whose `validate` knows fewer parameters."""
     from transformers import GenerationConfig
 
-    original = GenerationConfig.update
+    def lenient(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def called(config: Any, *args: Any, **kwargs: Any) -> Any:
+            ignore_unknown_arguments(type(config), "validate")
+            return original(config, *args, **kwargs)
 
-    def update(config: Any, **kwargs: Any) -> Any:
-        ignore_unknown_arguments(type(config), "validate")
-        return original(config, **kwargs)
+        return called
 
-    return update
+    return {name: lenient(getattr(GenerationConfig, name)) for name in ("__init__", "update")}
 
 
 def ignore_unknown_arguments(kind: type, name: str) -> None:
