@@ -1,4 +1,5 @@
 # make demo: text from the shipped pair.  make check: lint, types and the quick tests.  make test: all tests.
+# make test-transformers-4: the adapters' tests under the oldest transformers.
 # make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
 # make dist REPOSITORY=https://...: what is uploaded.  Each makes its environment first.
 PYTHON ?= python3
@@ -17,6 +18,20 @@ check: .venv/installed lint
 
 test: .venv/installed lint
 	$(PYTEST)
+
+# The adapters' tests under the oldest transformers that is supported. Everything else is that of .venv.
+OLD := .venv-transformers-4
+test-transformers-4: $(OLD)/installed
+	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -q -p no:cacheprovider -k "not slow_loop" \
+	  tests/models/test_adapters.py tests/models/test_split.py tests/models/test_split_cached.py tests/models/test_compat.py
+
+$(OLD)/installed: .venv/installed
+	rm -rf $(OLD) && $(BIN)/python -m venv $(OLD)
+	$(OLD)/bin/pip install --quiet --no-deps transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+	  requests==2.34.2 urllib3==2.8.0 charset_normalizer==3.5.3 certifi==2026.10.19.post1
+	echo "import sysconfig; print(sysconfig.get_path('purelib'))" > $(OLD)/where.py
+	$(BIN)/python $(OLD)/where.py > "$$($(OLD)/bin/python $(OLD)/where.py)/rest.pth"
+	touch $@
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s
@@ -47,6 +62,6 @@ csrc:
 	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/engine/loop_condition.ptx
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv $(OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test bench bench-results lint dist csrc clean
+.PHONY: demo check test test-transformers-4 bench bench-results lint dist csrc clean
