@@ -97,20 +97,20 @@ def whole(model: Any, reason: str, vocab_size: int, longest: int, device: torch.
     """Of a model that runs by its logits: what it sees and, of a module, how it is told of padding."""
     described: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "device": device, "name": "the probe"}
     anatomy = Anatomy(reason, padding=Padding() if isinstance(model, nn.Module) else None)
-    try:
-        trial = Trial(model, vocab_size, longest, device)
-        anatomy = replace(anatomy, direction=trial.direction(LogitsDenoiser(model, **described)))
-        if isinstance(model, nn.Module):
-            ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
-            anatomy = replace(
-                anatomy,
-                padding=trial.padding(ways, model, lambda padding: LogitsDenoiser(model, padding=padding, **described)),
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # it may need more than ids; what is wrong with it then is said when it is sampled from
-        logger.debug("%s could not be tried: %s", type(model).__name__, first_line(error))
-    return anatomy
+    for most in dict.fromkeys((longest, min(longest, LENGTH))):  # where nothing tells how long a text may be
+        trial = Trial(model, vocab_size, most, device)
+        try:
+            anatomy = replace(anatomy, direction=trial.direction(LogitsDenoiser(model, **described)))
+            break
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it may need more than ids; what is wrong with it is said when it is sampled from
+            logger.debug("%s could not be tried: %s", type(model).__name__, first_line(error))
+    if not isinstance(model, nn.Module):
+        return anatomy
+    ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
+    padding = trial.padding(ways, model, lambda padding: LogitsDenoiser(model, padding=padding, **described))
+    return replace(anatomy, padding=padding)
 
 
 def logits_of(output: Any) -> Any:
@@ -161,7 +161,7 @@ class Trial:
             return ""
         if not left:
             return "looks to the left only"
-        return f"does not look beyond blocks of some {left + 1} positions"
+        return "does not look beyond the block that a position is in"
 
     def padding(self, ways: list[str], model: Any, denoiser: Callable[[Padding], Denoiser]) -> Padding:
         """How it can be told of padding: the first of `ways` with which text is what it is alone."""
