@@ -1,0 +1,146 @@
+"""``mdkern evaluate``: how likely held-out text is, and what the samples are like."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdkern.cli.common import add_models, load_causal, load_models, one_line, positive
+from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mdkern.schedule import Schedule
+
+
+def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure likelihood and samples",
+        description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of fixed sizes), "
+        "and samples: generative perplexity under a judge, entropies, distinct n-grams, self-BLEU.",
+        epilog="example: mdkern evaluate --data held-out.txt --texts 32 --masks 16 --num-samples 16",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_evaluate)
+    add_models(parser)
+    parser.add_argument("--schedule", metavar="TEXT", help="such as 'L32 H192 L32' (default: the first model alone)")
+    text = parser.add_argument_group("held-out text")
+    text.add_argument("--data", metavar="FILE", type=Path, help=".txt or .txt.xz; without it no likelihood")
+    text.add_argument("--texts", metavar="N", type=positive, default=128, help="windows of it (default: 128)")
+    text.add_argument("--masks", metavar="N", type=positive, default=32, help="for each window (default: 32)")
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--num-samples", metavar="N", type=int, default=64, help="(default: 64; 0: none)")
+    samples.add_argument("--steps", metavar="T", type=positive, help="(default: the schedule's, or one a token)")
+    samples.add_argument("--judge", metavar="PATH", help="a causal language model of transformers, for the perplexity")
+    samples.add_argument(
+        "--judge-tokenizer", metavar="PATH", help="the judge's own tokenizer, if it has another one than the models"
+    )
+    samples.add_argument("--batch-size", metavar="B", type=positive, default=32, help="(default: 32)")
+    samples.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    add_decoding(parser)
+    parser.add_argument("--length", metavar="L", type=positive, help="tokens of windows and samples")
+    parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Measure what was asked for and print it, each figure with its 95 % confidence interval."""
+    from mdkern.schedule import Schedule
+
+    if arguments.num_samples < 0:
+        raise ValueError(f"--num-samples must be at least 0, not {arguments.num_samples}")
+    if arguments.data is None and not arguments.num_samples:
+        raise ValueError("nothing to measure: give --data, or --num-samples of at least 1")
+    if arguments.judge_tokenizer is not None and arguments.judge is None:
+        raise ValueError("--judge-tokenizer goes with --judge")
+    decoder = parse_decoder(arguments.decoder)
+    models, tokenizer = load_models(arguments)
+    schedule = Schedule.constant(next(iter(models))) if arguments.schedule is None else Schedule(arguments.schedule)
+    length = arguments.length or min(models[name].config.max_length for name in schedule.models if name in models)
+    found: dict[str, Any] = {"schedule": str(schedule), "length": length}
+    if arguments.data is not None:
+        found |= held_out(arguments, models, schedule, tokenizer, length)
+    if arguments.num_samples:
+        options = sample_options(arguments) | {"decoder": decoder(tokenizer, next(iter(models.values())).config.vocab_size)}
+        found |= of_samples(arguments, models, schedule, tokenizer, length, options)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for name, value in found.items():
+            print(f"{name}: {shown(value)}")
+
+
+def held_out(
+    arguments: argparse.Namespace, models: dict[str, Any], schedule: Schedule, tokenizer: Any, length: int
+) -> dict[str, Any]:
+    """The bound on the negative log-likelihood of windows of held-out text."""
+    from mdkern.evaluation.corpus import windows
+    from mdkern.evaluation.intervals import estimate
+    from mdkern.evaluation.likelihood import likelihood
+
+    device = next(iter(models.values())).embedding.device
+    ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
+    found = likelihood(
+        models, schedule, input_ids=ids, samples=arguments.masks, batch_size=arguments.batch_size, seed=arguments.seed
+    )
+    return {
+        "held-out text, windows": len(ids),
+        "bound, nats a token": estimate(found.nats / found.tokens).as_dict(),
+        "perplexity bound": found.perplexity_bound(),
+    }
+
+
+def of_samples(
+    arguments: argparse.Namespace,
+    models: dict[str, Any],
+    schedule: Schedule,
+    tokenizer: Any,
+    length: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Statistics of samples."""
+    from mdkern.evaluation.intervals import estimate
+    from mdkern.evaluation.text import distinct, judge, judge_texts, self_bleu, token_entropy, unigram_entropy
+    from mdkern.sampling import sample
+
+    causal, causal_tokenizer = load_causal(arguments, next(iter(models.values())))
+    out = sample(
+        models,
+        schedule,
+        num_samples=arguments.num_samples,
+        length=length,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        **options,
+    )
+    ids: Tensor = out.sequences.cpu()  # type: ignore[union-attr]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    found: dict[str, Any] = {"samples": len(ids)}
+    if causal is not None:
+        scored = judge(causal, ids) if causal_tokenizer is None else judge_texts(causal, causal_tokenizer, texts)
+        found["judge, nats a token"] = estimate(scored.nats_per_token()).as_dict()
+        found["generative perplexity"] = scored.perplexity()
+    found["token entropy, nats"] = estimate(token_entropy(ids)).as_dict()
+    found["unigram entropy, nats"] = unigram_entropy(ids)
+    found |= {f"distinct-{n}": distinct(ids, n) for n in (1, 2, 3) if n <= length}
+    if len(texts) > 1:
+        try:
+            found["self-BLEU"] = self_bleu(texts)
+        except ImportError as error:
+            found["self-BLEU"] = f"not measured: {one_line(error)}"
+    passes = {name: float(count.double().mean()) for name, count in (out.nfe or {}).items()}
+    return found | {"passes a sample": passes}
+
+
+def shown(value: Any) -> str:
+    """A figure as a person reads it."""
+    if isinstance(value, dict) and "interval_95" in value:
+        low, high = value["interval_95"]
+        return f"{value['mean']:.4f} (95 % of {low:.4f} to {high:.4f}, n = {value['count']})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(entry)}" for name, entry in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,107 @@
+"""``mdkern importance``: at which times the light model is far from the heavy one."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdkern.cli.common import add_models, check_plot, check_target, load_model, load_models, positive
+
+if TYPE_CHECKING:
+    from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
+
+
+def add_importance(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
+        "importance",
+        help="show at which times the heavy model is needed",
+        description="Compare a heavy and a light model over the diffusion time on held-out text: the difference of their "
+        "losses, KL(heavy || light) and, along the heavy model's own samples, the KL of what each step reveals "
+        "(Sedykh et al., 2604.02340, equations 6 and 7).",
+        epilog="example: mdkern importance --data held-out.txt --texts 100 --times 10 --plot importance.png",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_importance)
+    add_models(parser)
+    parser.add_argument("--baseline", metavar="PATH", help="a second heavy model, whose KL is subtracted (eq. 7)")
+    text = parser.add_argument_group("text")
+    text.add_argument("--data", metavar="FILE", type=Path, required=True, help="held-out text, .txt or .txt.xz")
+    text.add_argument("--texts", metavar="N", type=positive, default=500, help="windows of it (default: 500)")
+    text.add_argument("--length", metavar="L", type=positive, help="tokens of a window (default: the models' longest)")
+    text.add_argument("--times", metavar="N", type=positive, default=20, help="diffusion times (default: 20)")
+    text.add_argument("--path-samples", metavar="N", type=int, default=16, help="samples for the path KL; 0: none")
+    text.add_argument("--segments", metavar="N", type=positive, default=10, help="of the path (default: 10)")
+    text.add_argument("--batch-size", metavar="B", type=positive, default=32, help="texts in a pass (default: 32)")
+    text.add_argument("--seed", type=int, default=0, help="of the masks and samples (default: 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FILE", type=Path, help="the table as CSV (default: standard output)")
+    output.add_argument("--plot", metavar="FILE", type=Path, help="also draw it: .png, .svg or .pdf")
+
+
+def run_importance(arguments: argparse.Namespace) -> None:
+    """Measure, write the table, draw the plot."""
+    check_plot("--plot", arguments.plot)
+    if arguments.output is not None:
+        check_target("--output", arguments.output)
+    if arguments.path_samples < 0:
+        raise ValueError(f"--path-samples must be at least 0, not {arguments.path_samples}")
+
+    from mdkern.evaluation.corpus import windows
+    from mdkern.evaluation.importance import importance, path_importance
+    from mdkern.files import write_whole
+
+    models, tokenizer = load_models(arguments)
+    if set(models) != {"H", "L"}:
+        raise ValueError(f"importance compares two models, --heavy and --light, not {', '.join(models)}")
+    heavy, light = models["H"], models["L"]
+    device, dtype = heavy.embedding.device, heavy.embedding.dtype
+    baseline = None if arguments.baseline is None else load_model("B", arguments.baseline, dtype, device)
+    length = arguments.length or min(heavy.config.max_length, light.config.max_length)
+    ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
+    common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    found = importance(heavy, light, input_ids=ids, baseline=baseline, times=arguments.times, **common)
+    path = []
+    if arguments.path_samples:
+        samples = {"num_samples": arguments.path_samples, "length": length, "segments": arguments.segments}
+        path = path_importance(heavy, light, **samples, **common)
+    text = table(found, path)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        write_whole(arguments.output, text)
+        print(f"mdkern: wrote {arguments.output}: {len(ids)} windows of {length} tokens", file=sys.stderr)
+    if arguments.plot is not None:
+        from mdkern.evaluation.plots import plot_importance
+
+        plot_importance(found, path, arguments.plot, f"{len(ids)} windows of {length} tokens of {arguments.data.name}")
+
+
+def table(found: list[ImportanceAt], path: list[PathImportanceAt]) -> str:
+    """CSV: a row for each time and for each segment of the path, standard errors beside the means."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["measure", "t or steps", "mean", "standard error", "count"])
+    for at in found:
+        rows = {
+            "heavy loss": at.heavy_loss,
+            "light loss": at.light_loss,
+            "loss difference": at.loss_difference,
+            "KL": at.kl,
+            "baseline KL": at.baseline_kl,
+        }
+        for name, value in rows.items():
+            if value is not None:
+                writer.writerow([name, f"{at.t:.4f}", *numbers(value)])
+    for part in path:
+        steps = f"{part.first}-{part.stop}"
+        writer.writerow(["path KL of what is revealed", steps, *numbers(part.revealed_kl)])
+        writer.writerow(["path KL of what is masked", steps, *numbers(part.masked_kl)])
+    return out.getvalue()
+
+
+def numbers(value: Any) -> list[str]:
+    return [f"{value.mean:.6f}", f"{value.standard_error:.6f}", str(value.count)]

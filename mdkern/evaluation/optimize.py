@@ -1,0 +1,150 @@
+"""A schedule fitted to the models: which steps each should run, for a budget, from measured importance, without a search.
+
+The harm of a model in a segment of the steps is measured in one of four ways, and `best_schedule` finds the assignment
+that harms least within the budget.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdkern.engine.resolve import check_count
+from mdkern.engine.resolve_models import resolve_models
+from mdkern.evaluation.assignment import best_schedule
+from mdkern.evaluation.importance import importance, path_importance
+from mdkern.evaluation.search import Found, influence
+from mdkern.models import Denoiser
+from mdkern.schedule import Schedule
+
+MEASURES = "path_kl", "kl", "loss", "influence"
+COST_PASSES = 5  # timed, after two that warm up
+
+
+def optimize_schedule(
+    heavy: Any,
+    light: Any = None,
+    *,
+    budget: float,
+    by: str = "path_kl",
+    segments: int = 20,
+    cost: str | Mapping[str, float] = "flops",
+    input_ids: Tensor | None = None,
+    found: Sequence[Found] | None = None,
+    length: int | None = None,
+    num_samples: int = 64,
+    steps: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Schedule:
+    """The schedule of equal segments that harms least at a share `budget` of the heavy model's cost.
+
+    Args:
+        heavy, light: as for `mdkern.sample`. In a mapping the first model is the heavy one, which the others are
+            compared with.
+        budget: in (0, 1]: what may be spent, as a share of running the dearest model at every step.
+        by: how harm is measured. ``"path_kl"``: KL(heavy || model) of what each segment reveals along the heavy
+            model's samples (`path_importance`). ``"kl"``, ``"loss"``: KL or absolute loss difference on held-out text
+            at the segments' times (`importance`). ``"influence"``: what a search has found (`influence`), whose
+            number of segments is taken.
+        segments: equal parts of the steps.
+        cost: of a step by model: ``"flops"`` as the models count them, ``"time"`` measured here for a batch, or numbers
+            by name.
+        input_ids: int64 ``[N, L]``, held-out text, for ``"kl"`` and ``"loss"``.
+        found: schedules and scores of a search, for ``"influence"``.
+        length, num_samples, steps: of the samples of ``"path_kl"``, and `length` of the passes whose cost is taken.
+        batch_size: texts in a forward pass.
+
+    Raises:
+        ValueError: an unknown measure, one that lacks its input or is given another's, models that do not tell their
+            FLOPs, and what `best_schedule` refuses.
+    """
+    given = heavy if isinstance(heavy, Mapping) else {"H": heavy, "L": light}
+    denoisers, _ = resolve_models(given, None, Schedule.from_segments(list(given)))
+    check_inputs(by, input_ids, found)
+    segments, batch_size = check_count("segments", segments), check_count("batch_size", batch_size)
+    names = list(denoisers)
+    if by == "influence":
+        assert found is not None
+        harm = harm_by_influence(names, found)
+    else:
+        harm = {names[0]: [0.0] * segments}
+        for name in names[1:]:
+            pair = denoisers[names[0]], denoisers[name]
+            common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+            if by == "path_kl":
+                shape = {"num_samples": num_samples, "length": length, "steps": steps, "segments": segments}
+                harm[name] = [part.revealed_kl.mean for part in path_importance(*pair, **shape, **common)]
+                continue
+            assert input_ids is not None
+            times = [1.0 - (segment + 0.5) / segments for segment in range(segments)]
+            measured = importance(*pair, input_ids=input_ids, times=times, **common)
+            harm[name] = [at.kl.mean if by == "kl" else at.loss_difference.mean for at in measured]
+    if length is None:
+        length = input_ids.shape[1] if input_ids is not None else denoisers[names[0]].max_length
+    return best_schedule(harm, costs(cost, denoisers, length, batch_size), budget)
+
+
+def check_inputs(by: str, input_ids: Tensor | None, found: Sequence[Found] | None) -> None:
+    """Each measure with what it needs, and nothing that it would ignore."""
+    if by not in MEASURES:
+        raise ValueError(f"by must be one of {', '.join(map(repr, MEASURES))}, not {by!r}")
+    needs = {"input_ids": by in ("kl", "loss"), "found": by == "influence"}
+    for name, value in (("input_ids", input_ids), ("found", found)):
+        if needs[name] and value is None:
+            raise ValueError(f"by={by!r} needs {name}")
+        if not needs[name] and value is not None:
+            raise ValueError(f"by={by!r} does not read {name}: leave it out")
+
+
+def harm_by_influence(names: Sequence[str], found: Sequence[Found]) -> dict[str, list[float]]:
+    """Influence by segment, of the models less the first one's."""
+    values = influence(found)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"found has no schedule with model {missing[0]}")
+    whole = {name: [value.mean for value in values[name]] for name in names}
+    return {name: [a - b for a, b in zip(whole[name], whole[names[0]])] for name in names}
+
+
+def costs(
+    cost: str | Mapping[str, float], denoisers: Mapping[str, Denoiser], length: int | None, batch_size: int
+) -> dict[str, float]:
+    """Of a step by model."""
+    if isinstance(cost, Mapping):
+        return {name.upper(): float(value) for name, value in cost.items()}
+    if cost not in ("flops", "time"):
+        raise ValueError(f"cost must be 'flops', 'time' or numbers by model, not {cost!r}")
+    if length is None:
+        raise ValueError(f"cost={cost!r} needs a length: the models have no longest one")
+    if cost == "time":
+        return {name: seconds_of_pass(denoiser, length, batch_size) for name, denoiser in denoisers.items()}
+    counted = {name: denoiser.flops(length, 1) for name, denoiser in denoisers.items()}
+    unknown = [name for name, flops in counted.items() if flops is None]
+    if unknown:
+        raise ValueError(f"model {unknown[0]} does not tell its FLOPs: give cost='time', or numbers by model")
+    return {name: float(flops) for name, flops in counted.items() if flops is not None}
+
+
+def seconds_of_pass(denoiser: Denoiser, length: int, batch_size: int) -> float:
+    """Median seconds of a forward pass of fully masked texts."""
+    ids = torch.full((batch_size, length), denoiser.mask_id, device=denoiser.device)
+    t = torch.ones(batch_size, device=denoiser.device) if denoiser.time_conditioning else None
+    rows = torch.zeros((batch_size, 1), dtype=torch.int64, device=denoiser.device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(COST_PASSES + 2):
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            began = time.perf_counter()
+            denoiser.hidden(ids, t, rows)
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])

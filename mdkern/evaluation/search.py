@@ -1,0 +1,179 @@
+"""The exhaustive search over schedules (Sedykh et al., 2604.02340, section 4.3): every way to put the light model into k
+of n equal segments, on the same seeds, and what each segment contributes.
+
+Schedules that begin alike share what they have in common (`mdkern.engine.branches`), results are written as they come,
+and a search that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdkern.digest import digest
+from mdkern.files import write_whole
+from mdkern.evaluation.intervals import Estimate, estimate, paired
+
+Models = tuple[str, ...]  # of each segment
+
+
+@dataclass(frozen=True)
+class Found:
+    """One schedule's score."""
+
+    models: Models
+    scores: Tensor  # float64 [N], of each sample; lower is better
+
+    @property
+    def name(self) -> str:
+        """The models of the segments, as `Schedule.from_segments` takes them where names are single letters."""
+        return "".join(self.models) if all(len(model) == 1 for model in self.models) else " ".join(self.models)
+
+
+def all_schedules(segments: int, light: int, names: Sequence[str] = ("H", "L")) -> list[Models]:
+    """Every assignment of models to segments with `light` segments that are not of the first model, in order.
+
+    With two models these are ``segments choose light``.
+
+    Raises:
+        ValueError: more light segments than there are, or fewer than two models.
+    """
+    if not 0 <= light <= segments or segments < 1:
+        raise ValueError(f"light must be from 0 to the {segments} segments, not {light}")
+    if len(names) < 2:
+        raise ValueError(f"a search needs at least two models, not {len(names)}")
+    return [
+        models
+        for models in itertools.product(names, repeat=segments)
+        if sum(model != names[0] for model in models) == light
+    ]
+
+
+def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
+    """Eq. 8, by model and segment: the mean score of the schedules with that model there, less the mean of all.
+
+    Its standard error is over samples, which all schedules have in common.
+
+    Raises:
+        ValueError: results of other samples or segments.
+    """
+    if not found or len({(len(entry.models), len(entry.scores)) for entry in found}) > 1:
+        raise ValueError("influence compares schedules of the same segments on the same samples, at least one")
+    scores = torch.stack([entry.scores for entry in found]).double()  # [schedules, N]
+    out: dict[str, list[Estimate]] = {}
+    for name in sorted({model for entry in found for model in entry.models}):
+        out[name] = []
+        for segment in range(len(found[0].models)):
+            there = torch.tensor([entry.models[segment] == name for entry in found])
+            if bool(there.any()):
+                out[name].append(paired(scores[there].mean(0), scores.mean(0)))
+            else:
+                out[name].append(Estimate(float("nan"), float("nan"), 0))
+    return out
+
+
+def frequencies(found: Sequence[Found], name: str, share: float = 0.1) -> tuple[list[float], list[float]]:
+    """How often segments have a model among the best and the worst schedules, a `share` of all each."""
+    ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
+    count = max(1, round(share * len(ranked)))
+
+    def of(part: Sequence[Found]) -> list[float]:
+        return [sum(entry.models[s] == name for entry in part) / len(part) for s in range(len(part[0].models))]
+
+    return of(ranked[:count]), of(ranked[-count:])
+
+
+class Results:
+    """A search's file: a first line that says what is searched, then a line for each schedule, written as it comes."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        """Open a file, or go on with one of the same setting.
+
+        Raises:
+            ValueError: the file is of another search, or no search's.
+        """
+        self.path, self.found = path, dict[Models, Found]()
+        self.setting = setting | {"digest": digest(setting)}
+        if path.exists() and path.stat().st_size:
+            self.read()
+        else:
+            self.append(self.setting)
+
+    def read(self) -> None:
+        lines = self.path.read_text().splitlines()
+        entries = []
+        for number, line in enumerate(lines):
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number + 1 < len(lines) or number == 0:  # else the last line, cut off when a process was killed
+                    raise ValueError(f"{self.path}, line {number + 1}: not a search's results ({error})") from error
+        header = entries[0] if isinstance(entries[0], dict) else {}
+        if header.get("digest") != self.setting["digest"]:
+            differing = [key for key, value in self.setting.items() if key != "digest" and header.get(key) != value]
+            raise ValueError(
+                f"{self.path} is of another search (it differs in {', '.join(differing)}): choose another file"
+            )
+        if len(entries) < len(lines):
+            write_whole(self.path, "".join(f"{line}\n" for line in lines[: len(entries)]))
+        for entry in entries[1:]:
+            models = tuple(entry["models"])
+            self.found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
+
+    def add(self, models: Models, scores: Tensor, **more: Any) -> None:
+        rounded = [round(value, 6) for value in scores.tolist()]
+        self.append({"models": list(models), "mean": round(float(scores.mean()), 6), "scores": rounded} | more)
+        self.found[models] = Found(models, torch.tensor(rounded, dtype=torch.float64))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def ranked(self) -> list[Found]:
+        """The best first."""
+        return sorted(self.found.values(), key=lambda entry: float(entry.scores.mean()))
+
+
+def search(
+    run: Callable[[list[Models]], Iterator[tuple[Models, Tensor]]],
+    score: Callable[[Tensor], Tensor],
+    schedules: Sequence[Models],
+    results: Results,
+    progress: bool | None = None,
+) -> list[Found]:
+    """Run and score the schedules that `results` does not have yet, and rank all.
+
+    Args:
+        run: yields each schedule with its samples int64 ``[N, L]``, as `mdkern.engine.branches.run_schedules` does.
+        score: of samples, float ``[N]``; lower is better.
+    """
+    left = [models for models in schedules if models not in results.found]
+    with tqdm(total=len(schedules), initial=len(schedules) - len(left), unit="schedule",
+              disable=None if progress is None else not progress) as bar:  # fmt: skip
+        for models, sequences in run(left):
+            scores = score(sequences)
+            if not bool(scores.isfinite().all()):
+                raise FloatingPointError(f"schedule {''.join(models)}: a score is not finite")
+            results.add(models, scores)
+            bar.update()
+            bar.set_postfix(best="".join(results.ranked()[0].models))
+    return results.ranked()
+
+
+def best_and_mean(found: Sequence[Found]) -> tuple[Found, Estimate]:
+    """The best schedule, and by how much it is better than the mean of all, sample by sample."""
+    ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
+    everything = torch.stack([entry.scores for entry in found]).mean(0)
+    return ranked[0], paired(ranked[0].scores, everything)
+
+
+def mean_score(found: Found) -> Estimate:
+    return estimate(found.scores)
