@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import sys
@@ -96,6 +97,33 @@ def discard_stdout() -> None:
     """Send what is still to be written to standard output nowhere, so that leaving Python does not fail on it."""
     with suppress(OSError, ValueError):  # a stand-in for standard output may have no number
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_plot(option: str, path: Path | None) -> None:
+    """Refuse, before any work, a plot that could not be drawn."""
+    if path is None:
+        return
+    check_target(option, path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{option} {path} must end in .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{option} needs matplotlib, which is not installed: pip install 'mdkern[plots]'")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models", "Without any of these, the small pair that ships with mdkern.")
+    group.add_argument("--heavy", metavar="PATH", help="checkpoint that the schedule calls H (ours or MDLM's layout)")
+    group.add_argument("--light", metavar="PATH", help="checkpoint that the schedule calls L")
+    group.add_argument(
+        "--model", metavar="NAME=PATH", action="append", default=[], type=named_path, help="one more; repeatable"
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="their tokenizer: a folder or a tokenizer.json")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: bfloat16 on a GPU, else float32)",
+    )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -192,3 +220,24 @@ def check_tokenizer(tokenizer: Any, name: str, model: DiT) -> None:
             f"--tokenizer has mask id {tokenizer.mask_token_id}, model {name} has {model.config.mask_id}: "
             "it belongs to another model"
         )
+
+
+def load_judge(path: str, tokenizer: str | None, model: DiT) -> tuple[Any, Any]:
+    """A causal language model of transformers on a model's device, and its tokenizer if it has one of its own."""
+    from transformers import AutoModelForCausalLM
+
+    if not Path(path).is_dir():
+        raise ValueError(f"--judge {path} is not a folder with a causal language model of transformers")
+    try:
+        judge: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # as above
+        raise ValueError(f"--judge {path} cannot be loaded: {one_line(error)}") from error
+    judge = judge.to(model.embedding.device).eval()
+    if tokenizer is not None:
+        return judge, load_tokenizer(tokenizer)
+    if judge.config.vocab_size < model.config.vocab_size - 1:  # it may do without the mask
+        raise ValueError(
+            f"--judge has {judge.config.vocab_size} ids, the model {model.config.vocab_size}: "
+            "give --judge-tokenizer, with which it reads the texts"
+        )
+    return judge, None

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_models, load_causal, load_models, one_line, positive
+from mdkern.cli.common import add_models, load_judge, load_models, one_line, positive
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure likelihood and samples",
-        description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of fixed sizes), "
-        "and samples: generative perplexity under a judge, entropies, distinct n-grams, self-BLEU.",
+        description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of fixed "
+        "sizes), and samples: generative perplexity under a judge, entropies, distinct n-grams, self-BLEU.",
         epilog="example: mdkern evaluate --data held-out.txt --texts 32 --masks 16 --num-samples 16",
         allow_abbrev=False,
     )
@@ -64,7 +64,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         found |= held_out(arguments, models, schedule, tokenizer, length)
     if arguments.num_samples:
-        options = sample_options(arguments) | {"decoder": decoder(tokenizer, next(iter(models.values())).config.vocab_size)}
+        vocab_size = next(iter(models.values())).config.vocab_size
+        options = sample_options(arguments) | {"decoder": decoder(tokenizer, vocab_size)}
         found |= of_samples(arguments, models, schedule, tokenizer, length, options)
     if arguments.json:
         print(json.dumps(found, indent=1))
@@ -106,7 +107,9 @@ def of_samples(
     from mdkern.evaluation.text import distinct, judge, judge_texts, self_bleu, token_entropy, unigram_entropy
     from mdkern.sampling import sample
 
-    causal, causal_tokenizer = load_causal(arguments, next(iter(models.values())))
+    causal = causal_tokenizer = None
+    if arguments.judge is not None:
+        causal, causal_tokenizer = load_judge(arguments.judge, arguments.judge_tokenizer, next(iter(models.values())))
     out = sample(
         models,
         schedule,

@@ -19,8 +19,8 @@ def add_importance(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "importance",
         help="show at which times the heavy model is needed",
-        description="Compare a heavy and a light model over the diffusion time on held-out text: the difference of their "
-        "losses, KL(heavy || light) and, along the heavy model's own samples, the KL of what each step reveals "
+        description="Compare a heavy and a light model over the diffusion time on held-out text: the difference of "
+        "their losses, KL(heavy || light) and, along the heavy model's own samples, the KL of what each step reveals "
         "(Sedykh et al., 2604.02340, equations 6 and 7).",
         epilog="example: mdkern importance --data held-out.txt --texts 100 --times 10 --plot importance.png",
         allow_abbrev=False,

@@ -1,4 +1,6 @@
-"""The command line: ``mdkern sample``, ``mdkern profile``. Results go to standard output, all else to standard error.
+"""The command line: ``mdkern sample``, ``profile``, ``evaluate``, ``importance``.
+
+Results go to standard output, all else to standard error.
 
 A command is a module with a function that adds its parser and one that runs it. PyTorch is imported when a command
 runs, not before.
@@ -15,6 +17,8 @@ from typing import NoReturn
 
 from mdkern import __version__
 from mdkern.cli.common import discard_stdout, one_line
+from mdkern.cli.evaluate import add_evaluate
+from mdkern.cli.importance import add_importance
 from mdkern.cli.profile import add_profile
 from mdkern.cli.sample import add_sample
 from mdkern.threads import wait_without_spinning
@@ -88,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_sample(commands)
     add_profile(commands)
+    add_evaluate(commands)
+    add_importance(commands)
     return parser
 
 

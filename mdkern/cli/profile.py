@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import check_target, choose_device, load_model, positive
+from mdkern.cli.common import check_plot, choose_device, load_model, positive
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +59,7 @@ def add_profile(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> None:
     """Profile every model, print the table, draw the plot."""
-    check_plot(arguments.output)
+    check_plot("--output", arguments.output)
     if arguments.blocks and (arguments.heavy or arguments.light):
         raise ValueError("--blocks is for random weights: it does not go with --heavy or --light")
     if arguments.vocab_size and (arguments.heavy or arguments.light or not arguments.blocks):
@@ -85,17 +84,6 @@ def run_profile(arguments: argparse.Namespace) -> None:
         print(f"{title}; seconds of a run\n\n{table(profiles)}")
     if arguments.output is not None:
         plot(profiles, arguments.output, title)
-
-
-def check_plot(path: Path | None) -> None:
-    """Refuse, before any work, a plot that could not be drawn."""
-    if path is None:
-        return
-    check_target("--output", path)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--output {path} must end in .png, .svg or .pdf")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--output needs matplotlib, which is not installed: pip install 'mdkern[plots]'")
 
 
 def choose_models(arguments: argparse.Namespace, device: torch.device) -> dict[str, DiT]:

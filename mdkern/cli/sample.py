@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdkern import __version__
-from mdkern.cli.common import check_target, load_models, named_path, positive, same_file, seconds, unicode_text
+from mdkern.cli.common import add_models, check_target, load_models, positive, same_file, seconds, unicode_text
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
 from mdkern.cli.records import SampleFile, partial_path
@@ -45,22 +45,6 @@ def add_sample(commands: argparse._SubParsersAction[Any]) -> None:
     add_text(parser)
     add_decoding(parser)
     add_output(parser)
-
-
-def add_models(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("models", "Without any of these, the small pair that ships with mdkern.")
-    group.add_argument("--heavy", metavar="PATH", help="checkpoint that the schedule calls H (ours or MDLM's layout)")
-    group.add_argument("--light", metavar="PATH", help="checkpoint that the schedule calls L")
-    group.add_argument(
-        "--model", metavar="NAME=PATH", action="append", default=[], type=named_path, help="one more; repeatable"
-    )
-    group.add_argument("--tokenizer", metavar="PATH", help="their tokenizer: a folder or a tokenizer.json")
-    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    group.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the weights (default: bfloat16 on a GPU, else float32)",
-    )
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

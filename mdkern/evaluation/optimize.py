@@ -1,4 +1,4 @@
-"""A schedule fitted to the models: which steps each should run, for a budget, from measured importance, without a search.
+"""A schedule fitted to the models without a search: which steps each should run for a budget, from importance.
 
 The harm of a model in a segment of the steps is measured in one of four ways, and `best_schedule` finds the assignment
 that harms least within the budget.
@@ -79,8 +79,8 @@ def optimize_schedule(
             pair = denoisers[names[0]], denoisers[name]
             common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
             if by == "path_kl":
-                shape = {"num_samples": num_samples, "length": length, "steps": steps, "segments": segments}
-                harm[name] = [part.revealed_kl.mean for part in path_importance(*pair, **shape, **common)]
+                common |= {"num_samples": num_samples, "length": length, "steps": steps, "segments": segments}
+                harm[name] = [part.revealed_kl.mean for part in path_importance(*pair, **common)]
                 continue
             assert input_ids is not None
             times = [1.0 - (segment + 0.5) / segments for segment in range(segments)]

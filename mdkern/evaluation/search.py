@@ -1,5 +1,5 @@
-"""The exhaustive search over schedules (Sedykh et al., 2604.02340, section 4.3): every way to put the light model into k
-of n equal segments, on the same seeds, and what each segment contributes.
+"""The exhaustive search over schedules (Sedykh et al., 2604.02340, section 4.3): every way to put the light model into
+k of n equal segments, on the same seeds, and what each segment contributes.
 
 Schedules that begin alike share what they have in common (`mdkern.engine.branches`), results are written as they come,
 and a search that was interrupted goes on where it stopped.
@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.digest import digest
-from mdkern.files import write_whole
 from mdkern.evaluation.intervals import Estimate, estimate, paired
+from mdkern.files import write_whole
 
 Models = tuple[str, ...]  # of each segment
 

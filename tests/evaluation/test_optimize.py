@@ -47,14 +47,14 @@ def test_a_model_that_is_wrong_in_the_middle_runs_at_both_ends(by: str) -> None:
 def test_influence_is_that_of_the_search() -> None:
     scores = {models: sum(s for s, model in enumerate(models) if model == "L") for models in all_schedules(4, 2)}
     found = [Found(models, torch.full((3,), float(score))) for models, score in scores.items()]
-    assert optimize_schedule(HEAVY, HEAVY, budget=2 / 3, by="influence", found=found, cost=COST) == Schedule.from_segments("LLHH")
+    assert optimize_schedule(
+        HEAVY, HEAVY, budget=2 / 3, by="influence", found=found, cost=COST
+    ) == Schedule.from_segments("LLHH")
 
 
 def test_three_models_take_what_their_harm_and_cost_allow() -> None:
     models = {"H": HEAVY, "M": IN_THE_MIDDLE, "L": bent(lambda share: 3.0 * torch.ones_like(share))}
-    found = optimize_schedule(
-        models, budget=2 / 3, segments=4, cost={"H": 3, "M": 1, "L": 1}, length=LENGTH, steps=64
-    )
+    found = optimize_schedule(models, budget=2 / 3, segments=4, cost={"H": 3, "M": 1, "L": 1}, length=LENGTH, steps=64)
     assert found == Schedule.from_segments("MHHM")
 
 

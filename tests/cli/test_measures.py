@@ -1,0 +1,74 @@
+"""``mdkern evaluate`` and ``mdkern importance`` on the shipped pair: what they print, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mdkern.cli import main as cli
+
+SENTENCE = "It was a dark and stormy night, and the rain fell in torrents upon the house. "
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(SENTENCE * 8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("judge")
+    GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(path)
+    return path
+
+
+def test_a_schedule_is_evaluated_on_text_and_on_samples(
+    text: Path, judge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"evaluate --data {text} --texts 2 --masks 2 --num-samples 3 --length 16 --steps 8 --judge {judge} --json"
+    assert cli.main([*line.split(), "--schedule", "L2 H6"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["held-out text, windows"] == 2
+    low, high = found["bound, nats a token"]["interval_95"]
+    assert low < found["bound, nats a token"]["mean"] < high
+    assert found["judge, nats a token"]["mean"] == pytest.approx(torch.log(torch.tensor(4096.0)).item(), rel=0.05)
+    assert found["generative perplexity"] == pytest.approx(4096, rel=0.3)  # a judge that knows nothing
+    assert set(found["passes a sample"]) == {"L", "H"}
+    assert 0 < found["distinct-1"] <= 1
+
+
+def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"importance --data {text} --texts 3 --times 2 --length 16 --path-samples 2 --segments 2"
+    assert cli.main([*line.split(), "--plot", str(tmp_path / "importance.png")]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["t or steps"] for row in rows if row["measure"] == "KL"] == ["0.2500", "0.7500"]
+    assert [row["t or steps"] for row in rows if row["measure"].endswith("revealed")] == ["0-8", "8-16"]
+    assert all(float(row["mean"]) >= 0 for row in rows)
+    assert (tmp_path / "importance.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("evaluate --num-samples 0", "nothing to measure"),
+        ("evaluate --num-samples -1", "at least 0"),
+        ("evaluate --judge-tokenizer x", "goes with --judge"),
+        ("evaluate --num-samples 1 --length 8 --judge nowhere", "not a folder"),
+        ("evaluate --num-samples 0 --data nowhere.txt", "not a file"),
+        ("importance --data nowhere.txt", "not a file"),
+        ("importance --data nowhere.txt --plot picture.txt", "must end in"),
+        ("importance --data nowhere.txt --path-samples -1", "at least 0"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 2
+    assert message in capsys.readouterr().err
