@@ -6,6 +6,7 @@ for each sample in the order in which they were finished.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -35,12 +36,23 @@ class SampleFile:
         self.path = partial_path(target)
         self.seed = seed
         self.places: dict[int, tuple[int, int]] = {}  # by sample number, where its line begins and ends
-        if self.path.exists():
-            self.file: BinaryIO = self.path.open("r+b")
+        there = self.path.exists()
+        self.file: BinaryIO = self.path.open("r+b") if there else create(self.path, self.target)
+        self.lock()
+        if there:
             self.go_on(request)
-        else:
-            self.file = create(self.path, self.target)
+        if not self.places:
+            self.seed = seed
+            self.file.seek(0)
+            self.file.truncate()
             self.append({"request": dict(request), "seed": seed})
+
+    def lock(self) -> None:
+        """Keep other processes away until the file is closed."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is being written by another process") from None
 
     def go_on(self, request: Mapping[str, Any]) -> None:
         """Read what is finished; a last line that was cut off in the middle is dropped."""
@@ -50,14 +62,7 @@ class SampleFile:
             begun = json.loads(first)
             theirs, self.seed = begun["request"], int(begun["seed"])
         except (StopIteration, ValueError, KeyError, TypeError):
-            raise ValueError(f"--resume: {self.path} is not what an interrupted run leaves: delete it") from None
-        ours = json.loads(json.dumps(request))
-        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-        if differing:
-            raise ValueError(
-                f"--resume: {self.path} was begun with other settings ({', '.join(differing)}): ask for the same, or "
-                "delete it to begin anew"
-            )
+            raise ValueError(f"{self.path} is not what an interrupted run leaves: delete it") from None
         end = len(first)
         for line in lines:
             try:
@@ -68,6 +73,13 @@ class SampleFile:
                 break
             self.places[number] = end, end + len(line)
             end += len(line)
+        ours = json.loads(json.dumps(request))
+        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        if differing and self.places:
+            raise ValueError(
+                f"--resume: {self.path} was begun with other settings ({', '.join(differing)}): ask for the same, or "
+                "delete it to begin anew"
+            )
         self.file.seek(end)
         self.file.truncate()
 
@@ -114,3 +126,12 @@ class SampleFile:
 def partial_path(target: Path) -> Path:
     path = real_path(target)
     return path.with_name(f"{path.name}.partial")
+
+
+def holds_samples(partial: Path) -> bool:
+    """Whether anything follows the first line of a partial file."""
+    if not partial.exists():
+        return False
+    with partial.open("rb") as file:
+        file.readline()
+        return bool(file.readline())

@@ -13,7 +13,7 @@ from mdkern import __version__
 from mdkern.cli.common import add_models, check_target, load_models, positive, same_file, seconds, unicode_text
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
-from mdkern.cli.records import SampleFile, partial_path
+from mdkern.cli.records import SampleFile, holds_samples, partial_path
 from mdkern.cli.report import Job, Printer, decode_texts, joined, sample_records, summary, without_texts
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  mdkern sample --prompt "Once upon a time" --length 64 --seed 0
+  mdkern sample --prompt "Once upon a time" --length 32 --seed 0 --quiet
+      Once upon a time, the more ...
   mdkern sample --prompt "She went[MASK:5] home." --decoder threshold:threshold=0.9
   mdkern sample --num-samples 1000 --output texts.jsonl            the texts, one JSON object a line
   mdkern sample --num-samples 1000 --output texts.jsonl --resume   the rest of them, after an interrupt
@@ -162,7 +163,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         return
     partial = partial_path(arguments.output)
     check_target("--output", partial)
-    if partial.exists() and not arguments.resume:
+    if not arguments.resume and holds_samples(partial):
         raise ValueError(
             f"{partial} has samples of a run that was interrupted: go on with --resume, or delete it to begin anew"
         )

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mdkern.files import replacing
 from mdkern.models import Denoiser, DiT, DiTConfig, adapt
 from mdkern.models.denoiser import Head
 from mdkern.output import SampleOutput
@@ -33,6 +34,7 @@ from mdkern.sampling import sample
 from mdkern.schedule import Schedule
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 PAPER_VOCAB, PAPER_LENGTH, PAPER_STEPS, PAPER_BATCH = 50_258, 1024, 1000, 16
 FEW_COLUMNS = 128  # of a head that costs next to nothing
@@ -219,15 +221,24 @@ def time_steps(
     return StepTimes(backbone[warm:], head[warm:], closing)
 
 
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds that a call takes with all the work that it gives the device, and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
 def time_run(
     models: Any, setting: Setting, seed: int = 0, schedule: str | Schedule | None = None, samples: int | None = None
 ) -> tuple[float, SampleOutput]:
     """Seconds of a whole run of `mdkern.sample`, and what it returned; by default of one batch."""
     device = adapt(next(iter(models.values())) if isinstance(models, Mapping) else models).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    output = sample(
+    run = partial(
+        sample,
         models,
         schedule=schedule,
         num_samples=samples or setting.batch_size,
@@ -237,9 +248,7 @@ def time_run(
         seed=seed,
         progress=False,
     )
-    assert output.sequences is not None
-    output.sequences[0, 0].item()  # waits for the device
-    return time.perf_counter() - began, output
+    return timed(run, device)
 
 
 def profile_loop(name: str, sampler: str, times: StepTimes, steps: int) -> Profile:
@@ -324,4 +333,5 @@ def plot(profiles: Sequence[Profile], path: str | Path, title: str) -> None:
     axis.set_ylabel("seconds of a run")
     axis.set_title(title, fontsize=10)
     axis.legend(frameon=False)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:])

@@ -150,13 +150,28 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     target, request = tmp_path / "out.jsonl", {"a": 1}
     file = SampleFile(target, request, 7)
     file.append({"sample": 1, "text": "b"}, {"sample": 0, "text": "a"})
-    file.file.write(b'{"sample": 2, "te')
+    file.file.write(b'{"sample": 2, "te')  # killed
     file.file.close()
     again = SampleFile(target, request, 8)
     assert (again.seed, sorted(again.places)) == (7, [0, 1])
     again.append({"sample": 2, "text": "c"})
     again.finish(range(3))
     assert [line["text"] for line in lines(target)] == ["a", "b", "c"]
+
+
+def test_a_run_that_finished_nothing_is_begun_anew(run: Run, tmp_path: Path) -> None:
+    """As one that was killed before its first sample: neither its seed nor its settings matter."""
+    target = tmp_path / "out.jsonl"
+    SampleFile(target, {"a": 1}, 7).file.close()
+    assert run("--output", str(target), "--seed", "3")[0] == 0
+    assert lines(target)[0]["seed"] == 3
+
+
+def test_two_processes_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
+    with SampleFile(tmp_path / "out.jsonl", {"a": 1}, 7):
+        code, _, err = run("--output", str(tmp_path / "out.jsonl"))
+    assert code == 2
+    assert "out.jsonl.partial is being written by another process" in err
 
 
 def test_a_full_disk_keeps_what_it_holds(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_model_is_timed_on_its_own_device(model: DiT, monkeypatch: pytest.Monk
         torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda stream=None: streams.append(stream))
     )
     assert time_run(denoiser, SETTING)[1] is time_run({"H": denoiser}, SETTING)[1] is done
-    assert waited == [device, device]
+    assert waited == [device] * 4  # before and after each
     Clock(device).mark("backbone")
     assert streams == [device]
 
@@ -219,6 +219,17 @@ def test_table_and_plot(tmp_path: Path) -> None:
     ]
     plot(PROFILES, tmp_path / "p.png", "title")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "p.svg").write_text("old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        plot(PROFILES, tmp_path / "p.svg", "title")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.fixture
