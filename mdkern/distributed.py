@@ -32,7 +32,7 @@ from mdkern.digest import digest, model_digest
 from mdkern.engine.groups import Groups
 from mdkern.engine.request import Request, rows_of
 from mdkern.engine.resolve import resolve
-from mdkern.output import SampleOutput, counted_saving, joined
+from mdkern.output import SampleOutput, flops_saved, joined
 from mdkern.schedule import Schedule
 
 TIMEOUT = 1800.0  # seconds
@@ -206,7 +206,8 @@ def sample_distributed(
         RuntimeError: there is no process group.
         ValueError: the ranks' arguments or weights differ; the message says on which ranks, and in what.
         TimeoutError: the other ranks did not answer in time.
-        Otherwise what `mdkern.sample` raises: an error on one rank is raised on every rank.
+        Otherwise what `mdkern.sample` raises: an error on one rank is raised on every rank, its ``partial`` what all
+        ranks have finished.
     """
     began = time.perf_counter()
     ranks = Ranks(timeout)
@@ -231,20 +232,36 @@ def sample_distributed(
         check_equal([theirs for theirs, _ in calls])
         mine = share(len(ids), ranks.rank, ranks.count)
         output: SampleOutput | None = None
-        with ranks.together():
-            if len(ids[mine]):
-                part = replace(rows_of(request, mine), seed=calls[0][1])
-                shown = progress if ranks.rank == 0 else False
-                output = Groups(part, None, return_history, cuda_graphs, shown).all()
+        failure: Exception | None = None
+        try:
+            with ranks.together():
+                if len(ids[mine]):
+                    part = replace(rows_of(request, mine), seed=calls[0][1])
+                    shown = progress if ranks.rank == 0 else False
+                    output = Groups(part, None, return_history, cuda_graphs, shown).all()
+        except TimeoutError:  # there may be nobody to ask for what is finished
+            raise
+        except Exception as error:
+            failure = error
+            if hasattr(error, "partial"):
+                output = error.partial
         parts = [part for part in ranks.gather(moved(output, "cpu")) if part is not None]
     finally:
         ranks.close()
-    whole: SampleOutput = moved(joined(parts, torch.cat), ids.device)
-    assert whole.nfe is not None
-    assert whole.tokens_per_forward is not None
+    parts = [part for part in parts if len(part.sequences)] or parts[:1]
+    whole = joined_ranks(parts, request, began) if parts else None
+    if failure is not None:
+        failure.partial = whole  # type: ignore[attr-defined]
+        raise failure
+    assert whole is not None
+    return whole
+
+
+def joined_ranks(parts: list[SampleOutput], request: Request, began: float) -> SampleOutput:
+    """The outputs of all ranks as one, on the device of this rank's request."""
+    whole: SampleOutput = moved(joined(parts, torch.cat), request.device)
     assert whole.timings is not None
-    if request.cache == "none":
-        whole.flops_saved = counted_saving(request.denoisers, whole.nfe, whole.tokens_per_forward, ids.shape[1])
+    whole.flops_saved = flops_saved(request, whole)
     whole.timings["total"] = time.perf_counter() - began
     return whole
 

@@ -125,6 +125,10 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     if rank == 1:
         distributed.Groups = failing
     results["NaN on rank 1"] = attempt(USUAL)
+    try:
+        call(sample_distributed, USUAL | {"seed": 3})
+    except Exception as error:
+        results["finished on rank 0"] = error.partial
     distributed.Groups = usual
     results["and then a good call"] = attempt(SAME["uneven shares"])
     if rank == 1:
@@ -227,6 +231,15 @@ def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
         call(sample_distributed, USUAL | {"timeout": timeout})
 
 
+def test_what_is_finished_on_any_rank_is_kept_on_all(results: list[dict[str, Any]]) -> None:
+    """Rank 0 has two of the five samples, rank 1 failed."""
+    alone = call(mdkern.sample, USUAL | {"seed": 3})
+    for rank in range(2):
+        partial = results[rank]["finished on rank 0"]
+        assert partial.sample_ids.tolist() == [0, 1]
+        assert torch.equal(partial.sequences, alone.sequences[:2])
+
+
 def test_the_group_is_of_use_after_an_error(results: list[dict[str, Any]]) -> None:
     check_same(results[0]["and then a good call"], results[0]["uneven shares"])
 
@@ -249,6 +262,25 @@ def test_shares_cover_all_samples_evenly(count: int, ranks: int) -> None:
 def test_needs_a_process_group() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         call(sample_distributed, USUAL)
+
+
+def test_the_commands_timeout_is_that_of_both_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[timedelta] = []
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *_, timeout, **__: given.append(timeout))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    asked: list[float] = []
+    original = distributed.torchrun_ranks
+    monkeypatch.setattr(distributed, "torchrun_ranks", lambda timeout: asked.append(timeout) or original(timeout))
+    monkeypatch.setattr("mdkern.cli.sample.prepare", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--timeout", "7.5"])
+    assert asked == [7.5]
+    assert given == [timedelta(seconds=7.5)] * 2
 
 
 @pytest.fixture(scope="module")

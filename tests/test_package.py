@@ -106,7 +106,8 @@ sys.meta_path.insert(0, Watch())
 """
     command = "import mdkern.cli.main as cli; cli.main(['sample', '--seed', '0'])"
     training = "import training.train"
-    for code in (command, training):
+    benchmark = "import benchmarks.bench_distributed"
+    for code in (command, training, benchmark):
         assert python(watch + code, ROOT, **environment).split() == [expected]
 
 

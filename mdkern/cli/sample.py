@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   mdkern sample --prompt "Once upon a time" --length 32 --seed 0 --quiet
-      Once upon a time, the more ...
+      Once upon a time. The event which had continued so long, on account of the inverse, that
+      the divine is the most sensible
   mdkern sample --prompt "She went[MASK:5] home." --decoder threshold:threshold=0.9
   mdkern sample --num-samples 1000 --output texts.jsonl            the texts, one JSON object a line
   mdkern sample --num-samples 1000 --output texts.jsonl --resume   the rest of them, after an interrupt
