@@ -63,7 +63,8 @@ def operator(
 def expand(function: Callable[..., Any]) -> tuple[list[Any], list[inspect.Parameter]]:
     """The NamedTuple of each parameter of `function`, or None; and its parameters, the fields of those in their place.
 
-    Defaults are kept as far as a flat signature can have them: those that nothing without a default comes after.
+    A field whose name is taken is prefixed by the parameter's: of ``other: Head`` comes ``other_weight``. Defaults are
+    kept as far as a flat signature can have them: those that nothing without a default comes after.
     """
     bundles: list[Any] = []
     flat: list[inspect.Parameter] = []
@@ -74,7 +75,9 @@ def expand(function: Callable[..., Any]) -> tuple[list[Any], list[inspect.Parame
         bundles.append(None if fields is None else kind)
         for name, hint in ({parameter.name: kind} if fields is None else fields).items():
             default = parameter.default if fields is None else kind._field_defaults.get(name, NO_DEFAULT)
-            flat.append(parameter.replace(name=name, annotation=hint, default=default))
+            taken = any(name == other.name for other in flat)
+            full = f"{parameter.name}_{name}" if taken else name
+            flat.append(parameter.replace(name=full, annotation=hint, default=default))
     needed = [place for place, parameter in enumerate(flat) if parameter.default is NO_DEFAULT]
     for place in range(max(needed, default=0)):
         flat[place] = flat[place].replace(default=NO_DEFAULT)

@@ -66,12 +66,85 @@ def load_keys(keys, rows, valid):
 
 
 @triton.jit
-def tile_logits(
+def load_row_index(row_index, rows, valid, hidden_rows):
+    """Rows of `hidden`, int64, row 0 for one that is not there; and, to add to sums, NaN for that one, 0 for others."""
+    index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
+    there = (index >= 0) & (index < hidden_rows)
+    return tl.where(there, index, 0), tl.where(there, 0.0, float("nan"))
+
+
+@triton.jit
+def tile_product(
     hidden,  # [N, D], or a descriptor of the M gathered rows
-    weight,  # [V, D], or a descriptor of it; not looked at with FROM_LOGITS
-    bias,  # [V] or None
+    weight,  # [V, D], or a descriptor of it; not read with FROM_LOGITS
     index,  # [BM] rows of `hidden`, int64
     row_tile,  # with HIDDEN_TMA: which tile of the gathered rows
+    tile,
+    vocab,
+    hidden_dim,
+    hidden_stride,
+    weight_stride,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``hidden[index] @ weight.T`` of ids ``tile * BN ...``, float32 ``[BM, BN]``; past V anything.
+
+    With FROM_LOGITS the logits themselves, LOWEST for -inf and past V.
+    """
+    ids = tile * BN + tl.arange(0, BN)
+    if FROM_LOGITS:
+        at = hidden + index[:, None] * hidden_stride + ids[None, :]
+        x = tl.load(at, mask=ids[None, :] < vocab, other=LOWEST).to(tl.float32)
+        x = tl.where(x < LOWEST, LOWEST, x)
+    else:
+        x = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, tl.cdiv(hidden_dim, BK)):
+            inner = k * BK + tl.arange(0, BK)
+            if HIDDEN_TMA:
+                h = hidden.load([row_tile * BM, k * BK])
+            elif EVEN_K:
+                h = tl.load(hidden + index[:, None] * hidden_stride + inner[None, :])
+            else:
+                at = hidden + index[:, None] * hidden_stride + inner[None, :]
+                h = tl.load(at, mask=inner[None, :] < hidden_dim, other=0.0)
+            if WEIGHT_TMA:
+                w = weight.load([tile * BN, k * BK])
+            else:
+                inside = ids[:, None] < vocab
+                if not EVEN_K:
+                    inside = inside & (inner[None, :] < hidden_dim)
+                at = weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :]
+                w = tl.load(at, mask=inside, other=0.0)
+            x = tl.dot(h, w.T, x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Scale, soft cap and bias of a tile's product; with a bias LOWEST past V, and at least LOWEST."""
+    if HAS_SCALE:
+        x = x * scale
+    if HAS_CAP:
+        x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
+    if bias is not None:
+        shift = tl.load(bias + ids, mask=ids < vocab, other=LOWEST)
+        x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
+    return x
+
+
+@triton.jit
+def tile_logits(
+    hidden,
+    weight,
+    bias,  # [V] or None
+    index,
+    row_tile,
     tile,
     vocab,
     hidden_dim,
@@ -92,39 +165,10 @@ def tile_logits(
 ):
     """Scaled, capped and biased logits ``[BM, BN]`` of ids ``tile * BN ...``, float32; LOWEST for -inf and past V."""
     ids = tile * BN + tl.arange(0, BN)
-    if FROM_LOGITS:
-        at = hidden + index[:, None] * hidden_stride + ids[None, :]
-        x = tl.load(at, mask=ids[None, :] < vocab, other=LOWEST).to(tl.float32)
-        x = tl.where(x < LOWEST, LOWEST, x)
-    else:
-        x = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, tl.cdiv(hidden_dim, BK)):
-            inner = k * BK + tl.arange(0, BK)
-            if HIDDEN_TMA:
-                h = hidden.load([row_tile * BM, k * BK])
-            elif EVEN_K:
-                h = tl.load(hidden + index[:, None] * hidden_stride + inner[None, :])
-            else:
-                h = tl.load(
-                    hidden + index[:, None] * hidden_stride + inner[None, :],
-                    mask=inner[None, :] < hidden_dim,
-                    other=0.0,
-                )
-            if WEIGHT_TMA:
-                w = weight.load([tile * BN, k * BK])
-            else:
-                inside = ids[:, None] < vocab
-                if not EVEN_K:
-                    inside = inside & (inner[None, :] < hidden_dim)
-                at = weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :]
-                w = tl.load(at, mask=inside, other=0.0)
-            x = tl.dot(h, w.T, x, input_precision=PRECISION)
-    if HAS_SCALE:
-        x = x * scale
-    if HAS_CAP:
-        x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
-    if bias is not None:
-        shift = tl.load(bias + ids, mask=ids < vocab, other=LOWEST)
-        x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
-    x = tl.where(ids[None, :] < vocab, x, LOWEST)  # past the vocabulary scale and cap have been at work
+    x = tile_product(
+        hidden, weight, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, BM, BN, BK, EVEN_K,
+        HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, PRECISION,
+    )  # fmt: skip
+    x = finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
+    x = tl.where(ids[None, :] < vocab, x, LOWEST)
     return tl.where(x < IMPOSSIBLE, LOWEST, x)

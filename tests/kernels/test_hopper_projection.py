@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from mdkern.kernels.head import hopper_projection, launch, launch_hopper
-from mdkern.kernels.head.launch_hopper import DEPTH, HopperTiling, choose_hopper_tiling
-from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, FewTiling
+from mdkern.kernels.head.launch_hopper import HEAD_START, HIDDEN_DIM, HopperTiling, choose_hopper_tiling
+from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, SkinnyTiling
 from tests.problems.projection import Problem, check_against_reference
 from tests.suites import gluon
 from tests.suites.gluon import SHARED_MEMORY
@@ -21,18 +21,18 @@ from tests.suites.gluon import SHARED_MEMORY
 
 def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     """Compile the kernel for compute capability 9, as `project_on_hopper` would ask for it."""
-    fixed = launch_hopper.constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
+    fixed = launch_hopper.tiling_constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
     fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False} | constants
-    types = {"weight": gluon.descriptor([tiling.columns, DEPTH])}
+    types = {"weight": gluon.descriptor([tiling.vocab, HIDDEN_DIM])}
     if not tiling.stationary:
-        types["hidden"] = gluon.descriptor([tiling.rows, DEPTH])
+        types["hidden"] = gluon.descriptor([tiling.rows, HIDDEN_DIM])
     return gluon.build(
         hopper_projection.vocab_projection_hopper_kernel, fixed, types, num_warps=4, maxnreg=tiling.registers
     )
 
 
 TILINGS = {
-    "few": HopperTiling(1, 128, 7, stationary=True, waits=True),
+    "few": HopperTiling(1, 128, 7, stationary=True),
     "few, deep": HopperTiling(1, 128, 8),
     "middling": HopperTiling(2, 128, 6),
     "many": HopperTiling(2, 256, 4),
@@ -60,12 +60,12 @@ def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
     for depth in range(8, 9000, 8):
         hidden = torch.empty(4, depth, dtype=dtype, device="meta")
         tiling = choose_hopper_tiling(rows, hidden)
-        if tiling is None or isinstance(tiling, FewTiling):  # test_hopper_few has the latter
+        if tiling is None or isinstance(tiling, SkinnyTiling):  # test_hopper_skinny has the latter
             continue
-        stage = (tiling.columns + (0 if tiling.stationary else tiling.rows)) * DEPTH * 2
-        held = -(-depth // DEPTH) * 64 * DEPTH * 2 if tiling.stationary else 0
+        stage = (tiling.vocab + (0 if tiling.stationary else tiling.rows)) * HIDDEN_DIM * 2
+        held = -(-depth // HIDDEN_DIM) * 64 * HIDDEN_DIM * 2 if tiling.stationary else 0
         assert tiling.stages >= 4
-        assert tiling.head_start <= tiling.stages
+        assert tiling.stages >= HEAD_START
         assert held + tiling.stages * stage <= SHARED
 
 

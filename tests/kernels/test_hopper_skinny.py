@@ -13,7 +13,14 @@ pytest.importorskip("triton")
 
 from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce, launch, launch_skinny
 from mdkern.kernels.head.launch import vocab_projection
-from mdkern.kernels.head.launch_skinny import ELEMENT, GROUP_SIZE, SHARED, FewTiling, choose_few_tiling, held_bytes
+from mdkern.kernels.head.launch_skinny import (
+    ELEMENT,
+    GROUP_SIZE,
+    SHARED,
+    SkinnyTiling,
+    choose_skinny_tiling,
+    held_bytes,
+)
 from tests.problems.projection import Problem, check_against_reference
 from tests.suites import gluon
 
@@ -22,12 +29,21 @@ CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
 
 
 def build(rows: int, **constants: Any) -> Any:
-    """Compile the kernel as `project_few` would ask for it."""
-    tiling = FewTiling(rows, 4, 256)
-    fixed = launch_skinny.constants(tiling, 768) | {"MODE": 1, "PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False}
-    types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.depth])}
+    """Compile the kernel as `project_skinny` would ask for it."""
+    tiling = SkinnyTiling(rows, 4, 256)
+    fixed = launch_skinny.tiling_constants(tiling, 768) | {
+        "MODE": 1,
+        "PROGRAMS": 132,
+        "HAS_SCALE": False,
+        "HAS_CAP": False,
+    }
+    types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.hidden_dim])}
     return gluon.build(
-        hopper_skinny.vocab_projection_skinny_kernel, fixed | constants, types, num_warps=4, maxnreg=tiling.registers
+        hopper_skinny.vocab_projection_skinny_kernel,
+        fixed | constants,
+        types,
+        num_warps=4,
+        maxnreg=launch_skinny.REGISTERS,
     )
 
 
@@ -51,21 +67,24 @@ def test_the_choosing_kernel_compiles(mode: int) -> None:
 def test_rows_and_ring_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
     chosen = 0
     for depth in range(16, 12_000, 16):
-        tiling = choose_few_tiling(rows, torch.empty(4, depth, dtype=dtype, device="meta"))
+        tiling = choose_skinny_tiling(rows, torch.empty(4, depth, dtype=dtype, device="meta"))
         if tiling is None:
             continue
         chosen += 1
         assert tiling.rows >= rows
         assert tiling.stages >= 4 > tiling.head_start > 0
-        assert held_bytes(tiling.rows, tiling.depth, depth) + tiling.stages * GROUP_SIZE * tiling.depth * 2 <= SHARED
+        assert (
+            held_bytes(tiling.rows, tiling.hidden_dim, depth) + tiling.stages * GROUP_SIZE * tiling.hidden_dim * 2
+            <= SHARED
+        )
     assert chosen >= 4096 // 16
 
 
 def test_what_it_does_not_take() -> None:
-    assert choose_few_tiling(17, torch.empty(4, 4096, dtype=torch.bfloat16)) is None
-    assert choose_few_tiling(4, torch.empty(4, 768)) is None
-    assert choose_few_tiling(4, torch.empty(4, 776, dtype=torch.bfloat16)) is None
-    assert choose_few_tiling(4, torch.empty(4, 32_768, dtype=torch.bfloat16, device="meta")) is None
+    assert choose_skinny_tiling(17, torch.empty(4, 4096, dtype=torch.bfloat16)) is None
+    assert choose_skinny_tiling(4, torch.empty(4, 768)) is None
+    assert choose_skinny_tiling(4, torch.empty(4, 776, dtype=torch.bfloat16)) is None
+    assert choose_skinny_tiling(4, torch.empty(4, 32_768, dtype=torch.bfloat16, device="meta")) is None
 
 
 # On a GPU.
@@ -90,7 +109,7 @@ ON_GPU = [
 @pytest.mark.parametrize("changes", ON_GPU, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_gpu_agrees_with_float64(changes: dict[str, Any], programs: int) -> None:
     problem = Problem(**BASE | changes)
-    tiling = choose_few_tiling(problem.rows, problem.hidden)
+    tiling = choose_skinny_tiling(problem.rows, problem.hidden)
     got = vocab_projection(*problem.arguments(False), tiling=tiling, programs=programs)
     check_against_reference(problem, got, differing=int(problem.rows > 8))
 
@@ -102,7 +121,7 @@ def test_gpu_tokens_do_not_depend_on_the_tiles(temperature: str) -> None:
     problem = Problem(rows=8, **BASE | {"columns": 50_258}, temperature=temperature)
     arguments = problem.arguments(False)
     want = vocab_projection(*arguments, tiling=launch.Tiling(16, 128, 128, 4, 3))[0]
-    for tiling in (FewTiling(8, 4, 256), FewTiling(8, 8, 128), FewTiling(16, 5, 128)):
+    for tiling in (SkinnyTiling(8, 4, 256), SkinnyTiling(8, 8, 128), SkinnyTiling(16, 5, 128)):
         assert torch.equal(vocab_projection(*arguments, tiling=tiling)[0], want)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.vocab_projection import _vocab_projection
 from tests.own_process import run_compiling, run_in_the_interpreter
-from tests.problems.projection import SEED, Problem, check_against_reference, exact_statistics
+from tests.problems.projection import SEED, Problem, check_against_reference, exact_statistics, flat
 
 V = 50_258
 
@@ -248,7 +248,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_the_operator_is_well_registered(uniform: bool) -> None:
-    torch.library.opcheck(_vocab_projection, Problem(rows=5, columns=90, biased=True).arguments(uniform))
+    torch.library.opcheck(_vocab_projection, flat(Problem(rows=5, columns=90, biased=True).arguments(uniform)))
 
 
 # On a GPU.

@@ -10,7 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from mdkern.kernels.head import reference
-from tests.problems.projection import SEED, exact_statistics
+from mdkern.kernels.head.arguments import Filters, Head, Rows, Wanted
+from tests.problems.projection import NAMES, SEED, exact_statistics
 
 
 def noise(generator: Generator, rows: int, columns: int) -> Tensor:
@@ -123,12 +124,12 @@ class FilterProblem:
         self.temperatures = pattern.repeat(rows)[:rows].to(device)
         self.row_count = None if count is None else torch.tensor(count, device=device)
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self, of: str = "model") -> tuple[Tensor, Head, Rows, Wanted]:
         """Of the implementations behind the operator, without the filters."""
         temperature = self.temperatures if self.uniform is None else None
-        rows = (self.hidden, self.weight, self.bias, self.row_index, self.row_count)
         uniform = 1.0 if self.uniform is None else self.uniform
-        return *rows, temperature, uniform, self.seed, self.keys, 1.0, 0.0, True, True
+        rows = Rows(self.row_index, self.row_count, temperature, uniform, self.seed, self.keys)
+        return self.hidden, Head(self.weight, self.bias, 1.0, 0.0), rows, Wanted(True, True, of)
 
     def logits(self) -> Tensor:
         rows = self.hidden[self.row_index].double()
@@ -137,38 +138,54 @@ class FilterProblem:
 
 
 def check_filtered(
-    problem: FilterProblem, got: tuple[Tensor, ...], filters: tuple[int, float, float], differing: int = 0
+    problem: FilterProblem,
+    got: tuple[Tensor, ...],
+    filters: tuple[Any, ...],
+    differing: int = 0,
+    of: str = "model",
 ) -> None:
-    """Tokens are the reference's (but for `differing` near-ties), and kept ones; statistics float64's."""
+    """Tokens are the reference's (but for `differing` near-ties), and kept ones; statistics are float64's, or the
+    reference's if they are the sampler's."""
     count = problem.rows if problem.count is None else problem.count
     token, statistics = got[0].cpu(), [value.cpu() for value in got[1:]]
-    want = reference.vocab_projection(*problem.arguments(), *filters)
-    assert int((token[:count] != want[0].cpu()[:count]).sum()) <= differing
+    want = reference.vocab_projection(*problem.arguments(of), Filters(*filters))
+    same = (token == want[0].cpu())[:count]
+    assert int((~same).sum()) <= differing
     assert (token[count:] == -1).all()
-    logits = problem.logits()[:count].cpu()
-    if count:
-        assert (excess(logits, problem.temperatures[:count].cpu(), token[:count], filters) < 1e-4).all()
-        for name, value, truth in zip(
-            ("log_prob", "top1", "top2", "entropy", "logsumexp"), statistics, exact_statistics(logits, token[:count])
-        ):
-            torch.testing.assert_close(value[:count].double(), truth, rtol=2e-5, atol=2e-5, msg=name)
     for value in statistics:
         assert value[count:].isnan().all()
+    if not count:
+        return
+    logits = problem.logits()[:count].cpu()
+    assert (excess(logits, problem.temperatures[:count].cpu(), token[:count], filters[:3]) < 1e-4).all()
+    if of == "sampler":
+        exact = [value.cpu()[:count].double() for value in want[1:]]
+    else:
+        exact = list(exact_statistics(logits, token[:count]))
+    for name, value, truth in zip(NAMES, statistics, exact):
+        torch.testing.assert_close(value[:count].double()[same], truth[same], rtol=2e-5, atol=2e-5, msg=name)
 
 
 def excess(logits: Tensor, temperature: Tensor, token: Tensor, filters: tuple[int, float, float]) -> Tensor:
-    """By how much each token fails the filters, from their definitions in float64: 0 or less of a kept one."""
+    """By how much each token fails the filters, from their definitions in float64: 0 or less of a kept one.
+
+    Among equals the lower id comes first. What is more probable by less than rounding is not held against a token.
+    """
     top_k, top_p, min_p = filters
     scaled = logits / temperature.double().masked_fill(temperature == 0, 1e-9)[:, None]
     own = scaled.gather(1, token[:, None])
+    ids = torch.arange(logits.shape[1])
+    before = (scaled > own + 1e-5) | ((scaled == own) & (ids < token[:, None]))
     over = torch.full((len(token),), -torch.inf, dtype=torch.float64)
     if 0 < top_k < logits.shape[1]:
+        over = torch.maximum(over, before.sum(-1) - top_k + 1.0)
         kth = scaled.topk(top_k).values[:, -1:]
-        over = torch.maximum(over, (kth - own)[:, 0])
-        scaled = scaled.masked_fill(scaled < kth - 1e-5, -torch.inf)
-    if top_p < 1.0:  # the probability of what is clearly more probable must be below top_p
-        p = scaled.softmax(-1)
-        over = torch.maximum(over, (p * (scaled > own + 1e-5)).sum(-1) - top_p)
+        first = (scaled > kth) | (
+            (scaled == kth) & ((scaled == kth).cumsum(-1) <= top_k - (scaled > kth).sum(-1, True))
+        )
+        scaled = scaled.masked_fill(~first & (scaled < kth + 1e-5), -torch.inf)
+    if top_p < 1.0:  # the probability of what comes before must be below top_p
+        over = torch.maximum(over, (scaled.softmax(-1) * before).sum(-1) - top_p)
     if min_p > 0.0:
         over = torch.maximum(over, (scaled.amax(-1, keepdim=True) + math.log(min_p) - own)[:, 0])
     return over

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mdkern.kernels import RowStatistics, vocab_projection
 from mdkern.kernels.head import reference
+from mdkern.kernels.head.arguments import NO_FILTERS, Head, Rows, Wanted
 
 SEED = 987654321012345
+NAMES = ("log_prob", "top1", "top2", "entropy", "logsumexp")  # of the statistics, as the operator returns them
 
 
 @dataclass
@@ -68,13 +70,18 @@ class Problem:
             self.hidden, self.weight, self.bias, self.row_index, temperature, self.seed, self.keys, **arguments
         )
 
-    def arguments(self, uniform: bool) -> tuple[Any, ...]:
-        """Of the implementations behind the operator."""
+    def arguments(self, uniform: bool = False) -> tuple[Tensor, Head, Rows, Wanted]:
+        """Of the implementations behind the operator, without filters."""
         temperature = None if uniform else self.temperatures
         uniform_temperature = float(self.temperatures[0]) if uniform and self.rows else 1.0
         scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
-        rows = (self.hidden, self.weight, self.bias, self.row_index, self.row_count)
-        return *rows, temperature, uniform_temperature, self.seed, self.keys, scale, cap, True, True
+        rows = Rows(self.row_index, self.row_count, temperature, uniform_temperature, self.seed, self.keys)
+        return self.hidden, Head(self.weight, self.bias, scale, cap), rows, Wanted(True, True)
+
+
+def flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Bundles laid out, as the operator itself takes them."""
+    return tuple(part for argument in arguments for part in (argument if isinstance(argument, tuple) else (argument,)))
 
 
 def exact_statistics(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
@@ -90,7 +97,7 @@ def check_against_reference(problem: Problem, got: tuple[Tensor, ...], differing
     """Tokens are the reference's (but for `differing` near-ties), statistics float64's to float32 accuracy."""
     count = problem.rows if problem.count is None else problem.count
     token, statistics = got[0].cpu(), [value.cpu() for value in got[1:]]
-    want = reference.vocab_projection(*problem.arguments(False))  # on a GPU too, where it is plain PyTorch
+    want = reference.vocab_projection(*problem.arguments(), NO_FILTERS)  # on a GPU too, where it is plain PyTorch
     assert int((token[:count] != want[0].cpu()[:count]).sum()) <= differing
     assert (token[count:] == -1).all()
     exact = [value.cpu() for value in exact_statistics(problem.logits()[:count], got[0][:count])]

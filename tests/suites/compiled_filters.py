@@ -10,7 +10,7 @@ from tests.suites.compiled_head import SCALARS, build
 HEAD = {"EVEN_K": True, "HIDDEN_TMA": False, "FROM_LOGITS": False, "HAS_SCALE": False, "HAS_CAP": False}
 TYPES = {"other_hidden": "*bf16", "other_weight": "*bf16", "top_p": "fp32", "log_min_p": "fp32"}
 TYPES |= {f"other_{name}": "fp32" for name in SCALARS}
-COUNTS = ("first_row", "chunk", "width", "tiles", "top_k", "count", "splits", "other_hidden_dim")
+COUNTS = ("first_row", "chunk", "width", "tiles", "top_k", "count", "hidden_rows", "splits", "other_hidden_dim")
 TYPES |= dict.fromkeys(COUNTS, "i32")
 TYPES |= {"other_hidden_stride": "i64", "other_weight_stride": "i64"}
 
@@ -27,15 +27,16 @@ def head(depth: int, bulk: bool, gather: bool = False, **changes: Any) -> dict[s
 
 def logits(capability: int, tile: tuple[int, int, int], warps: int, gather: bool, **changes: Any) -> None:
     bulk = capability >= 90 and not changes.get("FROM_LOGITS", False)
-    wanted = {"WANT_TOP": capability != 80, "WANT_ENTROPY": capability != 80}
+    wanted = {"WANT_TOP": capability != 80, "WANT_ENTROPY": capability != 80, "OF_SAMPLER": False}
     constants = head(tile[2], bulk, gather) | {"BM": tile[0], "BN": tile[1]} | wanted | changes
     build(
         triton_filter.filtered_logits_kernel, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps
     )
 
 
-def draw(capability: int, top_k: bool, top_p: bool, min_p: bool) -> None:
-    constants = {"TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "WANT_TOP": True, "WANT_ENTROPY": True}
+def draw(capability: int, of_sampler: bool) -> None:
+    constants = dict.fromkeys(("TOP_K", "TOP_P", "MIN_P", "WANT_TOP", "WANT_ENTROPY"), True)
+    constants |= {"OF_SAMPLER": of_sampler, "WITHIN": of_sampler}
     shape = {"ROWS": 2, "LANES": 512, "RACERS": 1024}
     build(triton_filter.filtered_draw_kernel, capability, constants | shape, TYPES, 16)
 
@@ -53,7 +54,8 @@ def main() -> None:
     for capability in (80, 90, 100):
         logits(capability, (16, 128, 64), 4, False)
         logits(capability, (16, 256, 64), 4, False, FROM_LOGITS=True, weight=None)
-        draw(capability, True, True, True)
+        draw(capability, False)
+        draw(capability, True)
         diverge(capability, (64, 128, 64), 4, False)
         build(triton_divergence.divergence_reduce_kernel, capability, {"ROWS": 1, "SPLITS": 512}, TYPES, 2)
     for capability in (90, 100):

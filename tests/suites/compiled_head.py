@@ -31,6 +31,7 @@ POINTERS = {
 NUMBERS = {
     "capacity": "i32",
     "vocab": "i32",
+    "hidden_rows": "i32",
     "hidden_dim": "i32",
     "hidden_stride": "i64",
     "weight_stride": "i64",

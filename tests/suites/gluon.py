@@ -26,6 +26,7 @@ POINTERS = {
 NUMBERS = {
     "capacity": "i32",
     "vocab": "i32",
+    "hidden_rows": "i32",
     "hidden_dim": "i32",
     "columns": "i32",
     "depth": "i32",

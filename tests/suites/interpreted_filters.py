@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.head import launch_divergence, launch_filter, triton_filter_search
-from mdkern.kernels.head.divergence import in_pytorch
+from mdkern.kernels.head import launch_divergence, launch_filter, reference, triton_filter_search
+from mdkern.kernels.head.arguments import Filters, Head
+from mdkern.kernels.head.launch import Tiling
 from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -36,20 +37,22 @@ def threshold_kernel(logits, listed, out, width, low, goal, BY_MASS: tl.constexp
     for start in range(0, width, 128):
         at = start + tl.arange(0, 128)
         top = tl.maximum(top, tl.max(tl.load(row + at, mask=at < width, other=-float("inf")), 0))
-    value, measure = triton_filter_search.find_threshold(
-        row, listed + tl.program_id(0) * (32 * LANES), width, top, low, float("inf"), goal, BY_MASS, 1, LANES
+    value, measure, above, _ = triton_filter_search.find_threshold(
+        row, listed + tl.program_id(0) * (32 * LANES), width, top, low, float("inf"), goal, 0.0, BY_MASS, 1, LANES
     )
-    tl.store(out + tl.program_id(0) * 2, value)
-    tl.store(out + tl.program_id(0) * 2 + 1, measure)
+    tl.store(out + tl.program_id(0) * 3, value)
+    tl.store(out + tl.program_id(0) * 3 + 1, measure)
+    tl.store(out + tl.program_id(0) * 3 + 2, above)
 
 
-def find(logits: Tensor, goal: float, by_mass: bool, lanes: int = 32) -> tuple[Tensor, Tensor]:
-    """Threshold of each row, and the measure of what it keeps, by the kernel."""
+def find(logits: Tensor, goal: float, by_mass: bool, lanes: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold of each row, and the measures of what is at or above it and of what is above it, by the kernel."""
     finite = logits.masked_fill(logits == -torch.inf, -1e30).contiguous()
-    out = torch.empty(len(logits), 2)
+    out = torch.empty(len(logits), 3)
     scratch = torch.empty(len(logits), 32 * lanes)
     threshold_kernel[(len(logits),)](finite, scratch, out, logits.shape[1], -5e29, goal, BY_MASS=by_mass, LANES=lanes)
-    return out[:, 0], out[:, 1]
+    value, kept, above = out.unbind(1)
+    return value, kept, above
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -57,11 +60,12 @@ def test_threshold_of_a_count_is_the_kth_largest(kind: str) -> None:
     logits = row_of(kind, 1)
     possible = int((logits > -torch.inf).sum(-1).min())
     for k in (1, 300, logits.shape[1] - 1):
-        value, kept = find(logits, float(k), False)
+        value, kept, above = find(logits, float(k), False)
         want = logits.sort(-1, descending=True).values[:, k - 1]
         if k <= possible:
             assert torch.equal((logits >= value[:, None]), (logits >= want[:, None])), k
             assert torch.equal(kept.long(), (logits >= want[:, None]).sum(-1)), k
+            assert torch.equal(above.long(), (logits > want[:, None]).sum(-1)), k
         else:
             assert (value < -1e29).all(), k
             assert torch.equal(kept.long(), (logits > -torch.inf).sum(-1)), k
@@ -71,7 +75,7 @@ def test_threshold_of_a_count_is_the_kth_largest(kind: str) -> None:
 @pytest.mark.parametrize("share", [0.6, 0.999])
 def test_threshold_of_a_mass_is_the_smallest_set_that_reaches_it(kind: str, share: float) -> None:
     logits = row_of(kind, 2)
-    value, _ = find(logits, share, True)
+    value, *_ = find(logits, share, True)
     probability = logits.double().softmax(-1)
     at_or_above = logits >= value[:, None]
     above = logits > logits.masked_fill(~at_or_above, torch.inf).amin(-1, keepdim=True)
@@ -87,8 +91,55 @@ def test_threshold_of_a_mass_is_the_smallest_set_that_reaches_it(kind: str, shar
 )
 def test_tokens_are_those_of_the_reference(kind: str, filters: tuple[int, float, float]) -> None:
     problem = FilterProblem(kind, rows=3, columns=1111)
-    got = launch_filter.vocab_projection(*problem.arguments(), *filters, search=SEARCH)
+    got = launch_filter.vocab_projection(*problem.arguments(), Filters(*filters), search=SEARCH)
     check_filtered(problem, got, filters)
+
+
+@pytest.mark.parametrize("rule", ["reach", "within"])
+@pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (300, 0.61, 0.0), (0, 0.57, 0.02)], ids=str)
+@pytest.mark.parametrize("kind", ["noise", "integers", "flat", "two_peaks"])
+def test_statistics_of_what_is_drawn_from_are_the_references(
+    kind: str, filters: tuple[int, float, float], rule: str
+) -> None:
+    """Rows of temperatures 1, 0 and 0.5; equals are cut."""
+    problem = FilterProblem(kind, rows=3, columns=1111)
+    got = launch_filter.vocab_projection(*problem.arguments("sampler"), Filters(*filters, rule), search=SEARCH)
+    check_filtered(problem, got, (*filters, rule), of="sampler")
+
+
+def test_the_fewest_of_equals_are_kept() -> None:
+    """Tokens of many draws from equal logits: the lowest ids alone, and all of them."""
+    for filters, kept in ((Filters(3), 3), (Filters(0, 0.02), 14), (Filters(40, 0.1), 4)):
+        problem = FilterProblem("flat", rows=6, columns=700, uniform=1.0)
+        problem.row_index = torch.zeros_like(problem.row_index)
+        token, _, top1, top2, entropy, _ = launch_filter.vocab_projection(
+            *problem.arguments("sampler"), filters, search=SEARCH
+        )
+        assert token.max() < kept
+        torch.testing.assert_close(top1, torch.full((6,), 1 / kept))
+        torch.testing.assert_close(top2, torch.full((6,), 1 / kept))
+        torch.testing.assert_close(entropy.exp(), torch.full((6,), float(kept)))
+        want = reference.vocab_projection(*problem.arguments(), filters)[0]
+        assert torch.equal(token, want)
+
+
+def test_more_equals_in_a_lane_than_it_has_places() -> None:
+    """80 equal logits that all fall to one thread, then a share of their probability."""
+    problem = FilterProblem("flat", rows=2, columns=80 * 512, uniform=1.0)
+    problem.hidden[:] = -20.0
+    problem.hidden[:, ::512] = 1.0
+    filters = Filters(74, 0.5)
+    got = launch_filter.vocab_projection(*problem.arguments("sampler"), filters, search=SEARCH)
+    torch.testing.assert_close(got[4].exp(), torch.full((2,), 37.0))
+
+
+@pytest.mark.parametrize("of", ["model", "sampler"])
+def test_rows_that_are_not_there_are_reported(of: str) -> None:
+    problem = FilterProblem("noise", rows=6, columns=300, depth=64)
+    problem.row_index[[1, 4]] = torch.tensor([-1, 10**12])
+    token, *statistics = launch_filter.vocab_projection(*problem.arguments(of), Filters(5), search=SEARCH)
+    assert (token < 0).tolist() == [False, True, False, False, True, False]
+    assert all(value.isnan().tolist() == (token < 0).tolist() for value in statistics)
 
 
 @pytest.mark.parametrize(
@@ -108,25 +159,23 @@ def test_tokens_are_those_of_the_reference(kind: str, filters: tuple[int, float,
 def test_variations_agree_with_the_reference(changes: dict[str, Any]) -> None:
     problem = FilterProblem("noise", **{"rows": 3, "columns": 300} | changes)
     for filters in ((20, 0.8, 0.01), (0, 0.9, 0.0)):
-        got = launch_filter.vocab_projection(*problem.arguments(), *filters, search=SEARCH)
+        got = launch_filter.vocab_projection(*problem.arguments(), Filters(*filters), search=SEARCH)
         check_filtered(problem, got, filters)
 
 
-PLAIN, GATHERED = launch_filter.Tiles(16, 128, 64, 4, 3), launch_filter.Tiles(32, 256, 64, 8, 3, True)
+PLAIN, GATHERED = Tiling(16, 128, 64, 4, 3), Tiling(32, 256, 64, 8, 3, gather=True)
 
 
 @pytest.mark.parametrize(
-    ("chunk_elements", "tiles", "filters"),
+    ("chunk_elements", "tiling", "filters"),
     [(1, PLAIN, (30, 1.0, 0.0)), (1, GATHERED, (0, 1.0, 0.05)), (100_000, PLAIN, (0, 1.0, 0.05))],
     ids=["chunks of a tile", "chunks of a gathered tile", "one chunk"],
 )
-def test_chunks_do_not_matter(
-    chunk_elements: int, tiles: launch_filter.Tiles, filters: tuple[int, float, float]
-) -> None:
+def test_chunks_do_not_matter(chunk_elements: int, tiling: Tiling, filters: tuple[int, float, float]) -> None:
     """Chunks all of whose rows count, some, and none."""
     problem = FilterProblem("noise", rows=35, columns=300, depth=64, count=18)
     got = launch_filter.vocab_projection(
-        *problem.arguments(), *filters, tiles=tiles, search=SEARCH, chunk_elements=chunk_elements
+        *problem.arguments(), Filters(*filters), tiling=tiling, search=SEARCH, chunk_elements=chunk_elements
     )
     check_filtered(problem, got, filters)
 
@@ -136,14 +185,14 @@ def test_bad_rows_are_reported() -> None:
     for row, fill in enumerate((torch.nan, torch.inf)):
         problem.hidden[problem.row_index[row], 77] = fill
     problem.hidden[problem.row_index[2]] = -torch.inf
-    token, *statistics = launch_filter.vocab_projection(*problem.arguments(), 5, 0.9, 0.1, search=SEARCH)
+    token, *statistics = launch_filter.vocab_projection(*problem.arguments(), Filters(5, 0.9, 0.1), search=SEARCH)
     assert token[:3].tolist() == [-1, -1, -1]
     assert (token[3:] >= 0).all()
     assert all(bool(value[:3].isnan().all()) and bool(value[3:].isfinite().all()) for value in statistics)
 
 
 def test_no_rows() -> None:
-    assert launch_filter.vocab_projection(*FilterProblem("noise", rows=0).arguments(), 5, 1.0, 0.0)[0].shape == (0,)
+    assert launch_filter.vocab_projection(*FilterProblem("noise", rows=0).arguments(), Filters(5))[0].shape == (0,)
 
 
 # Divergence.
@@ -160,32 +209,32 @@ def heads(dtype: torch.dtype = torch.float32, logits: bool = False, columns: int
             parts += [(torch.randn(columns, depth, generator=generator) * 0.4).to(dtype)]
         bias = torch.randn(columns, generator=generator)
         bias[[3, columns - 1]] = -torch.inf
-        parts += [bias, (0.5 if depth == 24 else 1.0), (0.0 if depth == 24 else 3.0)]
+        parts[-1] = Head(parts[-1], bias, 0.5 if depth == 24 else 1.0, 0.0 if depth == 24 else 3.0)
     return *parts, torch.randperm(40, generator=generator)[:37]
 
 
-DIVERGENCE_TILES = {
-    "small": launch_divergence.Tiles(16, 128, 64, 4, 3),
-    "gathered": launch_divergence.Tiles(32, 64, 32, 4, 3, gather=True),
+DIVERGENCE_TILINGS = {
+    "small": Tiling(16, 128, 64, 4, 3),
+    "gathered": Tiling(32, 64, 32, 4, 3, gather=True),
 }
 
 
-@pytest.mark.parametrize("tiles", DIVERGENCE_TILES)
+@pytest.mark.parametrize("tiling", DIVERGENCE_TILINGS)
 @pytest.mark.parametrize("programs", [1, 3, 64])
 @pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, {"logits": True}], ids=str)
-def test_divergence_is_the_references(changes: dict[str, Any], programs: int, tiles: str) -> None:
+def test_divergence_is_the_references(changes: dict[str, Any], programs: int, tiling: str) -> None:
     arguments = heads(**changes)
-    got = launch_divergence.divergence(*arguments, tiles=DIVERGENCE_TILES[tiles], programs=programs)
-    for value, want in zip(got, in_pytorch(*arguments)):
+    got = launch_divergence.divergence(*arguments, tiling=DIVERGENCE_TILINGS[tiling], programs=programs)
+    for value, want in zip(got, reference.divergence(*arguments)):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
 
 
 def test_divergence_with_ids_excluded() -> None:
-    hidden, weight, bias, *_, rows = heads()
-    free, bound = (hidden, weight, None, 1.0, 0.0), (hidden, weight, bias, 1.0, 0.0)
+    hidden, (weight, bias, *_), *_, rows = heads()
+    free, bound = (hidden, Head(weight, None, 1.0, 0.0)), (hidden, Head(weight, bias, 1.0, 0.0))
     for p, q in ((free, bound), (bound, free), (bound, bound)):
         got = launch_divergence.divergence(*p, *q, rows, programs=5)
-        for value, want in zip(got, in_pytorch(*p, *q, rows)):
+        for value, want in zip(got, reference.divergence(*p, *q, rows)):
             torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
     assert launch_divergence.divergence(*free, *bound, rows)[0].isinf().all()
 
@@ -197,8 +246,9 @@ def test_divergence_of_bad_rows() -> None:
     p[4], q[5] = -torch.inf, -torch.inf
     p[6, 1:], q[6, 1:], q[7, 9] = -torch.inf, -torch.inf, -torch.inf
     p[7, 9] = -200.0  # so improbable that its probability is 0 in float32
-    arguments = (p, None, None, 1.0, 0.0, q, None, None, 1.0, 0.0, torch.arange(8))
-    for value, want in zip(launch_divergence.divergence(*arguments, programs=3), in_pytorch(*arguments)):
+    logits = Head(None, None, 1.0, 0.0)
+    arguments = (p, logits, q, logits, torch.arange(8))
+    for value, want in zip(launch_divergence.divergence(*arguments, programs=3), reference.divergence(*arguments)):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 

@@ -77,18 +77,27 @@ def test_noise_is_the_references() -> None:
 
 SMALL = Tiling(16, 128, 64, 4, 3)
 TILINGS = {
-    "pointers": Tiling(16, 128, 64, 4, 3, bulk_copy=False),
     "bulk": SMALL,
+    "pointers": SMALL,
     "gathered": Tiling(32, 256, 64, 8, 3, gather=True),
     "one group": Tiling(16, 64, 32, 4, 3),
 }
+
+
+def unaligned(matrix: torch.Tensor) -> torch.Tensor:
+    """The same with rows that bulk copies cannot read."""
+    wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] + 1)
+    wide[:, :-1] = matrix
+    return wide[:, :-1]
 
 
 @pytest.mark.parametrize("temperature", ["greedy", "mixed"])
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_tilings_agree_with_the_reference(tiling: str, temperature: str) -> None:
     problem = Problem(temperature=temperature)
-    got = vocab_projection(*problem.arguments(temperature == "greedy"), TILINGS[tiling], programs=3)
+    if tiling == "pointers":
+        problem.weight = unaligned(problem.weight)
+    got = vocab_projection(*problem.arguments(temperature == "greedy"), tiling=TILINGS[tiling], programs=3)
     check_against_reference(problem, got)
 
 
@@ -110,14 +119,14 @@ def test_tilings_agree_with_the_reference(tiling: str, temperature: str) -> None
 def test_variations_agree_with_the_reference(changes: dict[str, Any]) -> None:
     problem = Problem(**changes)
     uniform = problem.temperature == "one"
-    check_against_reference(problem, vocab_projection(*problem.arguments(uniform), SMALL, programs=3))
+    check_against_reference(problem, vocab_projection(*problem.arguments(uniform), tiling=SMALL, programs=3))
 
 
 @pytest.mark.parametrize("programs", [1, 2, 8, 40])
 def test_programs_do_not_matter(programs: int) -> None:
     """Whole waves of row tiles, split remainders, more programs than work."""
     problem = Problem(rows=37, columns=390, depth=32)
-    check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=programs))
+    check_against_reference(problem, vocab_projection(*problem.arguments(False), tiling=SMALL, programs=programs))
 
 
 @triton.jit
@@ -164,23 +173,37 @@ def test_strides() -> None:
     wide = torch.full((problem.hidden.shape[0], 100), torch.nan)
     wide[:, 5:69] = problem.hidden
     problem.hidden = wide[:, 5:69]
-    check_against_reference(problem, vocab_projection(*problem.arguments(False), SMALL, programs=3))
+    check_against_reference(problem, vocab_projection(*problem.arguments(False), tiling=SMALL, programs=3))
 
 
 @pytest.mark.parametrize("count", [None, 130, 20])
 def test_rows_gathered_in_parts_are_the_same(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(rows=132, columns=130, depth=32, count=count)
     arguments = problem.arguments(False)
-    whole = vocab_projection(*arguments, TILINGS["gathered"], programs=3)
+    whole = vocab_projection(*arguments, tiling=TILINGS["gathered"], programs=3)
     monkeypatch.setattr(launch, "GATHERED", 128 * 32 * 4)
     sizes = [part.stop - part.start for part in launch.parts(132, problem.hidden, True)]
     assert sizes == [128, 128]
-    for want, got in zip(whole, vocab_projection(*arguments, TILINGS["gathered"], programs=3)):
+    for want, got in zip(whole, vocab_projection(*arguments, tiling=TILINGS["gathered"], programs=3)):
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_no_rows() -> None:
-    assert vocab_projection(*Problem(rows=0).arguments(False), SMALL)[0].shape == (0,)
+    assert vocab_projection(*Problem(rows=0).arguments(False), tiling=SMALL)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", ["greedy", "mixed"])
+def test_rows_that_are_not_there_are_reported(temperature: str) -> None:
+    """And their neighbours are what they were."""
+    problem = Problem(rows=20, temperature=temperature)
+    whole = vocab_projection(*problem.arguments(temperature == "greedy"), tiling=SMALL, programs=3)
+    problem.row_index[[1, 18]] = torch.tensor([-1, 10**12])
+    outputs = vocab_projection(*problem.arguments(temperature == "greedy"), tiling=SMALL, programs=3)
+    kept = torch.ones(20, dtype=torch.bool)
+    kept[[1, 18]] = False
+    assert (outputs[0][~kept] == -1).all()
+    assert all(bool(value[~kept].isnan().all()) for value in outputs[1:])
+    assert all(torch.equal(value[kept], want[kept]) for value, want in zip(outputs, whole))
 
 
 @pytest.mark.parametrize("temperature", ["greedy", "mixed"])
@@ -192,7 +215,7 @@ def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) ->
     logits[first[3], [70, 71, 290]] = 500.0
     problem.hidden = logits
     token, log_prob, top1, top2, *_ = vocab_projection(
-        *problem.arguments(temperature == "greedy"), Tiling(16, 64, 64, 4, 3), programs=3
+        *problem.arguments(temperature == "greedy"), tiling=Tiling(16, 64, 64, 4, 3), programs=3
     )
     assert token[:3].tolist() == [-1, -1, -1]
     assert log_prob[:3].isnan().all()

@@ -1,18 +1,20 @@
 """`divergence`: how far one output layer's distribution is from another's, row by row, in bounded memory.
 
-For the importance of a step: KL(heavy || light) over 50k-wide rows. The contract, and plain PyTorch for some rows at a
-time; `triton_divergence` runs it on a GPU, both heads in one pass.
+For the importance of a step: KL(heavy || light) over 50k-wide rows. The contract; `reference` has it in plain PyTorch,
+`triton_divergence` runs it on a GPU, both heads in one pass.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mdkern.kernels.device import has_triton
 from mdkern.kernels.head import reference
+from mdkern.kernels.head.arguments import Head
+from mdkern.kernels.head.vocab_projection import check_head, check_tensor
+from mdkern.kernels.operator import operator
 
 
 class RowDivergence(NamedTuple):
@@ -22,94 +24,14 @@ class RowDivergence(NamedTuple):
     cross_entropy: Tensor  # float32 [M], -sum p log q
 
 
-@torch.library.custom_op("mdkern::divergence", mutates_args=())
-def _divergence(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    soft_cap: float,
-    other_hidden: Tensor,
-    other_weight: Tensor | None,
-    other_bias: Tensor | None,
-    other_scale: float,
-    other_soft_cap: float,
-    row_index: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return in_pytorch(
-        hidden,
-        weight,
-        bias,
-        scale,
-        soft_cap,
-        other_hidden,
-        other_weight,
-        other_bias,
-        other_scale,
-        other_soft_cap,
-        row_index,
-    )
-
-
-def in_pytorch(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    soft_cap: float,
-    other_hidden: Tensor,
-    other_weight: Tensor | None,
-    other_bias: Tensor | None,
-    other_scale: float,
-    other_soft_cap: float,
-    row_index: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The operator with the log-probabilities in memory, `reference.CHUNK_ELEMENTS` of each head's at a time."""
-    columns = hidden.shape[1] if weight is None else weight.shape[0]
-    chunk = max(1, reference.CHUNK_ELEMENTS // max(1, columns))
-    kl = torch.empty(row_index.shape[0], dtype=torch.float32, device=hidden.device)
-    cross_entropy = torch.empty_like(kl)
-    for start in range(0, len(kl), chunk):
-        rows = slice(start, start + chunk)
-        log_p = log_probability(hidden[row_index[rows]], weight, bias, scale, soft_cap)
-        log_q = log_probability(other_hidden[row_index[rows]], other_weight, other_bias, other_scale, other_soft_cap)
-        p = log_p.exp()
-        impossible = p == 0  # 0 * -inf is 0 here
-        kl[rows] = (p * (log_p - log_q).masked_fill(impossible, 0.0)).sum(-1)
-        cross_entropy[rows] = -(p * log_q.masked_fill(impossible, 0.0)).sum(-1)
-    return kl, cross_entropy
-
-
-@_divergence.register_kernel("cuda")
-def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if not has_triton(hidden.device):
-        return in_pytorch(hidden, *arguments)
-    from mdkern.kernels.head import launch_divergence  # imports Triton, which is no business of a machine without a GPU
-
-    return launch_divergence.divergence(hidden, *arguments)
-
-
-@_divergence.register_fake
-def _fake(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    soft_cap: float,
-    other_hidden: Tensor,
-    other_weight: Tensor | None,
-    other_bias: Tensor | None,
-    other_scale: float,
-    other_soft_cap: float,
-    row_index: Tensor,
+def empty_outputs(
+    hidden: Tensor, head: Head, other_hidden: Tensor, other: Head, row_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     kl = hidden.new_empty(row_index.shape[0], dtype=torch.float32)
     return kl, torch.empty_like(kl)
 
 
-def log_probability(states: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, cap: float) -> Tensor:
-    product = states if weight is None else reference.product_float32(states, weight)
-    return reference.finish_logits(product, bias, scale, cap).log_softmax(-1)
+_divergence = operator(reference.divergence, empty_outputs, kernels="mdkern.kernels.head.launch_divergence:divergence")
 
 
 def divergence(
@@ -130,17 +52,23 @@ def divergence(
 
     Args:
         hidden, weight, bias, scale, soft_cap: the head of p, as in `vocab_projection`.
-        other_hidden, other_weight, other_bias, other_scale, other_soft_cap: the head of q; its depth may differ.
+        other_hidden, other_weight, other_bias, other_scale, other_soft_cap: the head of q; its width D' may differ.
         row_index: int32 or int64 ``[M]``, rows of both `hidden` and `other_hidden`.
 
     Raises:
-        ValueError: vocabularies that differ.
+        ValueError: shapes, dtypes or devices that do not fit, vocabularies that differ; on a CPU also rows that are not
+            there.
     """
-    columns = [h.shape[1] if w is None else w.shape[0] for h, w in ((hidden, weight), (other_hidden, other_weight))]
-    if columns[0] != columns[1]:
-        raise ValueError(f"the heads have vocabularies of {columns[0]} and {columns[1]} ids; they must be the same")
-    p, q = (
-        (hidden, weight, bias, scale, soft_cap),
-        (other_hidden, other_weight, other_bias, other_scale, other_soft_cap),
-    )
-    return RowDivergence(*_divergence(*p, *q, row_index))
+    head, other = Head(weight, bias, scale, soft_cap), Head(other_weight, other_bias, other_scale, other_soft_cap)
+    check_head(hidden, head)
+    check_head(other_hidden, other, "other_")
+    vocab, other_vocab = head.vocab(hidden), other.vocab(other_hidden)
+    if vocab != other_vocab:
+        raise ValueError(f"the heads have vocabularies of {vocab} and {other_vocab} ids; they must be the same")
+    if other_hidden.device != hidden.device or other_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"other_hidden must have as many rows as hidden, on {hidden.device}: {hidden.shape[0]}, "
+            f"not {other_hidden.shape[0]} on {other_hidden.device}"
+        )
+    check_tensor("row_index", row_index, (torch.int32, torch.int64), (row_index.numel(),), hidden.device)
+    return RowDivergence(*_divergence(hidden, *head, other_hidden, *other, row_index))

@@ -32,7 +32,7 @@ from mdkern.kernels.head.hopper_fold import (
     _shifted,
 )
 from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, locate_item, schedule_tiles
-from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count
+from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, load_row_index
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and 3.7
 
@@ -120,7 +120,7 @@ def _consume(
 ):
     """A consumer warpgroup: its 64 rows times every tile, each folded into the rows' state."""
     hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
-    count, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
+    count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
     hidden_ring, weight_ring, full, empty, asked = rings
     program, items, schedule = work
     GROUPS: gl.constexpr = BN // GROUP_SIZE
@@ -137,7 +137,7 @@ def _consume(
         row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS)
         if STATIONARY:  # before all else, or these loads wait behind the weights' copies
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
-            index = gl.load(row_index + gathered, mask=gathered < count, other=0).to(gl.int64)
+            index, _ = load_row_index(row_index, gathered, gathered < count, hidden_rows)
             inner = gl.arange(0, BK, layout=gl.SliceLayout(0, chunk_layout))
             source = hidden + index[:, None] * hidden_stride + inner[None, :]
             for k in range(K_TILES):
@@ -155,6 +155,9 @@ def _consume(
                 value = gl.load(temperature + rows, mask=rows < count, other=1.0)
             else:
                 value = gl.full([ROWS], 1.0, gl.float32, layout=ROW) * uniform_temperature
+        total = gl.full([ROWS], 0.0, gl.float32, layout=ROW)
+        if STATIONARY:
+            _, total = load_row_index(row_index, rows, rows < count, hidden_rows)
         if HEAD_START > 0:
             mbarrier.arrive(asked, pred=item == 0)
         if MODE != GREEDY:
@@ -176,7 +179,7 @@ def _consume(
             best = gl.where(inv_temperature == 0.0, lowest, nothing)
         leader = gl.full([ROWS, GROUP_SIZE], -float("inf"), gl.float32, layout=TILE)
         zero = gl.full([ROWS], 0, gl.int32, layout=ROW)
-        state = top, nothing, nothing, lowest, best, zero, leader
+        state = top, total, nothing, lowest, best, zero, leader
         for tile in range(first, last, stride):
             if bias is not None:
                 ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
@@ -245,7 +248,7 @@ def _consume(
         gl.store(at, leader, mask=inside[:, None])
 
 
-@gluon.jit(do_not_specialize=["capacity", "vocab"])
+@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
 def vocab_projection_hopper_kernel(
     hidden,  # [N, D] where STATIONARY, else a descriptor of the M gathered rows
     weight,  # descriptor of [V, D]
@@ -260,6 +263,7 @@ def vocab_projection_hopper_kernel(
     leaders,
     capacity,
     vocab,
+    hidden_rows,  # N
     hidden_dim,
     hidden_stride,
     scale,
@@ -271,7 +275,6 @@ def vocab_projection_hopper_kernel(
     STAGES: gl.constexpr,
     STATIONARY: gl.constexpr,
     HEAD_START: gl.constexpr,
-    WAIT: gl.constexpr,
     PROGRAMS: gl.constexpr,
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
@@ -294,8 +297,8 @@ def vocab_projection_hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    if WAIT:
-        gdc_wait()  # for the kernel before
+    if STATIONARY:  # launched before the kernel before it ends
+        gdc_wait()
     gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
     program = gl.program_id(0)
     count = load_row_count(row_count, capacity)
@@ -304,7 +307,7 @@ def vocab_projection_hopper_kernel(
     rings = (hidden_ring, weight_ring, full, empty, asked)
     work = (program, count_items(program, schedule, PROGRAMS), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
-    sizes = (count, vocab, hidden_dim, hidden_stride, scale, soft_cap)
+    sizes = (count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [

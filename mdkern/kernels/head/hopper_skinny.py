@@ -27,7 +27,15 @@ from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.head.hopper_projection import barrier
 from mdkern.kernels.head.hopper_skinny_reduce import RECORD
 from mdkern.kernels.head.triton_projection import MIXED
-from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, merge_top_two
+from mdkern.kernels.triton_common import (
+    GROUP_SIZE,
+    LOG2E,
+    LOWEST,
+    load_keys,
+    load_row_count,
+    load_row_index,
+    merge_top_two,
+)
 
 NOISE_STAGES = gl.constexpr(2)  # groups whose noise is drawn ahead
 
@@ -113,13 +121,13 @@ def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROG
 
 
 @gluon.jit
-def _ask_for_rows(hidden, row_index, count, hidden_dim, hidden_stride, hidden_tiles):
+def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, hidden_tiles):
     """Have the rows copied to shared memory, zeros behind them."""
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     BK: gl.constexpr = hidden_tiles.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BK, BK // 8], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    index = gl.load(row_index + row, mask=row < count, other=0).to(gl.int64)
+    index, _ = load_row_index(row_index, row, row < count, hidden_rows)
     inner = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     source = hidden + index[:, None] * hidden_stride + inner[None, :]
     for k in range(hidden_tiles.shape[0]):
@@ -209,7 +217,7 @@ def _consume(
 ):
     """The consumer warps: this program's groups times all rows, then a record per row."""
     hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
-    capacity, vocab, hidden_dim, hidden_stride, scale, soft_cap = sizes
+    capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
     tile: gl.constexpr = _tile(ROWS)
@@ -223,7 +231,8 @@ def _consume(
     if bias is not None:
         ids = program * GROUP_SIZE + id_in_group
         next_shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
-    _ask_for_rows(hidden, row_index, count, hidden_dim, hidden_stride, rings[0])
+    _, total = load_row_index(row_index, row, row < count, hidden_rows)
+    _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, rings[0])
     mbarrier.arrive(rings[4])
     inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
     nothing = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
@@ -231,7 +240,7 @@ def _consume(
     best = gl.where(inv_temperature == 0.0, lowest, nothing)
     top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
     leader = gl.full([GROUP_SIZE, ROWS], -float("inf"), gl.float32, layout=tile)
-    state = top, nothing, nothing, lowest, best, row * 0, leader, leader
+    state = top, total, nothing, lowest, best, row * 0, leader, leader
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
@@ -274,7 +283,7 @@ def _consume(
         gl.store(record + number, numbers[number], mask=row < count)
 
 
-@gluon.jit(do_not_specialize=["capacity", "vocab"])
+@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
 def vocab_projection_skinny_kernel(
     hidden,  # [N, D]
     weight,  # descriptor of [V, D]
@@ -288,6 +297,7 @@ def vocab_projection_skinny_kernel(
     records,  # [M, PROGRAMS, RECORD]
     capacity,
     vocab,
+    hidden_rows,  # N
     hidden_dim,
     hidden_stride,
     scale,
@@ -320,14 +330,14 @@ def vocab_projection_skinny_kernel(
         mbarrier.init(drawn.index(noise_stage), count=1)
         mbarrier.init(used.index(noise_stage), count=1)
     fence_async_shared()
-    gdc_wait()  # for the kernel before
+    gdc_wait()  # for the kernel before it, which may not have ended
     gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
     program = gl.program_id(0)
     groups = gl.cdiv(vocab, GROUP_SIZE)
     rings = (hidden_tiles, weight_ring, full, empty, asked)
     draws = (races, noises, drawn, used)
     rows = (hidden, bias, row_index, row_count, temperature, uniform_temperature, records)
-    sizes = (capacity, vocab, hidden_dim, hidden_stride, scale, soft_cap)
+    sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap)
     gl.warp_specialize(
         [
             (_consume, (rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, HAS_SCALE, HAS_CAP)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -12,103 +12,97 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce
+from mdkern.kernels.head.arguments import Head, Rows
 
 GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
 RECORD = hopper_skinny_reduce.RECORD.value
 SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchanges between lanes
-RING = 128 * 1024  # bytes on their way; with 176 KiB 16 rows take 25.5 us of an H200 at D = 768, with these 24.6
+RING = 128 * 1024  # bytes in flight; more is slower, see docs/notes/output-layer.md
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+REGISTERS = 128  # of a thread at launch: some are left over, so that the reduce kernel can start before this one ends
 
 
 @dataclass(frozen=True)
-class FewTiling:
+class SkinnyTiling:
     """How `hopper_skinny` cuts its work: groups of 64 ids by `rows` rows, all of which stay in shared memory."""
+
+    programs_per_sm: ClassVar[int] = 1
+    gather: ClassVar[bool] = False
+    vocab: ClassVar[int] = GROUP_SIZE
 
     rows: int
     stages: int
-    depth: int  # columns of a copied tile
-    columns: int = GROUP_SIZE
-    per_processor: int = 1
-    gather: bool = False
+    hidden_dim: int  # of a copied tile
 
     @property
     def head_start(self) -> int:
-        """Copies, 32 KiB of them, before the multiplying warps have asked for their rows."""
-        return 256 // self.depth
-
-    @property
-    def registers(self) -> int:
-        """Of a thread at launch. Some are left over, so that the reduce kernel can start before this one ends."""
-        return 128
+        """Copies, 32 KiB of them, before the consumers have asked for their rows."""
+        return 256 // self.hidden_dim
 
 
-def choose_few_tiling(rows: int, hidden: Tensor) -> FewTiling | None:
-    """Tiles for at most `rows` rows; None above 16 rows, where `hopper_projection` wins (27.1 us of an H200 at 32 rows
-    sampled, against 29.9), and where the rows and four copied tiles do not fit."""
-    depth = hidden.shape[1]
-    if rows > 16 or hidden.dtype not in ELEMENT or depth % 16 or hidden.stride(0) % 16 or hidden.data_ptr() % 16:
+def choose_skinny_tiling(rows: int, hidden: Tensor) -> SkinnyTiling | None:
+    """Tiles for at most `rows` rows; None above 16 rows, where `hopper_projection` is faster, and where the rows and
+    four copied tiles do not fit."""
+    hidden_dim, aligned = hidden.shape[1], hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
+    if rows > 16 or hidden.dtype not in ELEMENT or hidden_dim % 16 or not aligned:
         return None
     held = 8 if rows <= 8 else 16
-    for copied in (256, 128):  # 256 columns a copy take 24.3 us where 128 take 24.6, and waste some of an odd depth
-        stages = min(RING, SHARED - held_bytes(held, copied, depth)) // (GROUP_SIZE * copied * 2)
-        if stages >= 4 and (depth % copied == 0 or copied == 128):
-            return FewTiling(held, stages, copied)
+    for copied in (256, 128):
+        stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // (GROUP_SIZE * copied * 2)
+        if stages >= 4 and (hidden_dim % copied == 0 or copied == 128):
+            return SkinnyTiling(held, stages, copied)
     return None
 
 
-def held_bytes(rows: int, copied: int, depth: int) -> int:
+def held_bytes(rows: int, copied: int, hidden_dim: int) -> int:
     """Shared memory that is not the ring's: the rows, and the noise of two groups."""
-    return (
-        triton.cdiv(depth, copied) * copied * rows * 2 + hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
-    )
+    noise = hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
+    return triton.cdiv(hidden_dim, copied) * copied * rows * 2 + noise
 
 
-def project_few(
+def project_skinny(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: tuple[Any, ...],
-    scale: float,
-    soft_cap: float,
-    tiling: FewTiling,
-    options: dict[str, Any],
+    head: Head,
+    rows: Rows,
+    tiling: SkinnyTiling,
+    constants: dict[str, Any],
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Both kernels: the outputs of `rows`, which are row_index, row_count, temperature(s), seed and keys."""
-    capacity, (columns, depth) = rows[0].shape[0], weight.shape
-    programs = min(options["PROGRAMS"], triton.cdiv(columns, GROUP_SIZE))
-    options = options | {"PROGRAMS": programs}
+    """Both kernels."""
+    assert head.weight is not None
+    capacity, vocab = rows.row_index.shape[0], head.vocab(hidden)
+    programs = min(constants["PROGRAMS"], triton.cdiv(vocab, GROUP_SIZE))
+    constants = constants | {"PROGRAMS": programs}
     records = torch.empty((capacity, programs, RECORD), dtype=torch.float32, device=hidden.device)
-    block = [GROUP_SIZE, tiling.depth]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[weight.dtype])
+    block = [GROUP_SIZE, tiling.hidden_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[hidden.dtype])
     hopper_skinny.vocab_projection_skinny_kernel[(programs,)](
         hidden,
-        TensorDescriptor.from_tensor(weight, block, layout),
-        bias,
+        TensorDescriptor.from_tensor(head.weight, block, layout),
+        head.bias,
         *rows,
         records,
         capacity,
-        columns,
-        depth,
+        vocab,
+        *hidden.shape,
         hidden.stride(0),
-        scale,
-        soft_cap,
+        head.scale,
+        head.soft_cap,
         PROGRAMS=programs,
-        MODE=options["MODE"],
-        HAS_SCALE=scale != 1.0,
-        HAS_CAP=soft_cap > 0.0,
+        MODE=constants["MODE"],
+        HAS_SCALE=head.scale != 1.0,
+        HAS_CAP=head.soft_cap > 0.0,
         num_warps=4,
-        maxnreg=tiling.registers,
+        maxnreg=REGISTERS,
         launch_pdl=True,
-        **constants(tiling, depth),
+        **tiling_constants(tiling, hidden.shape[1]),
     )
-    _, row_count, temperature, uniform_temperature, _, _ = rows
     token, log_prob, top1, top2, entropy, logsumexp = outputs
     hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel[(capacity,)](
         records,
-        row_count,
-        temperature,
-        uniform_temperature,
+        rows.row_count,
+        rows.temperature,
+        rows.uniform_temperature,
         token,
         log_prob,
         logsumexp,
@@ -119,16 +113,16 @@ def project_few(
         SPLITS=max(32, triton.next_power_of_2(programs)),
         num_warps=1,
         launch_pdl=True,
-        **options,
+        **constants,
     )
 
 
-def constants(tiling: FewTiling, depth: int) -> dict[str, Any]:
+def tiling_constants(tiling: SkinnyTiling, hidden_dim: int) -> dict[str, Any]:
     """What `hopper_skinny` is compiled for, besides what is wanted of it."""
     return {
-        "K_TILES": triton.cdiv(depth, tiling.depth),
+        "K_TILES": triton.cdiv(hidden_dim, tiling.hidden_dim),
         "ROWS": tiling.rows,
-        "BK": tiling.depth,
+        "BK": tiling.hidden_dim,
         "STAGES": tiling.stages,
         "HEAD_START": tiling.head_start,
     }

@@ -1,63 +1,89 @@
-"""The operators in plain PyTorch: the CPU path, and what the tests hold the kernels against."""
+"""The operators of the output layer in plain PyTorch: the CPU path, and what the tests hold the kernels against."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels import noise
+from mdkern.kernels.head.arguments import NO_FILTERS, Filters, Head, Outputs, Rows, Wanted
 
 GROUP_SIZE = 64  # vocabulary ids that share one group draw, see `vocab_projection`
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MiB of float32
 
 
-def vocab_projection(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_index: Tensor,
-    row_count: Tensor | None,
-    temperature: Tensor | None,
-    uniform_temperature: float,
-    seed: Tensor,
-    keys: Tensor,
-    scale: float,
-    soft_cap: float,
-    want_top: bool,
-    want_entropy: bool,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`mdkern.kernels.vocab_projection` with the logits in memory, `CHUNK_ELEMENTS` of them at a time."""
-    capacity = row_index.shape[0]
+def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filters: Filters) -> Outputs:
+    """`mdkern.kernels.vocab_projection` with the logits in memory, `CHUNK_ELEMENTS` of them at a time.
+
+    Raises:
+        ValueError: on the CPU, where looking costs nothing: values that mean nothing.
+    """
+    row_index, row_count, temperature, uniform, seed, keys = rows
+    capacity, device = row_index.shape[0], hidden.device
     count = capacity
-    if row_count is not None and row_count.device.type == "cpu":  # on a GPU reading it would be a synchronisation
-        count = min(capacity, int(row_count))
-    columns = hidden.shape[1] if weight is None else weight.shape[0]
-    device = hidden.device
+    if device.type == "cpu":  # on a GPU reading it would be a synchronisation
+        count = capacity if row_count is None else min(capacity, int(row_count))
+        check_values(row_index[:count], None if temperature is None else temperature[:count], hidden.shape[0])
     if temperature is None:
-        temperature = torch.full((capacity,), uniform_temperature, dtype=torch.float32, device=device)
+        temperature = torch.full((capacity,), uniform, dtype=torch.float32, device=device)
     token = torch.full((capacity,), -1, dtype=torch.int64, device=device)
     statistics = torch.full((5, capacity), torch.nan, dtype=torch.float32, device=device)
-    chunk = max(1, CHUNK_ELEMENTS // max(1, columns))
+    chunk = max(1, CHUNK_ELEMENTS // max(1, head.vocab(hidden)))
     for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
-        states = hidden[row_index[rows]]
-        logits = finish_logits(states if weight is None else product_float32(states, weight), bias, scale, soft_cap)
-        part = row_statistics(logits, temperature[rows], seed, keys[rows], top_k, top_p, min_p)
-        token[rows], statistics[:, rows] = part
+        part = slice(start, min(start + chunk, count))
+        logits = row_logits(hidden[row_index[part]], head)
+        token[part], statistics[:, part] = row_statistics(
+            logits, temperature[part], seed, keys[part], filters, wanted.of
+        )
     if row_count is not None and count == capacity:
         past = torch.arange(capacity, device=device) >= row_count
         token, statistics = token.masked_fill(past, -1), statistics.masked_fill(past, torch.nan)
     log_prob, top1, top2, entropy, logsumexp = (statistic.clone() for statistic in statistics)  # no shared storage
-    if not want_top:
+    if not wanted.want_top:
         top1, top2 = top1.new_empty(0), top2.new_empty(0)
-    if not want_entropy:
+    if not wanted.want_entropy:
         entropy = entropy.new_empty(0)
     return token, log_prob, top1, top2, entropy, logsumexp
+
+
+def divergence(
+    hidden: Tensor, head: Head, other_hidden: Tensor, other: Head, row_index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`mdkern.kernels.divergence` with the log-probabilities in memory, `CHUNK_ELEMENTS` of each head's at a time."""
+    if hidden.device.type == "cpu":
+        check_values(row_index, None, hidden.shape[0])
+    chunk = max(1, CHUNK_ELEMENTS // max(1, head.vocab(hidden)))
+    kl = torch.empty(row_index.shape[0], dtype=torch.float32, device=hidden.device)
+    cross_entropy = torch.empty_like(kl)
+    for start in range(0, len(kl), chunk):
+        rows = slice(start, start + chunk)
+        log_p = row_logits(hidden[row_index[rows]], head).log_softmax(-1)
+        log_q = row_logits(other_hidden[row_index[rows]], other).log_softmax(-1)
+        p = log_p.exp()
+        impossible = p == 0  # 0 * -inf is 0 here
+        kl[rows] = (p * (log_p - log_q).masked_fill(impossible, 0.0)).sum(-1)
+        cross_entropy[rows] = -(p * log_q.masked_fill(impossible, 0.0)).sum(-1)
+    return kl, cross_entropy
+
+
+def check_values(row_index: Tensor, temperature: Tensor | None, hidden_rows: int) -> None:
+    """Refuse rows that are not there and temperatures below 0 or NaN."""
+    outside = (row_index < 0) | (row_index >= hidden_rows)
+    if bool(outside.any()):
+        raise ValueError(
+            f"row_index must lie in 0..{hidden_rows - 1}, rows of hidden, not {int(row_index[outside][0])}"
+        )
+    if temperature is not None and not bool((temperature >= 0).all()):
+        raise ValueError(f"temperature must be at least 0, not {float(temperature[~(temperature >= 0)][0])}")
+
+
+def row_logits(states: Tensor, head: Head) -> Tensor:
+    """float32 logits ``[M, V]`` of hidden rows ``[M, D]``."""
+    product = states if head.weight is None else product_float32(states, head.weight)
+    return finish_logits(product, head.bias, head.scale, head.soft_cap)
 
 
 def finish_logits(product: Tensor, bias: Tensor | None, scale: float, soft_cap: float) -> Tensor:
@@ -84,9 +110,8 @@ def row_statistics(
     temperature: Tensor,
     seed: Tensor,
     keys: Tensor,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    filters: Filters = NO_FILTERS,
+    of: str = "model",
 ) -> tuple[Tensor, Tensor]:
     """Token and statistics of rows of float32 logits ``[M, V]``.
 
@@ -94,35 +119,58 @@ def row_statistics(
         token int64 ``[M]``, -1 where the logits hold a NaN, a +inf or nothing above -inf; and float32 ``[5, M]``, NaN
         there: log-probability of the token, largest and second largest probability, entropy (nats), logsumexp.
     """
-    logsumexp = logits.logsumexp(-1)
-    log_p = logits - logsumexp[:, None]
-    probability = log_p.exp()
-    entropy = -(probability * log_p.masked_fill(probability == 0, 0.0)).sum(-1)
-    top = probability.topk(min(2, logits.shape[1]), dim=-1).values
+    bad = ~logits.logsumexp(-1).isfinite()
     greedy = lowest_argmax(logits)
     scaled = logits / temperature.masked_fill(temperature == 0, 1.0)[:, None]
-    scaled = keep_most_probable(scaled, top_k, top_p, min_p)
-    token = torch.where(temperature == 0, greedy, sample_token(scaled, seed, keys))
-    bad = ~logsumexp.isfinite()
-    token = token.masked_fill(bad, -1)
+    scaled = keep_most_probable(scaled, *filters)
+    token = torch.where(temperature == 0, greedy, sample_token(scaled, seed, keys)).masked_fill(bad, -1)
+    shown = scaled if of == "sampler" else logits
+    logsumexp = shown.logsumexp(-1)
+    log_p = shown - logsumexp[:, None]
+    probability = log_p.exp()
+    entropy = -(probability * log_p.masked_fill(probability == 0, 0.0)).sum(-1)
+    top = probability.topk(min(2, shown.shape[1]), dim=-1).values
     log_prob = log_p.gather(1, token.clamp(min=0)[:, None])[:, 0]
     second = top[:, 1] if top.shape[1] == 2 else torch.zeros_like(top[:, 0])
     statistics = torch.stack((log_prob, top[:, 0], second, entropy, logsumexp))
     return token, statistics.masked_fill(bad, torch.nan)
 
 
-def keep_most_probable(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The logits with -inf at the ids that `top_k`, then `top_p`, then `min_p` leave out; equals stay together."""
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+def keep_most_probable(logits: Tensor, top_k: int, top_p: float, min_p: float, top_p_rule: str = "reach") -> Tensor:
+    """The logits with -inf at the ids that `top_k`, then `top_p`, then `min_p` leave out, see `vocab_projection`."""
+    if top_k < logits.shape[1] and top_k > 0:
+        logits = keep_first(logits, logits.topk(top_k).values[:, -1:], lambda above, equal: top_k - above.sum(-1))
     if top_p < 1.0:
+        weight = (logits - logits.amax(-1, keepdim=True)).exp()
+        goal = top_p * weight.sum(-1)
         ordered = logits.sort(dim=-1, descending=True).values
-        probability = ordered.softmax(-1)
-        kept = (probability.cumsum(-1) - probability < top_p).sum(-1, keepdim=True).clamp(min=1)
-        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
+        before = (ordered - ordered[:, :1]).exp().cumsum(-1).roll(1, -1)
+        before[:, 0] = 0.0
+        place = (before < goal[:, None]).sum(-1, keepdim=True).clamp(min=1) - 1
+
+        def fewest(above: Tensor, equal: Tensor) -> Tensor:
+            """How many of the equals are kept: ``goal - (what is above)``, in units of one of them."""
+            left = goal - weight.masked_fill(~above, 0.0).sum(-1)
+            number = left / weight.masked_fill(~equal, 0.0).amax(-1)
+            return number.floor() if top_p_rule == "within" else number.ceil().clamp(min=1)
+
+        logits = keep_first(logits, ordered.gather(-1, place), fewest)
     if min_p > 0.0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     return logits
+
+
+def keep_first(logits: Tensor, least: Tensor, fewest: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The logits above `least` ``[M, 1]`` and the first few of those equal to it, never none; -inf elsewhere.
+
+    Args:
+        fewest: from bool ``[M, V]``, which are above and which are equal, how many of the equals are kept, ``[M]``.
+    """
+    above, equal = logits > least, logits == least
+    number = fewest(above, equal)
+    number = torch.where(above.any(-1), number, number.clamp(min=1))
+    kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= number[:, None]))
+    return logits.masked_fill(~kept, -torch.inf)
 
 
 def sample_token(scaled: Tensor, seed: Tensor, keys: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ summed as differences. A second kernel combines the vocabulary splits of each ro
 import triton
 import triton.language as tl
 
-from mdkern.kernels.triton_common import IMPOSSIBLE, LN2, LOG2E, LOWEST, tile_logits
+from mdkern.kernels.triton_common import IMPOSSIBLE, LN2, LOG2E, LOWEST, load_row_index, tile_logits
 
 PARTS = tl.constexpr(7)  # floats per row and split
 
@@ -47,7 +47,7 @@ def _absorb(x, y, state, EXCLUDES: tl.constexpr):
     return top, total, other_top, other_total, gap, cross, escaped
 
 
-@triton.jit(do_not_specialize=["count", "vocab", "chunk"])
+@triton.jit(do_not_specialize=["count", "vocab", "hidden_rows", "chunk"])
 def divergence_kernel(
     hidden,
     weight,
@@ -69,6 +69,7 @@ def divergence_kernel(
     parts,  # [splits, PARTS, M]
     count,
     vocab,
+    hidden_rows,  # N
     chunk,  # vocabulary tiles of a program
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -95,10 +96,10 @@ def divergence_kernel(
     split = tl.program_id(0) // row_tiles
     rows = row_tile * BM + tl.arange(0, BM)
     valid = rows < count
-    index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
+    index, total = load_row_index(row_index, rows, valid, hidden_rows)
     nothing = tl.zeros([BM], tl.float32)
     lowest = tl.full([BM], LOWEST, tl.float32)
-    state = lowest, nothing, lowest, nothing, nothing, nothing, lowest
+    state = lowest, total, lowest, nothing, nothing, nothing, lowest
     first = split * chunk
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(vocab, BN))):
         x = tile_logits(

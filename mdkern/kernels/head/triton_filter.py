@@ -2,17 +2,18 @@
 
 The first writes the chunk's logits, divided by the temperature, and statistics of each tile of them. The second has a
 program per row: it finds the value at or above which the filters keep logits (`triton_filter_search`), and draws among
-these as `reference.sample_token` does.
+these as `reference.sample_token` does. Statistics are of the model's distribution, from the first kernel, or of the one
+that is drawn from, from the second.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 import triton
 import triton.language as tl
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.triton_filter_search import PER_LANE, find_threshold
+from mdkern.kernels.head.triton_filter_search import PER_LANE, find_threshold, next_float
 from mdkern.kernels.triton_common import (
     GROUP_SIZE,
     IMPOSSIBLE,
@@ -22,13 +23,14 @@ from mdkern.kernels.triton_common import (
     NOWHERE,
     largest_two,
     load_row_count,
+    load_row_index,
     tile_logits,
 )
 
 STATISTICS = tl.constexpr(4)  # maximum, sum of exponentials, their first moment, second maximum: of a row in a tile
 
 
-@triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "vocab"])
+@triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "vocab", "hidden_rows"])
 def filtered_logits_kernel(
     hidden,
     weight,
@@ -43,6 +45,7 @@ def filtered_logits_kernel(
     chunk,  # rows from `first_row` on
     capacity,
     vocab,
+    hidden_rows,  # N
     hidden_dim,
     hidden_stride,
     weight_stride,
@@ -61,6 +64,7 @@ def filtered_logits_kernel(
     PRECISION: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
 ):
     row_tiles = tl.cdiv(chunk, BM)  # row tiles of one vocabulary tile side by side: they share its weights in the cache
     row_tile = tl.program_id(0) % row_tiles
@@ -71,13 +75,13 @@ def filtered_logits_kernel(
     if first_row + row_tile * BM >= count:
         return
     valid = (local < chunk) & (rows < count)
-    index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
+    index, poison = load_row_index(row_index, rows, valid, hidden_rows)
     x = tile_logits(
         hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale, soft_cap,
         BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
     )  # fmt: skip
 
-    if WANT_TOP:
+    if WANT_TOP and not OF_SAMPLER:
         top, second = largest_two(x)
     else:
         top = tl.max(x, 1)
@@ -86,10 +90,10 @@ def filtered_logits_kernel(
     wide, tiles = local.to(tl.int64), tl.cdiv(vocab, BN)
     at = statistics + wide * (STATISTICS * tiles) + tile
     tl.store(at, top, mask=valid)
-    tl.store(at + tiles, tl.sum(e, 1), mask=valid)
-    if WANT_ENTROPY:
+    tl.store(at + tiles, tl.sum(e, 1) + poison, mask=valid)
+    if WANT_ENTROPY and not OF_SAMPLER:
         tl.store(at + 2 * tiles, tl.sum(e * d, 1), mask=valid)
-    if WANT_TOP:
+    if WANT_TOP and not OF_SAMPLER:
         tl.store(at + 3 * tiles, second, mask=valid)
 
     divisor = tl.zeros([BM], tl.float32) + uniform_temperature
@@ -104,31 +108,95 @@ def filtered_logits_kernel(
 
 
 @triton.jit
-def _draw(
+def _is_kept(x, ids, least, last):
+    """Whether the filters keep logits: above `least`, or equal to it up to id `last`."""
+    return (x > least) | ((x == least) & (ids <= last))
+
+
+@triton.jit
+def _weigh(
     row,
-    weights,  # [groups]
+    weights,  # [groups], to write to
     width,
     top,
     least,
+    kept_equals,  # float32: how many of the logits equal to `least` are kept, the lowest ids first
     greedy,
-    seed,
-    sample,
-    position,
-    step,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
     BLOCK: tl.constexpr,
-    RACERS: tl.constexpr,
 ):
-    """A draw from the softmax of the logits at or above `least` (the lowest of them if `greedy`), and its logit."""
-    in_block = tl.arange(0, BLOCK // GROUP_SIZE)
+    """Sums of exponentials over each group's kept logits (over its maxima if `greedy`).
+
+    Returns:
+        The last id that is kept of those equal to `least`. With OF_SAMPLER, of all that is kept: the sum of
+        exponentials, their first moment (base 2) and the second largest logit.
+    """
+    GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
+    in_block = tl.arange(0, GROUPS)
     lane = tl.arange(0, GROUP_SIZE)
     groups = tl.cdiv(width, GROUP_SIZE)
-    for start in range(0, groups, BLOCK // GROUP_SIZE):
+    equals, tops = tl.zeros([GROUPS], tl.int32), tl.zeros([GROUPS], tl.int32)
+    totals, moments = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
+    seconds = tl.full([GROUPS], LOWEST, tl.float32)
+    for start in range(0, groups, GROUPS):
         offset = (start + in_block)[:, None] * GROUP_SIZE + lane[None, :]
         x = tl.load(row + offset, mask=offset < width, other=LOWEST)
-        e = tl.where(x >= least, tl.exp2((x - top) * LOG2E), 0.0)
-        tl.store(weights + start + in_block, tl.sum(e, 1), mask=start + in_block < groups)
+        d = (x - top) * LOG2E
+        e = tl.where(x >= least, tl.exp2(d), 0.0)
+        equals += tl.sum((x == least).to(tl.int32), 1)
+        total = tl.sum(e, 1)
+        if OF_SAMPLER:
+            totals += total
+            total = tl.where(greedy, tl.sum((x == top).to(tl.float32), 1), total)
+            if WANT_ENTROPY:
+                moments += tl.sum(e * d, 1)
+            if WANT_TOP:
+                tops += tl.sum((x == top).to(tl.int32), 1)
+                seconds = tl.maximum(seconds, tl.max(tl.where((x >= least) & (x < top), x, LOWEST), 1))
+        tl.store(weights + start + in_block, total, mask=start + in_block < groups)
     tl.debug_barrier()  # the weights are read by other threads than wrote them
 
+    last = tl.full([], NOWHERE, tl.int32)
+    left_out = tl.sum(equals, 0).to(tl.float32) - kept_equals
+    if left_out > 0.0:  # hardly ever: the last that is kept has equals that are not
+        before = tl.zeros([], tl.int32)
+        last = tl.full([], -1, tl.int32)
+        for start in range(0, groups, GROUPS):
+            offset = (start + in_block)[:, None] * GROUP_SIZE + lane[None, :]
+            x = tl.load(row + offset, mask=offset < width, other=LOWEST)
+            equal = (x == least).to(tl.int32)
+            in_group = tl.sum(equal, 1)
+            rank = before + (tl.cumsum(in_group, 0) - in_group)[:, None] + tl.cumsum(equal, 1)  # from 1
+            kept = (equal == 1) & (rank.to(tl.float32) <= kept_equals)
+            last = tl.maximum(last, tl.max(tl.max(tl.where(kept, offset, -1), 1), 0))
+            before += tl.sum(in_group, 0)
+            shown = (x > least) | kept
+            if OF_SAMPLER:
+                shown = shown & tl.where(greedy, x == top, x >= least)
+            e = tl.where(shown, tl.exp2((x - top) * LOG2E), 0.0)
+            tl.store(weights + start + in_block, tl.sum(e, 1), mask=start + in_block < groups)
+        tl.debug_barrier()
+    total, moment, second = tl.sum(totals, 0), tl.sum(moments, 0), tl.max(seconds, 0)
+    if OF_SAMPLER:
+        left_out = tl.maximum(left_out, 0.0)
+        d = (least - top) * LOG2E
+        removed = tl.where(left_out > 0.0, left_out * tl.exp2(d), 0.0)
+        total -= removed
+        if WANT_ENTROPY:
+            moment -= tl.where(left_out > 0.0, removed * d, 0.0)
+        if WANT_TOP:
+            several = tl.sum(tops, 0).to(tl.float32) - tl.where(least == top, left_out, 0.0) > 1.0
+            second = tl.where(several, top, second)
+    return last, total, moment, second
+
+
+@triton.jit
+def _draw(row, weights, width, least, last, greedy, seed, sample, position, step, RACERS: tl.constexpr):
+    """A draw from the softmax of the kept logits (the lowest of the maxima if `greedy`), and its logit."""
+    lane = tl.arange(0, GROUP_SIZE)
+    groups = tl.cdiv(width, GROUP_SIZE)
     best, best_group = tl.full([], -1.0, tl.float32), tl.zeros([], tl.int32)
     for start in range(0, groups, RACERS):
         group = start + tl.arange(0, RACERS)
@@ -147,9 +215,57 @@ def _draw(
     pair = best_group * (GROUP_SIZE // 2) + tl.arange(0, GROUP_SIZE // 2)
     w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, pair, noise.TOKEN)
     token_noise = tl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).reshape(GROUP_SIZE)
-    value = tl.where(x >= least, tl.where(greedy, x, x + token_noise), -float("inf"))
+    value = tl.where(_is_kept(x, ids, least, last), tl.where(greedy, x, x + token_noise), -float("inf"))
     winner = tl.min(tl.where(value == tl.max(value, 0), ids, NOWHERE), 0)
     return winner, tl.max(tl.where(ids == winner, x, -float("inf")), 0)
+
+
+@triton.jit
+def _least_kept(
+    row,
+    collected,
+    width,
+    top,
+    top_k,
+    top_p,
+    log_min_p,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    WITHIN: tl.constexpr,
+    MIN_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The least logit that the filters keep, and how many of its equals they keep (float32, infinity for all)."""
+    infinity = tl.full([], float("inf"), tl.float32)
+    least, expected, kept_equals = tl.full([], IMPOSSIBLE, tl.float32), infinity, infinity
+    left_out = tl.zeros([], tl.float32)
+    if TOP_K:
+        goal = top_k.to(tl.float32)
+        least, expected, above, _ = find_threshold(
+            row, collected, width, top, least, expected, goal, left_out, False, ROWS, LANES
+        )
+        kept_equals = goal - above
+        left_out = tl.maximum(expected - goal, 0.0)
+    if TOP_P:
+        floor, equals_of_floor = least, kept_equals
+        left_out = tl.where(left_out > 0.0, left_out * tl.exp2((least - top) * LOG2E), 0.0)
+        least, _, above, goal = find_threshold(
+            row, collected, width, top, floor, expected, top_p, left_out, True, ROWS, LANES
+        )
+        kept_equals = (goal - above) / tl.exp2((least - top) * LOG2E)
+        if WITHIN:
+            kept_equals = tl.floor(kept_equals)
+            none = (kept_equals < 1.0) & (least < top)  # of the equals, then: all that is above
+            least, kept_equals = tl.where(none, next_float(least), least), tl.where(none, infinity, kept_equals)
+        else:
+            kept_equals = tl.ceil(kept_equals)
+        kept_equals = tl.maximum(kept_equals, 1.0)
+        kept_equals = tl.where(least == floor, tl.minimum(kept_equals, equals_of_floor), kept_equals)
+    if MIN_P:
+        floor = top + log_min_p
+        least, kept_equals = tl.maximum(least, floor), tl.where(floor > least, infinity, kept_equals)
+    return least, kept_equals
 
 
 @triton.jit
@@ -206,9 +322,11 @@ def filtered_draw_kernel(
     log_min_p,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
+    WITHIN: tl.constexpr,
     MIN_P: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     RACERS: tl.constexpr,
@@ -220,41 +338,47 @@ def filtered_draw_kernel(
     sum_log, p1, p2, nats = logit, logit, logit, logit
     if out < load_row_count(row_count, capacity):
         at = statistics + local * (STATISTICS * tiles)
-        top, total, moment, second = _combine(at, tiles, WANT_TOP, WANT_ENTROPY, LANES)
+        top, total, moment, second = _combine(
+            at, tiles, WANT_TOP and not OF_SAMPLER, WANT_ENTROPY and not OF_SAMPLER, LANES
+        )
         divisor = tl.zeros([], tl.float32) + uniform_temperature
         if temperature is not None:
             divisor = tl.load(temperature + out)
         log2_total = tl.log2(total)
         sum_log = top + log2_total * LN2
         if (top > IMPOSSIBLE) & (tl.abs(sum_log) < float("inf")):
-            p1, p2 = 1.0 / total, tl.exp2((second - top) * LOG2E) / total
-            nats = (log2_total - moment / total) * LN2
             row = scaled + local * width
             collected = scratch + local * (PER_LANE * LANES + width // GROUP_SIZE)
+            weights = collected + PER_LANE * LANES
             greedy = divisor == 0.0
             divisor = tl.where(greedy, 1.0, divisor)
-            top = tl.where(divisor == 1.0, top, tl.div_rn(top, divisor))
-            least = top
-            if not greedy:
-                low, expected = tl.full([], IMPOSSIBLE, tl.float32), tl.full([], float("inf"), tl.float32)
-                if TOP_K:
-                    low, expected = find_threshold(
-                        row, collected, width, top, low, expected, top_k.to(tl.float32), False, ROWS, LANES
-                    )
-                if TOP_P:
-                    low, _ = find_threshold(row, collected, width, top, low, expected, top_p, True, ROWS, LANES)
-                if MIN_P:
-                    low = tl.maximum(low, top + log_min_p)
-                least = low
+            tempered_top = tl.where(divisor == 1.0, top, tl.div_rn(top, divisor))
+            least, kept_equals = tempered_top, tl.full([], float("inf"), tl.float32)
+            if OF_SAMPLER or not greedy:
+                least, kept_equals = _least_kept(
+                    row, collected, width, tempered_top, top_k, top_p, log_min_p, TOP_K, TOP_P, WITHIN, MIN_P, ROWS,
+                    LANES,
+                )  # fmt: skip
+            last, kept_total, kept_moment, kept_second = _weigh(
+                row, weights, width, tempered_top, least, kept_equals, greedy, WANT_TOP, WANT_ENTROPY, OF_SAMPLER,
+                ROWS * LANES * 4,
+            )  # fmt: skip
             key = keys + out * 3
             sample = tl.load(key).to(tl.uint32)
             position = tl.load(key + 1).to(tl.uint32)
             step = tl.load(key + 2).to(tl.uint32)
             winner, logit = _draw(
-                row, collected + PER_LANE * LANES, width, top, least, greedy, tl.load(seed), sample, position, step,
-                ROWS * LANES * 4, RACERS,
-            )  # fmt: skip
-            logit = logit * divisor - sum_log
+                row, weights, width, least, last, greedy, tl.load(seed), sample, position, step, RACERS
+            )
+            if OF_SAMPLER:
+                top, total, moment, second = tempered_top, kept_total, kept_moment, kept_second
+                log2_total = tl.log2(total)
+                sum_log = top + log2_total * LN2
+            else:
+                logit = logit * divisor
+            logit = logit - sum_log
+            p1, p2 = 1.0 / total, tl.exp2((second - top) * LOG2E) / total
+            nats = (log2_total - moment / total) * LN2
         else:
             sum_log = nan + 0.0 * top
     tl.store(token + out, winner.to(tl.int64))

@@ -33,7 +33,7 @@ def _unordered(key):
 
 
 @triton.jit
-def _next_float(value):
+def next_float(value):
     return _unordered(_ordered(value) + 1)
 
 
@@ -69,7 +69,7 @@ def _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS: tl.constex
         near, distant = distance * 4.0, distance * 16.0
         distance = distant
         pivots = pivots + (tl.where(far, high - near, middle - step), tl.where(far, high - distant, middle + step))
-    least, most = _next_float(low), _unordered(_ordered(high) - 1)
+    least, most = next_float(low), _unordered(_ordered(high) - 1)
     bounded = ()
     for j in tl.static_range(PIVOTS):
         bounded = bounded + (tl.minimum(tl.maximum(pivots[j], least), most),)
@@ -219,17 +219,21 @@ def _search_collected(
     measure_high,
     goal,
     share,
+    left_out,
     BY_MASS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """The search among the collected logits, which are all there are in ``[low, high)``."""
     used = tl.max(taken, 0)
     if goal < 0.0:  # nothing has been measured before
-        measure_low, _, _, _, _, _, _, _ = _survey_collected(
-            collected, taken, used, top, (low, high, high, high, high, high, high, high), BY_MASS, LANES
-        )
-        goal = share * measure_low
-    while high > _next_float(low):
+        if high == next_float(low):  # all are equal, and perhaps more than there are places
+            measure_low = tl.sum(taken, 0).to(tl.float32) * tl.exp2((low - top) * LOG2E)
+        else:
+            measure_low, _, _, _, _, _, _, _ = _survey_collected(
+                collected, taken, used, top, (low, high, high, high, high, high, high, high), BY_MASS, LANES
+            )
+        goal = share * (measure_low - left_out)
+    while high > next_float(low):
         pivots = _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS)
         sums = _survey_collected(collected, taken, used, top, pivots, BY_MASS, LANES)
         measures = ()
@@ -239,8 +243,8 @@ def _search_collected(
         taken, least, most = _collect_again(collected, taken, used, low, high, LANES)
         used = tl.max(taken, 0)
         some = least <= most
-        low, high = tl.where(some, least, low), tl.where(some, _next_float(most), _next_float(low))
-    return low, measure_low
+        low, high = tl.where(some, least, low), tl.where(some, next_float(most), next_float(low))
+    return low, measure_low, measure_high, goal
 
 
 @triton.jit
@@ -252,15 +256,19 @@ def find_threshold(
     low,  # a value that is low enough
     expected,  # about how many logits are at or above it, in float32
     goal,  # BY_MASS: the share of the mass of those; else the number of them
+    left_out,  # BY_MASS: what of that mass does not count
     BY_MASS: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The largest logit such that those at or above it reach `goal`, and their measure; `low` if they never do.
+    """The largest logit such that those at or above it reach `goal`, `low` if they never do.
+
+    Returns:
+        That logit; the measure of what is at or above it, and of what is above it; the goal as a measure.
 
     It lies in ``[low, high)``: what is at or above `low` reaches the goal, what is at or above `high` does not.
     """
-    high = _next_float(top)
+    high = next_float(top)
     measure_low, measure_high = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     share = goal + measure_low
     aim = share
@@ -272,11 +280,11 @@ def find_threshold(
         survey = not (expected <= FILL * LANES)  # NaN is not
         if (not survey) | (surveys % 3 == 2):  # now and then although they may be too many: all may be equal
             taken, least, most = _collect(row, collected, width, low, high, ROWS, LANES)
-            low, high = least, _next_float(most)
+            low, high = least, next_float(most)
             survey = (tl.max(taken, 0) > PER_LANE) & (least < most)
             if not survey:
-                low, measure_low = _search_collected(
-                    collected, taken, top, low, high, measure_low, measure_high, aim, share, BY_MASS, LANES
+                low, measure_low, measure_high, aim = _search_collected(
+                    collected, taken, top, low, high, measure_low, measure_high, aim, share, left_out, BY_MASS, LANES
                 )
                 searching = False
         if survey:
@@ -288,11 +296,11 @@ def find_threshold(
             if surveys == 0:
                 measure_low = measures[0]
                 if BY_MASS:
-                    aim = share * measure_low
+                    aim = share * (measure_low - left_out)
             low, high, measure_low, measure_high = _narrow(pivots, measures, aim, low, high, measure_low, measure_high)
             surveys += 1
             expected = measure_low - measure_high
             if BY_MASS:  # the fewer the wider the interval, for then many have more than the least possible
                 expected = expected / (tl.exp2((low - top) * LOG2E) * (1.0 + 0.5 * (high - low)))
-            searching = (measure_low >= aim) & (high > _next_float(low))
-    return low, measure_low
+            searching = (measure_low >= aim) & (high > next_float(low))
+    return low, measure_low, measure_high, aim

@@ -18,10 +18,13 @@ from mdkern.kernels.triton_common import (
     GROUP_SIZE,
     LOG2E,
     LOWEST,
+    finish_logits,
     halves,
     largest_two,
     load_keys,
     load_row_count,
+    load_row_index,
+    tile_product,
 )
 
 GREEDY = tl.constexpr(0)
@@ -220,7 +223,7 @@ def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
     return mixed
 
 
-@triton.jit(do_not_specialize=["capacity", "vocab"])
+@triton.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
 def vocab_projection_kernel(
     hidden,  # [N, D], or a descriptor of the M gathered rows
     weight,  # [V, D], or a descriptor of it
@@ -235,6 +238,7 @@ def vocab_projection_kernel(
     leaders,  # [partials, BM, 64]
     capacity,
     vocab,
+    hidden_rows,  # N
     hidden_dim,
     hidden_stride,
     weight_stride,
@@ -263,8 +267,6 @@ def vocab_projection_kernel(
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
     whole, _, chunk, _, _, vocab_tiles = schedule
     seed_value = tl.load(seed)
-    k_tiles = tl.cdiv(hidden_dim, BK)
-    lane = tl.arange(0, BN)
     for item in range(count_items(program, schedule, PROGRAMS)):
         row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
         first, last = 0, vocab_tiles
@@ -282,12 +284,12 @@ def vocab_projection_kernel(
             any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1
             all_unit = tl.min(((value == 0.0) | (value == 1.0)).to(tl.int32), 0) == 1
             inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
-        if not HIDDEN_TMA:
-            index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
-            hidden_rows = hidden + index[:, None] * hidden_stride
-
         top = tl.full([BM], LOWEST, tl.float32)
         nothing = tl.zeros([BM], tl.float32)
+        if HIDDEN_TMA:
+            index, total = rows, nothing
+        else:
+            index, total = load_row_index(row_index, rows, valid, hidden_rows)
         best = nothing
         if MODE == GREEDY:
             best = tl.full([BM], -float("inf"), tl.float32)
@@ -295,58 +297,22 @@ def vocab_projection_kernel(
             best = tl.where(inv_temperature == 0.0, -float("inf"), nothing)
         leader = tl.full([BM, GROUP_SIZE], -float("inf"), tl.float32)
         second = tl.full([BM], -float("inf"), tl.float32)
-        state = top, nothing, nothing, second, best, tl.zeros([BM], tl.int32), leader
+        state = top, total, nothing, second, best, tl.zeros([BM], tl.int32), leader
 
         for tile in range(first, last):
-            ids = tile * BN + lane
-            if FROM_LOGITS:
-                x = tl.load(hidden_rows + ids[None, :], mask=ids[None, :] < vocab, other=LOWEST).to(tl.float32)
-                x = tl.where(x < LOWEST, LOWEST, x)
-            else:
-                x = tl.zeros([BM, BN], tl.float32)
-                for k in range(0, k_tiles):
-                    inner = k * BK + tl.arange(0, BK)
-                    if HIDDEN_TMA:
-                        h = hidden.load([row_tile * BM, k * BK])
-                    elif EVEN_K:
-                        h = tl.load(hidden_rows + inner[None, :])
-                    else:
-                        h = tl.load(hidden_rows + inner[None, :], mask=inner[None, :] < hidden_dim, other=0.0)
-                    if WEIGHT_TMA:
-                        w = weight.load([tile * BN, k * BK])
-                    else:
-                        inside = ids[:, None] < vocab
-                        if not EVEN_K:
-                            inside = inside & (inner[None, :] < hidden_dim)
-                        w = tl.load(
-                            weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :], mask=inside, other=0.0
-                        )
-                    x = tl.dot(h, w.T, x, input_precision=PRECISION)
-            if HAS_SCALE:
-                x = x * scale
-            if HAS_CAP:
-                x = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / soft_cap))))
-            if bias is not None:
-                shift = tl.load(bias + ids, mask=ids < vocab, other=LOWEST)
-                x += tl.where(shift < LOWEST, LOWEST, shift)[None, :]
-            elif not FROM_LOGITS:
+            ids = tile * BN + tl.arange(0, BN)
+            x = tile_product(
+                hidden, weight, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, BM, BN, BK,
+                EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, PRECISION,
+            )  # fmt: skip
+            x = finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
+            if bias is None and not FROM_LOGITS:
                 if (tile + 1) * BN > vocab:
                     x = tl.where(ids[None, :] < vocab, x, LOWEST)
             state = _absorb(
-                x,
-                tile,
-                state,
-                inv_temperature,
-                seed_value,
-                sample,
-                position,
-                step,
-                any_greedy,
-                all_unit,
-                MODE,
-                WANT_TOP,
-                WANT_ENTROPY,
-            )
+                x, tile, state, inv_temperature, seed_value, sample, position, step, any_greedy, all_unit, MODE,
+                WANT_TOP, WANT_ENTROPY,
+            )  # fmt: skip
 
         top, total, moment, second, best, best_group, leader = state
         out = statistics + (partial.to(tl.int64) * BM + tl.arange(0, BM)) * STATISTICS

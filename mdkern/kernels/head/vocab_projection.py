@@ -1,20 +1,20 @@
 """`vocab_projection`: the output layer of a denoiser, from hidden rows to tokens and statistics, no logits kept.
 
-The contract that every implementation (plain PyTorch, kernels) meets. Callers use this one function; which
-implementation runs is decided by device, through `torch.library`.
+The contract that every implementation meets. Callers use this one function; the operator chooses the implementation by
+device: `reference` in plain PyTorch, on a GPU `launch`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mdkern.kernels.device import has_triton
 from mdkern.kernels.head import reference
-
-NO_FILTERS = (0, 1.0, 0.0)  # top_k, top_p, min_p
+from mdkern.kernels.head.arguments import Filters, Head, Of, Rows, TopPRule, Wanted, empty_outputs
+from mdkern.kernels.operator import operator
 
 
 class RowStatistics(NamedTuple):
@@ -25,92 +25,16 @@ class RowStatistics(NamedTuple):
     """
 
     token: Tensor  # int64 [M]
-    log_prob: Tensor  # float32 [M], of the token, at temperature 1
+    log_prob: Tensor  # float32 [M], of the token
     logsumexp: Tensor  # float32 [M]
     top1: Tensor | None = None  # float32 [M], largest probability
     top2: Tensor | None = None  # float32 [M], second largest
     entropy: Tensor | None = None  # float32 [M], nats
 
 
-@torch.library.custom_op("mdkern::vocab_projection", mutates_args=())
-def _vocab_projection(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_index: Tensor,
-    row_count: Tensor | None,
-    temperature: Tensor | None,
-    uniform_temperature: float,
-    seed: Tensor,
-    keys: Tensor,
-    scale: float,
-    soft_cap: float,
-    want_top: bool,
-    want_entropy: bool,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference.vocab_projection(
-        hidden,
-        weight,
-        bias,
-        row_index,
-        row_count,
-        temperature,
-        uniform_temperature,
-        seed,
-        keys,
-        scale,
-        soft_cap,
-        want_top,
-        want_entropy,
-        top_k,
-        top_p,
-        min_p,
-    )
-
-
-@_vocab_projection.register_kernel("cuda")
-def _on_gpu(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments, filters = arguments[:12], arguments[12:]
-    filters += NO_FILTERS[len(filters) :]  # PyTorch leaves out trailing arguments that are the defaults
-    if not has_triton(hidden.device):
-        return reference.vocab_projection(hidden, *arguments, *filters)
-    # They import Triton, which is no business of a machine without a GPU.
-    from mdkern.kernels.head import launch, launch_filter
-
-    if filters == NO_FILTERS:
-        return launch.vocab_projection(hidden, *arguments)
-    return launch_filter.vocab_projection(hidden, *arguments, *filters)
-
-
-@_vocab_projection.register_fake
-def _fake(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_index: Tensor,
-    row_count: Tensor | None,
-    temperature: Tensor | None,
-    uniform_temperature: float,
-    seed: Tensor,
-    keys: Tensor,
-    scale: float,
-    soft_cap: float,
-    want_top: bool,
-    want_entropy: bool,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = row_index.shape[0]
-
-    def statistic(wanted: bool = True) -> Tensor:
-        return hidden.new_empty(rows if wanted else 0, dtype=torch.float32)
-
-    token = hidden.new_empty(rows, dtype=torch.int64)
-    return token, statistic(), statistic(want_top), statistic(want_top), statistic(want_entropy), statistic()
+_vocab_projection = operator(
+    reference.vocab_projection, empty_outputs, kernels="mdkern.kernels.head.launch:vocab_projection"
+)
 
 
 def vocab_projection(
@@ -127,9 +51,11 @@ def vocab_projection(
     soft_cap: float = 0.0,
     want_top: bool = False,
     want_entropy: bool = False,
+    of: Of = "model",
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    top_p_rule: TopPRule = "reach",
 ) -> RowStatistics:
     """Token and statistics of rows of ``hidden``, from ``logits = cap(scale * hidden @ weight.T) + bias``.
 
@@ -137,64 +63,46 @@ def vocab_projection(
         hidden: floating ``[N, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
         weight: same dtype, ``[V, D]``.
         bias: float32 ``[V]``; ``-inf`` at ids that must never be produced (mask, padding, a user's list).
-        row_index: int32 or int64 ``[M]``, rows of `hidden`.
+        row_index: int32 or int64 ``[M]``, rows of `hidden`. On a GPU nobody looks at them beforehand: one that is not
+            there gives token -1 and NaN, or PyTorch's device assertion where rows are gathered.
         temperature: float32 ``[M]``: 0 takes the argmax (lowest id on ties), else the token is an exact draw from
-            ``softmax(logits / temperature)``. Statistics are of ``softmax(logits)`` whatever the temperature. A number
-            is the temperature of every row.
+            ``softmax(logits / temperature)``. A number is the temperature of every row.
         seed: int64 scalar tensor.
         keys: int64 ``[M, 3]``: sample number, position and step of each row. The draw is a function of (seed, key, id).
         row_count: int32 or int64 scalar tensor on the device: only the first `row_count` rows are computed. None: all.
         scale, soft_cap: see the formula; ``soft_cap=0`` is none.
         want_top, want_entropy: whether to return ``top1`` and ``top2``, ``entropy``.
+        of: whose distribution all statistics are of. ``"model"``: ``softmax(logits)``, whatever the temperature and the
+            filters. ``"sampler"``: the one that the token is drawn from, after temperature and filters; where the
+            temperature is 0, the filtered distribution at temperature 1 (as Dream's code ranks greedy tokens). It costs
+            what filters cost.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
             to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none. They
-            apply in this order, after the temperature, and ids as probable as the last one kept are kept too. The
-            statistics do not see them. They need the rows' logits at hand: on a GPU 64 MiB of float32 at a time and as
-            much at most to search in, no sort, no synchronisation. `top_p` sums float32 probabilities: an id where the
-            sum is within rounding of it (some 1e-6) may be kept on one device and not on another, but whether it is
-            does not depend on the other rows, given the row's logits.
+            apply in this order, after the temperature. Of ids that are equally probable `top_k` and `top_p` keep the
+            lowest. They need the rows' logits at hand: on a GPU 64 MiB of float32 at a time and as much at most to
+            search in, no sort, no synchronisation. `top_p` sums float32 probabilities: an id where the sum is within
+            rounding of it (some 1e-6) may be kept on one device and not on another, but whether it is does not depend
+            on the other rows, given the row's logits.
+        top_p_rule: ``"reach"``: the fewest ids whose probabilities sum to at least `top_p`. ``"within"``: the most that
+            sum to at most `top_p`, never none, which leaves out the id that crosses it: the nucleus of the published
+            code of ReMDM (2503.00307) and BD3-LM (2503.09573), which their values of `top_p` go with.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, numbers that mean nothing; on a CPU also values of
+            `row_index` and `temperature`.
     """
-    if weight is not None and (weight.dtype != hidden.dtype or weight.shape[1] != hidden.shape[-1]):
-        raise ValueError(
-            f"weight {weight.dtype} {tuple(weight.shape)} does not fit hidden {hidden.dtype} {tuple(hidden.shape)}"
-        )
-    columns = hidden.shape[-1] if weight is None else weight.shape[0]
-    if not hidden.is_floating_point() or hidden.ndim != 2:
-        raise ValueError(f"hidden must be floating [N, D], not {hidden.dtype} {tuple(hidden.shape)}")
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (columns,)):
-        raise ValueError(f"bias must be float32 [{columns}], not {bias.dtype} {tuple(bias.shape)}")
-    rows = row_index.shape[0]
-    shape = tuple(temperature.shape) if isinstance(temperature, Tensor) else (rows,)
-    if tuple(keys.shape) != (rows, 3) or shape != (rows,):
-        raise ValueError(
-            f"keys {tuple(keys.shape)} and temperature {shape} do not fit {rows} rows: "
-            f"expected ({rows}, 3) and ({rows},)"
-        )
+    head, filters = Head(weight, bias, scale, soft_cap), Filters(top_k, top_p, min_p, top_p_rule)
     per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
-    if top_k < 0 or not 0.0 < top_p <= 1.0 or not 0.0 <= min_p <= 1.0:
-        raise ValueError(
-            f"top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1], not {top_k}, {top_p} and {min_p}"
-        )
+    rows = Rows(row_index, row_count, per_row, uniform, seed, keys)
+    check_head(hidden, head)
+    check_rows(hidden, rows)
+    filters.check()
+    if of not in get_args(Of):
+        raise ValueError(f"of must be one of {', '.join(get_args(Of))}, not {of!r}")
+    if top_k >= head.vocab(hidden):
+        filters = filters._replace(top_k=0)
     token, log_prob, top1, top2, entropy, logsumexp = _vocab_projection(
-        hidden,
-        weight,
-        bias,
-        row_index,
-        row_count,
-        per_row,
-        uniform,
-        seed,
-        keys,
-        scale,
-        soft_cap,
-        want_top,
-        want_entropy,
-        top_k if top_k < columns else 0,
-        top_p,
-        min_p,
+        hidden, *head, *rows, *Wanted(want_top, want_entropy, of), *filters
     )
     return RowStatistics(
         token,
@@ -204,3 +112,53 @@ def vocab_projection(
         top2 if want_top else None,
         entropy if want_entropy else None,
     )
+
+
+def check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
+    """Refuse an output layer that does not fit its hidden rows; `prefix` is of the arguments' names."""
+    weight, bias, scale, soft_cap = head
+    if not hidden.is_floating_point() or hidden.ndim != 2 or hidden.is_meta:
+        raise ValueError(f"{prefix}hidden must be floating [N, D] with values, not {describe(hidden)}")
+    if weight is not None and (
+        weight.ndim != 2
+        or weight.dtype != hidden.dtype
+        or weight.shape[1] != hidden.shape[1]
+        or weight.device != hidden.device
+    ):
+        raise ValueError(f"{prefix}weight {describe(weight)} does not fit {prefix}hidden {describe(hidden)}")
+    check_tensor(f"{prefix}bias", bias, (torch.float32,), (head.vocab(hidden),), hidden.device)
+    if not math.isfinite(scale) or not (math.isfinite(soft_cap) and soft_cap >= 0.0):
+        raise ValueError(
+            f"{prefix}scale must be finite and {prefix}soft_cap at least 0 and finite, not {scale} and {soft_cap}"
+        )
+
+
+def check_rows(hidden: Tensor, rows: Rows) -> None:
+    """Refuse rows whose tensors do not fit. Their values are not read: on a GPU that would be a synchronisation."""
+    whole, device = (torch.int32, torch.int64), hidden.device
+    capacity = (rows.row_index.shape[0],) if rows.row_index.ndim == 1 else ("M",)
+    check_tensor("row_index", rows.row_index, whole, capacity, device)
+    check_tensor("row_count", rows.row_count, whole, (), device)
+    check_tensor("temperature", rows.temperature, (torch.float32,), capacity, device)
+    check_tensor("seed", rows.seed, (torch.int64,), (), device)
+    check_tensor("keys", rows.keys, (torch.int64,), (*capacity, 3), device)
+    if not 0.0 <= rows.uniform_temperature <= torch.finfo(torch.float32).max:
+        raise ValueError(f"temperature must be a float32 of at least 0, not {rows.uniform_temperature}")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | str, ...],
+    device: torch.device,
+) -> None:
+    """Refuse a tensor of another dtype, shape or device; None is none."""
+    if tensor is None or (tensor.dtype in dtypes and tuple(tensor.shape) == shape and tensor.device == device):
+        return
+    wanted = f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {list(shape)} on {device}"
+    raise ValueError(f"{name} must be {wanted}, not {describe(tensor)}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
