@@ -17,10 +17,9 @@ from tests.problems.projection import SEED, Problem, check_against_reference, ex
 V = 50_258
 
 
-@pytest.mark.parametrize("part", ["not selection", "selection"])
 @pytest.mark.slow
-def test_kernels_in_the_interpreter(part: str) -> None:
-    run_in_the_interpreter("tests/suites/interpreted_head.py", part)
+def test_kernels_in_the_interpreter() -> None:
+    run_in_the_interpreter("tests/suites/interpreted_head.py")
 
 
 @pytest.mark.slow
