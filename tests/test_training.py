@@ -647,16 +647,29 @@ def test_memory_decides_on_micro_batches_and_refuses_what_cannot_fit(monkeypatch
     args = argparse.Namespace(batch_size=512, length=1024, grad_accum=None)
     free = {"bytes": 64 << 30}
     monkeypatch.setattr(sizes, "available_bytes", lambda device: free["bytes"])
-    sizes.fit_memory(args, config, torch.device("cpu"), 1)
+    sizes.fit_memory(args, config, CPU)
     split = args.grad_accum
     per_micro_batch = sizes.training_bytes(config, 1024, 512 // split, "cpu")
     assert per_micro_batch < 0.7 * free["bytes"] < sizes.training_bytes(config, 1024, 512 // (split // 2), "cpu")
     args.grad_accum = 1
     with pytest.raises(ValueError, match=r"would take about \d+\.\d GB, and 68\.7 GB are free: .*larger --grad-accum"):
-        sizes.fit_memory(args, config, torch.device("cpu"), 1)
+        sizes.fit_memory(args, config, CPU)
     args.grad_accum, free["bytes"] = None, 1 << 30
     with pytest.raises(ValueError, match=r"1\.1 GB are free"):
-        sizes.fit_memory(args, config, torch.device("cpu"), 1)
+        sizes.fit_memory(args, config, CPU)
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batches(tmp_path, token_file, monkeypatch):
+    """However much memory is free then."""
+    command = arguments(token_file, tmp_path, 30, checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        config = DiTConfig(vocab_size=VOCAB, mask_id=MASK, num_blocks=1, width=16, num_heads=2, tie_head=True)
+        needed = sizes.training_bytes(config, 16, 2, "cpu")
+        patch.setattr(sizes, "available_bytes", lambda device: int(needed / 0.7) + 1)
+        assert train.main([*command, "--stop-after", "0.001"]) == 0
+    assert checkpoint.saved_config(tmp_path)["grad_accum"] == 4
+    assert train.main(command) == 0
+    assert len(losses(tmp_path)) == 30
 
 
 def test_a_signal_acts_between_two_micro_batches(tmp_path, token_file):

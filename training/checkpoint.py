@@ -60,6 +60,15 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The settings of the folder's checkpoint without its weights; none if there is no readable one."""
+    try:
+        config = torch.load(folder / CURRENT, map_location="cpu", weights_only=True, mmap=True)["config"]
+    except Exception:  # what is wrong with it is said where the checkpoint is loaded
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def checksum(value: Any) -> str:
     """SHA-256 of a checkpoint's content: names, types, shapes and numbers."""
     digest = hashlib.sha256()

@@ -308,8 +308,7 @@ def open_tokens(path: Path) -> tuple[np.ndarray, TokenFileInfo]:
 
 def pack(path: Path, out: Path) -> Path:
     """Compress a token file to out/NAME.bin.xz, its description beside it."""
-    # lp = pb = 1 aligns the literal and position bits with two-byte tokens. English prose, 4,096 ids: 6.7 bits a token
-    # (12 when packed plainly).
+    # lp = pb = 1 aligns the literal and position bits with two-byte tokens (docs/notes/training.md).
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
     info = read_info(path)
     packed = out / f"{path.name}.xz"

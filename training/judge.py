@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(args, world, started)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         log.error("%s", error)
         return 1
     return 0

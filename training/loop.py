@@ -45,6 +45,14 @@ class World:
         dist.all_reduce(counts)
         return [bool(count) for count in counts.tolist()]
 
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def autocast(self) -> torch.autocast:
         """bfloat16 on CUDA, nothing on the CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

@@ -17,8 +17,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Jordan et al.
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024) with AdamW-sized updates (Liu et al., 2502.16982), matrices of one shape in one batch.
 
-    The same updates as ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")``, which launches about 25 kernels for
-    each matrix; here it is 25 for each distinct shape.
+    The same updates as ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")``, in fewer kernels.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:

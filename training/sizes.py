@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mdkern.models import DiT, DiTConfig
+from training.loop import World
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +103,13 @@ def available_bytes(device: torch.device) -> int | None:
     return max(0, min(found)) if found else None
 
 
-def fit_memory(args: argparse.Namespace, config: DiTConfig, device: torch.device, processes: int) -> None:
+def fit_memory(args: argparse.Namespace, config: DiTConfig, world: World) -> None:
     """Split the batch into as many micro-batches as the memory needs, or refuse what cannot fit.
 
     Raises:
         ValueError: not even one sequence at a time fits, or not the number of micro-batches that was asked for.
     """
+    device, processes = world.device, world.size
     free = available_bytes(device)
     room = math.inf if free is None else free
     shard = max(1, args.batch_size // processes)
@@ -122,7 +124,7 @@ def fit_memory(args: argparse.Namespace, config: DiTConfig, device: torch.device
             f"training would take about {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: choose a smaller"
             " --preset, --width, --blocks or --length" + (", or a larger --grad-accum" if args.grad_accum else "")
         )
-    args.grad_accum = split
+    args.grad_accum = split = world.largest(split)
     log.info(
         "about %.1f GB of memory%s, %d micro-batches of %d sequences a step",
         needed / 1e9,

@@ -28,7 +28,7 @@ import torch
 
 from mdkern.models import DiT, DiTConfig, load_dit, save_dit
 from training.batches import MaskedBatches
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, saved_config
 from training.data import atomic_open, open_tokens
 from training.evaluate import MaskedLoss, held_out_nelbo
 from training.loop import Trainer, World, joined_world
@@ -120,7 +120,9 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
         time_conditioning=args.time_conditioning,
         tie_head=not args.untied_head,
     )
-    fit_memory(args, config, world.device, world.size)
+    if args.grad_accum is None and args.resume != "never":  # a run that goes on keeps its number
+        args.grad_accum = saved_config(args.out).get("grad_accum")
+    fit_memory(args, config, world)
     batches = MaskedBatches(
         tokens, args.batch_size, args.length, info.mask_id, args.seed, args.eps, world.rank, world.size, args.grad_accum
     )

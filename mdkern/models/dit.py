@@ -265,7 +265,7 @@ class DiT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiT:
         """Move or cast the model; the rotary tables follow the device but stay float32, so they are no buffers.
 
-        They are tables because compiled code that recomputes them spends a third of a training step on sines.
+        Why they are tables: docs/notes/training.md.
         """
         super()._apply(fn, recurse)
         head_dim = self.config.width // self.config.num_heads
