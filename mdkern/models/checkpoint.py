@@ -133,6 +133,9 @@ def load_mdlm(path: PathLike, settings: Mapping[str, Any] | None = None) -> DiT:
 def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
     """A `DiT` holding the unpadded weights `state`, in their dtype."""
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if whole:
+        raise ValueError(f"{whole[0]} is of {state[whole[0]].dtype}: a floating dtype is needed")
     padding = config.padded_vocab_size - config.vocab_size
     full = dict(state)
     for name in VOCAB_ROWS:

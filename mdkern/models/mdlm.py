@@ -90,7 +90,7 @@ def read_mdlm(
             num_blocks=settings.get("n_blocks", last_block + 1),
             width=width,
             num_heads=settings.get("n_heads", max(1, width // 64)),
-            mlp_ratio=weights["blocks.0.mlp_up.weight"].shape[0] // width,
+            mlp_ratio=weights["blocks.0.mlp_up.weight"].shape[0] // max(width, 1),
             time_conditioning=True,
             cond_dim=cond_dim,
         )

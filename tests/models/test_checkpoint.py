@@ -765,6 +765,21 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match="/dev/zero is no plain file"):
             load_dit("/dev/zero")
 
+    @pytest.mark.parametrize("width", [0, 3])
+    def test_weights_of_no_width_or_no_floats(self, mdlm: MDLM, make_dit: MakeDiT, tmp_path: Path, width: int) -> None:
+        mdlm.write(tmp_path / "theirs", hidden_dim=width)
+        state = mdlm.state_dict() | {"backbone.vocab_embed.embedding": torch.ones(VOCAB, width)}
+        save_file(state, tmp_path / "theirs" / "model.safetensors")
+        with pytest.raises(ValueError, match=r"must be at least 1|do not describe|wants"):
+            load_dit(tmp_path / "theirs")
+        make_dit().save_pretrained(tmp_path / "ours")
+        weights = {name: tensor.long() for name, tensor in make_dit().state_dict().items()}
+        for name in ("embedding", "head_weight", "head_bias"):
+            weights[name] = weights[name][:11].clone()
+        save_file(weights, tmp_path / "ours" / "model.safetensors")
+        with pytest.raises(ValueError, match=r"is of torch\.int64: a floating dtype is needed"):
+            load_dit(tmp_path / "ours")
+
     def test_a_tensor_must_have_its_numbers(self, mdlm: MDLM, tmp_path: Path) -> None:
         state = mdlm.state_dict() | {"backbone.vocab_embed.embedding": torch.ones(1, 1).expand(10**9, WIDTH)}
         torch.save(state, tmp_path / "weights.ckpt")

@@ -414,13 +414,14 @@ def test_training_keeps_the_modules(make_dit: MakeDiT) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hooked", ["blocks.0", "blocks.1.mlp_up"])
+@pytest.mark.parametrize("hooked", ["blocks.0", "blocks.1.mlp_up", "blocks.2.attn_qkv"])
 def test_hooks_are_called(make_dit: MakeDiT, hooked: str) -> None:
     model = make_dit(**ON_THE_DEVICE).to("cuda", torch.bfloat16)
     seen: list[torch.Size] = []
     model.get_submodule(hooked).register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     with torch.no_grad():
-        model.hidden(question(model, 2, 64, None, False)[0])
+        ids, _, positions, _ = question(model, 2, 64, 3, False)
+        model.hidden(ids, None, positions)
     assert len(seen) == 1
 
 
