@@ -59,10 +59,19 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# On a GPU, with CUDA's compute-sanitizer: wild and uninitialised reads of the kernels, and wild ones of graphs. PyTorch's
+# caching allocator hides them, so each tensor gets an allocation of its own; graphs need that allocator and keep it.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all --tool
+KERNEL_TESTS = tests/kernels tests/models/test_dit_fused.py
+memcheck: .venv/installed
+	$(SANITIZE) memcheck $(BIN)/python -m pytest -q -x -m gpu $(KERNEL_TESTS)
+	$(SANITIZE) initcheck $(BIN)/python -m pytest -q -x -m gpu $(KERNEL_TESTS)
+	compute-sanitizer --error-exitcode 1 --tool memcheck $(BIN)/python -m pytest -q -x -m gpu tests/engine/test_graphs.py -k Replay
+
 csrc:
 	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/engine/loop_condition.ptx
 
 clean:
 	rm -rf .venv $(OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test test-transformers-4 bench bench-results lint dist csrc clean
+.PHONY: demo check test test-transformers-4 bench bench-results lint memcheck dist csrc clean

@@ -207,7 +207,8 @@ def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
     try:
         graph.capture_end()  # the stream must leave it
     except RuntimeError:  # the stream's capture is invalid: PyTorch's allocator and generator are still in it
-        with suppress(RuntimeError):
+        # PyTorch's own names: where they are no more, the allocator keeps the pool's memory, and no other harm is done.
+        with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
             torch._C._cuda_releasePool(device.index, pool)
         with suppress(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import triton
@@ -76,7 +77,7 @@ def descriptor(element: str, block: list[int]) -> str:
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
 
 
-def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
+def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
     """Only Hopper has its tensor-core instructions, and the compiler must let many of them be under way at a time."""
     options = {name: value for name, value in launch_linear.SETTING.items() if not name.isupper()}
     constants = {name: value for name, value in launch_linear.SETTING.items() if name.isupper()} | constants
@@ -84,6 +85,7 @@ def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> No
     assert built.metadata.shared <= 227 * 1024
     sass = built.asm["sass"]
     assert sass.count("WARPGROUP.DEPBAR") < sass.count("HGMMA"), "each waits for the one before it"
+    return built
 
 
 def linear(element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: int = 0, spans: int = 0) -> None:
@@ -102,7 +104,9 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     types |= {"stream": descriptor(element, [64, 64])}
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"sums": "*fp32"} if sums else {}
-    product(hopper_residual.linear_residual_kernel, types, {})
+    built = product(hopper_residual.linear_residual_kernel, types, {})
+    # Sequences times the gate's stride may be past 2^31.
+    assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
 def main() -> None:

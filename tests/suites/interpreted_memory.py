@@ -1,0 +1,254 @@
+"""What kernels read and write, in Triton's interpreter: run by the tests in a process with TRITON_INTERPRET=1.
+
+Every address must lie in an argument of the launch, whatever the counts; nothing is read that nobody wrote; and offsets
+past 2^31 are what they should be.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mdkern.kernels.backbone import triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
+from tests.problems.backbone import modulation, normal
+from tests.problems.selection import RULES, random_selection
+from tests.problems.tick import arguments, random_state
+from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+
+assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
+
+POISON = 0x7F  # every byte of memory that nobody wrote
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte of a tensor and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads and stores outside of the launch's arguments fail, and so do loads of poison."""
+    ranges: list[tuple[int, int]] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+
+    def note(self: Any, args: Any, kwargs: Any) -> Any:
+        ranges[:] = [extent(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        return begin(self, args, kwargs)
+
+    def look(pointers: Any, mask: Any, what: str) -> None:
+        at = numpy.broadcast_to(pointers.data, numpy.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        at = at[numpy.broadcast_to(mask.data.astype(bool), at.shape)].astype(numpy.int64)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        inside = numpy.zeros(at.shape, bool)
+        for first, end in ranges:
+            inside |= (at >= first) & (at + size <= end)
+        assert inside.all(), f"{what} outside of every argument"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        look(pointers, mask, "a load")
+        loaded = load(self, pointers, mask, *rest)
+        value = numpy.ascontiguousarray(loaded.data[mask.data.astype(bool)]).view(numpy.uint8)
+        size = loaded.data.dtype.itemsize
+        assert not value.size or not (value.reshape(-1, size) == POISON).all(1).any(), "a load of what nobody wrote"
+        return loaded
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        look(pointers, mask, "a store")
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "_init_args_hst", note)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is asked for without a content has the worst one."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.numel() and tensor.device.type == "cpu":
+                tensor.untyped_storage().fill_(POISON)
+            return tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+def is_poisoned(tensor: Tensor) -> bool:
+    entries = tensor.contiguous().view(-1).view(torch.uint8).view(-1, tensor.element_size())
+    return bool((entries == POISON).all(1).any())
+
+
+@pytest.mark.usefixtures("checked", "poisoned")
+class TestEveryEntryIsWritten:
+    """Outputs hold no poison, and no poison is read on the way."""
+
+    def test_the_checks_see_faults(self) -> None:
+        state, ticks = random_state(False)
+        source, batch, capacity = arguments(state, ticks, 0)
+        one_tick = source._replace(sequence=source.sequence[:1].clone(), tick=torch.tensor([1]))
+        with pytest.raises(Exception, match="outside of every argument"):
+            triton_tick.begin_tick(one_tick, batch, capacity)
+        unwritten = source._replace(sequence=torch.empty(source.sequence.shape, dtype=torch.int64))
+        with pytest.raises(Exception, match="nobody wrote"):
+            triton_tick.begin_tick(unwritten, batch, capacity)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("rows", [0, 1, 7])
+    def test_ticks(self, padded: bool, rows: int) -> None:
+        state, ticks = random_state(padded)
+        ticks.row_count.clamp_(max=rows)
+        if rows == 0:  # an idle one
+            ticks.sequence.fill_(len(state.sample) - 1)
+        source, batch, capacity = arguments(state, ticks, 1)
+        outputs = triton_tick.begin_tick(source, batch, capacity)
+        assert not any(map(is_poisoned, outputs))
+        before = state.input_ids.clone()
+        token = torch.full((capacity,), 3)
+        triton_tick.end_tick(state.input_ids, state.failed, state.tick, token, outputs[8], outputs[5])
+        changed = (state.input_ids != before).sum()
+        assert int(changed) <= rows
+        assert not state.failed
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("held", [4096, 32])
+    def test_selections(self, rule: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton_select, "MOST_HELD", held)
+        for trial in (0, 3):
+            given, ids = random_selection(rule, trial, sequences=2, entries=45)
+            assert not is_poisoned(triton_select.select(*given[:3], ids, *given[3:]))
+            assert not is_poisoned(ids)
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    def test_masks(self, share: float) -> None:
+        for size in (1, 33, 1500):
+            mask = torch.rand(size, generator=torch.Generator().manual_seed(size)) < share
+            assert not any(map(is_poisoned, triton_compact.compact(mask)))
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_norms(self, rows: int) -> None:
+        weight, shift, scale, gate = modulation(20, rows // 2)
+        x, index = normal(1, rows, 20), torch.arange(-1, rows - 1)
+        assert not is_poisoned(triton_modulated_norm.modulated_norm(x, weight, shift, scale, normal(2, rows, 20), gate))
+        assert not any(map(is_poisoned, triton_modulated_norm.gathered_norm(x, index, weight, shift, scale)))
+        folded, added = torch.empty(7, 20), torch.empty(7)
+        vectors = (weight, shift[0], scale[0]) if shift.ndim == 2 else (weight, shift, scale)
+        triton_folded_norm.fold_norm(folded, added, normal(3, 7, 20), None, *vectors)
+        assert not is_poisoned(folded)
+        assert not is_poisoned(added)
+
+    @pytest.mark.parametrize("heads", [0, 2, 3])
+    def test_heads(self, heads: int) -> None:
+        angle, table, index = normal(5, 4, 3), normal(6, 9, 18), torch.tensor([0, 8, -1, 9, 3])
+        gathered = triton_rotary.gathered_qkv(normal(3, 9, 10), table, index, angle.cos(), angle.sin(), heads, 3)
+        assert not any(map(is_poisoned, gathered))
+        x = normal(4, 5, 3, 6)
+        triton_rotary.rotary(x[:, :heads], angle.cos(), angle.sin(), torch.tensor([0, 3, -1, 4, 2]), 4)
+        assert not is_poisoned(x)
+
+
+# Offsets past 2^31. Memory that is never touched costs nothing; only the last program of a launch is run.
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Zeros that take memory where they are touched."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size == 0:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@pytest.fixture
+def last_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run their last program alone, and large tensors take no memory."""
+    run, builder = interpreter.GridExecutor.__call__, interpreter.interpreter_builder
+
+    def run_last(self: Any, *args: Any, **kwargs: Any) -> Any:
+        last, self.grid = self.grid[0] - 1, (1,)
+
+        def put_last(*_: int) -> None:
+            builder.grid_idx = last, 0, 0
+
+        monkeypatch.setattr(builder, "set_grid_idx", put_last)
+        return run(self, *args, **kwargs)
+
+    def empty_like(tensor: Tensor, **_: Any) -> Tensor:
+        return sparse(*tensor.shape, dtype=tensor.dtype)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # they were never moved
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(Tensor, "new_empty", lambda tensor, *shape, **_: sparse(*shape, dtype=tensor.dtype))
+
+
+ROWS, WIDTH = 20_000 * 256, 576  # 2.9e9 entries
+
+
+@pytest.mark.usefixtures("checked", "last_program")
+class TestOffsetsPastTwoToThe31:
+    def test_norms(self) -> None:
+        weight, shift, scale, _ = modulation(WIDTH, 0, torch.float16)
+        x = sparse(ROWS, WIDTH)
+        x[-4:] = last = normal(1, 4, WIDTH).half()
+        want = triton_modulated_norm.modulated_norm_reference(last, weight, shift, scale, None, None)
+        got = triton_modulated_norm.modulated_norm(x, weight, shift, scale, None, None)
+        torch.testing.assert_close(got[-4:], want, rtol=2e-3, atol=2e-3)
+        index = torch.arange(ROWS)
+        table, normed = triton_modulated_norm.gathered_norm(x, index, weight, shift, scale)
+        assert torch.equal(table[-4:], last)
+        torch.testing.assert_close(normed[-4:], want, rtol=2e-3, atol=2e-3)
+
+    def test_rotations(self) -> None:
+        angle = normal(5, 256, 32)
+        x = sparse(ROWS, 9, 64)
+        x[-4:] = want = normal(1, 4, 9, 64).half()
+        triton_rotary.rotary_reference(want, angle.cos(), angle.sin(), torch.arange(252, 256), 256)
+        triton_rotary.rotary(x, angle.cos(), angle.sin(), None, 256)
+        torch.testing.assert_close(x[-4:], want, rtol=2e-3, atol=2e-3)
+        table, embedding = normal(2, 5, WIDTH).half(), normal(3, 5, WIDTH).half()
+        index = torch.arange(ROWS) % 5
+        got = triton_rotary.gathered_qkv(embedding, table, index, angle.cos(), angle.sin(), 6, 256)
+        assert torch.equal(got[0][-4:], embedding[index[-4:]])
+        assert torch.equal(got[1][-4:, 6 * 64 :], table[index[-4:], 6 * 64 :])
+
+    def test_ticks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequences, length = 40, 1 << 26  # 2.7e9 ids of a batch
+        monkeypatch.setattr(tick.torch, "empty", lambda shape, dtype, device: sparse(*shape, 1, dtype=dtype)[..., 0])
+        ids, whole = sparse(sequences + 1, length, dtype=torch.int64), partial(torch.zeros, dtype=torch.int64)
+        ids[sequences - 1, -3:] = torch.tensor([7, 8, 9])
+        source = tick.TickSource(
+            ids, None, ids, whole(sequences + 1), torch.ones(()), whole(()), torch.arange(sequences)[None],
+            whole(1, sequences), torch.zeros(1, sequences), torch.full((1, sequences, 1), length - 1), whole(1, 4) + 39,
+            whole(1), whole(1),
+        )  # fmt: skip
+        assert triton_tick.begin_tick(source, sequences, 4)[0][-1, -3:].tolist() == [7, 8, 9]
+
+    def test_selections(self) -> None:
+        rows, entries, length = 3, 5, 1 << 30
+        ids = sparse(rows, length, dtype=torch.int64)
+        tokens = torch.full((rows, entries), 6)
+        given = torch.rand(rows, entries), tokens.bool(), tokens
+        chosen = triton_select.select(*given, ids, None, None, None, "threshold", 0.0, 0.0)
+        assert chosen[-1].all()
+        assert ids[-1, :6].tolist() == [6] * 5 + [0]
+        assert select.RULES == RULES
