@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_decoders                        # all parts: about two minutes on an H100
     python -m benchmarks.bench_decoders --parts pair --anew    # one part again
-    pytest benchmarks/bench_decoders.py --benchmark-only       # the same, by way of pytest
+    pytest benchmarks/bench_decoders.py --benchmark-only -s    # the same, only shown
 
 Every row goes into ``benchmarks/results/decoders.json`` as soon as it is measured, so that a run may be cut off and
 gone on with: rows that the same machine has measured are not measured again. A GPU with 80 GB is needed: LLaDA-8B's
@@ -22,9 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_sampling import RESULTS, write_text_whole
 from benchmarks.decoder_setting import PARTS, Bench, Row, Size, run_part
-from benchmarks.harness import environment
+from benchmarks.harness import RESULTS, environment, write_text_whole
 from mdkern.engine import graphs
 
 FILE = RESULTS / "decoders.json"
@@ -84,11 +83,11 @@ def short(row: Row) -> str:
 @pytest.mark.timeout(0)
 @pytest.mark.benchmark(group="decoders")
 @pytest.mark.parametrize("part", PARTS)
-def test_part(benchmark: Any, part: str) -> None:
+def test_part(benchmark: Any, part: str, results: Path) -> None:
     """Measure what is missing of a part; the benchmark's own number is how long that took."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the plain loops take hours without one, so they are skipped")
-    left = benchmark.pedantic(measure, (Bench(Size(), torch.device("cuda")), [part], FILE), rounds=1)
+    left = benchmark.pedantic(measure, (Bench(Size(), torch.device("cuda")), [part], results / FILE.name), rounds=1)
     assert not left
 
 

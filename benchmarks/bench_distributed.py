@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.bench_sampling import RESULTS, write_text_whole
-from benchmarks.harness import environment
+from benchmarks.harness import RESULTS, environment, write_text_whole
 from mdkern import DiT, sample
 from mdkern.distributed import sample_distributed
 from mdkern.profiling.profile import random_dit

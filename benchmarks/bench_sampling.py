@@ -1,17 +1,17 @@
 """The whole sampler beside the samplers people run today, on the shipped pair: one run, rounds interleaved.
 
-    pytest benchmarks/bench_sampling.py --benchmark-only
+    pytest benchmarks/bench_sampling.py --benchmark-only -s
+    pytest benchmarks/bench_sampling.py --benchmark-only -s --keep-results
 
-Writes ``benchmarks/results/sampling-<device>.json``: medians and quartiles, forward passes, device and versions.
+The second writes ``benchmarks/results/sampling-<device>.json``: times, forward passes, device and versions. On a CPU
+the first is a shorter run of fewer samples.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,15 @@ import pytest
 import torch
 
 import mdkern
+from benchmarks.harness import processor, seconds, write_text_whole
 from mdkern.profiling.eager import ddpm, ddpm_cache
 
-RESULTS = Path(__file__).parent / "results"
 SCHEDULES = {"all heavy": "H256", "25 % light": "L32 H192 L32", "all light": "L256"}
 LENGTH = STEPS = 256
 # Samples, rounds and schedules. On a CPU one baseline run takes minutes, and at 8 sequences its cache reuses next to
 # nothing, so that `ddpm` alone stands for both.
 DEVICES = {"cpu": (8, 3, ["25 % light"]), "cuda": (16, 3, list(SCHEDULES))}
+SHOWN = DEVICES | {"cpu": (2, 1, ["25 % light"])}  # where the results are not kept
 
 
 def versions(device: str) -> dict[str, str]:
@@ -42,42 +43,15 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def processor() -> str:
-    """The CPU's model name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
-
-
 @pytest.mark.timeout(0)  # on a CPU a baseline run takes minutes
 @pytest.mark.benchmark(group="whole sampler, shipped pair")
 @pytest.mark.parametrize("device", DEVICES)
-def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
+def test_sampler_against_ddpm(benchmark: Any, device: str, results: Path, kept: bool) -> None:
     """Seconds for all samples: ours, `ddpm`, `ddpm_cache`; the number shown by the benchmark is ours at 25 % light."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device: the GPU's half of this benchmark is skipped")
     heavy, light, _ = mdkern.load_pair(device)
-    samples, rounds, labels = DEVICES[device]
+    samples, rounds, labels = (DEVICES if kept else SHOWN)[device]
     models = {"H": heavy, "L": light}
     options: dict[str, Any] = {"num_samples": samples, "length": LENGTH, "steps": STEPS}
     rows = []
@@ -100,6 +74,7 @@ def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
             for name, contender in contenders.items():
                 took, result = seconds(partial(contender, seed=seed), device)
                 times[name].append(took)
+                print(f"{device}, {label}, round {seed + 1} of {rounds}: {name} {took:.2f} s", flush=True)
                 if name == "mdkern":
                     nfe = {model: float(count.double().mean()) for model, count in result.nfe.items()}
         median = {name: statistics.median(values) for name, values in times.items()}
@@ -117,8 +92,9 @@ def test_sampler_against_ddpm(benchmark: Any, device: str) -> None:
             }
         )
     content = {"versions": versions(device), **options, "rows": rows}
-    write_text_whole(RESULTS / f"sampling-{device}.json", json.dumps(content, indent=1) + "\n")
+    write_text_whole(results / f"sampling-{device}.json", json.dumps(content, indent=1) + "\n")
+    shown = options if kept else options | {"num_samples": 1}
     benchmark.pedantic(
-        lambda: mdkern.sample(models, SCHEDULES["25 % light"], **options, seed=0, progress=False), rounds=1
+        lambda: mdkern.sample(models, SCHEDULES["25 % light"], **shown, seed=0, progress=False), rounds=1
     )
     benchmark.extra_info["ratios"] = {row["label"]: row["ratio"] for row in rows}

@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_select.py --benchmark-only
 
-Writes ``benchmarks/results/select.json``. Both are timed inside CUDA graphs; the chain is written without a
-synchronisation, as it must be to be captured at all.
+With ``--keep-results`` it writes ``benchmarks/results/select.json`` and ``select-cpu.json``. On a GPU both are timed
+inside CUDA graphs; the chain is written without a synchronisation, as it must be to be captured at all.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_sampling import RESULTS, write_text_whole
-from benchmarks.harness import GpuTimer, environment
+from benchmarks.harness import GpuTimer, compare_on_host, environment, host_environment, write_text_whole
 from mdkern.kernels import select
 
 SIZES = [(sequences, entries) for sequences in (1, 16, 128) for entries in (128, 1024, 4096)] + [(16, 32_768)]
@@ -66,7 +66,7 @@ class Problem:
 
 
 @pytest.mark.benchmark(group="select")
-def test_on_gpu(benchmark: Any) -> None:
+def test_on_gpu(benchmark: Any, results: Path) -> None:
     """Every rule and size; the number that the benchmark itself shows is ours for 16 sequences of 1,024, `top_k`."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels' benchmark is skipped")
@@ -85,7 +85,7 @@ def test_on_gpu(benchmark: Any) -> None:
         if (sequences, entries) == (16, 1024):
             benchmark.pedantic(timed, args=(problem,), rounds=20, warmup_rounds=3)
         record = {"environment": environment(), "table": table}
-        write_text_whole(RESULTS / "select.json", json.dumps(record, indent=1) + "\n")
+        write_text_whole(results / "select.json", json.dumps(record, indent=1) + "\n")
     benchmark.extra_info["table"] = table
     assert all(row["ms"]["mdkern"]["median"] < row["ms"]["torch"]["median"] for row in table)
 
@@ -96,8 +96,17 @@ def timed(problem: Problem) -> None:
 
 
 @pytest.mark.benchmark(group="select, CPU")
-@pytest.mark.parametrize("contender", ["mdkern", "torch"])
-def test_on_cpu(benchmark: Any, contender: str) -> None:
+def test_on_cpu(benchmark: Any, results: Path) -> None:
     """The reference that runs without a GPU, for 16 sequences of 1,024."""
     problem = Problem(16, 1024, "cpu")
-    benchmark.pedantic({"mdkern": problem.ours, "torch": problem.chain}[contender], args=("top_k",), rounds=20)
+    table = []
+    for rule in BOUNDS:
+        times = compare_on_host({"mdkern": partial(problem.ours, rule), "torch": partial(problem.chain, rule)}, 21)
+        milliseconds = {name: timing.as_dict() for name, timing in times.items()}
+        table.append({"sequences": 16, "entries": 1024, "rule": rule, "ms": milliseconds})
+        print(
+            f"select on the CPU, {rule}: " + ", ".join(f"{n} {t.median:.2f} ms" for n, t in times.items()), flush=True
+        )
+    record = {"environment": host_environment(), "table": table}
+    write_text_whole(results / "select-cpu.json", json.dumps(record, indent=1) + "\n")
+    benchmark.pedantic(problem.ours, args=("top_k",), rounds=20)

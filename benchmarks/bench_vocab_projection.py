@@ -2,9 +2,10 @@
 
     pytest benchmarks/bench_vocab_projection.py --benchmark-only
 
-Writes ``benchmarks/results/vocab_projection.json``. Ours returns the token, its log-probability, the two
-largest probabilities, the entropy and the logsumexp; every peer returns less. FlashInfer and cut-cross-entropy take
-part where they are installed; FlashInfer's first call compiles its sampler where ``flashinfer-jit-cache`` lacks it.
+With ``--keep-results`` it writes ``benchmarks/results/vocab_projection.json``, on a CPU ``vocab_projection-cpu.json``.
+Ours returns the token, its log-probability, the two largest probabilities, the entropy and the logsumexp; every peer
+returns less. FlashInfer and cut-cross-entropy take part where they are installed; FlashInfer's first call compiles its
+sampler where ``flashinfer-jit-cache`` lacks it.
 Peers may draw a column of the padding: only their time is compared. A row of the table holds ``ms``, milliseconds;
 ``peak_mib``, the most memory that one call takes at a time; and ``left_out``, why a peer has neither.
 """
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_sampling import RESULTS, write_text_whole
-from benchmarks.harness import GpuTimer, environment
+from benchmarks.harness import GpuTimer, compare_on_host, environment, host_environment, write_text_whole
 from mdkern.kernels import vocab_projection
 
 
@@ -137,7 +138,7 @@ def contenders(problem: Problem, shape: Shape) -> Runs:
 
 
 @pytest.mark.benchmark(group="vocabulary projection")
-def test_on_gpu(benchmark: Any) -> None:
+def test_on_gpu(benchmark: Any, results: Path) -> None:
     """Every contender at every shape and number of rows; the benchmark itself shows ours at 1,024 rows of the first."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels' benchmark is skipped")
@@ -154,7 +155,7 @@ def test_on_gpu(benchmark: Any) -> None:
             milliseconds = {name: timing.as_dict() for name, timing in times.items()}
             measured = {"ms": milliseconds, "peak_mib": peaks, "left_out": left_out}
             table.append({"columns": shape.columns, "depth": shape.depth, "rows": rows, **measured})
-            write_result(table)
+            write_result(results, table)
             if shape is SHAPES[0] and rows == 1024:
                 benchmark.pedantic(timed, args=(problem,), rounds=20, warmup_rounds=3)
     benchmark.extra_info["table"] = table
@@ -192,16 +193,26 @@ def timed(problem: Problem) -> None:
     torch.cuda.synchronize()
 
 
-def write_result(table: list[dict[str, Any]]) -> None:
+def write_result(results: Path, table: list[dict[str, Any]]) -> None:
     peers = {module: version(name) for module, name in INSTALLED.items() if importlib.util.find_spec(module)}
     record = {"environment": environment() | peers, "table": table}
-    write_text_whole(RESULTS / "vocab_projection.json", json.dumps(record, indent=1) + "\n")
+    write_text_whole(results / "vocab_projection.json", json.dumps(record, indent=1) + "\n")
 
 
 @pytest.mark.benchmark(group="vocabulary projection, CPU")
-@pytest.mark.parametrize("contender", ["mdkern", "PyTorch eager"])
-def test_on_cpu(benchmark: Any, contender: str) -> None:
+def test_on_cpu(benchmark: Any, results: Path) -> None:
     """The reference that runs without a GPU: what its exactness and statistics cost there, at 16 rows."""
-    problem = Problem(SHAPES[0], 16, "cpu", torch.float32)
-    run = {"mdkern": lambda: problem.ours(1.0), "PyTorch eager": lambda: plain_sampler(problem.hidden, problem.weight)}
-    benchmark.pedantic(run[contender], rounds=5, warmup_rounds=1)
+    shape = SHAPES[0]
+    problem = Problem(shape, 16, "cpu", torch.float32)
+    runs: Runs = {
+        SAMPLED: lambda: problem.ours(1.0),
+        GREEDY: lambda: problem.ours(0.0),
+        "PyTorch eager": lambda: plain_sampler(problem.hidden, problem.weight),
+    }
+    times = compare_on_host(runs, 11)
+    print("output layer on the CPU: " + ", ".join(f"{n} {t.median:.1f} ms" for n, t in times.items()), flush=True)
+    milliseconds = {name: timing.as_dict() for name, timing in times.items()}
+    row = {"columns": shape.columns, "depth": shape.depth, "rows": 16, "ms": milliseconds}
+    record = {"environment": host_environment(), "table": [row]}
+    write_text_whole(results / "vocab_projection-cpu.json", json.dumps(record, indent=1) + "\n")
+    benchmark.pedantic(runs[SAMPLED], rounds=5, warmup_rounds=1)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_sampling import seconds
 from benchmarks.decoder_cases import Case, run_ours
+from benchmarks.harness import seconds
 from mdkern import DiT, decoders
 
 Row = dict[str, Any]

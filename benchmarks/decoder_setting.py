@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_sampling import seconds
 from benchmarks.cache_setting import cache_rows
 from benchmarks.decoder_cases import Case, Gauge, run_ours
+from benchmarks.harness import seconds
 from benchmarks.plain_decoders import make_cases, threshold
 from benchmarks.plain_loop import Plain, decode
 from mdkern import DiT, DiTConfig, decoders, load_pair, sample

@@ -1,16 +1,24 @@
-"""Timing of GPU work, the same for every contender: graph replays with the L2 cache emptied, contenders interleaved."""
+"""Timing, the same for every contender, interleaved; and the files that results are kept in.
+
+GPU work is timed in graph replays with the L2 cache emptied.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 FLUSH_MEGABYTES = 160  # above twice the L2 cache of an H100 or H200
 
 
@@ -84,6 +92,27 @@ def summary(values: list[float]) -> Timing:
     return Timing(median, lower, upper)
 
 
+def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def compare_on_host(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Milliseconds of work on the CPU, every contender in each round, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            took = 1e3 * seconds(run, "cpu")[0]
+            if turn:
+                times[name].append(took)
+    return {name: summary(values) for name, values in times.items()}
+
+
 def environment(*packages: str) -> dict[str, Any]:
     """Device and versions, to be kept beside every number."""
     known: dict[str, Any] = {
@@ -93,3 +122,25 @@ def environment(*packages: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         known |= {"device": properties.name, "cuda": torch.version.cuda, "processors": properties.multi_processor_count}
     return known
+
+
+def host_environment() -> dict[str, Any]:
+    """The same for work on the CPU."""
+    return {"torch": torch.__version__, "device": processor(), "threads": torch.get_num_threads()}
+
+
+def processor() -> str:
+    """The CPU's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.bench_select import RESULTS
 from benchmarks.bench_vocab_projection import GEMM, GREEDY, MIXED, SAMPLED
+from benchmarks.harness import RESULTS
 
 OURS = (SAMPLED, GREEDY, MIXED)
 

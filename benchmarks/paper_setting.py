@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_sampling import write_text_whole
-from benchmarks.harness import environment
+from benchmarks.harness import environment, write_text_whole
 from benchmarks.tick_trace import few_masked, trace_ticks
 from mdkern import DiT, SampleOutput, Schedule, adapt, sample
 from mdkern.engine import graphs

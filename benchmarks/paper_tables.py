@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.bench_sampling import RESULTS
+from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import load, markdown
 from benchmarks.paper_setting import HEAVY, LIGHT
 

@@ -17,9 +17,9 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks import decoder_tables, kernel_tables, paper_tables
-from benchmarks.bench_sampling import write_text_whole
 from benchmarks.bench_vocab_projection import GEMM
 from benchmarks.decoder_setting import Size
+from benchmarks.harness import write_text_whole
 from benchmarks.kernel_tables import OURS, load, markdown
 from benchmarks.paper_setting import HEAVY
 from benchmarks.paper_tables import LABELS, PAPER_CLOCK, PAPER_FLOPS
@@ -150,9 +150,10 @@ def agreement() -> str:
 
 def compare_projections() -> Iterator[Comparison]:
     """Each of ours with the product alone and with every peer."""
-    for row in load("vocab_projection")["table"]:
+    rows = [(row, "") for row in load("vocab_projection")["table"]]
+    for row, where in rows + [(row, " on a CPU") for row in load("vocab_projection-cpu")["table"]]:
         times = {name: timing["median"] for name, timing in row["ms"].items() if timing}
-        work = f"output layer, V = {row['columns']:,}, D = {row['depth']:,}"
+        work = f"output layer{where}, V = {row['columns']:,}, D = {row['depth']:,}"
         for ours in (name for name in times if name in OURS):
             for theirs in (name for name in times if name not in OURS):
                 yield Comparison(work, ours, theirs, f"{row['rows']:,}", times[ours] / times[theirs])
@@ -160,10 +161,11 @@ def compare_projections() -> Iterator[Comparison]:
 
 def compare_selections() -> Iterator[Comparison]:
     """`select` with the chain of PyTorch operations."""
-    for row in load("select")["table"]:
+    rows = [(row, "") for row in load("select")["table"]]
+    for row, where in rows + [(row, " on a CPU") for row in load("select-cpu")["table"]]:
         times = {name: timing["median"] for name, timing in row["ms"].items()}
         place = f"{row['sequences']:,} × {row['entries']:,}"
-        yield Comparison(f"select, {row['rule']}", "mdkern", "torch", place, times["mdkern"] / times["torch"])
+        yield Comparison(f"select{where}, {row['rule']}", "mdkern", "torch", place, times["mdkern"] / times["torch"])
 
 
 def compare_decoders() -> Iterator[Comparison]:

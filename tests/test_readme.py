@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.bench_sampling import RESULTS
 from benchmarks.bench_vocab_projection import GEMM, GREEDY, MIXED, SAMPLED
+from benchmarks.harness import RESULTS
 from benchmarks.report import Comparison
 from mdkern.cli.decoder import parse_decoder
 from mdkern.cli.main import build_parser
@@ -198,11 +198,15 @@ class TestLosses:
 
     def test_every_pair_of_times_in_the_results_is_looked_at(self) -> None:
         """As many as the files have, ours against whatever stands beside it."""
-        table = json.loads((RESULTS / "vocab_projection.json").read_text())["table"]
+
+        def rows_of(*names: str) -> list[dict[str, Any]]:
+            return [row for name in names for row in json.loads((RESULTS / f"{name}.json").read_text())["table"]]
+
+        table = rows_of("vocab_projection", "vocab_projection-cpu")
         timed = [{name for name, timing in row["ms"].items() if timing} for row in table]
         ours = {SAMPLED, GREEDY, MIXED}
         assert len(list(report.compare_projections())) == sum(len(names & ours) * len(names - ours) for names in timed)
-        assert len(list(report.compare_selections())) == len(json.loads((RESULTS / "select.json").read_text())["table"])
+        assert len(list(report.compare_selections())) == len(rows_of("select", "select-cpu"))
         parts = json.loads((RESULTS / "decoders.json").read_text())["parts"]
         expected = len(parts["size"]) + len(parts["pair"])
         expected += sum(row["way"] != "plain loop" for row in parts["llada"].values())
