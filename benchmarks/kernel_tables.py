@@ -87,49 +87,62 @@ def select() -> str:
     return text + markdown(["sequences × positions", *(f"`{rule}`" for rule in rules)], body)
 
 
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, the same in every panel of a picture."""
+    return {name: f"C{number}" for number, name in enumerate(dict.fromkeys(names))}
+
+
 def plot_vocab_projection() -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     content = load("vocab_projection")
     panels = shapes(content)
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
-    for axis, (columns, depth) in zip(axes[0], panels):
+    colour = colours(name for row in content["table"] for name in row["ms"])
+    figure = Figure(figsize=(6 * len(panels), 5.4), layout="constrained")
+    for axis, (columns, depth) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         rows = [row for row in content["table"] if (row["columns"], row["depth"]) == (columns, depth)]
         for name in dict.fromkeys(name for row in rows for name in row["ms"]):
             points = [(row["rows"], row["ms"][name]["median"] * 1e3) for row in rows if name in row["ms"]]
             style = "-o" if name in OURS else "--s" if name == GEMM else ":^"
-            axis.loglog(*zip(*points), style, label=name, markersize=4)
-        axis.set_title(f"V = {columns:,}, D = {depth}")
+            axis.loglog(*zip(*points), style, color=colour[name], label=name, markersize=4)
+        axis.set_title(f"V = {columns:,}, D = {depth:,}")
         axis.set_xlabel("rows")
         axis.set_ylabel("µs")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    save(figure, "vocab_projection")
+    save(figure, "vocab_projection", content, columns=4)
 
 
 def plot_select() -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     content = load("select")
     rules = list(dict.fromkeys(row["rule"] for row in content["table"]))
-    figure, axes = plt.subplots(1, len(rules), figsize=(4 * len(rules), 4), sharey=True)
+    colour = colours(f"{row['sequences']}" for row in content["table"])
+    figure = Figure(figsize=(3.4 * len(rules), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     for axis, rule in zip(axes, rules):
         for sequences in dict.fromkeys(row["sequences"] for row in content["table"]):
             rows = [row for row in content["table"] if (row["sequences"], row["rule"]) == (sequences, rule)]
             for name, style in (("mdkern", "-o"), ("torch", ":^")):
                 points = [(row["entries"], row["ms"][name]["median"] * 1e3) for row in rows]
-                axis.loglog(*zip(*points), style, label=f"{name}, {sequences} sequences", markersize=4)
+                label = f"{name}, {sequences} sequence{'s' if sequences > 1 else ''}"
+                axis.loglog(*zip(*points), style, color=colour[f"{sequences}"], label=label, markersize=4)
         axis.set_title(rule)
         axis.set_xlabel("positions")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("µs")
-    axes[0].legend(fontsize=7)
-    save(figure, "select")
+    save(figure, "select", content, columns=3)
 
 
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.svg")
+def save(figure: Any, name: str, content: dict[str, Any], columns: int) -> None:
+    """Write a picture with one legend for all of its panels, the device above."""
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.suptitle(caption(content), fontsize=10)
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

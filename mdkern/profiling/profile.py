@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -331,7 +332,7 @@ def plot(profiles: Sequence[Profile], path: str | Path, title: str) -> None:
         axis.annotate(f"{profile.total:.3g} s", (x, top), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(place, [f"{profile.sampler}\n{profile.model}" for profile in profiles])
     axis.set_ylabel("seconds of a run")
-    axis.set_title(title, fontsize=10)
+    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * figure.get_figwidth()))), fontsize=10)
     axis.legend(frameon=False)
     with replacing(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:])

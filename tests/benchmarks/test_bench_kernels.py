@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import bench_vocab_projection, kernel_tables
@@ -98,3 +99,18 @@ def test_peak_memory_counts_what_a_call_gives_back_and_what_it_returns() -> None
 
     run()
     assert 80 <= bench_vocab_projection.peak_mib(run) < 82  # the allocator may leave a block a little too large
+
+
+@pytest.mark.parametrize("draw", ["plot_vocab_projection", "plot_select"])
+def test_a_line_has_one_colour_in_every_panel(draw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a legend names each line once."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    getattr(kernel_tables, draw)()
+    (figure,) = drawn
+    lines = [line for axis in figure.axes for line in axis.get_lines()]
+    looks = {(line.get_label(), line.get_color(), line.get_linestyle()) for line in lines}
+    labels = [label for label, *_ in looks]
+    assert len(set(labels)) == len(labels) == len({look[1:] for look in looks}) < len(lines)
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(labels)
