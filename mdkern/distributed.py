@@ -231,20 +231,8 @@ def sample_distributed(
         calls = ranks.gather((facts, request.seed))
         check_equal([theirs for theirs, _ in calls])
         mine = share(len(ids), ranks.rank, ranks.count)
-        output: SampleOutput | None = None
-        failure: Exception | None = None
-        try:
-            with ranks.together():
-                if len(ids[mine]):
-                    part = replace(rows_of(request, mine), seed=calls[0][1])
-                    shown = progress if ranks.rank == 0 else False
-                    output = Groups(part, None, return_history, cuda_graphs, shown).all()
-        except TimeoutError:  # there may be nobody to ask for what is finished
-            raise
-        except Exception as error:
-            failure = error
-            if hasattr(error, "partial"):
-                output = error.partial
+        part = replace(rows_of(request, mine), seed=calls[0][1]) if len(ids[mine]) else None
+        output, failure = run_share(ranks, part, return_history, cuda_graphs, progress if ranks.rank == 0 else False)
         parts = [part for part in ranks.gather(moved(output, "cpu")) if part is not None]
     finally:
         ranks.close()
@@ -255,6 +243,26 @@ def sample_distributed(
         raise failure
     assert whole is not None
     return whole
+
+
+def run_share(
+    ranks: Ranks, part: Request | None, return_history: bool, cuda_graphs: bool, progress: bool | None
+) -> tuple[SampleOutput | None, Exception | None]:
+    """What this rank has finished of its part, if it has one, and what went wrong on any rank.
+
+    Raises:
+        TimeoutError: as it comes: there may be nobody to ask for what is finished.
+    """
+    output: SampleOutput | None = None
+    try:
+        with ranks.together():
+            if part is not None:
+                output = Groups(part, None, return_history, cuda_graphs, progress).all()
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return error.partial if hasattr(error, "partial") else output, error
+    return output, None
 
 
 def joined_ranks(parts: list[SampleOutput], request: Request, began: float) -> SampleOutput:

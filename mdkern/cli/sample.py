@@ -273,7 +273,10 @@ def write_page(arguments: argparse.Namespace, job: Job, output: SampleOutput) ->
     from mdkern.trace import USUAL_MODELS, About, write_trace
 
     sizes = {name: model.config for name, model in job.models.items()}
-    described = {name: f"{size.num_blocks} blocks of width {size.width}" for name, size in sizes.items()}
+    described = {
+        name: f"{size.num_blocks} block{'s' * (size.num_blocks != 1)} of width {size.width}"
+        for name, size in sizes.items()
+    }
     about: About = {
         "schedule": job.schedule,
         "decoder": arguments.decoder,

@@ -203,8 +203,14 @@ def test_every_decoder_has_a_trace(run, tmp_path):
 
 def test_trace_is_written(run, tmp_path):
     file = tmp_path / "trace.html"
-    assert run("--trace", str(file), "--schedule", "L12 H12")[0] == 0
-    assert '"segments":[[0,0,12],[1,12,24]]' in file.read_text()
+    title = "A walk & a talk"
+    options = ["--schedule", "L12 H12", "--seed", "6", "--decoder", "first_hitting", "--num-samples", "3"]
+    assert run("--trace", str(file), "--trace-title", title, *options, "--batch-size", "1")[0] == 0
+    data = json.loads(re.search(r'id="data">(.*?)</script', file.read_text(), re.DOTALL)[1])
+    assert data["segments"] == [[0, 0, 12], [1, 12, 24]]
+    assert (data["title"], data["decoder"], data["seed"]) == (title, "first_hitting", "6")
+    assert data["described"] == ["light model, 1 block of width 16", "heavy model, 2 blocks of width 16"]
+    assert len(data["samples"]) == 3
 
 
 BAD_INPUT = {

@@ -242,7 +242,7 @@ def test_targets_that_cannot_be_are_refused(run: Run, tmp_path: Path) -> None:
 
 def test_a_prompt_file_is_continued_or_its_encoding_named(run: Run, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text("café ", encoding="utf-8")
+    prompt.write_text("café ", encoding="utf-8-sig")
     code, out, _ = run("--prompt-file", str(prompt), "--quiet")
     assert code == 0
     assert out.startswith("café ")
