@@ -39,7 +39,7 @@ TIMEOUT = 1800.0  # seconds
 LONGEST_TIMEOUT = 1e8  # three years; beyond about three hundred the milliseconds overflow in PyTorch
 MOST_TOLD = 4  # ranks that a message names
 # Of a request: what each rank has for itself, what follows from the rest, and what is compared by other means.
-NOT_COMPARED = {"streamer", "stopping_criteria", "segments", "denoisers", "seed"}
+NOT_COMPARED = {"streamer", "stopping_criteria", "blocks", "edges", "denoisers", "seed"}
 # An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.
 TOLD: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,

@@ -24,7 +24,8 @@ class History:
     step: Tensor  # int64 [N, L]: 0..T-1, T for the closing pass, -1 where the input gave the token
     model: Tensor  # int64 [N, L]: index into `models`, -1 where given
     models: tuple[str, ...]
-    steps: int
+    steps: int  # T of the sequence of the call that has most
+    own_steps: Tensor | None = None  # int64 [N], T of each sequence
 
 
 @dataclass
@@ -95,19 +96,20 @@ def summarise(
     nfe = {name: passes[finished] for name, passes in outcome.nfe.items()}
     revealed = (model != GIVEN).sum(-1)  # what was filled with the end of text has a step and no model
     passes = sum(nfe.values(), torch.zeros_like(reason))
+    history = History(step, model, tuple(request.denoisers), request.most_steps, request.steps)
     output = SampleOutput(
         sequences=sequences,
         sample_ids=request.sample_ids,
         nfe=nfe,
         tokens_per_forward=revealed / passes,
-        steps=(step.amax(-1) + 1).clamp(max=request.steps),
+        steps=torch.minimum(step.amax(-1) + 1, request.steps),
         stop_reason=[STOP_REASONS[number] for number in reason.tolist()],
         lengths=tokens_before(find_end(sequences, request.masked, request.mask_id, request.eos_ids), request),
         prompt_lengths=tokens_before(find_end(request.input_ids, request.masked, request.mask_id, ()), request),
         attention_mask=request.attention_mask,
         timings=timings,
         seed=request.seed,
-        history=History(step, model, tuple(request.denoisers), request.steps) if return_history else None,
+        history=history if return_history else None,
     )
     output.flops_saved = flops_saved(request, output)
     return output

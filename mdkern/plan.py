@@ -48,11 +48,11 @@ class RevealPlan:
     """When each position is revealed."""
 
     step: Tensor  # int64 [N, L]: reveal step in 0..T-1, T for the closing pass, GIVEN where not masked
-    steps: int  # T
+    steps: int | Tensor  # T, of all or, int64 [N, 1], of each sequence
     # int64 [N, L], non-decreasing with `step`: positions of a sequence with equal order are revealed by one forward
     # pass. None: it is the step.
     order: Tensor | None = None
-    time: Tensor | None = None  # float32 [N, L]: diffusion time of the pass, equal within it. None: that of the step
+    time: Tensor | None = None  # float32 [N, L]: diffusion time of the pass, equal within it. None: of no interest
 
     @staticmethod
     def draw(masked: Tensor, alpha: Tensor, seed: Tensor, sample: Tensor, position: Tensor) -> RevealPlan:
@@ -72,8 +72,11 @@ class RevealPlan:
         step = torch.searchsorted(alpha[1:].contiguous(), noise.uniform(*bits), right=True)
         return RevealPlan(torch.where(masked, step, GIVEN), alpha.shape[0] - 1)
 
-    def events(self, first: int = 0, stop: int | None = None) -> Tensor:
-        """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; all of them by default."""
+    def events(self, first: int | Tensor = 0, stop: int | Tensor | None = None) -> Tensor:
+        """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; all of them by default.
+
+        `first` and `stop` are of all sequences or, int64 ``[N, 1]``, of each.
+        """
         stop = self.steps + 1 if stop is None else stop
         order = self.step if self.order is None else self.order
         ordered = torch.where((self.step >= first) & (self.step < stop), order, GIVEN).sort(-1).values
@@ -83,10 +86,9 @@ class RevealPlan:
 
     def ticks(
         self,
-        first: int,
-        stop: int,
+        first: int | Tensor,
+        stop: int | Tensor,
         batch_size: int,
-        times: Tensor | None = None,
         round_up: Callable[[int], int] = int,
     ) -> Ticks | None:
         """Pack the events of steps ``first <= i < stop`` into ticks of at most `batch_size` sequences.
@@ -98,8 +100,7 @@ class RevealPlan:
         which never overlap because no sequence has more events in a part than that has ticks.
 
         Args:
-            first, stop, batch_size: see above.
-            times: ``[T + 1]``, diffusion time of each step, where the plan has no `time` of its own. None: zeros.
+            first, stop, batch_size: see above; the steps of all sequences or, int64 ``[N, 1]``, of each.
             round_up: applied to R and M, so that segments of nearly the same shape get the same.
 
         Returns:
@@ -117,11 +118,13 @@ class RevealPlan:
         _, event, event_rows = torch.unique_consecutive(key[by_event], return_inverse=True, return_counts=True)
         event_start = event_rows.cumsum(0) - event_rows
         event_sequence, event_position = sequence[event_start], position[event_start]
-        event_step = self.step[event_sequence, event_position]
+        # Closing passes are known by their step, which is that of the longest run.
+        closing = torch.as_tensor(self.steps, device=device)
+        step = torch.where(self.step == closing, closing.max(), self.step)
+        event_step = step[event_sequence, event_position]
+        event_time = torch.zeros_like(event_step)
         if self.time is not None:
             event_time = self.time[event_sequence, event_position]
-        else:
-            event_time = torch.zeros_like(event_step) if times is None else times.to(device)[event_step]
         per_sequence = torch.bincount(event_sequence, minlength=self.step.shape[0])
         packing = pack(per_sequence.cpu(), batch_size)
         tick, slot = packing.place(per_sequence, event_sequence)

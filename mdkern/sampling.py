@@ -28,6 +28,7 @@ def sample(
     num_samples: int | None = None,
     length: int | None = None,
     steps: int | None = None,
+    steps_per_block: int | None = None,
     batch_size: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -52,7 +53,7 @@ def sample(
 
     By default the samples have the distribution of the step-by-step ancestral sampler (MD4, MDLM) with the
     schedule's denoiser at each step. Each is a function of the seed, its sample number and its prompt, whatever the
-    batch; with `block_length` the longest sequence of the call says how many steps a block has.
+    batch: also its number of steps, and where the schedule's models take turns in them.
 
     Args:
         heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models.
@@ -64,7 +65,10 @@ def sample(
         token_type_ids: what tokenizers add to the two; all 0.
         num_samples: N, without `input_ids`. Default 1.
         length: L in tokens, without `input_ids`. Default: the model's longest.
-        steps: T. Default: the schedule's own, or else L; with `block_length`, as many as its blocks have positions.
+        steps: T. Default: the schedule's own, or else as many as the sequence has tokens, padding not counted; with
+            `block_length`, as many as its blocks have positions. Then each sequence has its own T, to which a schedule
+            of shares is fitted.
+        steps_per_block: instead of `steps`, with `block_length`: T is so many for each block of the sequence.
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
@@ -78,7 +82,8 @@ def sample(
             at the model (top probability, threshold, ...) have no fixed number of passes; for those that reveal as much
             as they trust, the schedule's step is the share of the text that is revealed.
         block_length: reveal in blocks of so many positions from left to right, counted from a sequence's first masked
-            position; positions compete inside the block only. Each block takes ``steps / blocks`` steps.
+            position; positions compete inside the block only. Each block takes ``steps / blocks`` steps, of its
+            sequence's own number of blocks, which must divide `steps`.
         cache: ``"prefix"`` or ``"dual"``: keep keys and values (Fast-dLLM, 2505.22618) from a full pass at the start of
             each block, or where another model takes over; the block's other passes run the block and what comes after
             it, or the block alone, in lock-step over the batch. Faster and approximate, as what is kept goes out of
@@ -127,6 +132,7 @@ def sample(
         num_samples=num_samples,
         length=length,
         steps=steps,
+        steps_per_block=steps_per_block,
         batch_size=batch_size,
         temperature=temperature,
         top_k=top_k,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from numbers import Rational, Real
 from typing import Any
 
@@ -122,8 +123,8 @@ class Schedule:
         """Names used, upper case, in the order of their first step."""
         return tuple(dict.fromkeys(name for name, _ in self.parts))
 
-    def segments(self, steps: int | None = None) -> list[Segment]:
-        """The segments over `steps` steps. Shares are rounded at their boundaries; empty segments fall away.
+    def edges(self, steps: int | None = None) -> list[int]:
+        """Where each of the `parts` begins over `steps` steps, and where the last one ends: shares rounded.
 
         Raises:
             ValueError: `steps` missing for a schedule of shares, or not the sum of a schedule of counts.
@@ -134,11 +135,17 @@ class Schedule:
         if steps is None or steps < 1:
             raise ValueError(f"steps must be at least 1 to fit {self!r}, not {steps}")
         unit = Fraction(1) if self.fixed else Fraction(steps)
+        shares = accumulate((share for _, share in self.parts), initial=Fraction(0))
+        return [int(share * unit + Fraction(1, 2)) for share in shares]
+
+    def segments(self, steps: int | None = None) -> list[Segment]:
+        """The segments over `steps` steps. Shares are rounded at their boundaries; empty segments fall away.
+
+        Raises:
+            ValueError: `steps` missing for a schedule of shares, or not the sum of a schedule of counts.
+        """
         segments: list[Segment] = []
-        done = Fraction(0)
-        for name, share in self.parts:
-            first, stop = (int(edge * unit + Fraction(1, 2)) for edge in (done, done + share))
-            done += share
+        for (name, _), (first, stop) in zip(self.parts, pairwise(self.edges(steps))):
             if stop > first and segments and segments[-1].model == name:
                 segments[-1] = Segment(name, segments[-1].first, stop)
             elif stop > first:

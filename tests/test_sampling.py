@@ -223,7 +223,18 @@ class TestResult:
 
 
 OPEN = dict.fromkeys(
-    ("input_ids", "attention_mask", "num_samples", "length", "steps", "batch_size", "seed", "generator", "sample_ids")
+    (
+        "input_ids",
+        "attention_mask",
+        "num_samples",
+        "length",
+        "steps",
+        "steps_per_block",
+        "batch_size",
+        "seed",
+        "generator",
+        "sample_ids",
+    )
 ) | {
     "temperature": 1.0,
     "top_k": 0,
@@ -275,7 +286,7 @@ class TestGpu:
         try:
             request = resolve(heavy, None, None, **(OPEN | {"num_samples": 8, "length": 48, "seed": 0}))
             state = SamplerState.of(request)
-            ticks = draw_plan(request, state).ticks(0, request.steps + 1, 4)
+            ticks = draw_plan(request, state).ticks(0, request.most_steps + 1, 4)
             assert ticks is not None
             step = partial(reveal_tick, heavy, heavy.head, request, state, ticks)
             with torch.no_grad():

@@ -34,6 +34,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "(default: ancestral)",
     )
     group.add_argument("--block-length", metavar="N", type=positive, help="reveal in blocks of N from left to right")
+    group.add_argument("--steps-per-block", metavar="T", type=positive, help="steps for each block, instead of --steps")
     group.add_argument(
         "--cache",
         choices=["none", "prefix", "dual"],
@@ -58,6 +59,7 @@ def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options as `mdkern.sample` takes them, but for the decoder."""
     return {
         "block_length": arguments.block_length,
+        "steps_per_block": arguments.steps_per_block,
         "cache": arguments.cache,
         "stop_at_eos": arguments.stop_at_eos,
         "top_k": arguments.top_k,

@@ -172,7 +172,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 def prepare(arguments: argparse.Namespace) -> Job:
     """Load the models, and check all that depends on them."""
-    from mdkern.engine.resolve import resolve_blocks, resolve_seed
+    from mdkern.engine.resolve import resolve_pace, resolve_seed
 
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     make_decoder = parse_decoder(arguments.decoder)
@@ -182,10 +182,9 @@ def prepare(arguments: argparse.Namespace) -> Job:
     longest = min(model.config.max_length for model in models.values())
     ids = start_ids(prompt, tokenizer, first.config.mask_id, arguments.length, longest)
     decoder = make_decoder(tokenizer, first.config.vocab_size)
-    steps = arguments.steps or schedule.total
-    cached = arguments.cache != "none"
-    steps = resolve_blocks(arguments.block_length, ids == first.config.mask_id, steps, cached)[2]
-    schedule = schedule.fit(steps or ids.shape[1])
+    blocks = arguments.block_length, arguments.steps_per_block
+    pace = resolve_pace(schedule, arguments.steps, *blocks, ids == first.config.mask_id, None, False)
+    schedule = schedule.fit(pace.most_steps)
     return Job(models, tokenizer, schedule, ids.to(first.embedding.device), decoder, resolve_seed(arguments.seed, None))
 
 

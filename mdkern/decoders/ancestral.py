@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdkern.decoders.base import Canvas, Planned
 from mdkern.decoders.checks import check_choice, check_number
-from mdkern.decoders.draws import steps_of_run
+from mdkern.decoders.draws import by_block_steps, steps_of_run
 from mdkern.plan import RevealPlan
 
 
@@ -67,7 +67,11 @@ class Ancestral(Planned, name="ancestral"):
         """Draw the chain's reveal steps by inversion: masked at t = 1, a position is so at t with probability
         ``(1 - alpha_t) / (1 - alpha_1)``.
         """
-        alpha = self.alpha(self.times(canvas.steps // canvas.blocks)).double()
+        step = by_block_steps(canvas, self.block_step)
+        return RevealPlan(torch.where(canvas.blocks == 1, step, steps_of_run(canvas, step)), canvas.steps)
+
+    def block_step(self, canvas: Canvas, steps: int) -> Tensor:
+        """int64 ``[N, L]``: in which of a block's steps each position is revealed, `steps` for the closing pass."""
+        alpha = self.alpha(self.times(steps)).double()
         revealed = ((alpha - alpha[0]) / (1.0 - alpha[0])).to(canvas.masked.device)
-        plan = RevealPlan.draw(canvas.masked, revealed, canvas.seed, canvas.sample, canvas.position)
-        return plan if canvas.blocks == 1 else RevealPlan(steps_of_run(canvas, plan.step), canvas.steps)
+        return RevealPlan.draw(canvas.masked, revealed, canvas.seed, canvas.sample, canvas.position).step

@@ -8,7 +8,7 @@ The loop belongs to the sampler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -24,11 +24,21 @@ class Canvas:
 
     masked: Tensor  # bool [N, L], to be revealed
     block: Tensor  # int64 [N, L], block of each position, 0..blocks-1; 0 where not masked
-    blocks: int  # 1: no blocks
-    steps: int  # T, over all blocks; a multiple of `blocks`
+    blocks: Tensor  # int64 [N, 1], of each sequence; 1: no blocks
+    steps: Tensor  # int64 [N, 1], T of each sequence, over all its blocks; a multiple of `blocks`
     seed: Tensor  # int64 []
     sample: Tensor  # int64 [N], keys the draws
     position: Tensor  # int64 [N, L], keys them too: position in the text, padding not counted
+
+    @property
+    def block_steps(self) -> Tensor:
+        """int64 ``[N, 1]``: steps that each sequence takes for a block."""
+        return self.steps // self.blocks
+
+    def only(self, rows: Tensor) -> Canvas:
+        """These sequences of it, int64 ``[n]``."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Canvas(**{name: part[rows] if part.ndim else part for name, part in parts.items()})
 
 
 DECODERS: dict[str, type[Any]] = {}  # by name
@@ -75,11 +85,10 @@ class View:
     revealed: Tensor  # bool [B, R], revealed by the sampler: may be edited or put back to mask; never prompt or padding
     offset: Tensor  # int64 [B, R], position counted from the block's start
     step: Tensor  # int64 [B], step of the whole run, 0..steps-1
-    steps: int  # T
+    steps: Tensor  # int64 [B], T of each sequence
     block_step: Tensor  # int64 [B], step within the block, 0 at its first
-    block_steps: int  # steps a block is meant to take (T / blocks)
+    block_steps: Tensor  # int64 [B], steps that a block of each sequence is meant to take (T / blocks)
     block_masked: Tensor  # int64 [B], masked positions of the block when it began
-    times: Tensor  # float32 [T + 1], see `Decoder.times`
     confidence: Tensor  # float32 [B, R], probability that the token had when it was revealed; 1 where given
     seed: Tensor  # int64 []
     keys: Tensor  # int64 [B, R, 3], sample, position in the text, step: key of every draw

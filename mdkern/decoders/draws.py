@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,9 @@ def masked_blocks(canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
 
     Positions that are not masked lie in a block of their own after the others.
     """
-    block = torch.where(canvas.masked, canvas.block, canvas.blocks)
-    sizes = torch.zeros(block.shape[0], canvas.blocks + 1, dtype=torch.int64, device=block.device)
+    most = int(canvas.blocks.max())
+    block = torch.where(canvas.masked, canvas.block, most)
+    sizes = torch.zeros(block.shape[0], most + 1, dtype=torch.int64, device=block.device)
     sizes.scatter_add_(1, block, torch.ones_like(block))
     return block, (sizes.cumsum(-1) - sizes).gather(-1, block), sizes.gather(-1, block)
 
@@ -38,11 +41,21 @@ def ranks(block: Tensor, keys: Tensor) -> Tensor:
 
 def steps_of_run(canvas: Canvas, block_step: Tensor) -> Tensor:
     """int64 ``[N, L]``: the step of the run from the step within the block, held within the block's own; or GIVEN."""
-    block_steps = canvas.steps // canvas.blocks
-    step = canvas.block * block_steps + block_step.long().clamp(max=block_steps - 1)
+    block_steps = canvas.block_steps
+    step = canvas.block * block_steps + torch.minimum(block_step.long(), block_steps - 1)
     return torch.where(canvas.masked, step, GIVEN)
+
+
+def by_block_steps(canvas: Canvas, draw: Callable[[Canvas, int], Tensor]) -> Tensor:
+    """int64 ``[N, L]``: what `draw` gives of the sequences that take the same number of steps for a block, and it."""
+    counts = canvas.block_steps[:, 0]
+    step = torch.empty_like(canvas.block)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        step[rows] = draw(canvas.only(rows), count)
+    return step
 
 
 def planned(canvas: Canvas, progress: Tensor) -> RevealPlan:
     """Each position revealed in the step of its block in which `progress`, float64 ``[N, L]`` in [0, 1), falls."""
-    return RevealPlan(steps_of_run(canvas, (progress * (canvas.steps // canvas.blocks)).floor()), canvas.steps)
+    return RevealPlan(steps_of_run(canvas, (progress * canvas.block_steps).floor()), canvas.steps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdkern.decoders.base import Canvas, Planned
 from mdkern.decoders.checks import check_choice
-from mdkern.decoders.draws import masked_blocks, ranks, steps_of_run, uniforms
+from mdkern.decoders.draws import by_block_steps, masked_blocks, ranks, steps_of_run, uniforms
 from mdkern.plan import RevealPlan
 
 Level = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -80,11 +80,15 @@ class Hyperschedule(Planned, name="hyperschedule"):
         Raises:
             ValueError: a user's level that is not 1 at t = 1 and 0 at t = 0, or rises as t falls.
         """
+        return RevealPlan(steps_of_run(canvas, by_block_steps(canvas, self.block_step)), canvas.steps)
+
+    def block_step(self, canvas: Canvas, steps: int) -> Tensor:
+        """int64 ``[N, L]``: in which of a block's steps each position is revealed."""
         number, before, length = masked_blocks(canvas)
         zeros = torch.zeros_like(number)
         position = torch.where(canvas.masked, ranks(number, zeros) - before, 0)
         remainder = 1.0 - uniforms(canvas)
-        times = self.times(canvas.steps // canvas.blocks).to(remainder.device)
+        times = self.times(steps).to(remainder.device)
         last = self.level(times[0], position, length).double().expand_as(remainder)
         wrong = last < 1.0 - SLACK
         step = zeros
@@ -95,4 +99,4 @@ class Hyperschedule(Planned, name="hyperschedule"):
         wrong = wrong | (last > SLACK)
         if bool((wrong & canvas.masked).any()):
             raise ValueError("level must fall from 1 at t = 1 to 0 at t = 0 at every position, and never rise")
-        return RevealPlan(steps_of_run(canvas, step), canvas.steps)
+        return step

@@ -21,7 +21,7 @@ class RandomRemask(Planned, name="random"):
         """Draw the order, and cut it into the steps' shares."""
         block, before, size = masked_blocks(canvas)
         rank = ranks(block, uniforms(canvas)) - before
-        block_steps = canvas.steps // canvas.blocks
+        block_steps = canvas.block_steps
         share, extra = size // block_steps, size % block_steps
         in_larger = extra * (share + 1)  # masks revealed in the steps that take one more
         step = (rank // (share + 1)).where(rank < in_larger, extra + (rank - in_larger) // share.clamp(min=1))

@@ -96,7 +96,7 @@ def steps_of(stretch: Stretch, kept: Kept, window: int | None) -> tuple[Graph | 
     )
     graph = None
     if stretch.workspace is not None:
-        key = "cached", window, settings.key(), len(progress.slot), progress.nfe.shape[0], stretch.model
+        key = "cached", window, settings.key(), progress.key(), stretch.model
         looped = None if window is None else progress.status
         graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=looped)
     return graph, partial(step, denoiser.head)
@@ -150,7 +150,7 @@ def windows(
         settings.guidance_scale,
         ids,
         given,
-        progress.times[slots.view.step] if denoiser.time_conditioning else None,
+        progress.time(slots.sequence, slots.view.step) if denoiser.time_conditioning else None,
         positions,
         attended(state, slots),
     )

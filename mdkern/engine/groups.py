@@ -215,12 +215,12 @@ def count_passes(request: Request) -> tuple[Tensor | None, int]:
     masked = request.masked.sum(-1)
     if isinstance(request.decoder, Stepwise):
         even = int(masked.min()) == int(masked.max()) and not request.decoder.adaptive and not planned.stops(request)
-        steps = torch.tensor([segment.stop - segment.first for segment in request.segments])
-        return steps.expand(len(masked), -1) if even else None, int(masked.sum())
+        return request.edges.diff(dim=-1).cpu() if even else None, int(masked.sum())
     parts = []
     for first in range(0, len(masked), SEQUENCES_PLANNED):
         part = rows_of(request, slice(first, first + SEQUENCES_PLANNED))
         plan = planned.draw_plan(part, SamplerState.of(part))
-        parts.append(torch.stack([plan.events(first, stop) for _, first, stop in planned.pieces(part)], -1).cpu())
-    passes = torch.cat(parts)
+        parts.append(torch.stack([plan.events(piece.first, piece.stop) for piece in planned.pieces(part)], -1).cpu())
+    most = max(part.shape[1] for part in parts)  # sequences of fewer steps may have fewer pieces
+    passes = torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in parts])
     return passes, int(passes.sum())

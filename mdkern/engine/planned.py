@@ -6,9 +6,9 @@ layer at just the rows that get their token.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def run(
         return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason, failure)
 
     try:
-        for name, first, stop in pieces(request):
+        for piece in pieces(request):
+            name, first, stop = piece.model, piece.first, piece.stop
             nfe[name] += plan.events(first, stop)
             model[(plan.step >= first) & (plan.step < stop)] = list(nfe).index(name)
             run_steps(request, request.denoisers[name], state, plan, first, stop, workspace, bar, drafts)
@@ -71,13 +72,11 @@ def run(
                 failure = failure or explain_first(request, name, state, plan, unwritten)
                 failed |= unwritten.any(-1)
                 plan = replace(plan, step=plan.step.masked_fill(failed[:, None], GIVEN))
-            end = min(stop, request.steps)
-            if stops(request) and (end == request.steps or end % look_steps(request) == 0):
-                block_ends = end % (request.steps // request.blocks) == 0
-                plan, now, tail = stop_texts(request, state, plan, ~ended, block_ends)
+            if piece.looks is not None:
+                plan, now, tail = stop_texts(request, state, plan, piece.looks & ~ended, piece.block_ends)
                 ended |= now
                 model[tail] = GIVEN
-                filled_at[tail] = stop - 1
+                filled_at = torch.where(tail, stop - 1, filled_at)
             timings.lap(name)
     except BaseException as error:
         raise IncompleteError(outcome) from error
@@ -94,7 +93,7 @@ def explain_first(
     position = (unwritten[row] & (order == event)).nonzero()[:, 0]
     step = int(plan.step[row, position[0]])
     ids = torch.where((plan.step[row] != GIVEN) & (order >= event), request.mask_id, state.input_ids[row])
-    time = request.decoder.times(request.steps)[step] if plan.time is None else plan.time[row, position[0]]
+    time = request.decoder.times(int(request.steps[row]))[step] if plan.time is None else plan.time[row, position[0]]
     return explain(request, name, row, step, ids, position, float(time))
 
 
@@ -103,26 +102,44 @@ def stops(request: Request) -> bool:
     return request.stop_at_eos or request.stopping_criteria is not None
 
 
-def look_steps(request: Request) -> int:
-    """Steps between two looks for ends of text: those of a block or, without blocks, a share of all."""
-    block_steps = request.steps // request.blocks
-    return -(-request.steps // LOOKS) if request.blocks == 1 and request.stop_at_eos else block_steps
+@dataclass(frozen=True)
+class Piece:
+    """A part of a run in which one denoiser works and no text is ended."""
+
+    model: str
+    first: Tensor  # int64 [N, 1], each sequence's first step
+    stop: Tensor  # int64 [N, 1], its last one, plus 1
+    looks: Tensor | None  # bool [N], the sequences whose end of text is looked for after it; None: of none
+    block_ends: Tensor | None  # bool [N], those of which a block ends with it, and that criteria may stop; None: none
 
 
-def pieces(request: Request) -> list[tuple[str, int, int]]:
-    """(denoiser, first, stop) of each segment, cut where ends of text are looked for.
+def pieces(request: Request) -> Iterator[Piece]:
+    """The schedule's parts, cut where ends of text are looked for.
 
-    The closing pass, step T, goes to the last one.
+    That is where a sequence's blocks end or, without blocks, at a share of its steps. Its closing pass, step T, goes to
+    its last part that has steps.
     """
-    cuts = {segment.stop for segment in request.segments}
-    if stops(request):
-        cuts |= set(range(0, request.steps, look_steps(request)))
-    out = []
-    for segment in request.segments:
-        inside = sorted({segment.first, segment.stop, *(c for c in cuts if segment.first < c < segment.stop)})
-        out += [(segment.model, first, stop) for first, stop in pairwise(inside)]
-    name, first, stop = out[-1]
-    return [*out[:-1], (name, first, stop + 1)]
+    steps, blocks, edges = request.steps.cpu()[:, None], request.blocks.cpu()[:, None], request.edges.cpu()
+    edges = torch.where(edges == steps, steps + 1, edges)
+    stride = steps // blocks  # between two looks
+    if request.stop_at_eos:
+        stride = torch.where(blocks == 1, -(-steps // LOOKS), stride)
+    windows = int((-(-steps // stride)).max()) if stops(request) else 1
+    for part, model in enumerate(request.parts):
+        for window in range(windows):
+            first, stop, end = edges[:, part, None], edges[:, part + 1, None], steps + 1
+            if stops(request):
+                end = torch.where(stride * (window + 1) < steps, stride * (window + 1), end)
+                first, stop = torch.maximum(first, stride * window), torch.minimum(stop, end)
+            if not bool((first < stop).any()):
+                continue
+            looks = ((first < stop) & (stop == end))[:, 0] if stops(request) else None
+            block_ends = None if looks is None else looks & ((blocks > 1) | (end > steps))[:, 0]
+
+            def placed(rows: Tensor | None) -> Tensor | None:
+                return rows.to(request.device) if rows is not None and bool(rows.any()) else None
+
+            yield Piece(model, first.to(request.device), stop.to(request.device), placed(looks), placed(block_ends))
 
 
 def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
@@ -135,17 +152,29 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
         column = torch.arange(length, device=masked.device)
         start = masked.int().argmax(-1, keepdim=True)
         block = torch.where(masked, (column - start) // request.block_length, 0)
-    canvas = Canvas(
-        masked, block, request.blocks, request.steps, state.seed, state.sample[:count], state.text_position[:count]
+    counts = request.blocks[:, None], request.steps[:, None]
+    plan = request.decoder.plan(
+        Canvas(masked, block, *counts, state.seed, state.sample[:count], state.text_position[:count])
     )
-    plan = request.decoder.plan(canvas)
-    step = plan.step
-    if step.shape != masked.shape or bool((masked != ((step >= 0) & (step <= plan.steps))).any()):
+    step, steps = plan.step, request.steps[:, None]
+    if step.shape != masked.shape or bool((masked != ((step >= 0) & (step <= steps))).any()):
         raise ValueError(
-            f"{type(request.decoder).__name__}: plan must give every masked position a step from 0 to {request.steps}"
-            f" and all others {GIVEN}"
+            f"{type(request.decoder).__name__}: plan must give every masked position a step from 0 to its sequence's T,"
+            f" at most {int(steps.max())} here, and all others {GIVEN}"
         )
+    if plan.time is None and any(denoiser.time_conditioning for denoiser in request.denoisers.values()):
+        plan = replace(plan, time=times_of_steps(request, plan.step))
     return plan
+
+
+def times_of_steps(request: Request, step: Tensor) -> Tensor:
+    """float32 ``[N, L]``: the diffusion time of each sequence's steps ``[N, L]``."""
+    time = torch.ones_like(step, dtype=torch.float32)
+    for steps in request.steps.unique().tolist():
+        times = request.decoder.times(steps).to(step.device, torch.float32)
+        rows = (request.steps == steps).nonzero()[:, 0]
+        time[rows] = times[step[rows].clamp(min=0)]
+    return time
 
 
 def reveal_tick(
@@ -204,15 +233,17 @@ def run_steps(
     denoiser: Denoiser,
     state: SamplerState,
     plan: RevealPlan,
-    first: int,
-    stop: int,
+    first: Tensor,
+    stop: Tensor,
     workspace: Workspace | None,
     bar: tqdm,
     drafts: Drafts,
 ) -> None:
-    """The events of steps ``first <= i < stop``: replayed if there is a workspace and the denoiser can be captured."""
-    times = request.decoder.times(request.steps).to(request.device, torch.float32)
-    ticks = plan.ticks(first, stop, request.batch_size, times, int if workspace is None else bucket)
+    """The events of each sequence's steps ``first <= i < stop``, int64 ``[N, 1]``.
+
+    Replayed if there is a workspace and the denoiser can be captured.
+    """
+    ticks = plan.ticks(first, stop, request.batch_size, int if workspace is None else bucket)
     if ticks is None:
         return
     replays = None if workspace is None else captured_ticks(denoiser, request, ticks, workspace)
@@ -274,22 +305,26 @@ def captured_ticks(
 
 
 def stop_texts(
-    request: Request, state: SamplerState, plan: RevealPlan, running: Tensor, block_ends: bool
+    request: Request, state: SamplerState, plan: RevealPlan, running: Tensor, block_ends: Tensor | None
 ) -> tuple[RevealPlan, Tensor, Tensor]:
-    """End the ``running [N]`` texts that have an end of text with no mask before it, or that the criteria stop.
+    """End the ``running [N]`` texts that have an end of text with no mask before it.
+
+    The stopping criteria are asked of those of which a block has ended.
 
     Returns:
         The plan without what is left of them; which they are, bool ``[N]``; and what follows their end, bool
         ``[N, L]``, which is filled in now.
     """
     ids, wanted = state.input_ids[: len(plan.step)], request.masked
-    criteria, ended = request.stopping_criteria, torch.zeros_like(running)
-    if criteria is not None and block_ends:
+    criteria, asked_to_end = request.stopping_criteria, torch.zeros_like(running)
+    if criteria is not None and block_ends is not None:
         numbers = torch.arange(len(ids), device=ids.device)
-        ended, cut = criteria.stop(ids, wanted, request.attention_mask, request.mask_id, numbers, running)
+        asked = running & block_ends
+        ended, cut = criteria.stop(ids, wanted, request.attention_mask, request.mask_id, numbers, asked)
+        asked_to_end = ended & asked
         ids.copy_(cut)
     end = find_end(ids, wanted, request.mask_id, request.eos_ids if request.stop_at_eos else ())
-    ended = (ended | end.known) & running
+    ended = (asked_to_end | end.known) & running
     filled, tail = fill_tail(ids, wanted, end, ended, request.eos_ids[0])
     ids.copy_(filled)
     return replace(plan, step=plan.step.masked_fill(tail, GIVEN)), ended, tail

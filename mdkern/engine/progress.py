@@ -21,9 +21,7 @@ class Settings:
 
     decoder: Stepwise
     filters: Filters
-    steps: int  # T
     block_length: int | None  # None: one block, the whole sequence
-    block_steps: int  # T / blocks
     mask_id: int
     eos_ids: tuple[int, ...]  # ends of text; the first fills a sequence that is stopped
     stop_at_eos: bool  # whether they stop a sequence
@@ -37,14 +35,14 @@ class Settings:
         decoder, most_passes = request.decoder, None
         assert isinstance(decoder, Stepwise)
         if type(decoder) not in DECODERS.values():
-            needed = (1 + decoder.closing_steps) * request.input_ids.shape[1] if decoder.adaptive else request.steps
+            needed = (
+                (1 + decoder.closing_steps) * request.input_ids.shape[1] if decoder.adaptive else request.most_steps
+            )
             most_passes = 4 * needed + 64
         return Settings(
             decoder=decoder,
             filters=request.filters,
-            steps=request.steps,
             block_length=request.block_length,
-            block_steps=request.steps // request.blocks,
             mask_id=request.mask_id,
             eos_ids=request.eos_ids,
             stop_at_eos=request.stop_at_eos,
@@ -65,7 +63,7 @@ class Settings:
 
     def key(self) -> Hashable:
         """What tells settings apart; decoders are compared by their parameters."""
-        counts = self.steps, self.block_length, self.block_steps, self.mask_id, self.eos_ids, self.stop_at_eos
+        counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos
         if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
             return self.decoder, self.filters, self.guidance_scale, counts
         known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))
@@ -98,6 +96,8 @@ class Progress:
     wanted: Tensor  # bool [N + 1, L], masked at the start: what may be written
     start: Tensor  # int64 [N + 1], first wanted column, where blocks are counted from
     total: Tensor  # int64 [N + 1], wanted columns
+    pace: Tensor  # int64 [N + 1, 3]: T, steps of a block, and the segment's last step plus 1; one gather for all three
+    timetable: Tensor  # int64 [N + 1], each sequence's row of `times`
     block: Tensor  # int64 [N + 1]
     block_step: Tensor  # int64 [N + 1]
     block_masked: Tensor  # int64 [N + 1], masked columns of the block when it began
@@ -111,13 +111,14 @@ class Progress:
     slot: Tensor  # int64 [B], the sequence each slot works on; N: none
     queue: Tensor  # int64 [N + 1], the segment's sequences, N after the last
     next: Tensor  # int64 [], place in the queue
-    stop: Tensor  # int64 [], the segment's last step, plus 1
-    times: Tensor  # float32 [T + 1]
+    times: Tensor  # float32 [timetables, T + 1], diffusion times by step, for each T that there is
     status: Tensor  # int64 [2]: slots that have work, masked columns of all sequences
     report: Tensor  # int64 [2], on the host: a copy of `status` that comes after each tick
 
     @staticmethod
-    def allocate(sequences: int, length: int, batch: int, models: int, steps: int, device: torch.device) -> Progress:
+    def allocate(
+        sequences: int, length: int, batch: int, models: int, times: tuple[int, int], device: torch.device
+    ) -> Progress:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -126,6 +127,8 @@ class Progress:
             wanted=zeros(*grid, dtype=torch.bool),
             start=zeros(rows),
             total=zeros(rows),
+            pace=zeros(rows, 3),
+            timetable=zeros(rows),
             block=zeros(rows),
             block_step=zeros(rows),
             block_masked=zeros(rows),
@@ -139,8 +142,7 @@ class Progress:
             slot=zeros(batch),
             queue=zeros(rows),
             next=zeros(),
-            stop=zeros(),
-            times=zeros(steps + 1, dtype=torch.float32),
+            times=zeros(*times, dtype=torch.float32),
             status=zeros(2),
             report=torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"),
         )
@@ -157,7 +159,12 @@ class Progress:
         self.reveal_step.fill_(-1)
         self.reveal_model.fill_(-1)
         self.stop_reason[count:] = ALL_REVEALED
-        self.times.copy_(request.decoder.times(request.steps))
+        self.pace.fill_(1)
+        self.pace[:count, 0] = request.steps
+        self.pace[:count, 1] = request.steps // request.blocks
+        each, self.timetable[:count] = request.steps.unique(return_inverse=True)
+        for number, steps in enumerate(each.tolist()):
+            self.times[number, : steps + 1] = request.decoder.times(steps)
         self.idle()
         if settings.block_length is None:
             self.block_masked.copy_(self.total)
@@ -170,24 +177,34 @@ class Progress:
         """Give no slot any work."""
         self.slot.fill_(len(self.start) - 1)
 
-    def schedule_step(self, settings: Settings, masked: Tensor, sequence: Tensor) -> Tensor:
-        """int64 ``[B]``: which of the T steps a sequence with `masked` columns left is at."""
-        if not settings.decoder.adaptive:
-            return self.block[sequence] * settings.block_steps + self.block_step[sequence]
-        total = self.total[sequence]
-        share = (total - masked) * settings.steps // total.clamp(min=1)
-        return share.clamp(max=settings.steps - 1)
+    def key(self) -> Hashable:
+        """What tells the tensors of one size from those of another."""
+        return len(self.slot), self.nfe.shape[0], *self.times.shape
 
-    def begin_segment(self, state: SamplerState, settings: Settings, stop: int) -> None:
-        """Queue the sequences that have steps below `stop` to run, and give the first ones to the slots."""
+    def time(self, sequence: Tensor, step: Tensor) -> Tensor:
+        """float32 ``[B]``: diffusion time before a sequence's step."""
+        return self.times[self.timetable[sequence], step]
+
+    def schedule_step(self, settings: Settings, masked: Tensor, sequence: Tensor, pace: Tensor) -> Tensor:
+        """int64 ``[B]``: which of its T steps a sequence with `masked` columns left is at; `pace` is that of each."""
+        steps, block_steps, _ = pace.unbind(-1)
+        if not settings.decoder.adaptive:
+            return self.block[sequence] * block_steps + self.block_step[sequence]
+        total = self.total[sequence]
+        return torch.minimum((total - masked) * steps // total.clamp(min=1), steps - 1)
+
+    def begin_segment(self, state: SamplerState, settings: Settings, stop: Tensor) -> None:
+        """Queue the sequences with steps below ``stop [N]`` to run, and give the first ones to the slots."""
+        self.pace[: len(stop), 2] = stop
         scratch = len(self.start) - 1
         everyone = torch.arange(scratch + 1, device=self.start.device)
         masked = ((state.input_ids == settings.mask_id) & self.wanted).sum(-1)
-        eligible = (self.stop_reason == RUNNING) & (self.schedule_step(settings, masked, everyone) < stop)
+        eligible = (self.stop_reason == RUNNING) & (
+            self.schedule_step(settings, masked, everyone, self.pace) < self.pace[:, 2]
+        )
         order = torch.argsort(~eligible, stable=True)
         self.queue.copy_(torch.where(everyone < eligible.sum(), order, scratch))
         places = torch.arange(len(self.slot), device=self.slot.device).clamp(max=scratch)
         self.slot.copy_(self.queue[places])
         self.next.fill_(len(self.slot))
-        self.stop.fill_(stop)
         self.status.copy_(torch.stack(((self.slot != scratch).sum(), masked.sum())))

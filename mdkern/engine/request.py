@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdkern.decoders import Decoder
 from mdkern.models import Denoiser
-from mdkern.schedule import Schedule, Segment
+from mdkern.schedule import Schedule
 
 CACHES = "none", "prefix", "dual"
 
@@ -29,11 +29,12 @@ class Request:
 
     denoisers: dict[str, Denoiser]  # by the schedule's names, only those that it uses
     schedule: Schedule
-    segments: list[Segment]
+    edges: Tensor  # int64 [N, P + 1], each sequence's steps at which the schedule's P parts begin, and its T
     decoder: Decoder
-    steps: int
+    steps: Tensor  # int64 [N], T of each sequence
+    most_steps: int  # of all sequences of the call
     block_length: int | None  # None: one block
-    blocks: int  # of the sequence that has most
+    blocks: Tensor  # int64 [N], of each sequence
     cache: str  # of CACHES
     eos_ids: tuple[int, ...]  # of all the denoisers; the first fills what comes after the end of text
     stop_at_eos: bool
@@ -48,6 +49,11 @@ class Request:
     stopping_criteria: Any  # callable, or None
     streamer: Any
     seed: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The denoiser of each of the schedule's parts."""
+        return [name for name, _ in self.schedule.parts]
 
     @property
     def device(self) -> torch.device:
@@ -72,4 +78,7 @@ def rows_of(request: Request, rows: slice | Tensor) -> Request:
         input_ids=request.input_ids[rows],
         attention_mask=None if mask is None else mask[rows],
         sample_ids=request.sample_ids[rows],
+        steps=request.steps[rows],
+        blocks=request.blocks[rows],
+        edges=request.edges[rows],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
+from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
 MOST_GUIDANCE = 1e6  # far beyond use; logits times it stay far inside float32
@@ -203,31 +204,79 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
     return cache
 
 
-def resolve_blocks(
-    block_length: Any, wanted: Tensor, steps: int | None, keep_one: bool
-) -> tuple[int | None, int, int | None]:
-    """Block length, blocks of the sequence that has most, and steps, made to be a multiple of them if left open.
+class Pace(NamedTuple):
+    """How each sequence is gone through. Each row of the tensors is a function of that sequence alone."""
 
-    Blocks are counted from a sequence's first masked position; a `block_length` that takes all in is none or, with
-    `keep_one`, as long as all.
+    block_length: int | None  # None: one block
+    blocks: Tensor  # int64 [N]
+    steps: Tensor  # int64 [N], T
+    most_steps: int
+    edges: Tensor  # int64 [N, P + 1], steps at which the schedule's P parts begin, and T
+
+
+def resolve_pace(
+    schedule: Schedule,
+    steps: int | None,
+    block_length: Any,
+    steps_per_block: Any,
+    wanted: Tensor,
+    attention_mask: Tensor | None,
+    keep_block: bool,
+) -> Pace:
+    """Blocks and steps of each sequence.
+
+    Blocks are counted from a sequence's first masked position. Steps left open are the schedule's or else as many as
+    the blocks have positions, or as the text has without blocks.
+
+    Args:
+        wanted: bool ``[N, L]``, the masked positions; `attention_mask`: bool ``[N, L]``, or None.
+        keep_block: give a `block_length` also where it takes in all that is masked.
     """
+    if block_length is None and steps_per_block is not None:
+        raise ValueError("steps_per_block needs a block_length, e.g. 32: without blocks, give steps")
+    if steps is not None and steps_per_block is not None:
+        raise ValueError("steps and steps_per_block must not both be given: the one says the other")
+    if steps is not None:
+        schedule.edges(steps)  # refuses what is not the sum of a schedule of counts
+    count, length = wanted.shape
+    given = steps or schedule.total
     if block_length is None:
-        return None, 1, steps
-    block_length = check_count("block_length", block_length)
-    first = wanted.int().argmax(-1)
-    last = wanted.shape[1] - 1 - wanted.flip(-1).int().argmax(-1)
-    longest = int((last - first).max()) + 1
-    if block_length >= longest:
-        return longest if keep_one else None, 1, steps or longest
-    blocks = -(-longest // block_length)
-    if steps is None:
-        steps = blocks * block_length
-    if steps % blocks:
+        own = wanted.new_full((count,), length, dtype=torch.int64) if attention_mask is None else attention_mask.sum(-1)
+        blocks = torch.ones_like(own)
+    else:
+        block_length = check_count("block_length", block_length)
+        first = wanted.int().argmax(-1)
+        span = length - wanted.flip(-1).int().argmax(-1) - first  # from the first masked position to the last
+        blocks = (span + block_length - 1) // block_length
+        own = blocks * span.clamp(max=block_length)
+        block_length = min(block_length, length) if keep_block or int(blocks.max()) > 1 else None
+    if steps_per_block is not None:
+        own = blocks * check_count("steps_per_block", steps_per_block)
+    elif given is not None:
+        own = torch.full_like(own, given)
+        check_steps(given, blocks)
+    return Pace(block_length, blocks, own, int(own.max()), fit_schedule(schedule, own))
+
+
+def check_steps(steps: int, blocks: Tensor) -> None:
+    """Refuse steps that the blocks of some sequence cannot share evenly."""
+    uneven = (steps % blocks).nonzero()[:, 0].tolist()
+    if uneven:
+        number = int(blocks[uneven[0]])
         raise ValueError(
-            f"steps must be a multiple of the {blocks} blocks of {block_length} positions, not {steps}: "
-            f"e.g. {max(1, steps // blocks) * blocks}"
+            f"steps must be a multiple of the {number} blocks of row {uneven[0]}, not {steps}: "
+            f"e.g. {max(1, steps // number) * number}, or give steps_per_block"
         )
-    return block_length, blocks, steps
+
+
+def fit_schedule(schedule: Schedule, steps: Tensor) -> Tensor:
+    """The edges of the schedule's parts in each sequence's own steps, int64 ``[N, P + 1]`` of ``[N]``."""
+    each, which = steps.unique(return_inverse=True)
+    if schedule.total is not None and each.tolist() != [schedule.total]:
+        row = int((steps != schedule.total).nonzero()[0, 0])
+        own = int(steps[row])
+        raise ValueError(f"schedule {schedule} has {schedule.total} steps, but row {row} has {own}: make them agree")
+    return torch.tensor([schedule.edges(count) for count in each.tolist()], device=steps.device)[which]
 
 
 def resolve(
@@ -241,6 +290,7 @@ def resolve(
     num_samples: int | None = None,
     length: int | None = None,
     steps: int | None = None,
+    steps_per_block: int | None = None,
     batch_size: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -285,21 +335,17 @@ def resolve(
     resolved_decoder = resolve_decoder(decoder, first)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
-    block_length, blocks, steps = resolve_blocks(block_length, wanted, steps or schedule.total, cache != "none")
+    pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, cache != "none")
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in denoiser.eos_ids))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
     if (stop_at_eos or criteria is not None) and not eos_ids:
         raise ValueError(f"{stops} needs a model with eos_ids: {first.name} has none")
-    steps = steps or ids.shape[1]
     return Request(
         denoisers=denoisers,
         schedule=schedule,
-        segments=schedule.segments(steps),
         decoder=resolved_decoder,
-        steps=steps,
-        block_length=block_length,
-        blocks=blocks,
+        **pace._asdict(),
         cache=cache,
         eos_ids=eos_ids,
         stop_at_eos=stop_at_eos,

@@ -21,6 +21,7 @@ class Slots:
     column: Tensor  # int64 [B, R], of the block, held inside the sequence
     inside: Tensor  # bool [B, R], whether the column is in the sequence
     ids: Tensor  # int64 [B, L]
+    pace: Tensor  # int64 [B, 3], see `Progress`
     view: View
 
 
@@ -30,8 +31,9 @@ def observe(settings: Settings, state: SamplerState, progress: Progress) -> Slot
     column, inside = window(settings, progress, state.input_ids.shape[1])
     ids = state.input_ids[sequence]
     left = ((ids == settings.mask_id) & progress.wanted[sequence]).sum(-1)
-    view = look(settings, state, progress, ids, column, inside, left)
-    return Slots(sequence, sequence != len(progress.start) - 1, column, inside, ids, view)
+    pace = progress.pace[sequence]
+    view = look(settings, state, progress, ids, column, inside, left, pace)
+    return Slots(sequence, sequence != len(progress.start) - 1, column, inside, ids, pace, view)
 
 
 def window(settings: Settings, progress: Progress, length: int) -> tuple[Tensor, Tensor]:
@@ -53,12 +55,14 @@ def look(
     column: Tensor,
     inside: Tensor,
     left: Tensor,
+    pace: Tensor,
 ) -> View:
     """What the decoder is shown."""
     sequence = progress.slot
     inner = ids.gather(1, column)
     ours = progress.wanted[sequence].gather(1, column) & inside
-    step = progress.schedule_step(settings, left, sequence).clamp(max=settings.steps - 1)
+    steps, block_steps, _ = pace.unbind(-1)
+    step = torch.minimum(progress.schedule_step(settings, left, sequence, pace), steps - 1)
     key_step = progress.passes[sequence] if settings.decoder.adaptive else step
     origin = progress.start[sequence]
     if settings.block_length is not None:
@@ -77,11 +81,10 @@ def look(
         revealed=(inner != settings.mask_id) & ours,
         offset=column - origin[:, None],
         step=step,
-        steps=settings.steps,
+        steps=steps,
         block_step=progress.block_step[sequence],
-        block_steps=settings.block_steps,
+        block_steps=block_steps,
         block_masked=progress.block_masked[sequence],
-        times=progress.times,
         confidence=progress.confidence[sequence].gather(1, column),
         seed=state.seed,
         keys=keys,

@@ -116,7 +116,7 @@ class SamplerState:
         )
         self.sample[:count] = request.sample_ids
         self.temperature.fill_(request.temperature)
-        self.closing_step.fill_(request.steps)
+        self.closing_step.copy_(request.steps.max())
         self.seed.fill_(request.seed)
         self.failed.fill_(False)
 

@@ -50,7 +50,7 @@ class Stretch:
 
     denoiser: Denoiser
     model: int  # its number in `Progress.nfe`
-    stop: int  # the last step, plus 1
+    stop: Tensor  # int64 [N], each sequence's last step, plus 1
     settings: Settings
     state: SamplerState
     progress: Progress
@@ -86,13 +86,16 @@ def run(
         )
 
     try:
-        for segment in request.segments:
-            denoiser, number = request.denoisers[segment.model], list(request.denoisers).index(segment.model)
-            stretch = Stretch(denoiser, number, segment.stop, settings, state, progress, workspace)
+        for part, name in enumerate(request.parts):
+            first, stop = request.edges[:, part], request.edges[:, part + 1]
+            if not bool((stop > first).any()):  # shares of few steps
+                continue
+            denoiser, number = request.denoisers[name], list(request.denoisers).index(name)
+            stretch = Stretch(denoiser, number, stop, settings, state, progress, workspace)
             (decode or decode_stretch)(stretch, bar, drafts)
             if has_failed(state):
-                failure = failure or explain_first(request, segment.model, settings, state, progress)
-            timings.lap(segment.model)
+                failure = failure or explain_first(request, name, settings, state, progress)
+            timings.lap(name)
     except BaseException as error:
         raise IncompleteError(outcome) from error
     return outcome()
@@ -110,17 +113,20 @@ def explain_first(
             f"sample {int(request.sample_ids[row])}: after {passes} passes {type(settings.decoder).__name__} has left"
             f" {int(masked.sum())} masks: wherever something is masked, its choose must reveal at least one position"
         )
-    step = progress.schedule_step(settings, masked.sum(-1), row) - (0 if settings.decoder.adaptive else 1)
+    step = progress.schedule_step(settings, masked.sum(-1), row, progress.pace[row])
+    step = step - (0 if settings.decoder.adaptive else 1)
     just_now = progress.wanted[row] & (progress.reveal_step[row] == step[:, None])
     ids = torch.where(just_now, settings.mask_id, state.input_ids[row])[0]
     position = (masked | just_now)[0].nonzero()[:, 0]
-    return explain(request, name, int(row), int(step), ids, position, float(progress.times[step]))
+    return explain(request, name, int(row), int(step), ids, position, float(progress.time(row, step)))
 
 
 def prepare(request: Request, settings: Settings, state: SamplerState, workspace: Workspace | None) -> Progress:
     """The request's progress at its start, at the addresses of the workspace's graphs if it has one."""
     rows, length = state.input_ids.shape
-    shape = min(request.batch_size, len(request.input_ids)), len(request.denoisers), request.steps
+    # Powers of two, so that runs of nearly the same steps share their graphs.
+    kinds, longest = (1 << (n - 1).bit_length() for n in (request.steps.unique().numel(), request.most_steps + 1))
+    shape = min(request.batch_size, len(request.input_ids)), len(request.denoisers), (kinds, longest)
     allocate = partial(Progress.allocate, rows - 1, length, *shape, request.device)
     progress = allocate() if workspace is None else workspace.part(("progress", *shape), allocate)
     progress.load(request, settings)
@@ -133,7 +139,7 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts) -> None:
     step = partial(decode_tick, denoiser, settings=settings, state=state, progress=progress, model=stretch.model)
     graph = None
     if stretch.workspace is not None:
-        key = "decode", settings.key(), len(progress.slot), progress.nfe.shape[0], stretch.model
+        key = "decode", settings.key(), progress.key(), stretch.model
         graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
     progress.begin_segment(state, settings, stretch.stop)
     running, left = progress.status.tolist()
@@ -217,7 +223,7 @@ def whole_sequences(
         settings.guidance_scale,
         slots.ids,
         state.given[slots.sequence] if settings.guidance_scale else None,
-        progress.times[slots.view.step] if denoiser.time_conditioning else None,
+        progress.time(slots.sequence, slots.view.step) if denoiser.time_conditioning else None,
         None if settings.block_length is None else slots.column,
         attended(state, slots),
     )
@@ -368,9 +374,9 @@ def advance(
     if decoder.adaptive:
         over = ~has_masks & ((closing >= decoder.closing_steps) | (~had_masks & ~changed.any(-1)))
     elif settings.remasks:
-        over = block_step >= settings.block_steps
+        over = block_step >= view.block_steps
     else:
-        over = ~has_masks | (block_step >= settings.block_steps)
+        over = ~has_masks | (block_step >= view.block_steps)
 
     ended = torch.zeros_like(over)
     if settings.stop_at_eos or settings.stopping_criteria is not None:
@@ -401,7 +407,7 @@ def advance(
     reason = torch.where(failed, FAILED, reason)
     progress.stop_reason[sequence] = torch.where(active, reason, ALL_REVEALED)
 
-    beyond = progress.schedule_step(settings, left, sequence) >= progress.stop
+    beyond = progress.schedule_step(settings, left, sequence, slots.pace) >= slots.pace[:, 2]
     leaves = active & (finished | beyond)
     place = (progress.next + leaves.cumsum(0) - 1).clamp(max=scratch)
     progress.slot.copy_(torch.where(leaves, progress.queue[place], sequence))

@@ -161,6 +161,13 @@ def test_a_cache_goes_with_blocks(run):
     assert "needs a block_length" in err
 
 
+def test_steps_per_block(run, tmp_path):
+    file = tmp_path / "out.jsonl"
+    run("--steps-per-block", "2", "--block-length", "8", "--decoder", "random", "--output", str(file), "--seed", "0")
+    (record,) = records(file)
+    assert sum(record["nfe"].values()) == 2 * LENGTH // 8
+
+
 def test_end_of_text_stops_a_sample(run, tmp_path, monkeypatch):
     """Token 0 is the end of text, and is made likely."""
     bias, file = DiT.suppressed_bias, tmp_path / "out.jsonl"

@@ -30,8 +30,8 @@ def canvas_of(
     return Canvas(
         masked=masked,
         block=block,
-        blocks=blocks,
-        steps=steps,
+        blocks=torch.full((sequences, 1), blocks),
+        steps=torch.full((sequences, 1), steps),
         seed=torch.tensor(seed),
         sample=torch.arange(first, first + sequences),
         position=torch.arange(length).expand(sequences, length),
@@ -76,7 +76,7 @@ class TestPlans:
     def test_every_mask_has_a_step_of_its_block(self, name: str, blocks: int) -> None:
         canvas = canvas_of(self.masked(), 12, blocks)
         plan = PLANNED[name].plan(canvas)
-        assert plan.steps == 12
+        assert (plan.steps == 12).all()
         assert plan.step.dtype == torch.int64
         assert torch.equal(plan.step == GIVEN, ~canvas.masked)
         steps = plan.step[canvas.masked]

@@ -56,13 +56,13 @@ from tests.references.slow_sampler import chosen
 
 def expected_quota(state: State, b: int, quota: str) -> int:
     """What the papers' quotas come to in one text; where they say 0, 1."""
-    view, step = state.view, int(state.view.block_step[b])
+    view, step, steps = state.view, int(state.view.block_step[b]), int(state.view.block_steps[b])
     left = int(view.masked[b].sum())
-    if step == view.block_steps - 1:
+    if step == steps - 1:
         return left
     if quota == "dream":
-        return max(1, reference.dream_quota(left, step, view.block_steps))
-    return max(1, reference.llada_quotas(int(view.block_masked[b]), view.block_steps)[step])
+        return max(1, reference.dream_quota(left, step, steps))
+    return max(1, reference.llada_quotas(int(view.block_masked[b]), steps)[step])
 
 
 def check_reveals(decoder: Stepwise, case: reference.Case, tied: bool, trials: int = 40) -> None:

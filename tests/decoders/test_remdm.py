@@ -33,7 +33,7 @@ class TestReMDM:
                 confidence = [
                     float(c) if revealed else None for c, revealed in zip(view.confidence[b], view.revealed[b])
                 ]
-                weights = reference.remdm(kind, int(view.block_step[b]), view.block_steps, confidence, eta)
+                weights = reference.remdm(kind, int(view.block_step[b]), int(view.block_steps[b]), confidence, eta)
                 for r, weight in enumerate(weights):
                     assert math.isclose(weight.revealed + weight.stays, 1.0, abs_tol=1e-12)
                     assert 0.0 <= weight.revealed <= 1.0 + 1e-12

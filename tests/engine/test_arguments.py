@@ -79,6 +79,7 @@ def prompt(*ids: int) -> Tensor:
     return torch.tensor([ids])
 
 
+RAGGED = torch.tensor([[MASK] * 6, [0, 0] + [MASK] * 4])  # in blocks of 2: 3 and 2
 GOOD: dict[str, Any] = {"num_samples": 2, "length": 6, "steps": 4, "seed": 0, "progress": False}
 WITH_PROMPT: dict[str, Any] = GOOD | {"num_samples": None, "length": None}
 OPEN = prompt(1, MASK, 2, MASK)
@@ -415,9 +416,39 @@ CASES = [
     refuse(
         "steps and blocks",
         ValueError,
-        "steps must be a multiple of the 3 blocks of 2 positions, not 4: e.g. 3",
+        "steps must be a multiple of the 3 blocks of row 0, not 4: e.g. 3, or give steps_per_block",
         block_length=2,
         steps=4,
+    ),
+    refuse_call(
+        "steps and blocks of a shorter row",
+        ValueError,
+        "steps must be a multiple of the 2 blocks of row 1, not 3: e.g. 2, or give steps_per_block",
+        lambda m: sample(m.heavy, input_ids=RAGGED, block_length=2, steps=3),
+    ),
+    refuse_call(
+        "schedule and steps of a row",
+        ValueError,
+        "schedule H6 has 6 steps, but row 1 has 4: make them agree",
+        lambda m: sample({"H": m.heavy}, "H6", input_ids=RAGGED, block_length=2, steps_per_block=2),
+    ),
+    refuse(
+        "steps_per_block",
+        ValueError,
+        "steps_per_block must be a whole number of at least 1, not 0",
+        steps=None,
+        block_length=2,
+        steps_per_block=0,
+    ),
+    refuse(
+        "steps_per_block without blocks",
+        ValueError,
+        "steps_per_block needs a block_length, e.g. 32",
+        steps=None,
+        steps_per_block=2,
+    ),
+    refuse(
+        "steps twice", ValueError, "steps and steps_per_block must not both be given", block_length=2, steps_per_block=2
     ),
     refuse("stop_at_eos", TypeError, "stop_at_eos must be True or False, not 1", stop_at_eos=1),
     refuse("no eos", ValueError, "stop_at_eos needs a model with eos_ids: counting has none", stop_at_eos=True),

@@ -33,8 +33,8 @@ CACHES = ["prefix", "dual"]
 # Of decoders whose every step sees a mask. The slow loop has no pass where there is none, ours has one: it may be one
 # that fills the cache, where a model takes over.
 SWITCHING = [name for name, decoder in STEPWISE.items() if not decoder.closing_steps and "remdm" not in name]
-SLOW_CASES = [(name, "H9", 0.0) for name, decoder in STEPWISE.items() if not decoder.closing_steps]
-SLOW_CASES += [(name, "L4 T3 H2", 0.8) for name in SWITCHING]
+SLOW_CASES = [(name, "H12", 0.0) for name, decoder in STEPWISE.items() if not decoder.closing_steps]
+SLOW_CASES += [(name, "L5 T4 H3", 0.8) for name in SWITCHING]
 FEW = ["top probability", "threshold", "remdm conf", "edit"]
 
 
@@ -46,7 +46,7 @@ def prompts(count: int) -> Tensor:
 
 
 def draw(model: Any, schedule: str | None = None, **options: Any) -> mdkern.SampleOutput:
-    defaults = {"input_ids": prompts(5), "block_length": 4, "steps": 9, "seed": 7, "batch_size": 3}
+    defaults = {"input_ids": prompts(5), "block_length": 4, "steps": 12, "seed": 7, "batch_size": 3}
     arguments = (model,) if schedule is None else (model, schedule)
     return mdkern.sample(*arguments, **(defaults | options))
 
@@ -106,7 +106,7 @@ class TestLoop:
         ids = starts(7)
         ids[2] = torch.where(torch.arange(LENGTH) % 3 == 0, MASK, 1)  # holes
         options = {"input_ids": ids, "decoder": STEPWISE[name], "return_history": True}
-        plain, out = (draw(models, "H3 L3 H3", cache=c, **options) for c in ("none", cache))
+        plain, out = (draw(models, "H4 L4 H4", cache=c, **options) for c in ("none", cache))
         assert torch.equal(out.sequences, plain.sequences)
         assert all(torch.equal(out.nfe[model], plain.nfe[model]) for model in "HL")
         assert torch.equal(out.history.step, plain.history.step)
@@ -155,11 +155,11 @@ def slow(
 ):  # fmt: skip
     """Each sequence by the slow loop and the slow cache, and how often the cache was filled."""
     model_of_step = "".join(s.model * (s.stop - s.first) for s in mdkern.Schedule(schedule).segments(steps))
-    block_steps = steps // -(-LENGTH // block_length)
     outcomes, refreshes = [], []
     for number, row in enumerate(ids.tolist()):
         start = row.index(MASK)
         block = [(i - start) // block_length if token == MASK else -1 for i, token in enumerate(row)]
+        block_steps = steps // (max(block) + 1)
         of_sequence = BlockwiseCache(
             models, model_of_step, start, block_length, MASK, dual, None if decoder.adaptive else block_steps,
             decoder.times(steps).float(),
@@ -169,10 +169,9 @@ def slow(
                 of_sequence.logits,
                 row,
                 decoder,
-                steps=steps if decoder.adaptive else block_steps * (max(block) + 1),
+                steps=steps,
                 mask_id=MASK,
                 block=block,
-                blocks=-(-LENGTH // block_length) if decoder.adaptive else None,
                 temperature=temperature,
                 seed=7,
                 sample=number,
@@ -189,8 +188,8 @@ class TestStaleness:
     @pytest.mark.parametrize(("name", "schedule", "temperature"), SLOW_CASES)
     def test_the_slow_loops_sequences(self, name: str, cache: str, schedule: str, temperature: float) -> None:
         models, ids = {"H": HEAVY, "L": LIGHT, "T": TIMED}, prompts(4)
-        ids[0, 1:] = MASK  # so that the longest sequence has the most blocks there can be
-        expected, refreshes = slow(models, ids, STEPWISE[name], schedule, 9, 4, temperature, cache == "dual")
+        ids[0, 1:] = MASK
+        expected, refreshes = slow(models, ids, STEPWISE[name], schedule, 12, 4, temperature, cache == "dual")
         options = {"input_ids": ids, "decoder": STEPWISE[name], "temperature": temperature}
         out = draw(models, schedule, cache=cache, **options)
         assert out.sequences.tolist() == [outcome.ids for outcome in expected]
@@ -201,7 +200,7 @@ class TestStaleness:
     @pytest.mark.parametrize("cache", CACHES)
     @pytest.mark.parametrize("model", [HEAVY, TIMED])
     def test_a_block_in_one_step_is_exact(self, model: DiT, cache: str) -> None:
-        options = {"decoder": "top_probability", "steps": 3}
+        options = {"decoder": "top_probability", "steps": None, "steps_per_block": 1}
         plain, out = (draw(model, cache=c, **options) for c in ("none", cache))
         assert torch.equal(out.sequences, plain.sequences)
         assert torch.equal(out.nfe["H"], plain.nfe["H"])
@@ -287,16 +286,16 @@ class TestGraphsOnTheHost:
         monkeypatch.setattr(graphs, "make_loop", make_loop)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         models = {"H": HEAVY, "L": LIGHT}
-        asked = {"input_ids": prompts(7), "block_length": 4, "steps": 9, "batch_size": 3, "seed": 7, "cache": cache}
+        asked = {"input_ids": prompts(7), "block_length": 4, "steps": 12, "batch_size": 3, "seed": 7, "cache": cache}
         asked |= {"decoder": "threshold", "guidance_scale": guidance_scale}
-        request = resolve(models, "L4 H5", None, **(OPEN | asked))
+        request = resolve(models, "L5 H7", None, **(OPEN | asked))
         workspace = graphs.Workspace((), SamplerState.of(request))
         for _ in range(2):
             workspace.state.load(request)
             drafts = Drafts(None, workspace.state.input_ids, workspace.state.given)
             with torch.no_grad():
                 RUNS[cache](request, workspace.state, workspace, tqdm(disable=True), drafts, Timings(0.0))
-            expected = mdkern.sample(models, "L4 H5", **asked)
+            expected = mdkern.sample(models, "L5 H7", **asked)
             assert torch.equal(workspace.state.input_ids[:7], expected.sequences)
         # For each model a refresh and, for each length of a window, a step: of 1, 2 and 3 blocks, if of more than one.
         assert 4 <= len(captures) <= (4 if cache == "dual" else 8)

@@ -74,7 +74,9 @@ class TestCache:
     @pytest.mark.parametrize("name", CACHED)
     def test_a_block_in_one_step_is_exact(self, name: str, cache: str) -> None:
         denoiser = adapted(MODELS[name]())
-        plain, out = (draw(denoiser, cache=c, decoder="top_probability", steps=3) for c in ("none", cache))
+        plain, out = (
+            draw(denoiser, cache=c, decoder="top_probability", steps=None, steps_per_block=1) for c in ("none", cache)
+        )
         assert out.sequences.equal(plain.sequences)
 
     @pytest.mark.parametrize("name", CACHED)
@@ -134,7 +136,7 @@ class TestCache:
 
             with torch.no_grad():
                 outcome = decode(
-                    allowed, row, decoder, steps=12, mask_id=MASK, block=block, blocks=3, temperature=1.0, seed=7,
+                    allowed, row, decoder, steps=12, mask_id=MASK, block=block, temperature=1.0, seed=7,
                     sample=number,
                 )  # fmt: skip
             assert out.sequences[number].tolist() == outcome.ids

@@ -77,8 +77,8 @@ def random_state(trial: int, batch: int = 24, tied: bool = False) -> State:
     prompt = ~masked & (torch.rand(batch, length, generator=generator) < 0.5)
 
     columns = start[:, None] + torch.arange(width)
-    block_steps = int(integers(1, 9))
-    step = integers(0, block_steps, batch)
+    block_steps = integers(1, 9, batch)
+    step = integers(0, 840, batch) % block_steps
     sample = torch.arange(batch)[:, None].expand(batch, width)
     view = View(
         ids=ids.gather(1, columns),
@@ -90,7 +90,6 @@ def random_state(trial: int, batch: int = 24, tied: bool = False) -> State:
         block_step=step,
         block_steps=block_steps,
         block_masked=masked.gather(1, columns).sum(-1) + integers(0, 5, batch),
-        times=torch.linspace(1, 0, block_steps + 1),
         confidence=torch.rand(batch, width, generator=generator),
         seed=torch.tensor(trial),
         keys=torch.stack((sample, columns, step[:, None].expand(batch, width)), -1),
@@ -168,11 +167,11 @@ def quota_view(masked: Tensor, step: int, steps: int, block_masked: Tensor | Non
     """A view of which only what a quota reads matters."""
     batch, width = masked.shape
     zeros = torch.zeros(batch, width, dtype=torch.int64)
-    steps_now = torch.full((batch,), step)
+    steps_now, counts = torch.full((batch,), step), torch.full((batch,), steps)
     return View(
-        ids=zeros, masked=masked, revealed=~masked, offset=zeros, step=steps_now, steps=steps, block_step=steps_now,
-        block_steps=steps, block_masked=masked.sum(-1) if block_masked is None else block_masked,
-        times=torch.zeros(steps + 1), confidence=zeros.float(), seed=torch.tensor(0),
+        ids=zeros, masked=masked, revealed=~masked, offset=zeros, step=steps_now, steps=counts, block_step=steps_now,
+        block_steps=counts, block_masked=masked.sum(-1) if block_masked is None else block_masked,
+        confidence=zeros.float(), seed=torch.tensor(0),
         keys=zeros[..., None].expand(-1, -1, 3),
     )  # fmt: skip
 

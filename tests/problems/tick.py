@@ -28,8 +28,9 @@ def random_state(padded: bool, device: str = "cpu") -> tuple[SamplerState, Ticks
         state.attention_mask[:] = whole(2, SEQUENCES + 1, LENGTH).bool()
     state.temperature.fill_(0.7)
     state.closing_step.fill_(STEPS)
-    plan = RevealPlan(whole(STEPS + 1, SEQUENCES, LENGTH), STEPS)
-    ticks = plan.ticks(0, STEPS + 1, BATCH, torch.linspace(1, 0, STEPS + 1), lambda size: size + 3)
+    step = whole(STEPS + 1, SEQUENCES, LENGTH)
+    plan = RevealPlan(step, STEPS, time=torch.linspace(1, 0, STEPS + 1)[step])
+    ticks = plan.ticks(0, STEPS + 1, BATCH, lambda size: size + 3)
     assert ticks is not None
     for thing in (state, ticks):
         for name, value in vars(thing).items():

@@ -82,7 +82,6 @@ def decode(
     steps: int,
     mask_id: int,
     block: Sequence[int] | None = None,
-    blocks: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     sample: int = 0,
@@ -94,7 +93,6 @@ def decode(
         ids: the mask id wherever text is wanted.
         steps: T; a multiple of the number of blocks.
         block: block of each masked position. None: one block.
-        blocks: number of blocks that share the T steps. None: those of this sequence.
 
     The step that keys a draw is the step of the run, or, for an adaptive decoder, the number of the forward pass: its
     schedule step, the share of the text revealed, may be the same in two passes, which must not share their noise.
@@ -104,7 +102,7 @@ def decode(
     for number in range(max(block) + 1):
         places = [i for i, token in enumerate(ids) if token == mask_id and block[i] == number]
         if places:
-            state.run_block(places, number, steps // (blocks or max(block) + 1), logits_of)
+            state.run_block(places, number, steps // (max(block) + 1), logits_of)
     assert mask_id not in state.ids
     return Outcome(state.ids, state.reveal_step, state.steps_run, state.reveals, state.edits, state.remasks)
 
@@ -164,11 +162,10 @@ class _Run:
             revealed=row([not m for m in masked]),
             offset=row([i - places[0] for i in places]),
             step=torch.tensor([step]),
-            steps=self.steps,
+            steps=torch.tensor([self.steps]),
             block_step=torch.tensor([block_step]),
-            block_steps=block_steps,
+            block_steps=torch.tensor([block_steps]),
             block_masked=torch.tensor([self.block_masked]),
-            times=self.decoder.times(self.steps).float(),
             confidence=row([self.confidence[i] for i in places]).float(),
             seed=self.seed,
             keys=torch.tensor([[[self.sample, i, key_step] for i in places]]),
