@@ -159,8 +159,8 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
     step, steps = plan.step, request.steps[:, None]
     if step.shape != masked.shape or bool((masked != ((step >= 0) & (step <= steps))).any()):
         raise ValueError(
-            f"{type(request.decoder).__name__}: plan must give every masked position a step from 0 to {int(steps.max())}"
-            f" and all others {GIVEN}"
+            f"{type(request.decoder).__name__}: plan must give every masked position a step from 0"
+            f" to {int(steps.max())} and all others {GIVEN}"
         )
     if plan.time is None and any(denoiser.time_conditioning for denoiser in request.denoisers.values()):
         plan = replace(plan, time=times_of_steps(request, plan.step))
