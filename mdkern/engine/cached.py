@@ -1,4 +1,4 @@
-"""Decoding in blocks with kept keys and values (Fast-dLLM, Wu et al., 2505.22618): most passes see part of the text.
+"""Decoding in blocks with a KV cache (Fast-dLLM, Wu et al., 2505.22618): most passes see part of the text.
 
 The slots go through a block in lock-step. A *refresh*, a pass of whole sequences, keeps the keys and values of every
 column and is the block's first step; the steps after it run a window of each sequence and attend to the rest as it was
@@ -6,7 +6,7 @@ kept: ``dual`` runs the block alone, ``prefix`` the block and all that comes aft
 so that a sequence has the same passes alone or among others. When all wait, the next round begins with a refresh; so it
 does where another model takes over, and no keys and values are read that another model or sequence left.
 
-This approximates the decoder without a cache: attention is bidirectional, so what is kept is out of date as soon as
+This approximates the decoder without a cache: attention is bidirectional, so the cache is out of date as soon as
 a token is revealed. A block that takes one step is exact, and so is a window that is the whole sequence.
 """
 
@@ -31,10 +31,10 @@ from mdkern.models.denoiser import Head
 
 
 @dataclass(frozen=True)
-class Kept:
+class KVCache:
     """What outlasts a step, beside the state and the progress."""
 
-    cache: Tensor  # keys and values, of `Denoiser.cache_shape`
+    contents: Tensor  # keys and values, of `Denoiser.cache_shape`
     waiting: Tensor  # int64 [B], the sequence that each slot goes on with in the next round; N: none
 
 
@@ -43,26 +43,26 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -
     progress, settings = stretch.progress, stretch.settings
     assert settings.block_length is not None
     length = stretch.state.input_ids.shape[1]
-    kept = prepare(stretch)
+    kv_cache = prepare(stretch)
     progress.begin_segment(stretch.state, settings, stretch.stop)
-    wait_all(progress, kept)
+    wait_all(progress, kv_cache)
     progress.report.copy_(progress.status)
     watch = watcher(progress, int(progress.status[1]), bar, drafts)
     while True:
-        busy, first = outlook(settings, progress, kept, length).tolist()
+        busy, first = outlook(settings, progress, kv_cache, length).tolist()
         if not busy:
             return
         window = settings.block_length if dual else window_length(length - first, settings.block_length, length)
         # Capturing runs steps of no slot: before the slots have their sequences, and the cache its contents.
-        (refresh, refresh_step), (graph, step) = steps_of(stretch, kept, None), steps_of(stretch, kept, window)
-        progress.slot.copy_(kept.waiting)
+        (refresh, refresh_step), (graph, step) = steps_of(stretch, kv_cache, None), steps_of(stretch, kv_cache, window)
+        progress.slot.copy_(kv_cache.waiting)
         (refresh_step if refresh is None else refresh.captured.replay)()
         if progress.status.is_cuda or int(progress.status[0]):  # a GPU may run one step of no slot: it is not asked
             run_steps(graph, step, progress, watch)
         watch()
 
 
-def prepare(stretch: Stretch) -> Kept:
+def prepare(stretch: Stretch) -> KVCache:
     """Room for the segment's keys and values, at the addresses of the workspace's graphs if there is one.
 
     Then it is held with the graphs for later calls: of a DiT, ``2 * blocks * B * (L + 1) * width`` numbers, which
@@ -72,16 +72,16 @@ def prepare(stretch: Stretch) -> Kept:
     slots, length = len(progress.slot), stretch.state.input_ids.shape[1]
     shape = denoiser.cache_shape(slots * (2 if stretch.settings.guidance_scale else 1), length)
 
-    def allocate() -> Kept:
+    def allocate() -> KVCache:
         cache = torch.zeros(shape, dtype=denoiser.dtype, device=denoiser.device)
-        return Kept(cache, torch.empty_like(progress.slot))
+        return KVCache(cache, torch.full_like(progress.slot, len(progress.start) - 1))
 
     if stretch.workspace is None:
         return allocate()
     return stretch.workspace.part(("keys and values", shape, denoiser.dtype, slots), allocate)
 
 
-def steps_of(stretch: Stretch, kept: Kept, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
+def steps_of(stretch: Stretch, kv_cache: KVCache, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
     """A step's graph, if there can be one, and the step. The refresh (`window` None) is run once, the others looped."""
     denoiser, progress, settings = stretch.denoiser, stretch.progress, stretch.settings
     step = partial(
@@ -91,7 +91,7 @@ def steps_of(stretch: Stretch, kept: Kept, window: int | None) -> tuple[Graph | 
         state=stretch.state,
         progress=progress,
         model=stretch.model,
-        kept=kept,
+        kv_cache=kv_cache,
         window=window,
     )
     graph = None
@@ -109,19 +109,21 @@ def cached_tick(
     state: SamplerState,
     progress: Progress,
     model: int,
-    kept: Kept,
+    kv_cache: KVCache,
     window: int | None,
 ) -> None:
     """`decode_tick` over a window of so many columns from each slot's block on, or, for None, over whole sequences.
 
-    A slot whose block is over then waits: it has no sequence, and `kept` says with which one it goes on.
+    A slot whose block is over then waits: it has no sequence, and `kv_cache` says with which one it goes on.
     """
     before = progress.slot.clone()
-    decode_tick(denoiser, head, settings, state, progress, model, partial(windows, cache=kept.cache, window=window))
+    decode_tick(
+        denoiser, head, settings, state, progress, model, partial(windows, cache=kv_cache.contents, window=window)
+    )
     none = len(progress.start) - 1
     after = progress.slot
     over = (before != none) & ((after != before) | (progress.block_step[after] == 0))
-    kept.waiting.copy_(torch.where(over, after, kept.waiting))
+    kv_cache.waiting.copy_(torch.where(over, after, kv_cache.waiting))
     progress.slot.copy_(torch.where(over, none, after))
     progress.status[:1].copy_((progress.slot != none).sum())
     progress.report.copy_(progress.status, non_blocking=True)
@@ -177,17 +179,17 @@ class Windowed(Denoiser):
         return self.denoiser.window_hidden(self.cache, input_ids, columns, positions, t, attention_mask)
 
 
-def wait_all(progress: Progress, kept: Kept) -> None:
+def wait_all(progress: Progress, kv_cache: KVCache) -> None:
     """Every slot waits with its sequence."""
-    kept.waiting.copy_(progress.slot)
+    kv_cache.waiting.copy_(progress.slot)
     progress.idle()
 
 
-def outlook(settings: Settings, progress: Progress, kept: Kept, length: int) -> Tensor:
+def outlook(settings: Settings, progress: Progress, kv_cache: KVCache, length: int) -> Tensor:
     """int64 ``[2]``: slots that wait with a sequence, and the first column of all their blocks."""
     assert settings.block_length is not None
-    waits = kept.waiting != len(progress.start) - 1
-    first = progress.start[kept.waiting] + progress.block[kept.waiting] * settings.block_length
+    waits = kv_cache.waiting != len(progress.start) - 1
+    first = progress.start[kv_cache.waiting] + progress.block[kv_cache.waiting] * settings.block_length
     return torch.stack((waits.sum(), torch.where(waits, first, length).min()))
 
 

@@ -116,6 +116,25 @@ class TestMark:
         assert fingerprint(model) != before
 
 
+def test_a_failed_capture_is_left_without_pytorchs_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no promise to stay; what they would free is kept, and the failure is still told as what it was."""
+
+    begun = []
+
+    class Broken:
+        def capture_begin(self, **_: object) -> None:
+            begun.append(self)
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation would make the legacy stream depend on a capturing stream")
+
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.delattr(torch._C, name, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    graphs.leave(Broken(), torch.device("cpu"), None)
+    assert len(begun) == 1  # the capture after which the generator draws again
+
+
 def part(megabytes: int) -> SimpleNamespace:
     return SimpleNamespace(tensor=torch.empty(megabytes << 20, dtype=torch.uint8))
 

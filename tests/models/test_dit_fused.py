@@ -102,6 +102,14 @@ def test_gathered_qkv_are_those_of_gathered_ids() -> None:
     torch.testing.assert_close(heads, want, equal_nan=True, **EXACT)
 
 
+@pytest.mark.gpu
+def test_gelu_without_pytorchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = normal(1, 12, 64, device="cuda"), normal(2, 32, 64, device="cuda"), normal(3, 32, device="cuda")
+    with_it = linear.linear_gelu(x, weight, bias)
+    monkeypatch.delattr(torch, "_addmm_activation")
+    torch.testing.assert_close(linear.linear_gelu(x, weight, bias), with_it, rtol=1e-4, atol=1e-4)
+
+
 def test_products_by_definition() -> None:
     x, weight, bias = normal(1, 12, 10), normal(2, 24, 10), normal(3, 24)
     torch.testing.assert_close(linear_gelu(x, weight, bias), F.gelu(x @ weight.T + bias, approximate="tanh"), **EXACT)

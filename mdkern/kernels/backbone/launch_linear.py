@@ -23,9 +23,9 @@ DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memor
 SUB = [ROWS.value, PART.value]  # what leaves at a time
 LINEAR_TILE = (ROWS.value * BLOCKS.value, COLUMNS.value * WARPGROUPS.value)
 RESIDUAL_TILE = (ROWS.value * WARPGROUPS.value, SPAN.value)
-# Row tiles that go by all columns together. With 16 the products above took 1 to 3 % longer at the power limit.
+# Row tiles that go by all columns together.
 LINEAR_GROUP, RESIDUAL_GROUP = 8, 16
-# As many stages of the ring as shared memory holds; registers of a multiplying thread, and of any at launch.
+# As many stages of the ring as shared memory holds; registers of a consumer thread, and of any at launch.
 SETTING = {"BK": DEPTH, "STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
 
 
