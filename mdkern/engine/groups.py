@@ -93,7 +93,7 @@ class Groups:
 
     def run(self, bar: tqdm) -> Iterator[SampleOutput]:
         count, size = len(self.request.input_ids), self.group_size
-        with device_of(self.request):
+        with torch.no_grad(), device_of(self.request):
             if size is None:
                 groups, bar.total = choose_groups(self.request)
             else:
@@ -144,7 +144,7 @@ class Groups:
     def joined(self, outputs: list[SampleOutput], began: float) -> SampleOutput:
         output = outputs[0]
         if len(outputs) > 1:
-            output = joined(outputs, torch.cat, sum)
+            output = joined([replace(part, flops_saved=None) for part in outputs], torch.cat, sum)
             output.flops_saved = flops_saved(self.request, output)
         assert output.timings is not None
         output.timings["total"] = time.perf_counter() - began
@@ -168,9 +168,7 @@ def prepared(request: Request, most: int) -> Request:
     if request.cache != "none":
         return request
     rows = min(request.batch_size, most) * request.input_ids.shape[1] * (2 if request.guidance_scale else 1)
-    with torch.no_grad():
-        denoisers = {name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()}
-    return replace(request, denoisers=denoisers)
+    return replace(request, denoisers={name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()})
 
 
 def choose_groups(request: Request) -> tuple[list[slice], int | None]:

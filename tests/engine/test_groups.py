@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import mdkern
-from mdkern import sample, sample_groups
-from mdkern.engine import groups, hooks
+from mdkern import decoders, sample, sample_groups
+from mdkern.engine import graphs, groups, hooks
 from tests.conftest import random_dit
 from tests.references.slow_sampler import PairModel
 
@@ -24,16 +24,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*runs by its logits")
 
 
 def pair(watch: Callable[[Tensor], Any] = lambda _: None) -> dict[str, mdkern.Denoiser]:
-    """Two models; `watch` sees the ids of every pass."""
+    """Two models; `watch` sees the ids of every pass of a run, and may give other logits."""
+    adapted = False
 
     def of(model: PairModel) -> Callable[[Tensor], Tensor]:
         def logits(input_ids: Tensor) -> Tensor:
-            watched = watch(input_ids)
+            watched = watch(input_ids) if adapted else None
             return model.logits(input_ids).float() if watched is None else watched
 
         return logits
 
-    return {name: mdkern.adapt(of(model), vocab_size=VOCAB, mask_id=MASK) for name, model in MODELS.items()}
+    models = {name: mdkern.adapt(of(model), vocab_size=VOCAB, mask_id=MASK) for name, model in MODELS.items()}
+    adapted = True
+    return models
 
 
 def starts(count: int) -> Tensor:
@@ -262,3 +265,43 @@ def test_an_abandoned_iterator_runs_nothing_more() -> None:
     assert torch.is_grad_enabled()
     iterator.close()
     assert len(passes) == before == LENGTH - 2  # all masks, one a step, of both at once
+
+
+@pytest.mark.parametrize("decoder", ["ancestral", "first_hitting", "threshold", "edit", decoders.ReMDM("cap", eta=0.5)])
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance_scale": 1.0}, {"block_length": 4}, {"cache": "dual", "block_length": 4}], ids=str
+)
+def test_failures_of_every_kind_of_pass_are_told(decoder: Any, options: dict[str, Any]) -> None:
+    """Padded and timed sequences, one of them with an id that overflows wherever it is read."""
+    if "cache" in options and decoder in ("ancestral", "first_hitting"):
+        pytest.skip("no passes to keep keys and values of")
+    model = random_dit(time_conditioning=True, cond_dim=8)
+    with torch.no_grad():
+        model.head_bias[5] = -1e4  # no other sequence comes to have it
+    ids = torch.full((4, 12), model.config.mask_id)
+    ids[:, 2], ids[2, 2] = 1, 5
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    arguments: dict[str, Any] = {"decoder": decoder, "seed": 0, "batch_size": 2, "attention_mask": mask} | options
+    others = sample(model, input_ids=ids[[0, 1, 3]], sample_ids=[0, 1, 3], **(arguments | {"attention_mask": mask[:3]}))
+    with torch.no_grad():
+        model.embedding[5] = 3e38
+    with pytest.raises(FloatingPointError, match=r"^sample 2, step \d+, position \d+: DiT-\d gave NaN") as caught:
+        sample(model, input_ids=ids, **arguments)
+    assert caught.value.partial.sample_ids.tolist() == [0, 1, 3]
+    assert torch.equal(caught.value.partial.sequences, others.sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_groups_share_graphs(decoder: str) -> None:
+    """The groups of a run capture nothing that the first one has not, and have the samples of an eager run."""
+    model = random_dit().to("cuda")
+    arguments: dict[str, Any] = {"num_samples": 40, "length": 12, "seed": 0, "decoder": decoder, "batch_size": 4}
+    running = sample_groups(model, group_size=16, **arguments)
+    parts, held = [next(running)], graphs.held()
+    parts += running
+    assert [len(part.sequences) for part in parts] == [16, 16, 8]
+    assert [name for name, _ in graphs.held()] == [name for name, _ in held]
+    eager = sample(model, cuda_graphs=False, **arguments)
+    assert torch.equal(torch.cat([part.sequences for part in parts]), eager.sequences)
