@@ -72,6 +72,9 @@ def adapt(
             the model's.
     """
     model = without_wrappers(model)
+    for argument, value in (("max_length", max_length), ("num_blocks", num_blocks)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
     if isinstance(model, Denoiser):
         own = {what: getattr(model, what) for what in ("vocab_size", "mask_id", "max_length", "num_blocks", "name")}
         given = {"max_length": max_length, "num_blocks": num_blocks, "name": name}
@@ -90,8 +93,6 @@ def adapt(
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
     vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, Integral)):
-        raise ValueError(f"max_length must be a whole number, not {max_length!r}")
     described: dict[str, Any] = {
         "vocab_size": vocab_size,
         "mask_id": mask_id,
@@ -210,8 +211,8 @@ class DiTDenoiser(Denoiser):
         eos_id = eos_id if eos_id is not None else config.eos_id
         self.eos_ids = ids_of("eos_id", eos_id, config.vocab_size, config.mask_id)
         self.max_length = config.max_length if max_length is None else max_length
-        if not isinstance(self.max_length, Integral) or not 1 <= self.max_length <= config.max_length:
-            raise ValueError(f"max_length must be 1 to {config.max_length}, the model's own, not {max_length!r}")
+        if self.max_length > config.max_length:
+            raise ValueError(f"max_length must be at most {config.max_length}, the model's own, not {max_length}")
         self.num_blocks = config.num_blocks
         self.time_conditioning = config.time_conditioning
 

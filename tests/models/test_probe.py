@@ -367,8 +367,10 @@ class TestDescriptions:
         ("options", "message"),
         [
             ({"num_blocks": 3}, "num_blocks=3 contradicts the model's own 2"),
-            ({"max_length": 17}, "max_length must be 1 to 16, the model's own, not 17"),
-            ({"max_length": 0}, "max_length must be 1 to 16"),
+            ({"max_length": 17}, "max_length must be at most 16, the model's own, not 17"),
+            ({"max_length": 0}, "max_length must be a whole number of at least 1, not 0"),
+            ({"max_length": True}, "max_length must be a whole number"),
+            ({"num_blocks": 1.5}, "num_blocks must be a whole number"),
             ({"eos_id": -1}, "eos_id must be an id in 0..10 other than the mask id 10"),
             ({"eos_id": [1, 99]}, "eos_id must be an id"),
             ({"eos_id": 10}, "eos_id must be an id"),
@@ -378,7 +380,7 @@ class TestDescriptions:
     def test_what_cannot_take_effect_is_refused(self, make_dit: MakeDiT, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             adapt(make_dit(), **options)
-        with pytest.raises(ValueError, match=r"contradicts the model's own|must be an id|device=meta"):
+        with pytest.raises(ValueError, match=r"contradicts the model's own|must be an id|must be a whole|device=meta"):
             adapt(adapt(make_dit()), **options)
 
     def test_repr_tells_what_was_found(self, make_dit: MakeDiT) -> None:
