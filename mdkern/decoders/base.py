@@ -137,7 +137,8 @@ class Stepwise(Decoder):
     def choose(self, view: View, proposal: Proposal) -> Choice:
         """Which masked positions get their proposed token.
 
-        Of an `adaptive` decoder at least one, wherever something is masked: its run ends with the last mask.
+        Of an `adaptive` decoder at least one, wherever something is masked: its run ends with the last mask. A decoder
+        that leaves masks for good ends the run with a RuntimeError; candidates that are not masked do not count.
         """
         raise NotImplementedError
 
