@@ -34,6 +34,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    top_p_rule: str = "reach",
     guidance_scale: float = 0.0,
     logits_processor: Any = None,
     decoder: str | Decoder = "ancestral",
@@ -72,7 +73,10 @@ def sample(
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
         top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
-            to `top_p`, of these the ones at least `min_p` times as probable as the first. None is none.
+            to `top_p`, of these the ones at least `min_p` times as probable as the first. None is none. Of ids that
+            are equally probable `top_k` and `top_p` keep the lowest.
+        top_p_rule: ``"reach"``: the fewest ids that sum to at least `top_p`. ``"within"``: the most that sum to at most
+            `top_p`, as in the code of ReMDM and BD3-LM: for their published values.
         guidance_scale: w of classifier-free guidance: logits ``u + (w + 1) (c - u)``, u of the prompt masked too.
         logits_processor: a logits processor, or a list of them: of transformers those that need no order of writing
             (`mdkern.engine.processors` says which; others are refused), or callables ``(input_ids, scores) -> scores``
@@ -138,6 +142,7 @@ def sample(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        top_p_rule=top_p_rule,
         guidance_scale=guidance_scale,
         logits_processor=logits_processor,
         decoder=decoder,

@@ -54,6 +54,12 @@ def test_every_implementation_gets_the_bundle_and_the_defaults(affine: Affine) -
     torch.library.opcheck(AFFINE, (x, affine.weight))  # PyTorch leaves the defaults out
 
 
+def test_fields_whose_names_are_taken_get_the_parameters_name() -> None:
+    schema = str(torch.ops.mdkern.divergence.default._schema)
+    assert "Tensor hidden, Tensor? weight, Tensor? bias" in schema
+    assert "Tensor other_hidden, Tensor? other_weight, Tensor? other_bias" in schema
+
+
 def test_what_is_written_in_place_is_declared() -> None:
     total = torch.ones(3)
     ADD(total, torch.ones(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,28 +26,40 @@ def cosine(times: Tensor) -> Tensor:
     return 1.0 - torch.cos((1.0 - times) * (math.pi / 2))
 
 
+def cosine_grid(times: Tensor) -> Tensor:
+    """``t = cos(pi / 2 (1 - u))`` of times u on a linear grid: few reveals at first, many at the end. MD4's code."""
+    return torch.cos((1.0 - times) * (math.pi / 2))
+
+
 ALPHAS = {"linear": linear, "cosine": cosine}
+GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda times: times, "cosine": cosine_grid}
 
 
 @dataclass(frozen=True)
 class Ancestral(Planned, name="ancestral"):
     """At a step t -> s each masked position is revealed with probability ``(alpha_s - alpha_t) / (1 - alpha_t)``.
 
-    t runs linearly from 1 to `eps`. What is still masked after the last step takes the argmax in a closing pass. In
-    blocks, t runs so within each block's own steps, and the last of them reveals what `eps` would leave over.
+    t runs from 1 to `eps`, or to what the grid makes of it. What is still masked after the last step takes the argmax
+    in a closing pass. In blocks, t runs so within each block's own steps, and the last of them reveals what `eps` would
+    leave over.
 
     Args:
-        eps: where t ends, in [0, 1).
+        eps: where t ends on a linear grid, in [0, 1).
         alpha: probability that a position is revealed by time t: ``"linear"``, ``"cosine"`` or a function of float64
             times, rising from below 1 at t = 1 and at most 1. Kept as the function. A denoiser with time conditioning
             is given t, so it should be the alpha that it was trained with.
+        grid: the times of the steps: ``"linear"``, or ``"cosine"``, ``cos(pi / 2 (1 - t))`` of the linear ones, as in
+            MD4's code. With alpha ``"linear"`` as many positions are revealed as by alpha ``"cosine"`` on a linear
+            grid, but a denoiser with time conditioning is given these times.
     """
 
     eps: float = 1e-5
     alpha: Any = "linear"  # a function of times, once made; `Any` because it is given as a name, too
+    grid: str = "linear"
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, 0.0, 1.0, below=True)
+        check_choice("grid", self.grid, GRIDS)
         if not callable(self.alpha):
             check_choice("alpha", self.alpha, ALPHAS)
             object.__setattr__(self, "alpha", ALPHAS[self.alpha])
@@ -61,7 +74,7 @@ class Ancestral(Planned, name="ancestral"):
 
     def times(self, steps: int) -> Tensor:
         """float64 ``[steps + 1]``: t before each step, and at the closing pass."""
-        return torch.linspace(1.0, self.eps, steps + 1, dtype=torch.float64)
+        return GRIDS[self.grid](torch.linspace(1.0, self.eps, steps + 1, dtype=torch.float64))
 
     def plan(self, canvas: Canvas) -> RevealPlan:
         """Draw the chain's reveal steps by inversion: masked at t = 1, a position is so at t with probability

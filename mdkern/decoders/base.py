@@ -98,7 +98,7 @@ class Proposal(NamedTuple):
     """Row statistics of a `View`, ``[B, R]`` each; NaN (token -1) where `Stepwise.rows` did not ask for them."""
 
     token: Tensor  # int64
-    probability: Tensor  # float32, of the token, at temperature 1
+    probability: Tensor  # float32, of the token
     top1: Tensor | None = None  # float32, largest probability; if `wants_top`
     top2: Tensor | None = None
     entropy: Tensor | None = None  # float32, nats; if `wants_entropy`
@@ -128,6 +128,9 @@ class Stepwise(Decoder):
     # Whether the number of steps is the decoder's own affair: a block then ends with its last mask, however many steps
     # that takes, and the schedule's step is the share of the text revealed. Otherwise a block takes `block_steps`.
     adaptive: ClassVar[bool] = False
+    # Whose distribution the statistics of `Proposal` are of: the "model"'s, or the "sampler"'s after temperature and
+    # filters, see `mdkern.kernels.vocab_projection`.
+    of: str = "model"
     closing_steps: int = 0  # steps a block may take after its last mask is gone, until one changes nothing
 
     def rows(self, view: View) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import inf
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, View
+from mdkern.kernels.head.arguments import Of
 
 
 def check_number(
@@ -31,6 +32,11 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_of(of: Any) -> None:
+    """Refuse what is no `Stepwise.of`."""
+    check_choice("of", of, get_args(Of))
 
 
 def check_answers(decoder: Any, view: View, choice: Choice, edited: Tensor | None, remasked: Tensor | None) -> None:

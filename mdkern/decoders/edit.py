@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number
+from mdkern.decoders.checks import check_number, check_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Edit(Stepwise, name="edit"):
         mask_threshold: 0.7 is the published quality mode; its speed mode takes 0.5.
         edit_threshold: 0.5 is the published quality mode; its speed mode takes 0.
         closing_steps: at least 0.
+        of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters.
     """
 
     adaptive: ClassVar[bool] = True
@@ -30,8 +31,10 @@ class Edit(Stepwise, name="edit"):
     mask_threshold: float = 0.7
     edit_threshold: float = 0.5
     closing_steps: int = 16
+    of: str = "model"
 
     def __post_init__(self) -> None:
+        check_of(self.of)
         check_number("mask_threshold", self.mask_threshold, 0.0, 1.0)
         check_number("edit_threshold", self.edit_threshold, 0.0, 1.0)
         if isinstance(self.closing_steps, bool) or not isinstance(self.closing_steps, int) or self.closing_steps < 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number
+from mdkern.decoders.checks import check_number, check_of
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class EntropyBound(Stepwise, name="entropy_bound"):
     wants_entropy: ClassVar[bool] = True
 
     gamma: float = 0.1
+    of: str = "model"  # or "sampler": entropies after temperature and filters
 
     def __post_init__(self) -> None:
+        check_of(self.of)
         check_number("gamma", self.gamma, 0.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:

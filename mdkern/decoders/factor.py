@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number
+from mdkern.decoders.checks import check_number, check_of
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,10 @@ class Factor(Stepwise, name="factor"):
     adaptive: ClassVar[bool] = True
 
     factor: float = 1.0
+    of: str = "model"  # or "sampler": probabilities after temperature and filters
 
     def __post_init__(self) -> None:
+        check_of(self.of)
         check_number("factor", self.factor, 0.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:

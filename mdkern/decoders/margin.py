@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.checks import check_of
 from mdkern.decoders.quotas import by_quota, check_quota
 
 
@@ -16,15 +17,18 @@ class Margin(Stepwise, name="margin"):
     Args:
         position_temperature: above 0, positions are drawn from ``softmax(margin / position_temperature)``.
         quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+        of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters, as in Dream's code.
     """
 
     wants_top: ClassVar[bool] = True
 
     position_temperature: float = 0.0
     quota: str = "even"
+    of: str = "model"
 
     def __post_init__(self) -> None:
         check_quota(self.quota, self.position_temperature)
+        check_of(self.of)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
         assert proposal.top1 is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number
+from mdkern.decoders.checks import check_number, check_of
 from mdkern.decoders.quotas import by_quota, check_quota
 
 FLOOR = 1e-9  # added to a frequency before its logarithm
@@ -43,17 +43,20 @@ class PositionAware(Stepwise, name="position_aware"):
         lam: decay per position, at least 0. The paper takes 0 to 1 by task.
         alpha: cap of the score, nats.
         quota: ``"even"`` (as the paper) or ``"dream"``, see `mdkern.decoders.quotas`.
+        of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters.
     """
 
     frequency: Tensor
     lam: float = 0.25
     alpha: float = 10.0
     quota: str = "even"
+    of: str = "model"
 
     def __post_init__(self) -> None:
         check_number("lam", self.lam, 0.0, below=True)
         check_number("alpha", self.alpha, 0.0, above=True)
         check_quota(self.quota, 0.0)
+        check_of(self.of)
         frequency = torch.as_tensor(self.frequency)
         if frequency.ndim != 1 or not frequency.is_floating_point() or frequency.numel() == 0:
             raise ValueError(f"frequency must be floating [V], not {frequency.dtype} {tuple(frequency.shape)}")

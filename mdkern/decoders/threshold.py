@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number
+from mdkern.decoders.checks import check_number, check_of
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,10 @@ class Threshold(Stepwise, name="threshold"):
     adaptive: ClassVar[bool] = True
 
     threshold: float = 0.9
+    of: str = "model"  # or "sampler": probabilities after temperature and filters
 
     def __post_init__(self) -> None:
+        check_of(self.of)
         check_number("threshold", self.threshold, 0.0, 1.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
+from mdkern.decoders.checks import check_of
 from mdkern.decoders.quotas import by_quota, check_quota
 
 
@@ -15,13 +16,16 @@ class TopProbability(Stepwise, name="top_probability"):
     Args:
         position_temperature: above 0, positions are drawn from ``softmax(probability / position_temperature)``.
         quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+        of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters, as in Dream's code.
     """
 
     position_temperature: float = 0.0
     quota: str = "even"
+    of: str = "model"
 
     def __post_init__(self) -> None:
         check_quota(self.quota, self.position_temperature)
+        check_of(self.of)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
         return by_quota(view, proposal.probability, self.quota, self.position_temperature)

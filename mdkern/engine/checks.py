@@ -45,7 +45,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, not one of {tensor.layout}: call to_dense() first")
 
 
-def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
+def check_filters(top_k: Any, top_p: Any, min_p: Any, top_p_rule: str) -> Filters:
     """None is none of each."""
     top_k = 0 if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
@@ -56,4 +56,6 @@ def check_filters(top_k: Any, top_p: Any, min_p: Any) -> Filters:
         raise ValueError(f"top_p must be a number above 0 and at most 1, not {top_p!r}")
     if isinstance(min_p, bool) or not isinstance(min_p, Real) or not 0 <= float(min_p) <= 1:
         raise ValueError(f"min_p must be a number from 0 to 1, not {min_p!r}")
-    return Filters(min(int(top_k), MOST_COUNT), float(top_p), float(min_p))
+    filters = Filters(min(int(top_k), MOST_COUNT), float(top_p), float(min_p), top_p_rule)
+    filters.check()
+    return filters

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdkern.decoders import Decoder
+from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
 from mdkern.schedule import Schedule
 
 CACHES = "none", "prefix", "dual"
-
-
-class Filters(NamedTuple):
-    """Which ids a token is drawn from, see `mdkern.kernels.vocab_projection`."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 @dataclass(frozen=True)

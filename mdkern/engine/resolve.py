@@ -296,6 +296,7 @@ def resolve(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    top_p_rule: str = "reach",
     guidance_scale: float = 0.0,
     logits_processor: Any = None,
     decoder: Any = "ancestral",
@@ -310,7 +311,7 @@ def resolve(
 ) -> Request:
     """Check every argument of `mdkern.sample` and fill in what is left open."""
     temperature = check_real("temperature", temperature, 0, MOST_FLOAT32)
-    filters = check_filters(top_k, top_p, min_p)
+    filters = check_filters(top_k, top_p, min_p, top_p_rule)
     processors, criteria = Processors.of(logits_processor), Criteria.of(stopping_criteria)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_count("batch_size", batch_size)
     if steps is not None:

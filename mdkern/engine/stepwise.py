@@ -252,6 +252,7 @@ def propose(
         slots.view.keys.flatten(0, 1)[row],
         want_top=decoder.wants_top,
         want_entropy=decoder.wants_entropy,
+        of=decoder.of,
         **settings.filters._asdict(),
     )
     # What is past `row_count` goes to a place of its own after all others.

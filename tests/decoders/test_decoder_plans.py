@@ -56,6 +56,7 @@ def fits(steps: Tensor, law: list[float]) -> bool:
 PLANNED: dict[str, Planned] = {
     "ancestral": Ancestral(0.1),
     "ancestral cosine": Ancestral(alpha="cosine"),
+    "ancestral cosine grid": Ancestral(grid="cosine"),
     "first_hitting": FirstHitting(),
     "random": RandomRemask(),
     **{f"hyperschedule {kind}": Hyperschedule(kind) for kind in ("flat", "quenched")},
@@ -119,6 +120,16 @@ class TestAncestral:
         assert fits(linear, self.law(lambda t: 1 - t, eps))
         assert fits(cosine, self.law(lambda t: 1 - math.cos(math.pi / 2 * (1 - t)), eps))
         assert not fits(cosine, self.law(lambda t: 1 - t, eps))
+
+    @pytest.mark.parametrize("eps", [0.0, 0.1])
+    def test_cosine_grid(self, eps: float) -> None:
+        """MD4's code: the chain with alpha = 1 - t at the times ``cos(pi / 2 (1 - t))``, which a model is given."""
+        times = [math.cos(math.pi / 2 * (1 - eps) * i / self.STEPS) for i in range(self.STEPS + 1)]
+        decoder = Ancestral(eps, grid="cosine")
+        assert decoder.times(self.STEPS).tolist() == pytest.approx(times)
+        step = decoder.plan(canvas_of(all_masked(1000, 60), self.STEPS)).step
+        assert fits(step, reference.chain_law(times))
+        assert not fits(step, self.law(lambda t: 1 - t, eps))
 
     def test_a_function_whose_alpha_does_not_start_at_0(self) -> None:
         """The law is that of the chain, which starts all masked whatever alpha_1 is."""

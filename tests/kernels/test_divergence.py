@@ -54,6 +54,17 @@ def test_vocabularies_must_be_the_same() -> None:
         divergence(hidden, weight, bias, hidden, weight[:-1], None, rows)
 
 
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    hidden, weight, bias, *_, rows = heads()
+    for row in (-1, 30):
+        with pytest.raises(ValueError, match=f"row_index must lie in 0..29, rows of hidden, not {row}"):
+            divergence(hidden, weight, bias, hidden, weight, bias, torch.tensor([0, row]))
+    with pytest.raises(ValueError, match="other_bias must be float32"):
+        divergence(hidden, weight, bias, hidden, weight, bias.double(), rows)
+    with pytest.raises(ValueError, match="as many rows as hidden"):
+        divergence(hidden, weight, bias, hidden[:5], weight, bias, rows)
+
+
 def test_the_operator_is_well_registered() -> None:
     p, q = heads()[:3], heads()[3:6]
     torch.library.opcheck(_divergence, (*p, 1.0, 0.0, *q, 1.0, 0.0, heads()[-1]))

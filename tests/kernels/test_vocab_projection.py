@@ -245,6 +245,68 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         vocab_projection(problem.hidden, torch.ones(9, 5), None, problem.row_index, 1.0, problem.seed, problem.keys)
 
 
+BAD: dict[str, tuple[str, Any]] = {
+    "seed": ("seed must be int64", lambda seed: seed.int()),
+    "row_index": ("row_index must be int32 or int64", lambda index: index.double()),
+    "keys": ("keys must be int64", lambda keys: keys.int()),
+    "temperatures": ("temperature must be float32", lambda temperature: temperature.double()),
+    "row_count": ("row_count must be int32 or int64", lambda _: torch.tensor([3])),
+    "hidden": ("hidden must be floating .* with values", lambda hidden: hidden.to("meta")),
+    "weight": ("does not fit hidden", lambda weight: weight.to("meta")),
+    "bias": ("bias must be float32", lambda _: torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
+    message, spoil = BAD[name]
+    problem = Problem()
+    setattr(problem, name, spoil(getattr(problem, name)))
+    with pytest.raises(ValueError, match=message):
+        problem.run()
+    if name in ("seed", "keys", "row_index"):  # on another device
+        problem = Problem()
+        setattr(problem, name, getattr(problem, name).to("meta"))
+        with pytest.raises(ValueError, match=f"{name} must be .* on cpu, not .* on meta"):
+            problem.run()
+
+
+@pytest.mark.parametrize("value", [-0.5, torch.nan, torch.inf, 1e39])
+def test_temperatures_that_mean_nothing_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be"):
+        Problem().run(temperature=value)
+    if not value > 0:
+        problem = Problem()
+        problem.temperatures[3] = value
+        with pytest.raises(ValueError, match="temperature must be at least 0"):
+            problem.run()
+
+
+@pytest.mark.parametrize("row", [-1, 29, 10**12])
+def test_rows_that_are_not_there_are_refused(row: int) -> None:
+    """20 rows of 29; what is past `row_count` is not looked at."""
+    problem = Problem(count=11)
+    problem.row_index[10] = row
+    with pytest.raises(ValueError, match=rf"row_index must lie in 0..28, rows of hidden, not {row}"):
+        problem.run()
+    problem = Problem(count=11)
+    want = problem.run().token
+    problem.row_index[11] = row
+    assert torch.equal(problem.run().token, want)
+
+
+@pytest.mark.gpu
+def test_gpu_rows_that_are_not_there_are_reported() -> None:
+    """Few enough that the kernels read the rows themselves: PyTorch gathers more, and asserts."""
+    for rows in (3, 16, 40):
+        problem = Problem(rows=rows, columns=3_001, depth=768, dtype=torch.bfloat16, device="cuda", biased=True)
+        want = problem.run().token
+        problem.row_index[1] = -1
+        token = problem.run().token
+        assert token[1] == -1
+        assert torch.equal(token[2:], want[2:])
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_the_operator_is_well_registered(uniform: bool) -> None:
     torch.library.opcheck(_vocab_projection, flat(Problem(rows=5, columns=90, biased=True).arguments(uniform)))
