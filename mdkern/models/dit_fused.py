@@ -165,9 +165,9 @@ class Operands(NamedTuple):
 class Stream:
     """The residual stream ``[N, D]``; what the last sublayer adds to it may still be waiting for the next norm."""
 
-    def __init__(self, x: Tensor, sums: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor) -> None:
         self.x = x
-        self.sums = sums  # of its rows, if they are known
+        self.sums: Tensor | None = None  # of its rows, if they are known
         self.update: Tensor | None = None
         self.gate: Tensor | None = None
 

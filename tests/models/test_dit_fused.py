@@ -14,6 +14,7 @@ from torch import Tensor
 import mdkern
 from mdkern import DiT, adapt
 from mdkern.kernels.backbone import linear, modulated_norm, rotary
+from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear import linear_gelu, linear_residual, linear_rotary
 from mdkern.models import dit_fused
 from tests.own_process import run_compiling, run_in_the_interpreter
@@ -166,6 +167,36 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         linear_residual(x, x, normal(2, 24, 20), None, gate)
     with pytest.raises(ValueError, match="bias must be contiguous"):
         linear_gelu(x, normal(2, 24, 20), normal(3, 48)[::2])
+
+
+def test_tensors_without_values_or_with_shared_ones_are_refused() -> None:
+    """Meta tensors; and what is written in place where its rows are one and the same memory."""
+    x, (weight, shift, scale, gate) = normal(1, 12, 8), modulation(8, 0)
+    angles = torch.ones(4, 2), torch.ones(4, 2)
+    for call in (
+        lambda: modulated_norm.modulated_norm(x.to("meta"), weight, shift, scale),
+        lambda: modulated_norm.modulated_norm(x, weight, shift, scale.to("meta")),
+        lambda: modulated_norm.gathered_norm(x, torch.arange(3, device="meta"), weight, shift, scale),
+        lambda: rotary.rotary(x.view(12, 2, 4), *angles, positions=torch.arange(12, device="meta")),
+        lambda: rotary.gathered_qkv(x, x.to("meta"), torch.tensor([1]), *angles, heads=1, length=4),
+        lambda: linear_gelu(x, normal(2, 24, 8).to("meta"), normal(3, 24)),
+    ):
+        with pytest.raises(ValueError, match="meta tensor"):
+            call()
+    with pytest.raises(ValueError, match="rows overlap"):
+        rotary.rotary(normal(1, 1, 2, 4).expand(5, 2, 4), *angles, length=4)
+    with pytest.raises(ValueError, match="contiguous"):
+        modulated_norm.modulated_norm(x[:1].expand(12, 8), weight, shift, scale, update=x, gate=gate)
+    with pytest.raises(ValueError, match="contiguous"):
+        linear_residual(x[:1].expand(12, 8), x, normal(2, 8, 8), None, gate)
+    with pytest.raises(ValueError, match="contiguous"):
+        fold_norm(normal(2, 6, 8), None, weight, shift, scale, out=(normal(1, 1, 8).expand(6, 8), torch.empty(6)))
+
+
+def test_positions_that_are_not_there_give_nan() -> None:
+    x, angle = normal(1, 5, 2, 4), normal(2, 3, 2)
+    rotary.rotary(x, angle.cos(), angle.sin(), positions=torch.tensor([0, -1, 2, 3, 1]))
+    assert x.isnan().flatten(1).any(1).tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize(

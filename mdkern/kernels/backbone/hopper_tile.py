@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mdkern.kernels.backbone import folded_norm
+from mdkern.kernels.triton_common import halves
 
 WARPGROUPS = gl.constexpr(2)  # that multiply
 ROWS = gl.constexpr(64)  # of a tensor-core instruction of a warpgroup
@@ -19,7 +20,7 @@ WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 
 @gluon.jit
 def _halves(x, layout: gl.constexpr):
     """``[R, C]`` as the tensor cores leave it, as two of ``[R, C / 2]`` in `layout`: no register moves."""
-    left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    left, right = halves(x)
     return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
 
 
