@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mdkern.kernels import noise
 
+LEAST_CROWDED = 32  # rows of an event: room for fewer is no matter
+MOST_PARTS = 16  # of a plan: each may leave a batch that is not full
 GIVEN = -1  # reveal step of a position that is not masked
 
 
@@ -84,6 +86,30 @@ class RevealPlan:
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         return (new & (ordered != GIVEN)).sum(-1)
 
+    def by_crowding(self, first: int | Tensor, stop: int | Tensor) -> list[RevealPlan]:
+        """The plan of steps ``first <= i < stop`` in parts to be run one after the other: few rows an event, then many.
+
+        All ticks that are packed together have room for the most rows of any event. Where few events are far more
+        crowded than the others, as a closing pass may be, they have ticks of their own.
+        """
+        inside = (self.step >= first) & (self.step < stop)
+        ordered, place = torch.where(inside, self.step if self.order is None else self.order, GIVEN).sort(-1)
+        new = torch.ones_like(inside)
+        new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        number = new.cumsum(-1) - 1  # of each position's event within its sequence
+        rows = torch.zeros_like(ordered).scatter_add_(1, number, (ordered != GIVEN).long())
+        for limit in uncrowded(torch.bincount(rows[rows > 0]).tolist()):
+            crowded = rows.gather(1, number) > limit
+            changed = crowded.clone()
+            changed[:, 1:] ^= crowded[:, :-1]
+            part = changed.cumsum(-1)
+            count = int(part.max()) + 1
+            if count <= MOST_PARTS:
+                part = torch.zeros_like(part).scatter_(1, place, part)
+                steps = [torch.where(inside & (part == index), self.step, GIVEN) for index in range(count)]
+                return [replace(self, step=step) for step in steps]
+        return [self]
+
     def ticks(
         self,
         first: int | Tensor,
@@ -147,6 +173,24 @@ class RevealPlan:
         row[:, :most] = torch.where(torch.arange(most, device=device) < row_count[:, None], used_first, 0)
         batch = torch.bincount(tick, minlength=ticks).tolist()
         return Ticks(sequences, steps, time, positions, row, row_count, batch, size, row_count.tolist())
+
+
+def uncrowded(counts: list[int]) -> list[int]:
+    """Rows up to which an event is not crowded, the best first: where telling these apart halves the room at least.
+
+    Args:
+        counts: of events by their number of rows.
+    """
+    events, most = sum(counts), len(counts) - 1
+    if most < LEAST_CROWDED:
+        return []
+
+    def room(limit: int) -> int:
+        few = sum(counts[: limit + 1])
+        return few * limit + (events - few) * most
+
+    limits = sorted((1 << power for power in range(2, most.bit_length())), key=room)
+    return [limit for limit in limits if 2 * room(limit) <= events * most]
 
 
 @dataclass(frozen=True)

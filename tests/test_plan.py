@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdkern.plan import GIVEN, RevealPlan, pack, positions_in_text
 
@@ -144,6 +148,68 @@ class TestPacking:
         assert packing.full > 0.9 * fewest
         assert packing.full + packing.rest < 1.03 * fewest
         assert packing.large * packing.full + packing.small * packing.rest - int(count.sum()) < packing.small
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.nbytes)
+        return result
+
+
+class TestCrowding:
+    """Few events that reveal very many positions do not make room for as many in all the others."""
+
+    SEQUENCES, LENGTH, STEPS = 40, 512, 256
+
+    def crowded(self, where: str) -> RevealPlan:
+        """A crowded closing pass, first step, or one of either kind in the midst of the others."""
+        plan = draw(torch.ones(self.SEQUENCES, self.LENGTH, dtype=torch.bool), self.STEPS, eps=0.3)
+        step = plan.step
+        if where == "first":
+            step = torch.where(step == self.STEPS, 0, step)
+        if where == "between":
+            step = torch.where(step == self.STEPS, torch.arange(self.SEQUENCES)[:, None] + 100, step)
+        return replace(plan, step=step)
+
+    @pytest.mark.parametrize("where", ["closing", "first", "between"])
+    def test_room_is_in_proportion_to_what_is_revealed(self, where: str) -> None:
+        plan = self.crowded(where)
+        with Largest() as largest:
+            parts = plan.by_crowding(0, self.STEPS + 1)
+            ticks = [part.ticks(0, self.STEPS + 1, 16) for part in parts]
+        sizes = [value.nbytes for part in ticks if part for value in vars(part).values() if isinstance(value, Tensor)]
+        positions = 8 * self.SEQUENCES * self.LENGTH
+        events = 8 * int(plan.events().sum())
+        assert sum(sizes) < 8 * positions + 4 * events
+        assert largest.most < 8 * positions
+        with Largest() as together:
+            plan.ticks(0, self.STEPS + 1, 16)
+        assert together.most > 8 * largest.most
+
+    @pytest.mark.parametrize("where", ["closing", "first", "between"])
+    def test_every_event_is_run_once_and_in_order(self, where: str) -> None:
+        plan = self.crowded(where)
+        parts = plan.by_crowding(0, self.STEPS + 1)
+        assert len(parts) > 1
+        runs = torch.stack([part.step for part in parts])
+        assert ((runs != GIVEN).sum(0) == 1).all()
+        assert runs.amax(0).equal(plan.step)
+        latest = torch.full((self.SEQUENCES,), GIVEN)
+        for part in parts:
+            earliest = torch.where(part.step == GIVEN, self.STEPS + 1, part.step).amin(-1)
+            assert (earliest > latest).all()
+            latest = torch.maximum(latest, part.step.amax(-1))
+        assert sum(int(part.events().sum()) for part in parts) == int(plan.events().sum())
+
+    def test_an_even_plan_stays_whole(self) -> None:
+        plan = draw(torch.ones(40, 512, dtype=torch.bool), 256)
+        assert plan.by_crowding(0, 257) == [plan]
 
 
 def test_no_events_no_ticks() -> None:

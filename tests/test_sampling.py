@@ -120,6 +120,16 @@ class TestInvariance:
         assert torch.equal(run().sequences, expected)
         assert any(idle)
 
+    def test_crowded_events_in_ticks_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        crowded = {"decoder": Ancestral(0.9), "batch_size": 3}
+        out = run(**crowded)
+        parts = []
+        monkeypatch.setattr(RevealPlan, "by_crowding", lambda plan, *_: parts.append(plan) or [plan])
+        whole = run(**crowded)
+        assert parts
+        assert torch.equal(out.sequences, whole.sequences)
+        assert all(torch.equal(out.nfe[name], whole.nfe[name]) for name in "HL")
+
     def test_other_samples_in_the_run(self) -> None:
         assert torch.equal(run().sequences[:5], run(num_samples=5).sequences)
 

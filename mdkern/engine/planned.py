@@ -243,9 +243,22 @@ def run_steps(
 
     Replayed if there is a workspace and the denoiser can be captured.
     """
-    ticks = plan.ticks(first, stop, request.batch_size, int if workspace is None else bucket)
-    if ticks is None:
-        return
+    for part in plan.by_crowding(first, stop):
+        ticks = part.ticks(first, stop, request.batch_size, int if workspace is None else bucket)
+        if ticks is not None:
+            run_ticks(request, denoiser, state, ticks, workspace, bar, drafts)
+
+
+def run_ticks(
+    request: Request,
+    denoiser: Denoiser,
+    state: SamplerState,
+    ticks: Ticks,
+    workspace: Workspace | None,
+    bar: tqdm,
+    drafts: Drafts,
+) -> None:
+    """Ticks one after the other, eagerly or replayed."""
     replays = None if workspace is None else captured_ticks(denoiser, request, ticks, workspace)
     if replays is None:
         state.tick.zero_()
