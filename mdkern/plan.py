@@ -189,7 +189,9 @@ def uncrowded(counts: list[int]) -> list[int]:
         few = sum(counts[: limit + 1])
         return few * limit + (events - few) * most
 
-    limits = sorted((1 << power for power in range(2, most.bit_length())), key=room)
+    # Under a sixteenth of the room the larger limit is better: events about a small one make many parts.
+    largest_first = (1 << power for power in reversed(range(2, most.bit_length())))
+    limits = sorted(largest_first, key=lambda limit: max(room(limit), events * most // 16))
     return [limit for limit in limits if 2 * room(limit) <= events * most]
 
 
