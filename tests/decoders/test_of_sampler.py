@@ -125,3 +125,14 @@ def test_a_threshold_is_of_the_samplers_probability(threshold: float, passes: in
 def test_another_distribution_is_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="of must be one of model, sampler, not 'both'"):
         make(of="both")
+
+
+def test_the_nucleus_of_remdm_is_asked_for_by_name() -> None:
+    """Tokens of probability 0.6, 0.3 and 0.1: of a nucleus of 0.8 the second one crosses it."""
+    logits = torch.tensor([0.6, 0.3, 0.1]).log()
+    denoiser = mdkern.adapt(lambda ids: logits.expand(*ids.shape, 3), vocab_size=3, mask_id=3)
+    for rule, tokens in (("reach", {0, 1}), ("within", {0})):
+        out = mdkern.sample(denoiser, length=64, top_p=0.8, top_p_rule=rule, seed=0, progress=False)
+        assert set(out.sequences.flatten().tolist()) == tokens
+    with pytest.raises(ValueError, match="top_p_rule must be one of reach, within, not 'up to'"):
+        mdkern.sample(denoiser, length=64, top_p=0.8, top_p_rule="up to", progress=False)
