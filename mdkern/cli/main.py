@@ -1,4 +1,4 @@
-"""The command line: ``mdkern sample``, ``profile``, ``evaluate``, ``importance``.
+"""The command line: ``mdkern sample``, ``profile``, ``evaluate``, ``importance``, ``search``.
 
 Results go to standard output, all else to standard error.
 
@@ -21,6 +21,7 @@ from mdkern.cli.evaluate import add_evaluate
 from mdkern.cli.importance import add_importance
 from mdkern.cli.profile import add_profile
 from mdkern.cli.sample import add_sample
+from mdkern.cli.search import add_search
 from mdkern.threads import wait_without_spinning
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_profile(commands)
     add_evaluate(commands)
     add_importance(commands)
+    add_search(commands)
     return parser
 
 

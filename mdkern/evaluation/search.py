@@ -103,30 +103,42 @@ class Results:
         self.path, self.found = path, dict[Models, Found]()
         self.setting = setting | {"digest": digest(setting)}
         if path.exists() and path.stat().st_size:
-            self.read()
+            self.found, whole = self.read(path)
+            if whole is not None:
+                write_whole(path, whole)
         else:
             self.append(self.setting)
 
-    def read(self) -> None:
-        lines = self.path.read_text().splitlines()
+    def absorb(self, paths: Sequence[Path], keep: bool = False) -> None:
+        """Take what the files of other processes have; with `keep`, into this one's file, too."""
+        for path in paths:
+            if path == self.path or not path.exists():
+                continue
+            for models, entry in self.read(path)[0].items():
+                if models not in self.found:
+                    if keep:
+                        self.add(models, entry.scores)
+                    self.found[models] = entry
+
+    def read(self, path: Path) -> tuple[dict[Models, Found], str | None]:
+        """A file's results, and its text without its last line if that was cut off."""
+        lines = path.read_text().splitlines()
         entries = []
         for number, line in enumerate(lines):
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError as error:
                 if number + 1 < len(lines) or number == 0:  # else the last line, cut off when a process was killed
-                    raise ValueError(f"{self.path}, line {number + 1}: not a search's results ({error})") from error
+                    raise ValueError(f"{path}, line {number + 1}: not a search's results ({error})") from error
         header = entries[0] if isinstance(entries[0], dict) else {}
         if header.get("digest") != self.setting["digest"]:
             differing = [key for key, value in self.setting.items() if key != "digest" and header.get(key) != value]
-            raise ValueError(
-                f"{self.path} is of another search (it differs in {', '.join(differing)}): choose another file"
-            )
-        if len(entries) < len(lines):
-            write_whole(self.path, "".join(f"{line}\n" for line in lines[: len(entries)]))
+            raise ValueError(f"{path} is of another search (it differs in {', '.join(differing)}): choose another file")
+        found = dict[Models, Found]()
         for entry in entries[1:]:
             models = tuple(entry["models"])
-            self.found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
+            found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
+        return found, "".join(f"{line}\n" for line in lines[:-1]) if len(entries) < len(lines) else None
 
     def add(self, models: Models, scores: Tensor, **more: Any) -> None:
         rounded = [round(value, 6) for value in scores.tolist()]
