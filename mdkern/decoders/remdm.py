@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_choice, check_number
+from mdkern.decoders.checks import check_choice, check_number, check_of
 from mdkern.kernels import noise
 
 PUBLISHED_ETA = {"cap": 0.008, "rescale": 0.015, "conf": None, "loop": 0.02}  # for T = 1024 and top-p 0.9
@@ -32,6 +32,8 @@ class ReMDM(Stepwise, name="remdm"):
             ancestral again.
         eta: None: as published for the kind: 0.008, 0.015, none, 0.02.
         t_on, t_off, alpha_on: of ``"loop"``.
+        of: for ``"conf"``: probabilities of the ``"model"``, or of the ``"sampler"`` after temperature and filters, as
+            in ReMDM's code.
     """
 
     kind: str = "cap"
@@ -39,8 +41,10 @@ class ReMDM(Stepwise, name="remdm"):
     t_on: float = 0.55
     t_off: float = 0.05
     alpha_on: float = 0.9
+    of: str = "model"
 
     def __post_init__(self) -> None:
+        check_of(self.of)
         check_choice("kind", self.kind, PUBLISHED_ETA)
         if self.kind == "conf":
             if self.eta is not None:

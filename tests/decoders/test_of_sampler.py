@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mdkern
-from mdkern.decoders import Edit, Entropy, EntropyBound, Factor, Margin, PositionAware, Threshold, TopProbability
+from mdkern.decoders import Edit, Entropy, EntropyBound, Factor, Margin, PositionAware, ReMDM, Threshold, TopProbability
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs by its logits")
 
@@ -119,6 +119,7 @@ def test_a_threshold_is_of_the_samplers_probability(threshold: float, passes: in
         Factor,
         EntropyBound,
         Edit,
+        ReMDM,
         lambda of: PositionAware(torch.ones(3) / 3, of=of),
     ],
 )

@@ -181,12 +181,13 @@ def test_the_operator_is_well_registered_with_filters() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("of", ["model", "sampler"])
 @pytest.mark.parametrize("kind", ROWS)
-def test_gpu_tokens_of_hard_rows(kind: str) -> None:
+def test_gpu_tokens_of_hard_rows(kind: str, of: str) -> None:
     problem = FilterProblem(kind, rows=50, columns=5003, device="cuda")
-    for filters in (*FILTERS, (4000, 0.95, 0.001)):
-        got = _vocab_projection(*flat(problem.arguments()), *filters)
-        check_filtered(problem, got, filters, differing=1)
+    for filters in (*FILTERS, (4000, 0.95, 0.001), (0, 0.61, 0.0, "within")):
+        got = _vocab_projection(*flat(problem.arguments(of)), *filters)
+        check_filtered(problem, got, filters, differing=1, of=of)
 
 
 @pytest.mark.gpu
