@@ -1,4 +1,4 @@
-"""The clock follows the FLOPs: `mdkern.sample` at the paper's size beside an eager and a strong baseline.
+"""The clock follows the FLOPs: `mdkern.sample` at the paper's size beside an eager and a compiled baseline.
 
     pytest benchmarks/bench_paper_setting.py --benchmark-only --keep-results             # all parts: a few minutes
     pytest benchmarks/bench_paper_setting.py --benchmark-only --keep-results -k savings  # one part again

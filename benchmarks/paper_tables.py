@@ -23,14 +23,14 @@ def read() -> tuple[dict[str, Any], str]:
 
 
 def headline() -> str:
-    """Seconds of 16 samples: ours, eager, strong."""
+    """Seconds of 16 samples: ours, eager, compiled."""
     parts, machine = read()
     timed = parts["eager"][HEAVY]["timed_steps"]
     text = (
         f"{machine}. Seconds for 16 samples of 1,024 tokens in 1,000 steps. mdkern: median (least to most) of "
         f"{len(parts['ours'][HEAVY]['seconds'])} whole runs. The baselines run every step alike, so their runs are "
         f"1,000 times the median of {timed} steps, and the closing pass; in brackets the step's median and quartiles "
-        f"in ms. × is over mdkern; compiled is torch.compile, mode {parts['strong']['mode']}.\n\n"
+        f"in ms. × is over mdkern; compiled is torch.compile, mode {parts['compiled']['mode']}.\n\n"
     )
 
     def slow(name: str, part: str) -> str:
@@ -42,7 +42,7 @@ def headline() -> str:
     for name, label in LABELS.items():
         run = parts["ours"][name]
         spread = f"{run['median']:.2f} s ({min(run['seconds']):.2f}–{max(run['seconds']):.2f})"
-        rows.append([label, f"{run['passes']:.0f}", spread, slow(name, "eager"), slow(name, "strong")])
+        rows.append([label, f"{run['passes']:.0f}", spread, slow(name, "eager"), slow(name, "compiled")])
     return text + markdown(["models", "passes a sequence", "mdkern", "eager, as MDLM's code", "compiled"], rows)
 
 

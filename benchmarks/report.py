@@ -87,7 +87,7 @@ def headline() -> str:
     return (
         f"> One {device} writes 16 texts of 1,024 tokens in 1,000 steps of a 12-block model in {ours:.2f} s, "
         f"{parts['eager'][HEAVY]['run'] / ours:.1f} times as fast as MDLM's code and "
-        f"{parts['strong'][HEAVY]['run'] / ours:.1f} times as fast as the same sampler under torch.compile; with a "
+        f"{parts['compiled'][HEAVY]['run'] / ours:.1f} times as fast as the same sampler under torch.compile; with a "
         f"4-block model at half of the steps it saves {100 * half['flops_saved']:.0f} % of the FLOPs and "
         f"{100 * half['clock_saved']:.0f} % of the time (the paper: {PAPER_FLOPS[middle]:.0f} % and "
         f"{PAPER_CLOCK[middle]:.0f} %).\n"
@@ -191,7 +191,7 @@ def compare_samplers() -> Iterator[Comparison]:
     """Whole runs of the ancestral sampler with its baselines."""
     parts = load("paper-setting")["parts"]
     for name, label in LABELS.items():
-        for peer in ("eager", "strong"):
+        for peer in ("eager", "compiled"):
             times = parts["ours"][name]["median"] / parts[peer][name]["run"]
             yield Comparison("the paper's setting", "mdkern", peer, label, times)
     for row in parts["other_sizes"]["rows"]:

@@ -111,7 +111,7 @@ def ddpm_compiled(
     backend: str = "inductor",
     mode: str | None = None,
 ) -> tuple[Tensor, dict[str, int]]:
-    """The strong baseline over one batch.
+    """The compiled baseline over one batch.
 
     Args:
         heavy, light, schedule, input_ids, num_samples, length, steps, eps: as in `eager.ddpm`. Give models

@@ -1,7 +1,7 @@
 """Where the time goes: backbone, head and sampling, everything else, for three samplers of the same models.
 
 The paper's profile (Sedykh et al., 2604.02340: the output layer takes 59.9 % of the run at 12 blocks, 81.6 % at 4) for
-`eager`, MDLM's sampler as its code runs it; `compiled`, the strong baseline of `mdkern.profiling.compiled`; and mdkern.
+`eager`, MDLM's sampler as its code runs it; `compiled`, the baseline of `mdkern.profiling.compiled`; and mdkern.
 
 The loops of the first two are timed by marks between backbone and head over a few steps; a run of T steps is then T
 times the median step, and the closing pass. mdkern's step cannot be cut open, so whole runs are timed: as it is; with a

@@ -45,7 +45,7 @@ def model() -> DiT:
 
 
 @pytest.mark.parametrize("prompt", [(MASK, MASK, MASK), (MASK, 2, MASK)])
-def test_the_strong_baseline_is_exact(prompt: tuple[int, ...]) -> None:
+def test_the_compiled_baseline_is_exact(prompt: tuple[int, ...]) -> None:
     """Its coin and its Gumbel-max have the distribution of the Markov chain, enumerated."""
     models = {"H": ToyDenoiser(1), "L": ToyDenoiser(2)}
     ids = torch.tensor([prompt]).expand(40_000, -1)
@@ -61,7 +61,7 @@ def test_the_strong_baseline_is_exact(prompt: tuple[int, ...]) -> None:
     assert chi_square_p(drawn, exact_distribution(models, "LHHL", prompt, 1e-5)) > 1e-4
 
 
-def test_the_strong_baseline_leaves_the_random_state_alone(model: DiT) -> None:
+def test_the_compiled_baseline_leaves_the_random_state_alone(model: DiT) -> None:
     before = torch.get_rng_state()
     ddpm_compiled(Compiled(model, "eager"), num_samples=1, length=16, steps=2, seed=1, backend="eager")
     assert torch.equal(torch.get_rng_state(), before)
