@@ -176,6 +176,8 @@ class Hollow(Wrapped):
         self.constant = torch.randn(shape, device=inner.device, dtype=inner.dtype, generator=generator)
         if columns is not None:
             bias = inner.head.bias[:columns].clamp(min=-1e4)  # finite: ids that are never drawn may be all there are
+            bias[inner.vocab_size :] = -torch.inf
+            bias[inner.mask_id : inner.mask_id + 1] = -torch.inf  # none if the mask is beyond the columns
             self.head = Head(inner.head.weight[:columns], bias)
 
     def hidden(
