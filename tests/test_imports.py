@@ -20,6 +20,7 @@ PACKAGES = ("mdkern", "training", "benchmarks")
 ALLOWED = {
     ("mdkern.models.dit", "mdkern.models.checkpoint"): "people look for `from_pretrained` on the class that it makes",
     ("mdkern.models.dit_fused", "mdkern.models.dit"): "it knows the modules that it may stand in for by their classes",
+    ("mdkern.kernels.head.launch", "mdkern.kernels.head.launch_filter"): "filtered draws have kernels of their own",
     ("mdkern.models.hf.split", "mdkern.models.hf.probe"): "a model that has changed since it was split is probed again",
 }
 
