@@ -24,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _beside, _corner, _halves, _onward
+from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _beside, _corner, _halves
 from mdkern.kernels.backbone.norm_constants import EPS as NORM_EPS
+from mdkern.kernels.gluon_common import ring_advance
 
 BLOCKS = gl.constexpr(3)  # of `ROWS` in a tile
 COLUMNS = gl.constexpr(128)  # of a warpgroup
@@ -151,7 +152,7 @@ def _produce(
             for block in gl.static_range(BLOCKS):  # a copy's rows are a power of two
                 buffer = left_ring.index(stage * BLOCKS + block)
                 tma.async_copy_global_to_shared(left, [row + ROWS * block, k * BK], ready, buffer)
-            stage, phase = _onward(stage, phase, STAGES)
+            stage, phase = ring_advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -237,13 +238,13 @@ def _consume(
         _set_aside(tables, rings, row, column, rows, HALF, SPANS, FACTOR)
         a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # for none of them
         previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
-        stage, phase = _onward(stage, phase, STAGES)
+        stage, phase = ring_advance(stage, phase, STAGES)
         for _k in range(1, steps):
             products = _step((a, b, c), rings, stage, phase, HALF, False)
             a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)
             mbarrier.arrive(empty.index(previous))
             previous = stage + 0
-            stage, phase = _onward(stage, phase, STAGES)
+            stage, phase = ring_advance(stage, phase, STAGES)
 
         a, b, c = warpgroup_mma_wait(BLOCKS - 1, deps=(a, b, c))
         for block in gl.static_range(BLOCKS):

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves, _onward
+from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves
+from mdkern.kernels.gluon_common import ring_advance
 
 PARTS = gl.constexpr(SPAN.value // PART.value)  # of a warpgroup's tile, which is as wide as a span
 HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
@@ -53,7 +54,7 @@ def _produce(
             mbarrier.expect(ready, (BM + SPAN) * BK * 2)
             tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
             tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
-            stage, phase = _onward(stage, phase, STAGES)
+            stage, phase = ring_advance(stage, phase, STAGES)
             if k == steps // 2:
                 for half in gl.static_range(WARPGROUPS):
                     mbarrier.wait(stream_empty.index(half), stream_phase)
@@ -114,7 +115,7 @@ def _consume(
             product = warpgroup_mma_wait(1, deps=(product,))
             mbarrier.arrive(empty.index(previous), pred=k > 0)
             previous = stage + 0
-            stage, phase = _onward(stage, phase, STAGES)
+            stage, phase = ring_advance(stage, phase, STAGES)
 
         product = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(empty.index(previous))

@@ -38,13 +38,3 @@ def _corner(tile, row_tiles, column_tiles, BM: gl.constexpr, BN: gl.constexpr, G
     rows = gl.minimum(row_tiles - first, GROUP)
     rest = tile % (GROUP * column_tiles)
     return (first + rest % rows) * BM, rest // rows * BN
-
-
-@gluon.jit
-def _onward(stage, phase, STAGES: gl.constexpr):
-    """The next place of a ring, and the phase of its barriers there."""
-    stage += 1
-    if stage == STAGES:
-        stage = stage * 0
-        phase ^= 1
-    return stage, phase

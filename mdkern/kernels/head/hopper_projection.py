@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mdkern.kernels.gluon_common import barrier, ring_advance
 from mdkern.kernels.head.hopper_fold import (
     COLUMN,
     ROW,
@@ -33,8 +34,6 @@ from mdkern.kernels.head.hopper_fold import (
 )
 from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, locate_item, schedule_tiles
 from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, load_row_index
-
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6 and 3.7
 
 
 @gluon.jit
@@ -91,10 +90,7 @@ def _produce(
                 tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, weight_ring.index(stage))
                 if not STATIONARY:
                     tma.async_copy_global_to_shared(hidden, [row_tile * BM, k * BK], ready, hidden_ring.index(stage))
-                stage += 1
-                if stage == STAGES:
-                    stage = stage * 0
-                    phase ^= 1
+                stage, phase = ring_advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -202,10 +198,7 @@ def _consume(
                 product = warpgroup_mma_wait(1, deps=(product,))
                 mbarrier.arrive(empty.index(previous), pred=k > 0)
                 previous = stage
-                stage += 1
-                if stage == STAGES:
-                    stage = stage * 0
-                    phase ^= 1
+                stage, phase = ring_advance(stage, phase, STAGES)
             product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(empty.index(previous))
             if HAS_SCALE:

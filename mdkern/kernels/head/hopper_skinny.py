@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels import triton_noise as noise
-from mdkern.kernels.head.hopper_projection import barrier
+from mdkern.kernels.gluon_common import barrier, ring_advance
 from mdkern.kernels.head.hopper_skinny_reduce import RECORD
 from mdkern.kernels.head.triton_projection import MIXED
 from mdkern.kernels.triton_common import (
@@ -44,13 +44,6 @@ NOISE_STAGES = gl.constexpr(2)  # groups whose noise is drawn ahead
 def _tile(rows):
     """A group's logits, [64, rows], as the tensor cores leave them."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, rows, 16])
-
-
-@gluon.jit
-def ring_advance(stage, phase, STAGES: gl.constexpr):
-    """The next place of a ring, and the phase of its barriers there."""
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
