@@ -304,91 +304,32 @@ def vocab_projection_hopper_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        rows,
-                        sizes,
-                        rings,
-                        work,
-                        K_TILES,
-                        0,
-                        PROGRAMS,
-                        BM,
-                        BN,
-                        BK,
-                        STAGES,
-                        STATIONARY,
-                        HEAD_START,
-                        MODE,
-                        WANT_TOP,
-                        WANT_ENTROPY,
-                        HAS_SCALE,
-                        HAS_CAP,
-                    ),
-                ),
-                (
-                    _produce,
-                    (hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
-                ),
+                (_consume, (
+                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
+                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                )),
+                (_produce, (
+                    hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                )),
             ],
             [1],
             [24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        rows,
-                        sizes,
-                        rings,
-                        work,
-                        K_TILES,
-                        0,
-                        PROGRAMS,
-                        BM,
-                        BN,
-                        BK,
-                        STAGES,
-                        STATIONARY,
-                        HEAD_START,
-                        MODE,
-                        WANT_TOP,
-                        WANT_ENTROPY,
-                        HAS_SCALE,
-                        HAS_CAP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        rows,
-                        sizes,
-                        rings,
-                        work,
-                        K_TILES,
-                        1,
-                        PROGRAMS,
-                        BM,
-                        BN,
-                        BK,
-                        STAGES,
-                        STATIONARY,
-                        HEAD_START,
-                        MODE,
-                        WANT_TOP,
-                        WANT_ENTROPY,
-                        HAS_SCALE,
-                        HAS_CAP,
-                    ),
-                ),
-                (
-                    _produce,
-                    (hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START),
-                ),
+                (_consume, (
+                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
+                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                )),
+                (_consume, (
+                    rows, sizes, rings, work, K_TILES, 1, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
+                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                )),
+                (_produce, (
+                    hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                )),
             ],
             [4, 1],
             [REGISTERS, 24],
-        )
+        )  # fmt: skip
