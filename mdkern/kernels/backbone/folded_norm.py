@@ -2,12 +2,13 @@
 
 With ``m = norm_weight * (1 + scale)``, the product of a normed row is
 
-    (rstd * (x - mean) * m + shift) @ W.T = rstd * (x @ Wm.T) + W @ shift,   Wm = W * m less the mean of each row,
+    (rstd * (x - mean) * m + shift) @ W.T = rstd * (x @ Wm.T) + W @ shift,
 
-for the mean of `x` meets only the sums of the rows of Wm, which are 0. So the product reads the residual stream itself,
-and its epilogue multiplies by ``rstd``, one number a row. The rows of Wm sum to 0 as they are rounded, too: then no
-part of the product's error grows with the mean. The contract, and the operators in plain PyTorch; `triton_folded_norm`
-runs on a GPU.
+where Wm is ``W * m`` with the mean of each row subtracted. The mean of `x` drops out because each row of Wm sums to 0.
+So the product reads the residual stream directly, and its epilogue multiplies each row by one number, ``rstd``. The
+rows of Wm sum to 0 after rounding, too, so that no part of the product's error grows with the mean.
+
+This file has the contract and the reference in plain PyTorch; `triton_folded_norm` is the GPU kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mdkern.kernels.backbone.norm_constants import EPS, NEAR_ZERO, ROUNDS
 from mdkern.kernels.checks import check_written
 from mdkern.kernels.operator import operator
 
-SPAN = 256  # columns that a row's sums are of: a column tile of the product that leaves them
+SPAN = 256  # columns that one sum of a row covers: the width of a column tile of the product that writes the sums
 
 
 def fold_norm_reference(
@@ -49,15 +50,15 @@ def fold_norm_reference(
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums and sums of squares of each row's spans of columns: ``x [N, C]`` -> float ``[C / SPAN, 2, N]``."""
+    """Sum and sum of squares of every `SPAN` columns of each row: ``x [N, C]`` -> float ``[C / SPAN, 2, N]``."""
     spans = x.to(wide(x)).unflatten(1, (-1, SPAN))
     return torch.stack((spans.sum(2), spans.square().sum(2))).permute(2, 0, 1).contiguous()
 
 
 def one_over_spread(sums: Tensor) -> Tensor:
-    """``rstd [N]`` of rows from their `row_sums`.
+    """``rstd [N]``, one over the standard deviation of each row, from its `row_sums`.
 
-    In float32 it is off by 2e-4 where the mean is 50 times the spread, by 3e-3 at 200 times.
+    The relative error in float32 is 2e-4 where the mean is 50 times the standard deviation, 3e-3 where it is 200 times.
     """
     mean, square = sums.sum(0) / (SPAN * sums.shape[0])
     return (square - mean.square()).clamp(min=0).add(EPS).rsqrt()
@@ -73,7 +74,7 @@ fold_norm_operator = operator(
 
 
 def new_sums(x: Tensor) -> Tensor:
-    """Room for `row_sums` of `x`."""
+    """An uninitialised tensor of the shape and dtype of `row_sums(x)`."""
     return x.new_empty((x.shape[1] // SPAN, 2, x.shape[0]), dtype=wide(x))
 
 
@@ -86,14 +87,17 @@ def fold_norm(
     *,
     out: tuple[Tensor, Tensor],
 ) -> None:
-    """The matrix and the bias that do for the rows of a stream what `weight` and `bias` do for their modulated norms.
+    """Fold a modulated layer normalisation into the weight and bias of the product that follows it.
+
+    ``one_over_spread(row_sums(x))[:, None] * (x @ out[0].T) + out[1]`` is then
+    ``modulated_norm(x, norm_weight, shift, scale) @ weight.T + bias``.
 
     Args:
         weight: floating ``[C, D]``.
         bias: ``[C]``, or None.
         norm_weight, shift, scale: ``[D]``, as for `mdkern.kernels.backbone.modulated_norm`.
-        out: where the two are written, ``[C, D]`` and ``[C]``, the first of the dtype of `weight`. Each of its rows
-            sums to 0 within the precision of sums.
+        out: the folded weight ``[C, D]`` and bias ``[C]``, written in place. The weight has the dtype of `weight`, and
+            each of its rows sums to 0 up to the rounding of the sum.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.

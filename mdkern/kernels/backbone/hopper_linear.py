@@ -1,14 +1,14 @@
-"""`mdkern.kernels.backbone.linear` for Hopper in Gluon: products whose epilogues do what would otherwise be a pass.
+"""`mdkern.kernels.backbone.linear` for Hopper, in Gluon: matrix products with the next operation in their epilogue.
 
-A persistent program per multiprocessor: a producer warp copies tiles into a ring in shared memory, running ahead over
-the ends of output tiles; two consumer warpgroups multiply 192 rows by 128 columns each and finish them in registers, 64
-rows at a time. The finished rows leave through buffers of their own while the next tile is multiplied. A layer
-normalisation's division by the rows' spread goes along, if their sums are known (`kernels.backbone.folded_norm`).
+One persistent program runs on each multiprocessor. A producer warp copies tiles into a ring in shared memory, and runs
+ahead past the end of an output tile; two consumer warpgroups each multiply 192 rows by 128 columns and finish them in
+registers, 64 rows at a time. The finished rows are stored through buffers of their own while the next tile is
+multiplied. With sums of the rows, the epilogue also divides by each row's standard deviation, as a folded layer
+normalisation needs (`kernels.backbone.folded_norm`).
 
-The tile, 192 x 256, is as large as the registers allow: 192 of a thread's 240 hold it. At the card's power limit a
-product takes as long as its energy does, and a larger tile is copied fewer times from the cache. Measurements:
-docs/notes/backbone.md. Rows times twice the spans of a row, which index the sums, must stay below 2^31: 89 million rows
-of 3,072 columns.
+The tile of 192 x 256 is as large as registers allow: it takes 192 of a thread's 240. Measurements of tiles:
+docs/notes/backbone.md. The index into the sums, rows times twice the spans of a row, must stay below 2^31, which is 89
+million rows of 3,072 columns.
 """
 
 # mypy: ignore-errors
@@ -28,13 +28,13 @@ from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WI
 from mdkern.kernels.backbone.norm_constants import EPS as NORM_EPS
 from mdkern.kernels.gluon_common import ring_advance
 
-BLOCKS = gl.constexpr(3)  # of `ROWS` in a tile
-COLUMNS = gl.constexpr(128)  # of a warpgroup
-BUFFERS = gl.constexpr(3)  # of a warpgroup, 64 x 64 each, through which what is finished leaves
-PADDED = gl.constexpr(256)  # a tile's 192 rows, up to a power of two
+BLOCKS = gl.constexpr(3)  # blocks of `ROWS` rows in a tile
+COLUMNS = gl.constexpr(128)  # columns of one warpgroup
+BUFFERS = gl.constexpr(3)  # output buffers of a warpgroup, 64 x 64 each
+PADDED = gl.constexpr(256)  # a tile's 192 rows, rounded up to a power of two
 EPS = gl.constexpr(NORM_EPS)
 
-# 32 and 16 columns as the tensor cores leave them.
+# The register layouts of 32 and 16 columns of a tensor-core result.
 THIN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]))
 SLIM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16]))
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -44,7 +44,7 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 @gluon.jit
 def _gelu_of_twice(h):
-    """``gelu(2 h)``, tanh form: five operations and a hyperbolic tangent accurate to 2^-11."""
+    """``gelu(2 h)`` in the tanh form, with a hyperbolic tangent accurate to 2^-11."""
     inner = h * (1.5957691216057308 + 0.28541926508900104 * (h * h))
     t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=gl.float32, is_pure=True, pack=1)
     return h * t + h
@@ -52,7 +52,7 @@ def _gelu_of_twice(h):
 
 @gluon.jit
 def _one_over_spread(sums, row, rows, SPANS: gl.constexpr):
-    """Of a tile's rows, from the sums and sums of squares of their spans of columns."""
+    """One over the standard deviation of a tile's rows, from their sums and sums of squares."""
     at = row + gl.arange(0, PADDED, layout=PAIRWISE)
     total = gl.load(sums + at, mask=at < rows, other=0.0)
     squares = gl.load(sums + rows + at, mask=at < rows, other=0.0)
@@ -66,7 +66,7 @@ def _one_over_spread(sums, row, rows, SPANS: gl.constexpr):
 
 @gluon.jit
 def _load_angles(cos, sin, row, length, PAIRS: gl.constexpr, UNIT: gl.constexpr):
-    """Cosines and sines of 16 pairs of columns at 64 rows' positions."""
+    """Cosines and sines of 16 pairs of columns at the positions of 64 rows."""
     position = (row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SLIM))) % length
     pair = UNIT * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, SLIM))
     at = position[:, None] * PAIRS + pair[None, :]
@@ -80,14 +80,14 @@ def _rotate(first, second, cos, sin):
 
 @gluon.jit
 def _quarters(x):
-    """``[64, 64]`` as four of ``[64, 16]``: no register moves."""
+    """Split ``[64, 64]`` into four of ``[64, 16]`` without moving a register."""
     left, right = _halves(x, THIN)
     return _halves(left, SLIM) + _halves(right, SLIM)
 
 
 @gluon.jit
 def _replaced(quarters, x, AT: gl.constexpr):
-    """The whole of `quarters`, with `x` in the place of one."""
+    """`quarters` with `x` in the place of number `AT`."""
     a = x if AT == 0 else quarters[0]
     b = x if AT == 1 else quarters[1]
     c = x if AT == 2 else quarters[2]
@@ -97,7 +97,7 @@ def _replaced(quarters, x, AT: gl.constexpr):
 
 @gluon.jit
 def _rotate_across(first, second, cos, sin, UNIT: gl.constexpr):
-    """16 pairs of a head of 128 columns, rotated."""
+    """Rotate 16 pairs of a head of 128 columns, whose halves are `first` and `second`."""
     left, right = _quarters(first), _quarters(second)
     a, b = _rotate(left[UNIT], right[UNIT], cos, sin)
     return _replaced(left, a, UNIT), _replaced(right, b, UNIT)
@@ -105,7 +105,7 @@ def _rotate_across(first, second, cos, sin, UNIT: gl.constexpr):
 
 @gluon.jit
 def _rotate_within(part, cos, sin, UNIT: gl.constexpr):
-    """16 pairs of a head of 64 columns, rotated."""
+    """Rotate 16 pairs of a head of 64 columns."""
     quarters = _quarters(part)
     a, b = _rotate(quarters[UNIT], quarters[UNIT + 2], cos, sin)
     return _replaced(_quarters(_replaced(quarters, a, UNIT)), b, UNIT + 2)
@@ -113,7 +113,7 @@ def _rotate_within(part, cos, sin, UNIT: gl.constexpr):
 
 @gluon.jit
 def _rotate_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
-    """128 columns: two heads of 64, or one. (Loading the next rows' angles ahead spills, and is no faster.)"""
+    """Rotate 128 columns: two heads of 64, or one of 128."""
     for unit in gl.static_range(PAIRS // 16):
         c, s = _load_angles(cos, sin, row, length, PAIRS, unit)
         if PAIRS == 32:
@@ -149,7 +149,7 @@ def _produce(
             ready = full.index(stage)
             mbarrier.expect(ready, (BM + BN) * BK * 2)
             tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
-            for block in gl.static_range(BLOCKS):  # a copy's rows are a power of two
+            for block in gl.static_range(BLOCKS):  # one bulk copy takes a power of two of rows
                 buffer = left_ring.index(stage * BLOCKS + block)
                 tma.async_copy_global_to_shared(left, [row + ROWS * block, k * BK], ready, buffer)
             stage, phase = ring_advance(stage, phase, STAGES)
@@ -157,7 +157,7 @@ def _produce(
 
 @gluon.jit
 def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr):
-    """One step of the depth, left under way."""
+    """Start the multiplication of one step of the inner dimension; it is not waited for here."""
     left_ring, right_ring, _, _, _, full, _ = rings
     mbarrier.wait(full.index(stage), phase)
     right = right_ring.index(stage).slice(HALF * COLUMNS, COLUMNS, dim=0).permute((1, 0))
@@ -170,7 +170,7 @@ def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr
 
 @gluon.jit
 def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, FACTOR: gl.constexpr):
-    """What the end of the tile needs, fetched into shared memory: in registers there is no room for it."""
+    """Fetch what the epilogue needs into shared memory, as there is no room for it in registers."""
     bias, _, _, sums = tables
     _, _, _, shifts, scales, _, _ = rings
     if bias is not None:
@@ -183,7 +183,7 @@ def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.c
 
 @gluon.jit
 def _affine(x, tables, rings, HALF: gl.constexpr, BLOCK: gl.constexpr, SIDE: gl.constexpr, FACTOR: gl.constexpr):
-    """64 x 64 of the product, scaled by row, plus the bias; both times `FACTOR`."""
+    """A 64 x 64 part of the product, scaled by row, plus the bias, all times `FACTOR`."""
     bias, _, _, sums = tables
     _, _, _, shifts, scales, _, _ = rings
     if sums is not None:
@@ -199,7 +199,7 @@ def _affine(x, tables, rings, HALF: gl.constexpr, BLOCK: gl.constexpr, SIDE: gl.
 @gluon.jit
 def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexpr):
     buffer = leaving.index(HALF * BUFFERS + NUMBER % BUFFERS)
-    tma.store_wait(BUFFERS - 1)  # what left this buffer before has been read
+    tma.store_wait(BUFFERS - 1)  # the earlier store from this buffer has read it
     buffer.store(x.to(out.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [row, column], buffer)
@@ -217,7 +217,7 @@ def _consume(
     PROGRAMS: gl.constexpr,
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,  # head_dim / 2
-    SPANS: gl.constexpr,  # of a row of the left matrix, with sums
+    SPANS: gl.constexpr,  # spans of a row of the left matrix that there are sums of; 0: no sums
 ):
     """A consumer warpgroup: multiplies the tiles and finishes their product."""
     _, cos, sin, _ = tables
@@ -236,8 +236,8 @@ def _consume(
         nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=product_layout)
         products = _step((nothing, nothing, nothing), rings, stage, phase, HALF, True)
         _set_aside(tables, rings, row, column, rows, HALF, SPANS, FACTOR)
-        a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # for none of them
-        previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
+        a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # lets all three run on
+        previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
         stage, phase = ring_advance(stage, phase, STAGES)
         for _k in range(1, steps):
             products = _step((a, b, c), rings, stage, phase, HALF, False)
@@ -269,7 +269,7 @@ def _consume(
     tma.store_wait(0)
 
 
-# Not specialised, so that no length or batch size is compiled anew.
+# These arguments are not specialised, so that a new length or batch size compiles nothing.
 COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "rotated")
 
 
@@ -308,7 +308,7 @@ def linear_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
     fence_async_shared()
-    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
     rings = (left_ring, right_ring, leaving, shifts, scales, full, empty)
     sizes = (row_tiles, column_tiles, steps)
     places = (rows, length, rotated)

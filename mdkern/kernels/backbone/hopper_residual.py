@@ -1,9 +1,9 @@
-"""`mdkern.kernels.linear_residual` for Hopper in Gluon: a product added to the stream in place, as it leaves.
+"""`linear_residual` of `mdkern.kernels.backbone.linear` for Hopper, in Gluon: a product added to the residual stream.
 
-A persistent program per multiprocessor: a producer warp copies tiles into a ring in shared memory, running ahead over
-the ends of output tiles; two consumer warpgroups multiply 64 rows by 256 columns each and finish them in registers. The
-stream's tile comes in through the buffers by which it leaves, while the product is made. The epilogue sums up the rows
-that it holds, for the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
+One persistent program runs on each multiprocessor. A producer warp copies tiles into a ring in shared memory, and runs
+ahead past the end of an output tile; two consumer warpgroups each multiply 64 rows by 256 columns and finish them in
+registers. The stream's tile is loaded during the multiplication, into the buffers that it is stored from afterwards.
+The epilogue also sums the rows, for the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
 """
 
 # mypy: ignore-errors
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves
 from mdkern.kernels.gluon_common import ring_advance
 
-PARTS = gl.constexpr(SPAN.value // PART.value)  # of a warpgroup's tile, which is as wide as a span
+PARTS = gl.constexpr(SPAN.value // PART.value)  # parts of a warpgroup's tile, which is one span wide
 HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
 
@@ -91,9 +91,9 @@ def _consume(
     for tile in range(program, row_tiles * column_tiles, PROGRAMS):
         row, column = _corner(tile, row_tiles, column_tiles, ROWS * WARPGROUPS, SPAN, GROUP)
         row += HALF * ROWS
-        # What the end of the tile needs is fetched at its start: later it would be waited for.
+        # The epilogue's inputs are fetched at the start of the tile, so that nothing waits for them at its end.
         within = gl.arange(0, PART, layout=gl.SliceLayout(0, WIDE))
-        sequence = gl.minimum(row // rows_of_sequence, last_sequence)  # the last tile's rows may be past the end
+        sequence = gl.minimum(row // rows_of_sequence, last_sequence)  # rows of the last tile may lie past the end
         sequence_gate = gate + sequence.to(gl.int64) * gate_stride
         shifts = ()
         factors = ()
@@ -103,13 +103,13 @@ def _consume(
                 shifts = shifts + (gl.load(bias + at),)
             factors = factors + (gl.load(sequence_gate + at),)
         product = gl.zeros([ROWS, SPAN], gl.float32, layout=product_layout)
-        previous = stage + 0  # a copy: `stage` itself would pass for a value that the loop leaves alone
+        previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
         for k in range(steps):
             mbarrier.wait(full.index(stage), phase)
             ours = left_ring.index(stage).slice(HALF * ROWS, ROWS, dim=0)
             theirs = right_ring.index(stage).permute((1, 0))
             product = warpgroup_mma(ours, theirs, product, use_acc=k > 0, is_async=True)
-            if k == 0:  # the last tile has left the buffer by now
+            if k == 0:  # by now the last tile has been stored from the buffer
                 tma.store_wait(0)
                 mbarrier.arrive(stream_empty.index(HALF), pred=tile != program)
             product = warpgroup_mma_wait(1, deps=(product,))
@@ -137,7 +137,7 @@ def _consume(
             held = near.load(WIDE), far.load(WIDE)
             first += held[0].to(gl.float32)
             second += held[1].to(gl.float32)
-            if sums is not None:  # before rounding, which would cost its undoing
+            if sums is not None:  # of the values before rounding, which are still in registers
                 total += gl.sum(first + second, 1)
                 squares += gl.sum(first * first + second * second, 1)
             near.store(first.to(stream.dtype))
@@ -153,7 +153,7 @@ def _consume(
     tma.store_wait(0)
 
 
-# Not specialised, so that no batch size is compiled anew.
+# These arguments are not specialised, so that a new batch size compiles nothing.
 COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "rows_of_sequence", "last_sequence")
 
 
@@ -192,7 +192,7 @@ def linear_residual_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
     fence_async_shared()
-    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
     rings = (left_ring, right_ring, leaving, full, empty, stream_full, stream_empty)
     sizes = (row_tiles, column_tiles, steps)
     places = (rows, rows_of_sequence, last_sequence, gate_stride)

@@ -1,4 +1,4 @@
-"""Launches `hopper_linear` and `hopper_residual`: describes matrices to the bulk-copy engine, shares out the tiles.
+"""Launches `hopper_linear` and `hopper_residual`: makes descriptors for the bulk-copy engine (TMA), chooses the tiles.
 
 Measurements of tiles, and what was tried: docs/notes/backbone.md.
 """
@@ -20,12 +20,12 @@ from mdkern.kernels.device import num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
 
 DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memory swizzle
-SUB = [ROWS.value, PART.value]  # what leaves at a time
+SUB = [ROWS.value, PART.value]  # what one store writes
 LINEAR_TILE = (ROWS.value * BLOCKS.value, COLUMNS.value * WARPGROUPS.value)
 RESIDUAL_TILE = (ROWS.value * WARPGROUPS.value, SPAN.value)
-# Row tiles that go by all columns together.
+# Row tiles that take all columns before the next ones begin.
 LINEAR_GROUP, RESIDUAL_GROUP = 8, 16
-# As many stages of the ring as shared memory holds; registers of a consumer thread, and of any at launch.
+# STAGES: as many as shared memory holds. REGISTERS: of a consumer thread; maxnreg: of every thread at the launch.
 SETTING = {"BK": DEPTH, "STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
 
 
@@ -37,7 +37,7 @@ def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 
 def cut(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int, int]:
-    """Tiles of rows and of columns, and programs."""
+    """Number of row tiles, of column tiles, and of programs."""
     row_tiles, column_tiles = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
     return row_tiles, column_tiles, min(num_sms(device), row_tiles * column_tiles)
 
@@ -57,7 +57,7 @@ def linear(
 ) -> None:
     """``out = [gelu] (x @ weight.T + bias)``, the first `rotated` columns rotated by `cos`, `sin`.
 
-    `sums` are of the rows of `x`, which are divided by their spread.
+    With `sums`, the `row_sums` of `x`, each row of the product is divided by the standard deviation of its row of `x`.
     """
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], LINEAR_TILE, x.device)
     linear_kernel[(programs,)](
@@ -86,7 +86,7 @@ def linear(
 def linear_residual(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
-    """``stream += gate * (x @ weight.T + bias)``; `sums` is where those of the new rows go."""
+    """``stream += gate * (x @ weight.T + bias)``; `sums`, if given, receives the `row_sums` of the new rows."""
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], RESIDUAL_TILE, x.device)
     sequences = gate.shape[0] if gate.ndim == 2 else 1
     linear_residual_kernel[(programs,)](

@@ -1,7 +1,7 @@
-"""`linear_rotary`, `linear_gelu`, `linear_residual`: a transformer's matrix products with what follows them.
+"""`linear_rotary`, `linear_gelu`, `linear_residual`: a transformer's matrix products, fused with the next operation.
 
-The contract, and the operators in plain PyTorch; `hopper_linear` and `hopper_residual` run them where many rows meet a
-Hopper GPU. What there is to save: docs/notes/backbone.md.
+This file has the contracts and the references in plain PyTorch. `hopper_linear` and `hopper_residual` are the kernels
+for many rows on a Hopper GPU; elsewhere the reference runs. Measurements: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mdkern.kernels.device import copies_in_bulk, is_hopper
 from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
-FEWEST_ROWS = 4096  # below, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
+FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
 def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``, of the rows over their spread if there are `sums`."""
+    """``x @ weight.T + bias``; with `sums`, each row of the product is divided by the spread of its row of `x`."""
     if sums is None:
         return F.linear(x, weight, bias)
     product = F.linear(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums)[:, None]
@@ -39,15 +39,15 @@ def linear_rotary_reference(
     bias: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """`linear_rotary` as a product and a pass over its output."""
+    """`linear_rotary` in plain PyTorch: a product, then a pass over its output."""
     product = product_reference(x, weight, bias, sums)
     rotary(product.view(x.shape[0], -1, 2 * cos.shape[1])[:, :heads], cos, sin, length=length)
     return product
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
-    """`linear_gelu`: on a GPU the epilogue of cuBLASLt's product."""
-    if x.is_cuda and sums is None and hasattr(torch, "_addmm_activation"):  # without it: a pass over the product more
+    """`linear_gelu` in plain PyTorch; on a GPU the GELU is the epilogue of cuBLASLt's product where there is one."""
+    if x.is_cuda and sums is None and hasattr(torch, "_addmm_activation"):  # a private name, which may be removed
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
     return F.gelu(product_reference(x, weight, bias, sums), approximate="tanh")
 
@@ -55,7 +55,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor 
 def linear_residual_reference(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
-    """`linear_residual` as a product and a pass over its output."""
+    """`linear_residual` in plain PyTorch: a product, then a pass over its output."""
     stream.copy_(stream.to(wide(stream)) + per_row(gate, stream) * F.linear(x, weight, bias))
     if sums is not None:
         sums.copy_(row_sums(stream))
@@ -103,7 +103,7 @@ def linear_residual_on_gpu(
 
 
 def new_product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    """Room for ``x @ weight.T``."""
+    """An uninitialised tensor for ``x @ weight.T``."""
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -122,7 +122,7 @@ linear_residual_operator = operator(
 
 
 def runs_fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether a Hopper kernel takes the product: many rows, whole column tiles, matrices that bulk copies can read."""
+    """Whether a Hopper kernel runs the product: many rows, whole column tiles, matrices that bulk copies can read."""
     return (
         is_hopper(x.device)
         and x.shape[0] >= FEWEST_ROWS
@@ -134,12 +134,12 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
 
 
 def rotates_fused(cos: Tensor, heads: int) -> bool:
-    """Whether `hopper_linear` takes the heads."""
+    """Whether `hopper_linear` can rotate such heads."""
     return cos.shape[1] in (32, 64) and heads * cos.shape[1] % 64 == 0
 
 
 def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
-    """Whether `linear_residual` is one pass: else the addition is better left to the norm that follows."""
+    """Whether `linear_residual` is one pass. Where it is not, the norm that follows should do the addition."""
     whole = gate.ndim == 1 or (x.shape[0] // gate.shape[0]) % 64 == 0
     return runs_fused(x, weight) and whole and gate.stride(-1) == 1
 
@@ -155,17 +155,17 @@ def linear_rotary(
     bias: Tensor | None = None,  # [C]
     sums: Tensor | None = None,  # [K / 256, 2, N]
 ) -> Tensor:
-    """``x @ weight.T + bias``, its first `heads` heads rotated by their rows' positions: row n is at ``n % length``.
+    """``x @ weight.T + bias`` with rotary embedding of the first `heads` heads; row n is at position ``n % length``.
 
     Args:
         x: floating ``[N, K]``.
-        weight: same dtype, ``[C, K]``: queries, keys, values in this order, or some of them.
+        weight: same dtype, ``[C, K]``: the projections to queries, keys and values in this order, or some of them.
         cos, sin: as for `mdkern.kernels.backbone.rotary`.
-        heads: how many; the columns after them are left as they are.
-        length: at most P.
-        bias: as `weight`, ``[C]``.
-        sums: of the rows of `x` as `folded_norm.row_sums` has them. The product is divided by each row's spread:
-            a layer normalisation, if the rows of `weight` sum to 0.
+        heads: number of heads to rotate; the columns after them are not.
+        length: positions of a sequence, at most P.
+        bias: same dtype, ``[C]``.
+        sums: float32, `folded_norm.row_sums` of `x`. Each row of the product is divided by the standard deviation of
+            its row of `x`, which makes it the product of a layer normalisation if the rows of `weight` sum to 0.
 
     Returns:
         ``[N, C]`` of the dtype of `x`.
@@ -182,7 +182,7 @@ def linear_rotary(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, sums: Tensor | None = None) -> Tensor:
-    """``gelu(x @ weight.T + bias)``, the tanh form.
+    """``gelu(x @ weight.T + bias)`` in the tanh form.
 
     Args:
         x: floating ``[N, K]``.
@@ -214,9 +214,9 @@ def linear_residual(
     Args:
         stream: floating ``[N, C]``, contiguous.
         x, weight, bias: of the same dtype.
-        gate: of the same dtype, shared by all rows, or of sequences as in `mdkern.kernels.backbone.modulated_norm`.
-        sums: float32, where the new rows' `folded_norm.row_sums` are written, if wanted: on a Hopper GPU
-            of the rows before they are rounded.
+        gate: of the same dtype, ``[C]`` for all rows or ``[S, C]`` for S sequences, as in `modulated_norm`.
+        sums: float32, written in place if given: `folded_norm.row_sums` of the new rows. The Hopper kernel sums the
+            rows before they are rounded.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.

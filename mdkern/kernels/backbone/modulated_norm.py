@@ -1,7 +1,8 @@
-"""`modulated_norm`, `gathered_norm`: what stands between two matrix products of an adaLN transformer, in one pass.
+"""`modulated_norm`, `gathered_norm`: all that lies between two matrix products of an adaLN transformer, in one pass.
 
-The gated residual update, layer normalisation and adaLN's modulation (Peebles and Xie, 2212.09748, figure 3) read each
-row once and write it once. The contract, and the operators in plain PyTorch; `triton_modulated_norm` runs on a GPU.
+The gated residual update, the layer normalisation and adaLN's modulation (Peebles and Xie, 2212.09748, figure 3) are
+done in one kernel that reads and writes each row once. This file has the contracts and the references in plain PyTorch;
+`triton_modulated_norm` has the GPU kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mdkern.kernels.checks import check_tensor, check_written
 from mdkern.kernels.device import has_triton
 from mdkern.kernels.operator import operator
 
-MOST_COLUMNS = 1 << 13  # of a row in the kernel, which keeps whole rows in registers; beyond, plain PyTorch does it
+MOST_COLUMNS = 1 << 13  # the kernel keeps whole rows in registers; wider ones go to the reference
 
 
 def modulated_norm_reference(
@@ -47,7 +48,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def per_row(modulation: Tensor, x: Tensor) -> Tensor:
-    """``[D]`` as it is; ``[S, D]`` of sequences -> ``[N, D]`` of their rows; in the precision of sums."""
+    """Modulation of each row, float32 or float64: ``[D]`` stays as it is, ``[S, D]`` of sequences becomes ``[N, D]``."""
     if modulation.ndim == 2:
         modulation = modulation.repeat_interleave(x.shape[0] // modulation.shape[0], 0)
     return modulation.to(wide(x))
@@ -72,12 +73,12 @@ gathered_norm_operator = operator(
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels take such rows."""
+    """Whether the kernel can run such rows."""
     return x.shape[1] <= MOST_COLUMNS and x.dtype != torch.float64
 
 
 def runs_fused(x: Tensor) -> bool:
-    """Whether a kernel takes such rows where they are."""
+    """Whether the kernel runs such rows on the device that they are on."""
     return has_triton(x.device) and fits(x)
 
 
@@ -92,14 +93,14 @@ def modulated_norm(
 ) -> Tensor:
     """``x += gate * update`` in place, then ``layer_norm(x) * weight * (1 + scale) + shift``.
 
-    The modulation is shared by all rows (``[D]``), or belongs to sequences (``[S, D]``): row n of N takes row
-    ``n // (N / S)`` of it. Everything is computed in float32; the norm is of the updated `x` as it is stored.
+    The modulation is shared by all rows (``[D]``) or given for each of S sequences (``[S, D]``), of which row n of N
+    takes row ``n // (N / S)``. Everything is computed in float32; the norm is of the updated `x` as it is stored.
 
     Args:
-        x: floating ``[N, D]``, contiguous: the residual stream. Written only with an `update`.
+        x: floating ``[N, D]``, contiguous: the residual stream. Written only if there is an `update`.
         weight: floating ``[D]``, the norm's.
-        shift, scale, gate: floating, adaLN's; all of one shape. S divides N.
-        update: as `x`, any row stride: the output of the sublayer before. Goes with `gate`.
+        shift, scale, gate: floating, adaLN's modulation, all of one shape. S divides N.
+        update: shape and dtype of `x`, any row stride: the output of the sublayer before. Given with `gate`, or not.
 
     Returns:
         ``[N, D]`` of the dtype of `x`: the input of the next sublayer.
@@ -124,11 +125,13 @@ def gathered_norm(
     shift: Tensor,  # [D] or [S, D]
     scale: Tensor,  # [D] or [S, D]
 ) -> tuple[Tensor, Tensor]:
-    """``x = table[row_index]`` and ``layer_norm(x) * weight * (1 + scale) + shift``: an embedding, or some rows only.
+    """``x = table[row_index]``, and ``layer_norm(x) * weight * (1 + scale) + shift``.
+
+    For an embedding and the norm after it, or for the norm of some rows only.
 
     Args:
         table: floating ``[T, D]``, any row stride.
-        row_index: int32 or int64 ``[N]``. A row that `table` does not have gives NaN.
+        row_index: int32 or int64 ``[N]``. An index outside 0..T-1 gives a row of NaN.
         weight, shift, scale: as for `modulated_norm`, of the N rows.
 
     Returns:

@@ -1,8 +1,8 @@
 """Numbers that the norms' references and kernels share."""
 
 EPS = 1e-5  # of `torch.nn.functional.layer_norm`
-# A row of a folded weight is rounded, and its sum then is not 0. What it is off goes to its entries near 0, whose grid
-# is fine, in so many rounds; then one entry takes the rest. Constant modulation makes rounding go one way: one entry
-# alone would be off by more than their spread.
+# Rounding a row of a folded weight leaves a sum that is not 0. The remainder is spread over the entries near 0, where
+# numbers lie close together, in this many rounds; one entry takes what is left. Giving it all to one entry would change
+# that entry by more than the row's standard deviation where a constant modulation makes all entries round the same way.
 ROUNDS = 3
-NEAR_ZERO = 0.2  # of the row's root mean square
+NEAR_ZERO = 0.2  # "near 0" is below this share of the row's root mean square

@@ -1,8 +1,9 @@
-"""`rotary`: rotary position embedding (Su et al., 2104.09864), the two halves of a head paired, in place.
+"""`rotary`: rotary position embedding (Su et al., 2104.09864), in place, dimension i paired with i + head_dim / 2.
 
-In place on the output of the projection that made the heads, so that attention reads it where it lies. Where a layer
-sees nothing of a sequence but its ids, that projection is a table over the ids: `gathered_qkv` reads and rotates its
-rows. The contract, and the operators in plain PyTorch; `triton_rotary` runs them on a GPU.
+It works in place on the output of the projection to queries, keys and values, so that attention can read that output
+directly. In the first layer, whose input depends on the ids alone, the projection can be a table over the ids;
+`gathered_qkv` reads rows of such a table and rotates them. This file has the contracts and the references in plain
+PyTorch; `triton_rotary` has the GPU kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     place = torch.arange(x.shape[0], device=x.device) % length if positions is None else positions.long()
     outside = (place < 0) | (place >= cos.shape[0])
     place = place.masked_fill(outside, 0)
-    # [N, 1, head_dim / 2], NaN where there is no such position
+    # [N, 1, head_dim / 2], NaN for positions outside the tables
     cos, sin = (table[place].masked_fill(outside[:, None], torch.nan)[:, None] for table in (cos, sin))
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
@@ -61,11 +62,11 @@ def rotary(
     """Rotate each pair ``(x[n, h, i], x[n, h, i + head_dim / 2])`` by the angle of row n's position, in place.
 
     Args:
-        x: floating ``[N, H, head_dim]``, each row's heads lying together, any row stride: queries and keys of
-            one projection are 2H heads of a row of ``3 * H * head_dim``.
-        cos, sin: float32 ``[P, head_dim / 2]``, of the angle of each position.
-        positions: int64 or int32 ``[N]`` in 0..P-1; others give NaN. None: row n is at ``n % length``.
-        length: without `positions`, at most P.
+        x: floating ``[N, H, head_dim]``, contiguous within a row, any row stride. Queries and keys of one projection
+            are the first 2H heads of rows of ``3 * H * head_dim``.
+        cos, sin: float32 ``[P, head_dim / 2]``, of the angles of each position.
+        positions: int64 or int32 ``[N]`` in 0..P-1; others give NaN. None: row n is at position ``n % length``.
+        length: needed without `positions`; at most P.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -92,17 +93,17 @@ def gathered_qkv(
     heads: int,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    """``embedding[row_index]`` and ``table[row_index]``, the first `heads` heads of the latter rotated as by `rotary`.
+    """``embedding[row_index]``, and ``table[row_index]`` with its first `heads` heads rotated as by `rotary`.
 
-    Row n is at position ``n % length``. An index that is not there gives rows of NaN.
+    Row n is at position ``n % length``. An index outside 0..T-1 gives rows of NaN.
 
     Args:
         embedding: floating ``[T, D]``, any row stride.
-        table: of the same dtype, ``[T, C]``, whole heads, any row stride: for each id queries, keys and values.
+        table: of the same dtype, ``[T, C]``, whole heads, any row stride: queries, keys and values of each id.
         row_index: int32 or int64 ``[N]``.
         cos, sin: as for `rotary`.
-        heads: how many are rotated; the columns after them are left as they are.
-        length: at most P.
+        heads: number of heads to rotate; the columns after them are copied.
+        length: positions of a sequence, at most P.
 
     Returns:
         ``[N, D]`` and ``[N, C]``.

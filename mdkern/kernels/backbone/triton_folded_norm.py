@@ -1,4 +1,4 @@
-"""`mdkern.kernels.backbone.folded_norm` in Triton: a program holds a row of a weight in registers."""
+"""`mdkern.kernels.backbone.folded_norm` in Triton: each program holds one row of the weight in registers."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -61,7 +61,7 @@ def fold_norm(
     shift: Tensor,
     scale: Tensor,
 ) -> None:
-    """`mdkern.kernels.fold_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`mdkern.kernels.backbone.folded_norm.fold_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not fits(weight):
         fold_norm_reference(folded, added, weight, bias, norm_weight, shift, scale)
         return

@@ -1,4 +1,4 @@
-"""`mdkern.kernels.backbone.modulated_norm` in Triton: a program holds a few whole rows in registers."""
+"""`mdkern.kernels.backbone.modulated_norm` in Triton: each program holds a few whole rows in registers."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -21,26 +21,26 @@ from mdkern.kernels.backbone.norm_constants import EPS
 
 @triton.jit(do_not_specialize=["rows", "table_rows", "group"])
 def modulated_norm_kernel(
-    x,  # the rows, or the table that they are taken from
+    x,  # the rows, or the table that they are gathered from
     row_index,
     update,
     gate,
     weight,
     shift,
     scale,
-    stream,  # where the rows go that were gathered or updated
+    stream,  # output: the rows after gathering or updating
     normed,
     rows,  # N
     table_rows,
-    group,  # rows that share their modulation
+    group,  # rows that share a modulation
     x_stride,
     update_stride,
-    shift_stride,  # of a sequence; of the scale and the gate alike
+    shift_stride,  # from one sequence to the next, as of the scale and the gate
     scale_stride,
     gate_stride,
     eps,
     WIDTH: tl.constexpr,  # D
-    ROWS: tl.constexpr,  # of a program; they share their modulation
+    ROWS: tl.constexpr,  # rows of a program, which share a modulation
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -77,7 +77,8 @@ def modulated_norm_kernel(
 
 
 def choose_rows(rows: int, sequences: int) -> int:
-    """Rows of a program: more of them read the modulation once, fewer spread short inputs over the multiprocessors."""
+    """Rows of a program. Several rows read the modulation once; with few rows in all, one each keeps more
+    multiprocessors busy."""
     most = 4 if rows >= 4096 else 1
     return most if sequences == 1 else math.gcd(most, rows // sequences)
 
@@ -135,7 +136,7 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
 def modulated_norm(
     x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, update: Tensor | None, gate: Tensor | None
 ) -> Tensor:
-    """`mdkern.kernels.backbone.modulated_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`modulated_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not fits(x):
         return modulated_norm_reference(x, weight, shift, scale, update, gate)
     normed = torch.empty_like(x)
@@ -146,7 +147,7 @@ def modulated_norm(
 def gathered_norm(
     table: Tensor, row_index: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`mdkern.kernels.gathered_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`mdkern.kernels.backbone.modulated_norm.gathered_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not fits(table):
         return gathered_norm_reference(table, row_index, weight, shift, scale)
     x, normed = gathered_norm_outputs(table, row_index)

@@ -1,4 +1,4 @@
-"""`mdkern.kernels.backbone.rotary` in Triton: a program rotates all heads of a few rows, whose sines it reads once."""
+"""`mdkern.kernels.backbone.rotary` in Triton: each program rotates all heads of a few rows."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -13,7 +13,7 @@ from mdkern.kernels.backbone.rotary import gathered_qkv_outputs, gathered_qkv_re
 
 @triton.jit
 def _rotate_heads(
-    source,  # of each row, [ROWS]
+    source,  # address of each row, [ROWS]
     target,
     cos,
     sin,
@@ -26,7 +26,7 @@ def _rotate_heads(
     HEAD_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
-    """The first heads of some rows. What cannot be read, or has a position that is not there, is NaN."""
+    """Rotate the first `HEADS` heads of some rows. Rows that cannot be read or have no such position become NaN."""
     dimension = tl.arange(0, HALF_BLOCK)
     half = (dimension < HALF)[None, None, :]
     readable = readable[:, None, None] & half
@@ -50,7 +50,7 @@ def _rotate_heads(
 
 @triton.jit
 def _copy(source, target, readable, writable, FIRST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The columns of some rows from `FIRST` on. What cannot be read is NaN."""
+    """Copy the columns of some rows from `FIRST` on. Rows that cannot be read become NaN."""
     for start in tl.static_range(FIRST, COLUMNS, BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = column < COLUMNS
@@ -65,7 +65,7 @@ def rotary_kernel(
     sin,
     positions,
     rows,  # N
-    length,  # row n is at n % length, where no positions are given
+    length,  # without positions, row n is at position n % length
     table_rows,  # P
     stride,  # of a row of x
     HEADS: tl.constexpr,
@@ -124,7 +124,7 @@ def rotary(
     head_block: int | None = None,
     warps: int = 4,
 ) -> None:
-    """`mdkern.kernels.backbone.rotary` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`rotary` on a GPU (or, on the CPU, in Triton's interpreter)."""
     rows, heads, head_dim = x.shape
     if x.dtype == torch.float64:
         rotary_reference(x, cos, sin, positions, length)
@@ -155,7 +155,7 @@ def rotary(
 def gathered_qkv(
     embedding: Tensor, table: Tensor, row_index: Tensor, cos: Tensor, sin: Tensor, heads: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """`mdkern.kernels.backbone.gathered_qkv` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`mdkern.kernels.backbone.rotary.gathered_qkv` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if table.dtype == torch.float64:
         return gathered_qkv_reference(embedding, table, row_index, cos, sin, heads, length)
     rows, half = row_index.shape[0], cos.shape[1]

@@ -1,1 +1,1 @@
-"""The sampler's own operators: which positions are revealed, and the bookkeeping of a tick."""
+"""The sampler's own operators: choosing the positions to reveal, and the bookkeeping of a tick."""

@@ -1,7 +1,8 @@
-"""`compact`: the indices of a mask's True entries, and their number, without asking the host how many there are.
+"""`compact`: the indices of a mask's True entries and their number, without a synchronisation with the host.
 
-What `torch.nonzero` does with a synchronisation; the `row_index` and `row_count` of `vocab_projection`. The contract,
-and plain PyTorch; `triton_compact` runs it on a GPU, in one launch.
+`torch.nonzero` needs one, because the size of its result depends on the values. The results here are the `row_index`
+and `row_count` of `vocab_projection`. This file has the contract and the reference in plain PyTorch; `triton_compact`
+is the GPU kernel, one launch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ MOST_ENTRIES = 1 << 30  # the kernel counts in int32
 
 
 def compact_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`compact` in plain PyTorch, without a synchronisation too: the n-th True entry is the first with n up to it."""
+    """`compact` in plain PyTorch: the n-th True entry is the first index up to which n entries are True."""
     if mask.numel() == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=mask.device)
         return nothing, nothing.sum()
-    number = mask.flatten().cumsum(0)  # of True entries, up to each
+    number = mask.flatten().cumsum(0)  # True entries up to and including each
     place = torch.arange(1, len(number) + 1, device=mask.device)
     count = mask.sum()
     return torch.searchsorted(number, place).masked_fill(place > count, 0), count

@@ -1,7 +1,8 @@
-"""Numbers without rounding noise, as `select` compares and adds them: its reference and its kernel choose alike.
+"""Rounding of scores before `select` compares or adds them, so that the choice does not depend on rounding errors.
 
-Positions that the model cannot tell apart, as in a text that is masked throughout, have the same score but for the last
-bits, which depend on the batch size. On the grid below they are equal, and the lowest position is the first.
+In a text that is masked throughout, all positions should have the same score; in floating point they differ in the last
+bits, and how depends on the batch size. Rounded to the grid below they are equal, and the lowest position comes first.
+Measured differences: docs/notes/selection.md.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-STEP_BITS = 16  # of rounding: float32 scores that ought to be equal were up to 2^-20 of themselves apart
+STEP_BITS = 16  # a step of the grid is 2^-16, see docs/notes/selection.md
 
 
 def steps_below_best(worth: Tensor, able: Tensor) -> Tensor:
-    """``worth [B, R]``, float32 without NaN, on a grid that starts at the row's best and goes down.
+    """Round ``worth [B, R]``, float32 without NaN, to a grid that goes down in steps from the row's best.
 
-    A step is 2^-16, times the largest power of two in the best if that is above 1. A best of less than half a step
-    counts as 0. Rows whose best is infinite are left as they are.
+    A step is 2^-16, times the largest power of two not above the best if that is more than 1. A best of less than half
+    a step counts as 0. Rows whose best is infinite are not changed.
 
     Args:
-        worth: the larger the better.
-        able: bool ``[B, R]``: the entries that the best is chosen from.
+        worth: scores, larger is better.
+        able: bool ``[B, R]``: the entries among which the best is looked for.
     """
     best = worth.masked_fill(~able, -torch.inf).amax(-1, keepdim=True)
     power = (best.view(torch.int32) & 0x7F800000).clamp(min=127 << 23)  # float32 by its bits
@@ -34,10 +35,10 @@ def steps_below_best(worth: Tensor, able: Tensor) -> Tensor:
 
 
 def fixed_bound(bound: float) -> int:
-    """`fixed_point` of a bound of sums; infinity is above every sum of 2^16 entropies."""
+    """`fixed_point` of a bound on sums. Infinity becomes a number above every sum of 2^16 entropies."""
     return 1 << 62 if math.isinf(bound) and bound > 0 else int(fixed_point(torch.tensor(bound, device="cpu")))
 
 
 def fixed_point(entropy: Tensor) -> Tensor:
-    """Multiples of 2^-32, int64, so that sums do not depend on their order; held below 2^46."""
+    """Entropies as int64 multiples of 2^-32, clamped to below 2^46, so that sums do not depend on the order."""
     return (entropy.double().clamp(-(2.0**14), 2.0**14) * 2.0**32 + 0.5).floor().long()

@@ -1,6 +1,6 @@
-"""`select`: which candidate positions of each sequence are revealed now, and their tokens written, in one launch.
+"""`select`: choose the positions of each sequence that are revealed now and write their tokens, in one launch.
 
-The contract, and the operator in plain PyTorch; `triton_select` runs it on a GPU.
+This file has the contract and the reference in plain PyTorch; `triton_select` is the GPU kernel.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def select_reference(
         )
     if worth.numel():
         worth = steps_below_best(worth, able)
-    # Best first, the lower index first among equals, those that may not be chosen last.
+    # Best first; among equals the lower index first; entries that may not be chosen last.
     order = worth.argsort(dim=-1, descending=True, stable=True)
     able_first = able.gather(-1, order)
     behind = able.sum(-1, keepdim=True) + (~able_first).cumsum(-1)
@@ -97,25 +97,26 @@ def select(
 ) -> Tensor:
     """Choose positions by their scores and reveal them: ``input_ids[b, r] = tokens[b, r]``.
 
-    Rules, of a sequence with scores c in descending order (ties: the lower r first), `bound` being their parameter:
+    The rules, for the scores c of a sequence in descending order (of equal ones the lower r first):
 
     - ``top_k``: the `quota` best.
-    - ``threshold``: all with ``c >= bound``, at least the best.
-    - ``factor``: the longest prefix in which the n-th (from 1) has ``(n + 1) * (1 - c) < bound``, at least the best.
-      Scores are probabilities. Fast-dLLM, Wu et al., 2505.22618.
-    - ``entropy_bound``: scores are entropies in nats, the smaller the better: the longest prefix, ascending, with
-      ``sum - largest <= bound``, at least the best. Sums are exact, of multiples of 2^-32. Ben-Hamu et al., 2505.24857.
+    - ``threshold``: all with ``c >= bound``, and always the best.
+    - ``factor``: the longest prefix whose n-th score, counted from 1, has ``(n + 1) * (1 - c) < bound``, and always the
+      best. Scores are probabilities. Fast-dLLM, Wu et al., 2505.22618.
+    - ``entropy_bound``: scores are entropies in nats, and smaller is better: the longest prefix, ascending, with
+      ``sum - largest <= bound``, and always the best. Sums are exact, of multiples of 2^-32. Ben-Hamu et al.,
+      2505.24857.
 
-    What differs by rounding alone is a tie: scores are first put on a grid of steps of 2^-16 that goes down from the
-    sequence's best score, steps of 2^-16 times the largest power of two in the best score if that is above 1.
-    Only ``c >= bound`` looks at the scores as they are.
+    Scores that differ by rounding errors alone count as equal: they are first rounded to the grid of
+    `mdkern.kernels.loop.grid.steps_below_best`. Only ``c >= bound`` compares the scores as they are.
 
     Args:
         scores: float32 ``[B, R]``. NaN counts as the worst.
-        candidates: bool ``[B, R]``: which entries may be chosen. One whose token is negative never is.
+        candidates: bool ``[B, R]``: which entries may be chosen. An entry with a negative token is never chosen.
         tokens: int64 ``[B, R]``.
         input_ids: int64 ``[B, L]``, L at least R, contiguous, written in place.
-        rule, bound: see above.
+        rule: ``"top_k"``, ``"threshold"``, ``"factor"`` or ``"entropy_bound"``.
+        bound: the parameter of the last three.
         quota: int32 or int64 ``[B]``, for ``top_k``; below 0 counts as 0.
         temperature: with ``top_k``, draw the positions without replacement from ``softmax(scores / temperature)``.
         seed, keys: int64 scalar and int64 ``[B, R, 3]`` (sample, position, step), for a `temperature` above 0.
@@ -124,8 +125,8 @@ def select(
         bool ``[B, R]``: the entries revealed.
 
     Raises:
-        ValueError: a rule, shape, dtype, device or number that does not fit; on a GPU, more than 65,535 entries a
-            sequence.
+        ValueError: a rule, shape, dtype, device or number that does not fit; on a GPU, a sequence of more than 65,535
+            entries.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")

@@ -1,8 +1,8 @@
-"""`begin_tick` and `end_tick`: what a tick of the sampler does around the model, one launch each.
+"""`begin_tick` and `end_tick`: what a tick of the planned sampler does before and after the model, one launch each.
 
-`begin_tick` reads what tick number ``tick`` of a segment works on; `end_tick` writes the tokens and counts up. All that
-is on the device at fixed addresses, so that the same launches, replayed, run tick after tick. As separate PyTorch
-operations they are about 25 launches.
+`begin_tick` gathers the inputs of tick number ``tick`` of a segment; `end_tick` writes the tokens and increments
+``tick``. All of it lies on the device at fixed addresses, so that a CUDA graph of one tick, replayed, runs tick after
+tick. As separate PyTorch operations they would be about 25 launches.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mdkern.kernels.operator import operator
 
 
 class TickSource(NamedTuple):
-    """What ticks are read from: the state of N sequences, row N scratch, and K ticks of S slots (`mdkern.plan.Ticks`).
+    """Where ticks are read from: the state of N sequences and a scratch sequence, number N, and K ticks of S slots.
 
-    All are contiguous. A slot's sequence is in 0..N, a position in 0..L-1, a row in 0..S*R-1, `tick` in 0..K-1: in
-    slots and rows that are not used as well, for they are read.
+    The ticks are those of `mdkern.plan.Ticks`. All tensors are contiguous. A slot's sequence is in 0..N, a position in
+    0..L-1, a row in 0..S*R-1, `tick` in 0..K-1; this holds for unused slots and rows too, because they are read.
     """
 
     input_ids: Tensor  # int64 [N + 1, L]
@@ -28,18 +28,18 @@ class TickSource(NamedTuple):
     text_position: Tensor  # int64 [N + 1, L]
     sample: Tensor  # int64 [N + 1], sample numbers
     temperature: Tensor  # float32 []
-    closing_step: Tensor  # int64 [], the step whose rows are greedy
+    closing_step: Tensor  # int64 [], the step whose rows have temperature 0
     sequence: Tensor  # int64 [K, S]
     step: Tensor  # int64 [K, S]
     time: Tensor  # float32 [K, S]
     position: Tensor  # int64 [K, S, R]
     row: Tensor  # int64 [K, W]
     row_count: Tensor  # int64 [K]
-    tick: Tensor  # int64 [1], which of the ticks
+    tick: Tensor  # int64 [1], number of the tick
 
 
 class TickInputs(NamedTuple):
-    """What one tick works on: B sequences, R positions of each, M rows of which the first `row_count` are used."""
+    """The inputs of one tick: B sequences, R positions of each, and M rows, of which the first `row_count` are used."""
 
     input_ids: Tensor  # int64 [B, L]
     attention_mask: Tensor | None  # bool [B, L]
@@ -49,7 +49,7 @@ class TickInputs(NamedTuple):
     row_count: Tensor  # int64 []
     keys: Tensor  # int64 [M, 3], sample, position in the text, step
     temperature: Tensor  # float32 [M]
-    target: Tensor  # int64 [M], where in the flattened ids the token goes; unused rows: the scratch sequence
+    target: Tensor  # int64 [M], index of the token in the flattened ids; for unused rows, in the scratch sequence
 
 
 def begin_tick_reference(
@@ -85,7 +85,7 @@ def begin_tick_reference(
 def begin_tick_outputs(
     source: TickSource, batch: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for what `begin_tick` returns; an attention mask of no entries where there is none."""
+    """Uninitialised tensors for what `begin_tick` returns. Without an attention mask, that one has no entries."""
     length, width = source.input_ids.shape[1], source.position.shape[-1]
 
     def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -110,12 +110,12 @@ begin_tick_operator = operator(
 
 
 def begin_tick(source: TickSource, batch: int, capacity: int) -> TickInputs:
-    """What tick number `tick` works on, read from the sampler's state and the segment's ticks.
+    """Gather the inputs of tick number `tick` from the sampler's state and the segment's ticks.
 
     Args:
-        source: see there.
-        batch: B, sequences of the tick, at most S.
-        capacity: M, rows of the tick, at most W.
+        source: the state and the ticks.
+        batch: B, number of sequences to return, at most S.
+        capacity: M, number of rows to return, at most W.
 
     Raises:
         ValueError: more sequences or rows than a tick has.
@@ -134,7 +134,7 @@ def end_tick_reference(
     """`end_tick` in plain PyTorch."""
     used = torch.arange(token.shape[0], device=token.device) < row_count
     failed |= ((token < 0) & used).any()
-    # Unused rows have a target in the scratch sequence, whose ids must stay ids of the vocabulary.
+    # The target of unused rows is in the scratch sequence, whose ids must stay in the vocabulary.
     ids = input_ids.view(-1)
     ids[target] = torch.where(token < 0, ids[target], token)
     tick += 1
@@ -154,10 +154,10 @@ def end_tick(input_ids: Tensor, failed: Tensor, tick: Tensor, token: Tensor, tar
 
     Args:
         input_ids: int64 ``[N + 1, L]``, contiguous, written in place.
-        failed: bool scalar, set where a used row has a negative token (NaN logits), which is not written.
-        tick: int64 ``[1]``, counted up.
+        failed: bool scalar, set if a used row has a negative token (NaN logits), which is not written.
+        tick: int64 ``[1]``, incremented.
         token, target: int64 ``[M]``, from `vocab_projection` and `begin_tick`.
-        row_count: int64 scalar: rows used.
+        row_count: int64 scalar, number of rows used.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

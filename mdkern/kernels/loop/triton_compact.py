@@ -1,7 +1,7 @@
-"""`mdkern.kernels.compact` in Triton, in one launch in which the programs do not wait for each other.
+"""`mdkern.kernels.compact` in Triton, in one launch whose programs do not wait for each other.
 
 Each program places the True entries of one part of the mask. Where they go depends on how many come before them, so
-it counts the whole mask itself: a byte an entry, read from the L2 cache.
+each program counts the entries of the whole mask itself, one byte each, which it reads from the L2 cache.
 """
 
 # mypy: ignore-errors
@@ -21,14 +21,14 @@ def compact_kernel(
     count,
     size,  # B*R
     BLOCK: tl.constexpr,  # entries that a program places
-    WIDTH: tl.constexpr,  # entries that it counts at a time
+    WIDTH: tl.constexpr,  # entries that a program counts at a time
 ):
     first = tl.program_id(0) * BLOCK
     index = first + tl.arange(0, BLOCK)
     within = index < size
     true = tl.load(mask + index, mask=within, other=0).to(tl.int32)
 
-    even = size // 16 * 16  # 16 bytes a load: the compiler sees that none of them crosses this
+    even = size // 16 * 16  # shows the compiler that loads of 16 bytes do not cross this bound
     rest = even + tl.arange(0, 16)
     last = tl.load(mask + rest, mask=rest < size, other=0).to(tl.int32)
     total = tl.zeros([WIDTH], tl.int32)

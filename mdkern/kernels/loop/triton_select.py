@@ -1,10 +1,10 @@
-"""`mdkern.kernels.select` in Triton: one program per sequence, no sort.
+"""`mdkern.kernels.select` in Triton: one program per sequence, without sorting.
 
-Best first, every rule admits an entry by how many are better (or what their entropies sum to) and by its own score, and
-after the first that it refuses it admits no other. So there is a lowest score that would be admitted. It is found by
-bisection over the ordered bits of the scores, one reduction a round, until a single entry or a single score is left in
-question; entries of equal score are told apart at the end, by counting them in order. Before that the scores are put on
-the grid of `steps_below_best`.
+Going through the entries from the best down, every rule admits an entry by the number of better ones (or the sum of
+their entropies) and by its own score; after the first entry that a rule refuses it admits none. So each rule has a
+lowest score that it admits. The kernel finds it by bisection over the ordered bits of the scores, with one reduction in
+each round, until one entry or one score is left to decide on. Entries of that score are then counted in order of their
+index. The scores are first rounded to the grid of `steps_below_best`.
 """
 
 # mypy: ignore-errors
@@ -23,8 +23,8 @@ THRESHOLD = tl.constexpr(1)
 FACTOR = tl.constexpr(2)
 ENTROPY_BOUND = tl.constexpr(3)
 NUMBERS = {"top_k": TOP_K, "threshold": THRESHOLD, "factor": FACTOR, "entropy_bound": ENTROPY_BOUND}
-MOST_ENTRIES = 65_535  # of a sequence: sums of entropies, each held below 2^46, stay below 2^62
-MOST_HELD = 4096  # entries
+MOST_ENTRIES = 65_535  # entries of a sequence: the sum of so many entropies, each below 2^46, is below 2^62
+MOST_HELD = 4096  # entries of a sequence that are held in registers; the keys of longer ones go to scratch memory
 STEP_BITS = tl.constexpr(grid.STEP_BITS)
 
 
@@ -36,21 +36,21 @@ def _fixed_point(entropy):
 
 @triton.jit
 def _key(worth):
-    """uint32 in the order of float32 without NaN; 0 belongs to no number."""
+    """The bits of a float32 that is not NaN as a uint32 of the same order; no number gives 0."""
     bits = worth.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _worth(key):
-    """The float32 of a key."""
+    """The float32 whose `_key` it is."""
     bits = key.to(tl.int32, bitcast=True)
     return (bits ^ (~(bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _on_grid(key, best_key):
-    """The key of the score on the grid below the best score of the row, see `grid.steps_below_best`."""
+    """The key of a score rounded to the grid, see `grid.steps_below_best`."""
     worth, best = _worth(key), _worth(best_key)
     power = tl.maximum(best.to(tl.int32, bitcast=True) & 0x7F800000, 127 << 23)
     step_bits = power - (STEP_BITS << 23)
@@ -66,15 +66,15 @@ def _on_grid(key, best_key):
 def _load_key(
     scores, candidates, tokens, keys, seed, temperature, index, entries, RULE: tl.constexpr, RANDOM: tl.constexpr
 ):
-    """What the entries are ordered by, the best the highest; 0 for those that may not be chosen."""
-    at = tl.minimum(index, entries - 1)  # not a mask: with one predicate an entry, loads wait for each other
+    """The keys that entries are ordered by, the best highest; 0 for entries that may not be chosen."""
+    at = tl.minimum(index, entries - 1)  # faster than a mask, with whose predicates loads wait for each other
     candidate = tl.load(candidates + at)
     token = tl.load(tokens + at)
     worth = tl.load(scores + at)
     if RULE == ENTROPY_BOUND:
         worth = -worth
     worth = tl.where(worth == worth, worth, -float("inf"))
-    worth = tl.where(worth == 0.0, 0.0, worth)  # one zero
+    worth = tl.where(worth == 0.0, 0.0, worth)  # -0 becomes 0
     if RANDOM:
         sample = tl.load(keys + at * 3).to(tl.uint32)
         position = tl.load(keys + at * 3 + 1).to(tl.uint32)
@@ -86,7 +86,7 @@ def _load_key(
 
 @triton.jit
 def _admits(count, spent, worth, most, bound, limit, RULE: tl.constexpr):
-    """Whether an entry of this worth is chosen if `count` entries, of entropies that sum to `spent`, are better."""
+    """Whether an entry of this worth is chosen if `count` entries are better, whose entropies sum to `spent`."""
     if RULE == TOP_K:
         return count < most
     elif RULE == FACTOR:
@@ -102,7 +102,7 @@ def _add(a, b, a_too, b_too):
 
 @triton.jit
 def _count_from(trial, key, entropy, held, last, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """How many entries have a key of `trial` or more, and, for ENTROPY_BOUND, the sum of their entropies."""
+    """Number of entries whose key is `trial` or more and, for ENTROPY_BOUND, the sum of their entropies."""
     count = tl.zeros([BLOCK], tl.int32)
     spent = tl.zeros([BLOCK], tl.int64)
     for start in range(0, last, BLOCK):
@@ -133,7 +133,7 @@ def select_kernel(
     entries,  # R
     length,  # L
     bound,
-    limit,  # of ENTROPY_BOUND: `bound` in fixed point
+    limit,  # for ENTROPY_BOUND: `bound` in fixed point
     temperature,
     RULE: tl.constexpr,
     RANDOM: tl.constexpr,
@@ -181,9 +181,9 @@ def select_kernel(
     if RULE == THRESHOLD:
         best_index = tl.full([], 2147483647, tl.int32)
     else:
-        # Entries with keys above `high` are chosen, those below `low` are not.
+        # Entries with keys above `high` are chosen; those with keys below `low` are not.
         low = _on_grid(tl.min(lowest, 0), best)
-        upto = entries  # or fewer entries have keys from `low` up, `above` of them above `high`
+        upto = entries  # at most this many entries have keys of `low` or more; `above` have keys above `high`
         entropy = key
         if RULE == ENTROPY_BOUND:
             entropy = _fixed_point(-_worth(key))
@@ -200,19 +200,19 @@ def select_kernel(
     for start in range(0, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         at = tl.minimum(index, entries - 1)
-        token = tl.load(tokens + at)  # again: of long sequences they were not held
+        token = tl.load(tokens + at)
         if held is not None:
             key = tl.load(held + index).to(tl.uint32, bitcast=True)
         if RULE == THRESHOLD:
             first = tl.min(tl.where((key > 0) & (key == high), index, 2147483647), 0)
             best_index = tl.minimum(best_index, first)
-            chosen = (key > 0) & ((tl.load(scores + at) >= bound) | (index == best_index))  # a key knows no NaN
+            chosen = (key > 0) & ((tl.load(scores + at) >= bound) | (index == best_index))  # the scores: NaN is refused
         else:
             level = (key >= low) & (key <= high)
             place = level.to(tl.int32)
             if upto - above > 1:
                 place = tl.cumsum(place, 0)
-            place -= 1  # among equals, the lower index first
+            place -= 1  # number of equal entries with a lower index
             there = spent
             if RULE == ENTROPY_BOUND:
                 entropy = _fixed_point(-_worth(key))

@@ -48,7 +48,7 @@ def begin_tick_kernel(
     now = tl.load(tick)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
-    slot = index // length  # products of two sizes may be past 2^31
+    slot = index // length  # `index` is int64: batch * length may be past 2^31
     inside = slot < batch
     owner = tl.load(sequence + now * slots + slot, mask=inside, other=0)
     source = owner * length + index % length
