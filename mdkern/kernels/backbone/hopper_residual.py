@@ -3,7 +3,7 @@
 One persistent program runs on each multiprocessor. A producer warp copies tiles into a ring in shared memory, and runs
 ahead past the end of an output tile; two consumer warpgroups each multiply 64 rows by 256 columns and finish them in
 registers. The stream's tile is loaded during the multiplication, into the buffers that it is stored from afterwards.
-The epilogue also sums the rows, for the layer normalisation in the next product (`mdkern.kernels.backbone.folded_norm`).
+The epilogue also sums the rows, for the layer normalisation in the next product (`kernels.backbone.folded_norm`).
 """
 
 # mypy: ignore-errors

@@ -22,7 +22,7 @@ FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors
 
 
 def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; with `sums`, each row of the product is divided by the spread of its row of `x`."""
+    """``x @ weight.T + bias``; with `sums`, each row of the product is divided by the standard deviation of its row."""
     if sums is None:
         return F.linear(x, weight, bias)
     product = F.linear(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums)[:, None]

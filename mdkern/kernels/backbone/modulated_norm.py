@@ -48,7 +48,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def per_row(modulation: Tensor, x: Tensor) -> Tensor:
-    """Modulation of each row, float32 or float64: ``[D]`` stays as it is, ``[S, D]`` of sequences becomes ``[N, D]``."""
+    """Modulation of each row in float32 or float64: ``[D]`` is unchanged, ``[S, D]`` (sequences) becomes ``[N, D]``."""
     if modulation.ndim == 2:
         modulation = modulation.repeat_interleave(x.shape[0] // modulation.shape[0], 0)
     return modulation.to(wide(x))
