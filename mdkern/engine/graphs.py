@@ -8,6 +8,7 @@ changed in place are seen. What is kept is bounded, `held` shows it and `clear` 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import warnings
@@ -66,6 +67,7 @@ class Workspace:
     parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
     used: set[Hashable] = field(default_factory=set)  # keys of the parts that the call, or the last one, asked for
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
+    sizes: set[int] = field(default_factory=set)  # that tick buffers have, see `round_up`
     marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers, as they are prepared for it
     pool: Any = None  # memory that the graphs share: they never run at the same time
 
@@ -87,7 +89,18 @@ class Workspace:
         if sum(bytes_of(part) for key, part in self.parts.items() if key not in self.used) > MOST_UNUSED:
             self.graphs.clear()  # they hold the parts' addresses, so they go together
             self.parts.clear()
+            self.sizes.clear()
         self.used.clear()
+
+    def round_up(self, size: int) -> int:
+        """The size of a tick buffer for `size` entries, so that graphs are captured for few shapes.
+
+        A power of two, at least 4; or twice that where a buffer has it already.
+        """
+        least = 1 << max(2, (size - 1).bit_length())
+        found = least if least in self.sizes or 2 * least not in self.sizes else 2 * least
+        self.sizes.add(found)
+        return found
 
     def memory(self) -> int:
         """Bytes of the state and the parts."""
@@ -187,19 +200,32 @@ def capture(
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                step()
-                graph.capture_end()
-            except BaseException as error:
-                leave(graph, device, pool)
-                if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                    raise CaptureError(str(error)) from error
-                raise
+            with no_collection():
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                    graph.capture_end()
+                except BaseException as error:
+                    leave(graph, device, pool)
+                    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                        raise CaptureError(str(error)) from error
+                    raise
         current.wait_stream(stream)
         memory = torch.cuda.memory_reserved() - before
     logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
     return graph, memory
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without garbage collection: it could destroy an old graph in this thread, which makes a capture invalid."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:

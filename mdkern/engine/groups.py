@@ -137,7 +137,10 @@ class Groups:
             sequences = state.input_ids[:count].clone()
             self.pending = summarise(request, sequences, outcome, timings.total(), self.return_history)
             if cause is not None:
-                raise cause
+                try:
+                    raise cause
+                finally:
+                    del cause  # this frame is in its traceback: together they would live until garbage is collected
         drafts.end(first, sequences, outcome.finished)
         return outcome
 

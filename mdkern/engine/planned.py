@@ -244,7 +244,7 @@ def run_steps(
     Replayed if there is a workspace and the denoiser can be captured.
     """
     for part in plan.by_crowding(first, stop):
-        ticks = part.ticks(first, stop, request.batch_size, int if workspace is None else bucket)
+        ticks = part.ticks(first, stop, request.batch_size, int if workspace is None else workspace.round_up)
         if ticks is not None:
             run_ticks(request, denoiser, state, ticks, workspace, bar, drafts)
 
@@ -278,11 +278,6 @@ def run_ticks(
             if pacer.replayed():
                 drafts.show()
         start += count
-
-
-def bucket(size: int) -> int:
-    """The power of two at or above, at least 4: graphs are captured for few shapes."""
-    return 1 << max(2, (size - 1).bit_length())
 
 
 def captured_ticks(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -259,6 +261,36 @@ class TestOnTheHost:
         room = {len(part.ticks.row_count) for part in workspace.parts.values() if isinstance(part, TickBuffer)}
         assert (room == {1}) == (entries == 1)
         assert torch.equal(workspace.state.input_ids[:-1], mdkern.sample(models, "L2 H4", **asked).sequences)
+
+    def test_what_an_exception_leaves_is_gone_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a collection of garbage, which could fall into a capture and destroy the run's graphs there."""
+        model = random_dit(0, **SHAPE)
+        kept: list[weakref.ref[SamplerState]] = []
+
+        def interrupted(request: Request, denoiser: Any, state: SamplerState, *_: Any) -> None:
+            kept.append(weakref.ref(state))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(planned, "run_steps", interrupted)
+        gc.disable()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                mdkern.sample(model, **(OPTIONS | {"length": 12, "steps": 6}))
+            assert kept
+            assert all(state() is None for state in kept)
+        finally:
+            gc.enable()
+
+    def test_a_tick_buffer_that_is_large_enough_serves(self) -> None:
+        """Sizes are powers of two; one that is at most twice as large as needed is taken again."""
+        workspace = graphs.Workspace((), SamplerState.allocate(1, 4, False, torch.device("cpu")))
+        assert [workspace.round_up(size) for size in (1, 5, 9, 5, 3, 33, 17, 16)] == [4, 8, 16, 8, 4, 64, 64, 16]
+
+    def test_no_garbage_is_collected_in_a_capture(self) -> None:
+        assert gc.isenabled()
+        with graphs.no_collection(), graphs.no_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled()
 
 
 @pytest.fixture

@@ -352,7 +352,7 @@ class TestGpu:
         on_cpu, in_float64 = (self.draw(name, "cpu", dtype=dtype).sequences for dtype in (torch.float32, torch.float64))
         # Masked positions of a random model have nearly equal entropies and margins: rounding alone turns their order.
         rounding = float((on_cpu == in_float64).float().mean())
-        assert (on_cpu == looped.sequences.cpu()).float().mean() > rounding - 0.1
+        assert (on_cpu == looped.sequences.cpu()).float().mean() > min(rounding, 0.95) - 0.1
 
     @pytest.mark.parametrize("name", GPU_DECODERS)
     def test_no_host_synchronisation_in_a_step(self, name: str) -> None:
