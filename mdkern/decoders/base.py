@@ -125,6 +125,8 @@ class Stepwise(Decoder):
 
     wants_top: ClassVar[bool] = False  # top1 and top2 of `Proposal`
     wants_entropy: ClassVar[bool] = False
+    # Whether `choose` reads the drawn token or its probability, so that what is revealed depends on what is drawn.
+    scores_draw: ClassVar[bool] = True
     # Whether the number of steps is the decoder's own affair: a block then ends with its last mask, however many steps
     # that takes, and the schedule's step is the share of the text revealed. Otherwise a block takes `block_steps`.
     adaptive: ClassVar[bool] = False

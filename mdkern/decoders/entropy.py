@@ -21,6 +21,7 @@ class Entropy(Stepwise, name="entropy"):
     """
 
     wants_entropy: ClassVar[bool] = True
+    scores_draw: ClassVar[bool] = False
 
     position_temperature: float = 0.0
     quota: str = "even"

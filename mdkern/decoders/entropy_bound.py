@@ -18,6 +18,7 @@ class EntropyBound(Stepwise, name="entropy_bound"):
 
     adaptive: ClassVar[bool] = True
     wants_entropy: ClassVar[bool] = True
+    scores_draw: ClassVar[bool] = False
 
     gamma: float = 0.1
     of: str = "model"  # or "sampler": entropies after temperature and filters

@@ -21,6 +21,7 @@ class Margin(Stepwise, name="margin"):
     """
 
     wants_top: ClassVar[bool] = True
+    scores_draw: ClassVar[bool] = False
 
     position_temperature: float = 0.0
     quota: str = "even"

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from mdkern.engine.graphs import Graph
 from mdkern.engine.hooks import Drafts, guided_hidden
 from mdkern.engine.progress import Progress, Settings
-from mdkern.engine.slots import Slots
+from mdkern.engine.slots import Slots, attended
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import Stretch, attended, decode_tick, run_steps, watcher
+from mdkern.engine.stepwise import Stretch, decode_tick, run_steps, watcher
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 

@@ -89,3 +89,8 @@ def look(
         seed=state.seed,
         keys=keys,
     )
+
+
+def attended(state: SamplerState, slots: Slots) -> Tensor | None:
+    """What is no padding in the slots' sequences, bool ``[B, L]``; None: all."""
+    return None if state.attention_mask is None else state.attention_mask[slots.sequence]

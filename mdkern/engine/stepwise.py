@@ -21,10 +21,11 @@ from mdkern.decoders.checks import check_answers
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Graph, Workspace
-from mdkern.engine.hooks import Drafts, Texts, guided_hidden, row_statistics
+from mdkern.engine.hooks import Drafts, guided_hidden
 from mdkern.engine.progress import Progress, Settings
+from mdkern.engine.propose import Propose, propose_drawn
 from mdkern.engine.request import Request
-from mdkern.engine.slots import Slots, observe
+from mdkern.engine.slots import Slots, attended, observe
 from mdkern.engine.state import (
     ALL_REVEALED,
     END_OF_TEXT,
@@ -35,7 +36,6 @@ from mdkern.engine.state import (
     SamplerState,
     Timings,
 )
-from mdkern.kernels.loop.compact import compact
 from mdkern.kernels.loop.select import select
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -133,10 +133,19 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
     return progress
 
 
-def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts) -> None:
-    """A segment's steps, each a pass of whole sequences."""
+def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, propose: Propose | None = None) -> None:
+    """A segment's steps, each a pass of whole sequences; `propose` as in `decode_tick`, for runs without graphs."""
+    assert propose is None or stretch.workspace is None
     denoiser, settings, state, progress = stretch.denoiser, stretch.settings, stretch.state, stretch.progress
-    step = partial(decode_tick, denoiser, settings=settings, state=state, progress=progress, model=stretch.model)
+    step = partial(
+        decode_tick,
+        denoiser,
+        settings=settings,
+        state=state,
+        progress=progress,
+        model=stretch.model,
+        propose=propose,
+    )
     graph = None
     if stretch.workspace is not None:
         key = "decode", settings.key(), progress.key(), stretch.model
@@ -194,6 +203,7 @@ def decode_tick(
     progress: Progress,
     model: int,
     forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
+    propose: Propose | None = None,
 ) -> None:
     """One forward pass of every slot, and what the decoder makes of it.
 
@@ -202,13 +212,14 @@ def decode_tick(
     Args:
         denoiser, head: whose pass it is; `model` is its number in `Progress.nfe`.
         forward: gives the hidden states of the slots' blocks, ``[B, R, D]``. Default: `whole_sequences`.
+        propose: gives what the decoder is shown, and what is revealed where it says so. Default: `propose_drawn`.
     """
     slots = observe(settings, state, progress)
     rows = settings.decoder.rows(slots.view) & slots.active[:, None]
     hidden = (forward or whole_sequences)(denoiser, settings, state, progress, slots)
-    proposal = propose(head, settings, state, slots, rows, hidden)
-    changed, new, failed = decide(settings, state, slots, rows, proposal)
-    write(state, progress, slots, new, changed, proposal, model)
+    shown, revealed = (propose or propose_drawn)(head, settings, state, slots, rows, hidden)
+    changed, new, failed = decide(settings, state, slots, rows, shown, revealed.token)
+    write(state, progress, slots, new, changed, revealed.probability, model)
     progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
     advance(settings, state, progress, slots, new, changed, failed)
@@ -229,64 +240,20 @@ def whole_sequences(
     )
 
 
-def attended(state: SamplerState, slots: Slots) -> Tensor | None:
-    """What is no padding in the slots' sequences, bool ``[B, L]``; None: all."""
-    return None if state.attention_mask is None else state.attention_mask[slots.sequence]
-
-
-def propose(
-    head: Head, settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, hidden: Tensor
-) -> Proposal:
-    """Tokens and statistics from hidden states ``[B, R, D]``, the output layer run where ``rows [B, R]`` says."""
-    decoder = settings.decoder
-    row, row_count = compact(rows)
-    statistics = row_statistics(
-        settings.logits_processor,
-        head,
-        hidden,
-        Texts(slots.ids, attended(state, slots), slots.column, settings.mask_id),
-        row,
-        row_count,
-        state.temperature.expand(len(row)),
-        state.seed,
-        slots.view.keys.flatten(0, 1)[row],
-        want_top=decoder.wants_top,
-        want_entropy=decoder.wants_entropy,
-        of=decoder.of,
-        **settings.filters._asdict(),
-    )
-    # What is past `row_count` goes to a place of its own after all others.
-    place = torch.where(torch.arange(len(row), device=row.device) < row_count, row, len(row))
-
-    def spread(values: Tensor, missing: float) -> Tensor:
-        """Row statistics in their places, ``[B, R]``."""
-        spread_out = values.new_full((len(row) + 1,), missing)
-        spread_out[place] = values
-        return spread_out[:-1].view(rows.shape)
-
-    def spread_if_wanted(values: Tensor | None) -> Tensor | None:
-        return None if values is None else spread(values, torch.nan)
-
-    return Proposal(
-        spread(statistics.token, -1),
-        spread(statistics.log_prob.exp(), torch.nan),
-        spread_if_wanted(statistics.top1),
-        spread_if_wanted(statistics.top2),
-        spread_if_wanted(statistics.entropy),
-    )
-
-
 def decide(
-    settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal
+    settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal, token: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the decoder makes of a proposal.
 
+    Args:
+        token: int64 ``[B, R]``, what is revealed where the decoder says so; below 0: nothing.
+
     Returns:
-        Which entries take their proposed token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
+        Which entries take their token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
         slots whose logits had a NaN, bool ``[B]``.
     """
     decoder, view = settings.decoder, slots.view
-    failed = (rows & (proposal.token < 0)).any(-1)
+    failed = (rows & (token < 0)).any(-1)
     state.failed |= failed.any()
     choice = decoder.choose(view, proposal)
     edited, remasked = decoder.edit(view, proposal), decoder.remask(view)
@@ -296,7 +263,7 @@ def decide(
     changed = select(
         choice.scores,
         choice.candidates & view.masked,
-        proposal.token,
+        token,
         new,
         choice.rule,
         quota=choice.quota,
@@ -306,8 +273,8 @@ def decide(
         keys=view.keys if choice.temperature > 0.0 else None,
     )
     if edited is not None:
-        changed = changed | (edited & view.revealed & (proposal.token >= 0))
-        new = torch.where(changed, proposal.token, new)
+        changed = changed | (edited & view.revealed & (token >= 0))
+        new = torch.where(changed, token, new)
     if remasked is not None:
         new = torch.where(remasked & view.revealed, settings.mask_id, new)
     return changed, new, failed
@@ -319,7 +286,7 @@ def write(
     slots: Slots,
     new: Tensor,
     changed: Tensor,
-    proposal: Proposal,
+    probability: Tensor,
     model: int,
 ) -> None:
     """The step's outcome into the state, everything outside the blocks into scratch."""
@@ -328,7 +295,7 @@ def write(
     target = torch.where(inside, slots.sequence[:, None] * length + slots.column, scratch)
     state.input_ids.view(-1)[target] = torch.where(inside, new, 0)
     at = torch.where(changed, target, scratch)
-    progress.confidence.view(-1)[at] = proposal.probability
+    progress.confidence.view(-1)[at] = probability
     progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
 

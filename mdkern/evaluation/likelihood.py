@@ -1,4 +1,4 @@
-"""How likely a text is: the any-order bound of a denoiser or a schedule, by masks of fixed sizes.
+"""How likely a text is: the any-order bound of a denoiser or a schedule, or the likelihood of a sampler.
 
 A masked diffusion model's negative log-likelihood of a text of n wanted tokens is at most
 ``E_k E_{S, |S| = k} (n / k) sum_{i in S} -log p(x_i | x without S)`` with k uniform on 1..n: the bound of Nie et al.
@@ -7,7 +7,7 @@ A masked diffusion model's negative log-likelihood of a text of n wanted tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from mdkern.engine.checks import check_count
 from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
+from mdkern.evaluation.exact import exact_nats
 from mdkern.evaluation.scores import target_log_prob
 from mdkern.kernels import noise
 from mdkern.models import Denoiser
@@ -24,19 +25,21 @@ from mdkern.plan import positions_in_text
 from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 64
+DEFAULT_SAMPLES = 128
+METHODS = "fixed_count", "decoder"
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """What `likelihood` returns, one entry for each text."""
 
-    nats: Tensor  # float64 [N], estimate of a bound on -log p(wanted tokens | given tokens)
+    nats: Tensor  # float64 [N], -log p(wanted tokens | given tokens), or an estimate of a bound on it
     standard_error: Tensor  # float64 [N], of the estimate; 0 where it is exact
     tokens: Tensor  # int64 [N], wanted tokens
     nfe: dict[str, Tensor]  # int64 [N] each, forward passes by model
 
     def perplexity_bound(self) -> float:
-        """``exp`` of the nats a token over all texts."""
+        """``exp`` of the nats a token over all texts; where these are exact, the perplexity itself."""
         return float((self.nats.sum() / self.tokens.sum()).exp())
 
 
@@ -60,17 +63,31 @@ def likelihood(
     input_ids: Tensor,
     wanted: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    samples: int = 128,
+    method: str = "fixed_count",
+    samples: int | None = None,
+    decoder: Any = None,
+    by: str | None = None,
+    block_length: int | None = None,
+    steps: int | None = None,
+    steps_per_block: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int | None = 0,
     sample_ids: Any = None,
 ) -> Likelihood:
-    """A bound on the negative log-likelihood of texts under a denoiser or a schedule.
+    """The negative log-likelihood of texts: a bound on a denoiser's or schedule's, or exactly that of a sampler.
 
-    For each text `samples` masks are drawn. Their sizes lie on an even grid over 1..n with a random start (LLaDA's
-    estimator), their places are keyed by (seed, sample id, mask, position), so that a result does not depend on the
-    batch. Under a schedule, the model of a mask of k of n tokens is the one that runs when a share ``1 - k / n`` of the
-    steps is done.
+    ``method="fixed_count"`` is the bound. For each text `samples` masks are drawn. Their sizes lie on an even grid over
+    1..n with a random start (LLaDA's estimator), their places are keyed by (seed, sample id, mask, position), so that a
+    result does not depend on the batch. Under a schedule, the model of a mask of k of n tokens is the one that runs
+    when a share ``1 - k / n`` of the steps is done.
+
+    ``method="decoder"`` is exact (DUEL, 2603.01367): of ``sample(..., decoder=decoder, temperature=1.0)`` with the same
+    steps, blocks and schedule, for decoders whose reveals are a function of the text before them. That leaves out those
+    that draw their order or change what they have revealed. `TopProbability`, `Threshold`, `Factor` and `PositionAware`
+    score the token that they draw; with ``by="top1"`` they are shown the most probable token and its probability
+    instead, as they are at temperature 0: their order is then that of temperature 0, while the tokens are drawn at
+    temperature 1. A decoder of one's own must not draw anything itself; where it looks at neither the drawn token nor
+    its probability, ``scores_draw = False`` says so.
 
     Args:
         heavy, light, schedule: as for `mdkern.sample`.
@@ -78,19 +95,43 @@ def likelihood(
         wanted: bool ``[N, L]``: the tokens whose likelihood is asked for, given all others. Default: all that are
             attended to.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding.
-        samples: masks for each text. A text of one wanted token needs one only, which is exact.
-        batch_size: masked texts in a forward pass.
+        method: ``"fixed_count"`` or ``"decoder"``.
+        samples: masks for each text, default 128. A text of one wanted token needs one only, which is exact.
+        decoder, block_length, steps, steps_per_block: as for `mdkern.sample`; for ``method="decoder"``.
+        by: None or ``"top1"``, see above.
+        batch_size: texts in a forward pass, masked or partly revealed.
         seed: of the masks; None takes one from PyTorch's default generator.
         sample_ids: N numbers that key the masks. Default 0..N-1.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, before any forward pass; a wanted token that the models can
-            never produce.
+        ValueError, TypeError: arguments that do not fit or that the method does not read, before any forward pass; a
+            wanted token that the models can never produce.
         FloatingPointError: NaN or infinite logits.
+        RuntimeError: a decoder that leaves masks for good.
     """
+    of_decoder: dict[str, Any] = {"block_length": block_length, "steps": steps, "steps_per_block": steps_per_block}
+    of_counts = {"samples": samples, "seed": seed or None, "sample_ids": sample_ids}
+    check_method(method, of_counts, {"decoder": decoder, "by": by} | of_decoder)
+    batch_size = check_count("batch_size", batch_size)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     texts = resolve_texts(denoisers, input_ids, wanted, attention_mask, seed, sample_ids)
-    samples, batch_size = check_count("samples", samples), check_count("batch_size", batch_size)
+    tokens = texts.wanted.sum(-1)
+    if method == "decoder":
+        whole: dict[str, Any] = {
+            "input_ids": texts.input_ids,
+            "wanted": texts.wanted,
+            "attention_mask": texts.attention_mask,
+        }
+        nats, nfe = exact_nats(denoisers, schedule, decoder, by, **whole, batch_size=batch_size, **of_decoder)
+        return Likelihood(nats, torch.zeros_like(nats), tokens, nfe)
+    samples = check_count("samples", DEFAULT_SAMPLES if samples is None else samples)
+    return fixed_count(denoisers, schedule, texts, samples, batch_size)
+
+
+def fixed_count(
+    denoisers: dict[str, Denoiser], schedule: Schedule, texts: Texts, samples: int, batch_size: int
+) -> Likelihood:
+    """The bound, from `samples` masks for each text."""
     tokens = texts.wanted.sum(-1)
     counts = mask_sizes(texts, tokens, samples)
     model = model_by_share(schedule, list(denoisers), 1.0 - counts.double() / tokens[:, None])
@@ -108,6 +149,19 @@ def likelihood(
         raise FloatingPointError("a model gave NaN or infinite logits, so the texts have no likelihood")
     error = nats.std(-1) / samples**0.5 if samples > 1 else torch.full_like(nats[:, 0], torch.nan)
     return Likelihood(nats.mean(-1), torch.where(tokens == 1, 0.0, error), tokens, nfe)
+
+
+def check_method(method: str, of_counts: Mapping[str, Any], of_decoder: Mapping[str, Any]) -> None:
+    """Refuse an unknown method, one that lacks its decoder, and arguments of the other one."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    unread = of_counts if method == "decoder" else of_decoder
+    given = [name for name, value in unread.items() if value is not None]
+    if given:
+        other = next(name for name in METHODS if name != method)
+        raise ValueError(f"{given[0]} is for method={other!r} and not read by {method!r}: leave it out")
+    if method == "decoder" and of_decoder["decoder"] is None:
+        raise ValueError("method='decoder' needs a decoder, such as 'margin'")
 
 
 def resolve_texts(

@@ -36,7 +36,17 @@ def target_log_prob(
     normaliser = vocab_projection(
         hidden, head.weight, head.bias, row_index, 0.0, seed, keys, scale=head.scale, soft_cap=head.soft_cap
     ).logsumexp
-    logit = torch.empty_like(normaliser)
+    return target_logit(head, hidden, row_index, target) - normaliser
+
+
+def target_logit(
+    head: Head,
+    hidden: Tensor,  # [N, D]
+    row_index: Tensor,  # [M]
+    target: Tensor,  # [M]
+) -> Tensor:
+    """Logit of one given token for each row, float32 ``[M]``: the arguments are those of `target_log_prob`."""
+    logit = torch.empty(len(row_index), dtype=torch.float32, device=hidden.device)
     chunk = max(1, CHUNK_ENTRIES // hidden.shape[1])
     for start in range(0, len(row_index), chunk):
         part = slice(start, start + chunk)
@@ -46,4 +56,4 @@ def target_log_prob(
         else:
             product = (states.float() * head.weight[tokens].float()).sum(-1)
         logit[part] = finish_logits(product, head.bias[tokens], head.scale, head.soft_cap)
-    return logit - normaliser
+    return logit
