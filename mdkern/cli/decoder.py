@@ -48,6 +48,12 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", metavar="K", type=int, default=0, help="draw among the K most probable tokens only")
     group.add_argument("--top-p", metavar="P", type=float, default=1.0, help="among the fewest that sum to P only")
     group.add_argument(
+        "--top-p-rule",
+        choices=["reach", "within"],
+        default="reach",
+        help="whether the token that crosses P is among them, or not, as in ReMDM's code (default: reach)",
+    )
+    group.add_argument(
         "--min-p", metavar="P", type=float, default=0.0, help="among those P times as probable as the first only"
     )
     group.add_argument(
@@ -64,6 +70,7 @@ def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "stop_at_eos": arguments.stop_at_eos,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
+        "top_p_rule": arguments.top_p_rule,
         "min_p": arguments.min_p,
         "cuda_graphs": not arguments.no_cuda_graphs,
     }

@@ -134,6 +134,7 @@ def test_decoders_and_their_options(run, checkpoints, tmp_path):
     """What the command writes is what `sample` gives."""
     file = tmp_path / "out.jsonl"
     options = ["--block-length", "8", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.001", "--no-cuda-graphs"]
+    options += ["--top-p-rule", "within"]
     decoder = "edit:mask_threshold=0.01,edit_threshold=0.02,closing_steps=2"
     code, _, err = run("--decoder", decoder, *options, "--seed", "3", "--output", str(file))
     assert code == 0
@@ -141,7 +142,7 @@ def test_decoders_and_their_options(run, checkpoints, tmp_path):
     models = {"H": DiT.from_pretrained(checkpoints[1]), "L": DiT.from_pretrained(checkpoints[3])}
     expected = mdkern.sample(
         models, mdkern.Schedule.sandwich(0.25), length=LENGTH, steps=LENGTH, seed=3, block_length=8, top_k=50,
-        top_p=0.9, min_p=0.001, decoder=decoders.Edit(0.01, 0.02, 2),
+        top_p=0.9, top_p_rule="within", min_p=0.001, decoder=decoders.Edit(0.01, 0.02, 2),
     )  # fmt: skip
     (record,) = records(file)
     assert record["token_ids"] == expected.sequences[0].tolist()
