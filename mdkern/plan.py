@@ -229,11 +229,9 @@ class Packing:
 def pack(count: Tensor, batch_size: int) -> Packing:
     """Choose the ticks for ``count [N]`` events of each sequence, int64, on the CPU.
 
-    As few ticks as can be would be of sizes n and n - 1, for whatever n the draw makes. But a pass of one sequence less
-    takes hardly less time where it leaves the last round of tiles half empty (one H200, 16 sequences of 1,024, 12
-    blocks: 5.99 ms, 15: 5.76, 14: 5.50, 8: 3.24), and every size is a graph to capture. So as many ticks as can be are
-    full, and the others have half the size, which leaves fewer slots idle than a small tick has. Where that would take
-    over a sixteenth more ticks, since few sequences have most of the events, the sizes are n and n - 1 after all.
+    As many ticks as possible are full, and the others have half the size, so that few graphs are captured and the
+    number of idle slots is below the size of a small tick. Where this would take over a sixteenth more ticks than are
+    needed, because few sequences have most of the events, the sizes are n and n - 1 instead. Why: docs/notes/graphs.md.
     """
     total, longest = int(count.sum()), int(count.max())
     large = min(batch_size, int((count > 0).sum()))

@@ -1,1 +1,1 @@
-"""Running a request: its arguments checked, its steps run eagerly or as CUDA graphs."""
+"""Runs a request: checks its arguments, then runs its steps, eagerly or as CUDA graphs."""

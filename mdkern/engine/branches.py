@@ -1,7 +1,8 @@
-"""Many schedules on the same seeds: those that begin alike share the passes of what they have in common.
+"""Runs many schedules on the same seeds. Schedules that begin with the same models share those passes.
 
-When a position is revealed does not depend on the models, so the state after some segments is that of every schedule
-that begins with them. Schedules are run in lexicographic order, depth first, with the state after each segment kept.
+With a planned decoder, when a position is revealed does not depend on the models, so the state after some segments
+is the same for every schedule that begins with them. Schedules are run in lexicographic order, depth first, and the
+state after each segment is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState
 from mdkern.schedule import Schedule
 
-Models = tuple[str, ...]  # of each of the equal segments
+Models = tuple[str, ...]  # the model of each of the equal segments
 
 
 def run_schedules(
@@ -35,7 +36,7 @@ def run_schedules(
     Args:
         models: by name, as for `sample`.
         schedules: the names of the models of equal segments, each with the same number of segments.
-        arguments: of `sample`: what is asked for. Texts that stop early, stopping criteria and streamers cannot be.
+        arguments: as for `sample`, except `stop_at_eos`, stopping criteria and streamers, which are refused.
 
     Yields:
         A schedule and its samples, int64 ``[N, L]``, in lexicographic order.
@@ -63,7 +64,7 @@ def run_schedules(
             drafts = Drafts(None, request.input_ids, ~request.masked, request.attention_mask)
             plan = planned.draw_plan(request, state)
             steps = request.steps[:, None]
-            # Rounded as a schedule of shares rounds its edges; the closing pass is the last segment's.
+            # Rounded as a schedule of shares rounds its edges; the closing pass belongs to the last segment.
             edges = [(2 * steps * part + segments) // (2 * segments) for part in range(segments)] + [steps + 1]
             kept, done = [state.input_ids[:count].clone()], Models()
             for schedule in sorted(schedules):
@@ -81,12 +82,12 @@ def run_schedules(
 
 
 def alike(one: Models, other: Models) -> int:
-    """Segments that two schedules have in common from the beginning on."""
+    """Number of segments at the beginning in which two schedules agree."""
     return next((part for part, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def share_of_passes(schedules: Sequence[Models]) -> float:
-    """Segments that are run, over the segments that running each schedule by itself takes."""
+    """Number of segments that are run, divided by their number if each schedule were run by itself."""
     done, run, total = Models(), 0, 0
     for schedule in sorted(schedules):
         run += len(schedule) - alike(schedule, done)

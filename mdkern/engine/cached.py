@@ -1,13 +1,15 @@
-"""Decoding in blocks with a KV cache (Fast-dLLM, Wu et al., 2505.22618): most passes see part of the text.
+"""Decoding in blocks with a KV cache (Fast-dLLM, Wu et al., 2505.22618): most passes run only a part of the text.
 
-The slots go through a block in lock-step. A *refresh*, a pass of whole sequences, keeps the keys and values of every
-column and is the block's first step; the steps after it run a window of each sequence and attend to the rest as it was
-kept: ``dual`` runs the block alone, ``prefix`` the block and all that comes after it. A slot whose block is over waits,
-so that a sequence has the same passes alone or among others. When all wait, the next round begins with a refresh; so it
-does where another model takes over, and no keys and values are read that another model or sequence left.
+All slots work on one block each, and begin it together. The first step of a block is a *refresh*: a pass over the whole
+sequences, which stores the keys and values of every column. The steps after it run a window of each sequence and attend
+to the stored keys and values of the rest: with ``dual`` the window is the block, with ``prefix`` it is the block and
+all that comes after it. A slot that has finished its block waits for the others, so that a sequence has the same passes
+whoever is beside it. When all slots wait, the next round begins with a refresh. A change of model also begins with a
+refresh, so keys and values of another model or sequence are never read.
 
-This approximates the decoder without a cache: attention is bidirectional, so the cache is out of date as soon as
-a token is revealed. A block that takes one step is exact, and so is a window that is the whole sequence.
+The result approximates decoding without a cache: attention is bidirectional, so the stored keys and values are out of
+date as soon as a token is revealed. It is exact for a block that takes one step, and for a window that is the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from mdkern.models.denoiser import Head
 
 @dataclass(frozen=True)
 class KVCache:
-    """What outlasts a step, beside the state and the progress."""
+    """The KV cache, and which slots wait for the next refresh."""
 
-    contents: Tensor  # keys and values, of `Denoiser.cache_shape`
-    waiting: Tensor  # int64 [B], the sequence that each slot goes on with in the next round; N: none
+    contents: Tensor  # keys and values, of the shape `Denoiser.cache_shape`
+    waiting: Tensor  # int64 [B], the sequence with which each slot continues in the next round; N: none
 
 
 def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -> None:
-    """A segment's steps, round after round. The host looks up once a round."""
+    """Run a segment's steps, round after round. The host synchronises once a round."""
     progress, settings = stretch.progress, stretch.settings
     assert settings.block_length is not None
     length = stretch.state.input_ids.shape[1]
@@ -53,20 +55,20 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -
         if not busy:
             return
         window = settings.block_length if dual else window_length(length - first, settings.block_length, length)
-        # Capturing runs steps of no slot: before the slots have their sequences, and the cache its contents.
+        # Graphs are captured before the slots have sequences, because capturing runs steps with idle slots.
         (refresh, refresh_step), (graph, step) = steps_of(stretch, kv_cache, None), steps_of(stretch, kv_cache, window)
         progress.slot.copy_(kv_cache.waiting)
         (refresh_step if refresh is None else refresh.captured.replay)()
-        if progress.status.is_cuda or int(progress.status[0]):  # a GPU may run one step of no slot: it is not asked
+        if progress.status.is_cuda or int(progress.status[0]):  # on a GPU, an idle step is cheaper than asking
             run_steps(graph, step, progress, watch)
         watch()
 
 
 def prepare(stretch: Stretch) -> KVCache:
-    """Room for the segment's keys and values, at the addresses of the workspace's graphs if there is one.
+    """Memory for the segment's keys and values.
 
-    Then it is held with the graphs for later calls: of a DiT, ``2 * blocks * B * (L + 1) * width`` numbers, which
-    denoisers of one shape share.
+    With a workspace it belongs to the workspace, at the addresses that its graphs use, and is kept for later calls. For
+    a DiT it is ``2 * blocks * B * (L + 1) * width`` numbers, shared by denoisers of one shape.
     """
     denoiser, progress = stretch.denoiser, stretch.progress
     slots, length = len(progress.slot), stretch.state.input_ids.shape[1]
@@ -82,7 +84,7 @@ def prepare(stretch: Stretch) -> KVCache:
 
 
 def steps_of(stretch: Stretch, kv_cache: KVCache, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
-    """A step's graph, if there can be one, and the step. The refresh (`window` None) is run once, the others looped."""
+    """A step, and its graph or None. A refresh (`window` None) is run once; the graph of another step is looped."""
     denoiser, progress, settings = stretch.denoiser, stretch.progress, stretch.settings
     step = partial(
         cached_tick,
@@ -112,9 +114,9 @@ def cached_tick(
     kv_cache: KVCache,
     window: int | None,
 ) -> None:
-    """`decode_tick` over a window of so many columns from each slot's block on, or, for None, over whole sequences.
+    """`decode_tick` over `window` columns from the start of each slot's block, or over whole sequences for None.
 
-    A slot whose block is over then waits: it has no sequence, and `kv_cache` says with which one it goes on.
+    A slot whose block is finished then waits: it has no sequence, and `kv_cache.waiting` has the one to continue with.
     """
     before = progress.slot.clone()
     decode_tick(
@@ -159,7 +161,7 @@ def windows(
 
 
 class Windowed(Denoiser):
-    """A denoiser whose `hidden` is that of windows of its sequences; of as many batches of them as it is given."""
+    """A denoiser whose `hidden` runs windows of its sequences; with guidance, twice as many sequences."""
 
     def __init__(self, denoiser: Denoiser, cache: Tensor, columns: Tensor | None) -> None:
         self.denoiser, self.cache, self.columns = denoiser, cache, columns
@@ -180,13 +182,13 @@ class Windowed(Denoiser):
 
 
 def wait_all(progress: Progress, kv_cache: KVCache) -> None:
-    """Every slot waits with its sequence."""
+    """Make every slot wait with its sequence."""
     kv_cache.waiting.copy_(progress.slot)
     progress.idle()
 
 
 def outlook(settings: Settings, progress: Progress, kv_cache: KVCache, length: int) -> Tensor:
-    """int64 ``[2]``: slots that wait with a sequence, and the first column of all their blocks."""
+    """int64 ``[2]``: number of slots that wait with a sequence, and the first column of their blocks."""
     assert settings.block_length is not None
     waits = kv_cache.waiting != len(progress.start) - 1
     first = progress.start[kv_cache.waiting] + progress.block[kv_cache.waiting] * settings.block_length
@@ -194,9 +196,9 @@ def outlook(settings: Settings, progress: Progress, kv_cache: KVCache, length: i
 
 
 def window_length(needed: int, block_length: int, length: int) -> int:
-    """Columns of a window that must have `needed`: 1, 2, 3, 4, 6, 8, 12, ... blocks, as few graphs as there are.
+    """Length of a window that must hold `needed` columns: 1, 2, 3, 4, 6, 8, 12, ... blocks, so that graphs are few.
 
-    At most a third of a window is waste. It lies past the end of the sequences, so it does not change the result.
+    At most a third of a window is unused. That part lies past the end of the sequences and does not change the result.
     """
     blocks = -(-needed // block_length)
     power = 1 << (blocks - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Refusing numbers, flags and tensors that cannot be right."""
+"""Checks of the numbers, flags and tensors that callers give."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_real(name: str, value: Any, low: float, high: float) -> float:
-    """A number from `low` to `high`, also one of NumPy or a fraction."""
+    """`value` as a float, if it is a real number from `low` to `high`; NumPy's numbers and fractions are, too."""
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else nan
     if not low <= number < inf:
         raise ValueError(f"{name} must be a finite number of at least {low:g}, not {value!r}")
@@ -46,7 +46,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_filters(top_k: Any, top_p: Any, min_p: Any, top_p_rule: str) -> Filters:
-    """None is none of each."""
+    """The `Filters` of these arguments. None leaves a filter out."""
     top_k = 0 if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
     min_p = 0.0 if min_p is None else min_p

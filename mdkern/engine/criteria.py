@@ -1,9 +1,10 @@
-"""Stopping criteria, those of transformers asked as if the text were written from left to right.
+"""Stopping criteria. Those of transformers are called as if the text were written from left to right.
 
-``MaxLengthCriteria``, ``StopStringCriteria`` and ``EosTokenCriteria`` see each text as far as it is known: the tokens
-before the first mask, without padding, once for every length that the text has come to since they were asked last. The
-text ends where they say. ``MaxTimeCriteria`` reads the clock alone. ``ConfidenceCriteria`` reads the scores of another
-loop and is refused. Any other callable is given the ids ``[B, L]`` as they are, masks and padding included, and None.
+``MaxLengthCriteria``, ``StopStringCriteria`` and ``EosTokenCriteria`` are given the known beginning of each text: the
+tokens before the first mask, without padding. They are called once for every length that this beginning has reached
+since the last call, and the text ends where they say. ``MaxTimeCriteria`` only reads the clock. ``ConfidenceCriteria``
+needs the scores of autoregressive generation and is refused. Any other callable is given the ids ``[B, L]`` as they
+are, masks and padding included, and None for the scores.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ AS_THEY_ARE = {"MaxTimeCriteria"}
 
 @dataclass
 class Criteria:
-    """A call's criteria, and how much of each text those of transformers have seen."""
+    """The criteria of a call, and how much of each text those of transformers have seen."""
 
     of_known_text: list[Callable[..., Any]]
     others: list[Callable[..., Any]]
-    seen: list[int] = field(default_factory=list)  # tokens, by sequence
+    seen: list[int] = field(default_factory=list)  # number of tokens seen, by sequence
 
     @staticmethod
     def of(hook: Any) -> Criteria | None:
@@ -50,18 +51,20 @@ class Criteria:
         return Criteria(known, [c for c in criteria if c not in known]) if criteria else None
 
     def begin(self, count: int) -> None:
-        """A run of `count` sequences begins."""
+        """Begin a run of `count` sequences."""
         self.seen = [0] * (count + 1)
 
     def stop(
         self, ids: Tensor, wanted: Tensor, attended: Tensor | None, mask_id: int, sequence: Tensor, asked: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Which texts end, bool ``[B]``, and the ids ``[B, L]`` with what is past such an end masked again.
+        """Which texts end, bool ``[B]``, and the ids ``[B, L]`` with everything after such an end masked again.
 
         Args:
-            ids, wanted, attended: int64 and bool ``[B, L]``: the ids, what the sampler writes, what is no padding.
+            ids: int64 ``[B, L]``.
+            wanted: bool ``[B, L]``, the positions that the sampler writes.
+            attended: bool ``[B, L]``, False at padding.
             sequence: int64 ``[B]``, the sequences' numbers in the run.
-            asked: bool ``[B]``, of which sequences there is anything to ask.
+            asked: bool ``[B]``, the sequences for which the criteria are called.
         """
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for criterion in self.others:
@@ -75,7 +78,7 @@ class Criteria:
         if not self.of_known_text:
             return ended, ids
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        order, place = column, column  # of the text's tokens in the ids, and of the ids in the text
+        order, place = column, column  # column of each token of the text, and place in the text of each column
         if attended is not None:
             order, place = (~attended).int().argsort(dim=-1, stable=True), positions_in_text(attended)
         text, ours = ids.gather(1, order), wanted.gather(1, order)
@@ -96,7 +99,7 @@ class Criteria:
         return ended, torch.where(past, mask_id, ids)
 
     def answers(self, text: Tensor) -> list[bool]:
-        """Of each text, int64 ``[n, length]``, whether it ends with its last token."""
+        """For each text, int64 ``[n, length]``, whether it ends with its last token."""
         if not len(text):
             return []
         return torch.stack([criterion(text, None).bool().cpu() for criterion in self.of_known_text]).any(0).tolist()

@@ -1,10 +1,10 @@
-"""A whole segment of a step-by-step decoding in one launch: the step's graph inside a WHILE node of a CUDA graph.
+"""Runs a whole segment of step-by-step decoding in one launch: the step's graph inside a WHILE node of a CUDA graph.
 
-How many steps a data-dependent decoder takes only the device knows. With conditional nodes (CUDA 12.4 and later) the
-device decides itself whether to go round again, so the host is out of the loop and no step runs in vain. The node and
-its condition (``csrc/loop_condition.cu``, shipped as PTX, which the driver compiles) go through NVIDIA's
-`cuda.bindings`, which PyTorch's CUDA builds bring along; where they are missing, or the driver is too old, the caller
-replays step by step.
+The number of steps of a decoder that looks at the model depends on data on the device. With conditional nodes (CUDA
+12.4 and later) the device itself decides whether to run another step, so the host takes no part and no step is run
+needlessly. The node and its condition (``csrc/loop_condition.cu``, shipped as PTX, which the driver compiles) are made
+through NVIDIA's `cuda.bindings`, which PyTorch's CUDA builds depend on. Where they are missing, or the driver is too
+old, the caller replays the step's graph instead.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class DeviceLoop:
         """Build and instantiate the graph.
 
         Args:
-            step: captured with ``keep_graph=True``; must outlive this.
-            status: int64 on the device; the step sets its first entry to the amount of work left.
+            step: captured with ``keep_graph=True``; it must live as long as this object.
+            status: int64 on the device; each step sets its first entry to the number of slots that still have work.
 
         Raises:
-            RuntimeError: the driver's refusal.
+            RuntimeError: the driver refused.
         """
         from cuda.bindings import driver
 
@@ -78,7 +78,7 @@ class DeviceLoop:
     def run(self, watch: Callable[[], None]) -> None:
         """Launch it on the current stream and wait for its end, calling `watch` now and then.
 
-        An exception in the meantime, Ctrl-C for one, ends the loop after the step that is running.
+        An exception meanwhile, such as Ctrl-C, ends the loop after the current step.
         """
         from cuda.bindings import driver
 
@@ -109,11 +109,11 @@ def make_loop(step: torch.cuda.CUDAGraph, status: Tensor) -> DeviceLoop | None:
 
 @cache
 def load_condition(device: torch.device) -> Any:
-    """The condition's kernel on a device, compiled by the driver."""
+    """The kernel that sets the loop's condition, compiled by the driver for a device."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # so that there is a context
+        torch.cuda.current_stream().synchronize()  # makes sure that there is a context
         module = check(driver.cuModuleLoadData(PTX.read_bytes() + b"\0"))
         return check(driver.cuModuleGetFunction(module, b"loop_condition"))
 

@@ -1,4 +1,4 @@
-"""Where texts end: from the first end of text on, in the part that is written, there is only end of text."""
+"""Where texts end. After the first end of text in the written part, everything is filled with end of text."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class End(NamedTuple):
-    """Of each text as far as it is known: its first position that is masked or an end of text."""
+    """The first position of each text that is masked or holds an end of text."""
 
     column: Tensor  # int64 [B, 1], 0 if there is no such position
     found: Tensor  # bool [B, 1], whether there is one
-    masked: Tensor  # bool [B, 1], whether it is masked: then nobody knows yet where the text ends
+    masked: Tensor  # bool [B, 1], whether it is masked, so that it is not known yet where the text ends
     token: Tensor  # int64 [B, 1], its id
 
     @property
     def known(self) -> Tensor:
-        """bool ``[B]``: the text has an end, and no mask before it."""
+        """bool ``[B]``: whether the text has an end and no mask before it."""
         return (self.found & ~self.masked)[:, 0]
 
 
 def is_any(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """bool, of the shape of `ids`: which are among those wanted. Numbers stay with the host, as CUDA graphs need."""
+    """bool, of the shape of `ids`: which of them are in `wanted`. CUDA graphs may capture it: it copies nothing."""
     found = torch.zeros_like(ids, dtype=torch.bool)
     for item in wanted:
         found = found | (ids == item)
@@ -35,7 +35,7 @@ def find_end(ids: Tensor, wanted: Tensor, mask_id: int, ends: tuple[int, ...]) -
 
     Args:
         ids: int64 ``[B, L]``.
-        wanted: bool ``[B, L]``, what the sampler writes: what is given ends no text.
+        wanted: bool ``[B, L]``, the positions that the sampler writes; an end of text elsewhere does not count.
         ends: the ids that end a text.
     """
     last = wanted & ((ids == mask_id) | is_any(ids, ends))
@@ -45,12 +45,12 @@ def find_end(ids: Tensor, wanted: Tensor, mask_id: int, ends: tuple[int, ...]) -
 
 
 def fill_tail(ids: Tensor, wanted: Tensor, end: End, ended: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
-    """The ids where nothing but end of text follows the end of the texts that ``ended [B]`` names.
+    """The ids with the texts in ``ended [B]`` filled up with end of text after their end.
 
-    A masked end becomes `eos_id`, and what follows an end that was written repeats it.
+    A masked end becomes `eos_id`; an end of text that was written is repeated.
 
     Returns:
-        int64 ``[B, L]``, and which of them were filled in, bool ``[B, L]``.
+        The ids, int64 ``[B, L]``, and which of them were filled in, bool ``[B, L]``.
     """
     column = torch.arange(ids.shape[1], device=ids.device)
     tail = wanted & end.found & ended[:, None] & (column >= end.column + ~end.masked)

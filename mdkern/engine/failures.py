@@ -1,4 +1,4 @@
-"""Passes that gave no token: which sample, at which step, and whether the model or a logits processor is the reason."""
+"""Explains passes that gave no token: which sample, at which step, and whether the model or a processor caused it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mdkern.plan import positions_in_text
 
 
 def has_failed(state: SamplerState) -> bool:
-    """Whether a pass gave no token, told once: a segment's one synchronisation."""
+    """Whether a pass gave no token since this was last asked. Synchronises; it is called once in a segment."""
     failed = bool(state.failed)
     if failed:
         state.failed.fill_(False)
@@ -23,11 +23,11 @@ def has_failed(state: SamplerState) -> bool:
 def explain(
     request: Request, name: str, row: int, step: int, ids: Tensor, position: Tensor, time: float
 ) -> FloatingPointError:
-    """Why a pass gave no token, found by running it again, alone.
+    """The reason why a pass gave no token, found by running it again for this sequence alone.
 
     Args:
-        name: of the denoiser in the request.
-        row: of the request's sequences.
+        name: the denoiser's name in the request.
+        row: the sequence's place in the request.
         ids: int64 ``[L]``, the sequence before the step.
         position: int64 ``[R]``, where tokens were wanted.
         time: diffusion time of the pass.
@@ -48,14 +48,14 @@ def explain(
         reason, at = fault(processed(request.logits_processor, denoiser.head, states, rows))
         source = "the logits processor"
     where = f"sample {int(request.sample_ids[row])}, step {step}"
-    if reason is None:  # not to be seen again in a pass of its own
+    if reason is None:  # the pass of this sequence alone is in order
         return FloatingPointError(f"{where}: {model} gave NaN or infinite logits, so no token could be drawn")
     where += f", position {int(position[at])}"
     return FloatingPointError(f"{where}: {source} {reason}, so no token could be drawn")
 
 
 def fault(logits: Tensor) -> tuple[str | None, int]:
-    """What is wrong with the first of rows ``[R, V]`` that no token can be drawn from, and which row; None: nothing."""
+    """What is wrong with the first of the rows ``[R, V]`` from which no token can be drawn, or None, and its number."""
     bad = (~logits.logsumexp(-1).isfinite()).nonzero()[:, 0]
     if not len(bad):
         return None, 0

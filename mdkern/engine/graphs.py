@@ -1,9 +1,15 @@
-"""CUDA graphs of the sampler's step: captured on first use, kept, replayed tick after tick.
+"""CUDA graphs of the sampler's step: captured on first use, kept, and replayed for every tick.
 
-A graph is captured for a denoiser and a batch size over a `Workspace`: state and ticks at fixed addresses. A call of
-`sample` leases a workspace, copies its request into it and replays. Graphs outlive the call and serve the next one that
-has the same shapes, as long as the model is the same object with the same weights' addresses and settings; weights
-changed in place are seen. What is kept is bounded, `held` shows it and `clear` gives it back.
+What is captured: one whole step, that is a forward pass of a denoiser (backbone and head) for one batch size, with the
+bookkeeping before and after it (`reveal_tick` of `planned.py`, `decode_tick` of `stepwise.py`, `cached_tick` of
+`cached.py`). It reads and writes the tensors of a `Workspace`: the sampler's state (`state.py`), a buffer of ticks or
+the progress of the slots, and the KV cache, all at fixed addresses. The packing of ticks, stopping criteria and logits
+processors stay outside.
+
+A call of `sample` leases a workspace, copies its request into it and replays. Graphs are kept after the call and serve
+later calls of the same shapes, as long as the model is the same object with the same settings and its weights at the
+same addresses. Weights that change in place are seen. The number of graphs kept is bounded; `held` lists them and
+`clear` gives their memory back. The limits: docs/notes/graphs.md.
 """
 
 from __future__ import annotations
@@ -34,15 +40,15 @@ Part = TypeVar("Part")
 logger = logging.getLogger(__name__)
 
 WARM_UPS = 2  # runs of a step before it is captured
-MOST_WORKSPACES = 4  # idle ones kept
-MOST_GRAPHS = 32  # of a workspace
-MOST_UNUSED = 1 << 30  # bytes of a workspace's parts that the last call did without: with more the next starts anew
-TICKS_AHEAD = 32  # replays between two events; the host runs at most four events ahead of the device
-EVENTS_AHEAD = 4
+MOST_WORKSPACES = 4  # idle workspaces that are kept
+MOST_GRAPHS = 32  # graphs of a workspace
+MOST_UNUSED = 1 << 30  # bytes of a workspace's parts that the last call did not use; with more, all are dropped
+TICKS_AHEAD = 32  # replays between two CUDA events
+EVENTS_AHEAD = 4  # CUDA events by which the host may be ahead of the device
 
 _idle: list[Workspace] = []  # the most recently used last
-_lock = threading.Lock()  # of `_idle`, and of capturing: one capture at a time in a process
-_refused: dict[tuple[int, Hashable], Any] = {}  # what could not be captured, by model and mark: warned of once
+_lock = threading.Lock()  # guards `_idle`, and allows one capture at a time in a process
+_refused: dict[tuple[int, Hashable], Any] = {}  # what could not be captured, by model and mark, so as to warn once
 
 
 @dataclass(eq=False)
@@ -51,11 +57,11 @@ class Graph:
 
     name: str  # of the denoiser
     captured: torch.cuda.CUDAGraph
-    model: Callable[[], Any]  # a weak reference where the graph outlives the call
-    mark: Hashable  # what was taken for constant of the denoiser; None where nothing can be told of it
-    bias: Tensor  # the head's, a copy of our own that each call refreshes
-    memory: int  # bytes that capturing it added to what PyTorch reserves
-    loop: DeviceLoop | None = None  # the step again and again
+    model: Callable[[], Any]  # gives the model; a weak reference if the graph is kept after the call
+    mark: Hashable  # what the capture assumes about the denoiser, see `mark_of`; None: the graph serves one call
+    bias: Tensor  # a copy of the head's bias, which each call refreshes
+    memory: int  # bytes by which the capture increased PyTorch's reserved memory
+    loop: DeviceLoop | None = None  # repeats the step on the device
 
 
 @dataclass(eq=False)
@@ -64,15 +70,15 @@ class Workspace:
 
     key: tuple[Hashable, ...]
     state: SamplerState
-    parts: dict[Hashable, Any] = field(default_factory=dict)  # what else the graphs read and write
-    used: set[Hashable] = field(default_factory=set)  # keys of the parts that the call, or the last one, asked for
+    parts: dict[Hashable, Any] = field(default_factory=dict)  # everything else that the graphs read and write
+    used: set[Hashable] = field(default_factory=set)  # keys of the parts that the current or the last call used
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
-    sizes: set[int] = field(default_factory=set)  # that tick buffers have, see `round_up`
-    marks: dict[int, Hashable] = field(default_factory=dict)  # of this call's denoisers, as they are prepared for it
-    pool: Any = None  # memory that the graphs share: they never run at the same time
+    sizes: set[int] = field(default_factory=set)  # sizes of the tick buffers, see `round_up`
+    marks: dict[int, Hashable] = field(default_factory=dict)  # `mark_of` of this call's prepared denoisers
+    pool: Any = None  # memory that the graphs share, as they never run at the same time
 
     def forget_the_dead(self) -> None:
-        """Drop the graphs of models that are no more, or that no later call could recognise."""
+        """Drop the graphs of models that no longer exist, and those that no later call could recognise."""
         for key, graph in list(self.graphs.items()):
             if graph.mark is None or graph.model() is None:
                 del self.graphs[key]
@@ -80,14 +86,14 @@ class Workspace:
     def begin(self, request: Request) -> None:
         """Load a request, and drop what no call can use.
 
-        Where parts have piled up that the last call did without, all parts and graphs go. So calls of one kind keep
-        theirs, however large.
+        If more than `MOST_UNUSED` bytes of parts were not used by the last call, all parts and graphs are dropped.
+        Calls of one kind thus keep theirs, however large they are.
         """
         self.state.load(request)
         self.marks.clear()
         self.forget_the_dead()
         if sum(bytes_of(part) for key, part in self.parts.items() if key not in self.used) > MOST_UNUSED:
-            self.graphs.clear()  # they hold the parts' addresses, so they go together
+            self.graphs.clear()  # they contain the addresses of the parts
             self.parts.clear()
             self.sizes.clear()
         self.used.clear()
@@ -95,7 +101,7 @@ class Workspace:
     def round_up(self, size: int) -> int:
         """The size of a tick buffer for `size` entries, so that graphs are captured for few shapes.
 
-        A power of two, at least 4; or twice that where a buffer has it already.
+        It is a power of two, at least 4, or twice that if there is a buffer of that size already.
         """
         least = 1 << max(2, (size - 1).bit_length())
         found = least if least in self.sizes or 2 * least not in self.sizes else 2 * least
@@ -107,7 +113,7 @@ class Workspace:
         return sum(map(bytes_of, (self.state, *self.parts.values())))
 
     def part(self, key: Hashable, make: Callable[[], Part]) -> Part:
-        """What was made under this key, made on first use: it stays at its addresses."""
+        """The part of this key, made on first use and kept at its addresses."""
         self.used.add(key)
         if key not in self.parts:
             with torch.inference_mode(False):
@@ -123,18 +129,18 @@ class Workspace:
         idle: Callable[[], None],
         loop_while: Tensor | None = None,
     ) -> Graph | None:
-        """The graph of `step`, captured if there is none that serves.
+        """The graph of `step`: one captured earlier if it still holds, else a new one.
 
         Args:
-            denoiser: whose step it is.
-            key: what distinguishes it from the denoiser's other steps.
-            step: runs the step; given the head to use. It is run a few times to warm up.
-            idle: called before each of those runs, to make the step work on scratch: a step moves its state on, past
-                the end of what it reads if it were run again and again.
-            loop_while: make a loop of the step, too, that runs while this tensor's first entry is not 0.
+            denoiser: the denoiser that the step runs.
+            key: distinguishes this step from the denoiser's other ones.
+            step: runs the step with the head that it is given. It is run a few times to warm up.
+            idle: called before each run of the warm-up, to point the step at scratch data. A step advances its state,
+                and repeated steps without it would read past the end of the ticks.
+            loop_while: also make a device-side loop that runs while this tensor's first entry is not 0.
 
         Returns:
-            None if it could not be captured; then a warning has named the reason, once for the model.
+            None if the step could not be captured. A warning has then given the reason, once for each model.
         """
         model = model_of(denoiser)
         if id(denoiser) not in self.marks:
@@ -145,12 +151,12 @@ class Workspace:
         key = id(model), mark, key
         graph = self.graphs.pop(key, None)
         if graph is None or graph.model() is not model:
-            graph = None  # its memory goes back to the pool first
+            graph = None  # gives its memory back to the pool before the next capture
             with torch.inference_mode(False):
                 bias = torch.empty_like(denoiser.head.bias)
             bias.copy_(denoiser.head.bias)
             head = replace(denoiser.head, bias=bias)
-            if not self.graphs:  # a pool ends with its last graph
+            if not self.graphs:  # a pool does not outlive its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             try:
                 captured, memory = capture(lambda: step(head), idle, self.pool, bias.device, loop_while is not None)
@@ -168,11 +174,11 @@ class Workspace:
 
 
 class CaptureError(RuntimeError):
-    """A step that runs, but not in a capture."""
+    """A step that runs eagerly but cannot be captured."""
 
 
 def warm_up(step: Callable[[], None], idle: Callable[[], None]) -> None:
-    """Run a step so that kernels are compiled and algorithms chosen, each time from the idle state."""
+    """Run a step a few times, each time from the idle state, so that kernels are compiled and algorithms chosen."""
     for _ in range(WARM_UPS):
         idle()
         step()
@@ -187,7 +193,7 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     """Capture `step` on a stream of its own, after it has been warmed up.
 
-    Not by `torch.cuda.graph`, which also collects garbage and empties the allocator's cache of the whole process.
+    `torch.cuda.graph` is not used, because it also collects garbage and empties the allocator's cache of the process.
 
     Returns:
         The graph, and the bytes by which PyTorch's reserved memory grew.
@@ -229,11 +235,11 @@ def no_collection() -> Iterator[None]:
 
 
 def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """End a capture that has failed."""
+    """Clean up after a capture that has failed."""
     try:
-        graph.capture_end()  # the stream must leave it
-    except RuntimeError:  # the stream's capture is invalid: PyTorch's allocator and generator are still in it
-        # PyTorch's own names: where they are no more, the allocator keeps the pool's memory, and no other harm is done.
+        graph.capture_end()  # takes the stream out of capture mode
+    except RuntimeError:  # the capture is invalid, but PyTorch's allocator and generator are still in capture mode
+        # Private names of PyTorch: without them the allocator keeps the memory of the pool, and nothing else breaks.
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
             torch._C._cuda_releasePool(device.index, pool)
@@ -242,21 +248,21 @@ def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
             valid = torch.cuda.CUDAGraph()
             valid.capture_begin(capture_error_mode="thread_local")
             nothing.zero_()
-            valid.capture_end()  # this the generator leaves: else every draw of random numbers would be refused
+            valid.capture_end()  # takes the generator out of capture mode, in which it refuses every draw
 
 
 @cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps 32 MiB of workspace for every stream that it has seen."""
+    """The one stream of all captures, because cuBLAS keeps 32 MiB of workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 def refuse(denoiser: Denoiser, mark: Hashable, error: Exception) -> None:
-    """Remember for the life of a model that it can't be captured, and warn."""
+    """Warn that a model can't be captured, and remember it for as long as the model exists."""
     model = model_of(denoiser)
     key = id(model), mark
     try:
-        _refused[key] = weakref.ref(model, lambda _: _refused.pop(key, None))  # its id may become another one's
+        _refused[key] = weakref.ref(model, lambda _: _refused.pop(key, None))  # a later object may get the same id
     except TypeError:  # objects with `__slots__`, for one
         _refused[key] = model
     torch.cuda.synchronize(denoiser.device)
@@ -267,14 +273,14 @@ def refuse(denoiser: Denoiser, mark: Hashable, error: Exception) -> None:
 
 
 class Pacer:
-    """Keeps the host a bounded number of replays ahead of the device, so that progress is true and Ctrl-C prompt."""
+    """Keeps the host a bounded number of replays ahead of the device, so that progress is right and Ctrl-C prompt."""
 
     def __init__(self) -> None:
         self.count = 0
         self.events: deque[torch.cuda.Event] = deque()
 
     def replayed(self) -> bool:
-        """Count a replay; whether it is one at which the host looked up."""
+        """Count a replay. Returns whether the host synchronised with the device at this one."""
         self.count += 1
         if self.count % TICKS_AHEAD:
             return False
@@ -288,19 +294,19 @@ class Pacer:
 
 @contextmanager
 def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
-    """A workspace for the request, loaded with it; kept for the next call unless this one fails.
+    """A workspace loaded with the request. It is kept for the next call unless this one fails.
 
-    It has room for `most` sequences at least, so that a run's groups share one.
+    It has room for at least `most` sequences, so that all groups of a run can share it.
     """
     count, length = request.input_ids.shape
-    room = 1 << max(4, (max(count, most) - 1).bit_length())  # so that calls of nearly the same size share graphs
+    room = 1 << max(4, (max(count, most) - 1).bit_length())  # a power of two, so that similar calls share graphs
     key = request.device, room, length, request.attention_mask is not None
     with _lock:
         found = next((workspace for workspace in reversed(_idle) if workspace.key == key), None)
         if found is not None:
             _idle.remove(found)
     if found is None:
-        with torch.inference_mode(False):  # it outlasts the call
+        with torch.inference_mode(False):  # later calls may be outside of inference mode
             state = SamplerState.allocate(room, length, request.attention_mask is not None, request.device)
         found = Workspace(key, state)
     try:
@@ -308,7 +314,7 @@ def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
         yield found
     except BaseException:
         with suppress(RuntimeError):
-            torch.cuda.synchronize(request.device)  # before memory goes back that steps still under way write to
+            torch.cuda.synchronize(request.device)  # steps that are still running may write to its memory
         raise
     found.forget_the_dead()
     torch.cuda.current_stream(request.device).synchronize()  # the next call may be on another stream
@@ -318,15 +324,15 @@ def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
 
 
 def model_of(denoiser: Denoiser) -> Any:
-    """The object whose life the graphs of a denoiser share: people's own model, or the denoiser itself."""
+    """The object with which a denoiser's graphs are dropped: the model that was adapted, or the denoiser itself."""
     return getattr(denoiser, "model", denoiser)
 
 
 def held() -> list[tuple[str, int]]:
-    """Denoiser and bytes of every graph that is kept between calls, and of what they work on: "state" and bytes,
-    "prepared weights" and bytes.
+    """What is kept between calls, as pairs of a name and bytes.
 
-    Graphs of one call share much of their memory.
+    The name is the denoiser's for each graph, ``"state"`` for what graphs read and write, and ``"prepared weights"``
+    for copies of weights. Graphs of one call share much of their memory.
     """
     with _lock:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
@@ -339,13 +345,13 @@ def nested_bytes(tensors: Any) -> int:
 
 
 def bytes_of(thing: Any) -> int:
-    """Of the tensors that an object has, and of those of its ticks if it has any."""
+    """Bytes of an object's tensors, its ticks included."""
     tensors = [value for value in vars(thing).values() if isinstance(value, Tensor)]
     return nested_bytes(tensors) + (bytes_of(thing.ticks) if hasattr(thing, "ticks") else 0)
 
 
 def clear() -> None:
-    """Give back the memory of all graphs that no call is using, and try again what could not be captured."""
+    """Give back the memory of all graphs that no call is using. Models that could not be captured are tried again."""
     with _lock:
         _idle.clear()
         _refused.clear()
@@ -353,15 +359,15 @@ def clear() -> None:
 
 
 def mark_of(denoiser: Denoiser) -> Hashable:
-    """What a captured step takes for constant: of the model, of the denoiser around it, and of the process.
+    """What a captured step assumes not to change: in the model, in the denoiser around it, and in the process.
 
-    None where nothing can be told of the model.
+    None for a model that cannot be examined.
     """
     model = fingerprint(model_of(denoiser))
     if model is None:
         return None
     around = {name: value for name, value in vars(denoiser).items() if name not in ("model", "name", "head")}
     modules = tuple(fingerprint(value) for value in around.values() if isinstance(value, nn.Module))
-    head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # the bias is copied anew in each call
+    head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # each call copies the bias
     process = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.backends.cuda.matmul.allow_tf32
     return type(denoiser), model, describe(around), modules, describe(head), process

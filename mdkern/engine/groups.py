@@ -1,7 +1,7 @@
-"""A request run in groups of consecutive samples: what is finished can be handed over, or kept if the rest fails.
+"""Runs a request in groups of consecutive samples: finished samples can be handed over, or kept after a failure.
 
-All samples of a group go through the schedule together, segment after segment. Groups are of as few batches as take
-hardly more passes than all samples at once would.
+The samples of a group go through the schedule together, segment by segment. A group has as few batches as possible
+without many more forward passes than one run of all samples.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ RUNS: dict[str, Callable[..., Outcome]] = {
     "dual": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=True)),
 }  # of decoders that look at the model, by `cache`
 
-MOST_GROWTH = 1.02  # passes of all groups over those of one run
-LEAST_PASSES, LEAST_PASSES_ON_GPU = 32, 256  # of a group: to begin one takes as long as a few passes of a small model
-UNEVEN_BATCHES = 32  # of a group whose sequences differ in their passes: half a batch idles while the last ones end
+MOST_GROWTH = 1.02  # largest number of passes of all groups, over that of one run
+LEAST_PASSES, LEAST_PASSES_ON_GPU = 32, 256  # of a group; beginning one costs as much as a few passes of a small model
+UNEVEN_BATCHES = 32  # of a group whose sequences differ in passes, as half a batch is idle while the last ones finish
 SEQUENCES_PLANNED = 4096  # at a time, to count passes
 
 
 class Groups:
-    """A request's groups, run as they are iterated over.
+    """An iterator that runs a request group by group.
 
     Raises:
-        FloatingPointError: no token could be drawn for some samples. Told when all others are finished, or at once
-            where all of a group failed; the outputs are without them.
-        Otherwise what models and hooks raise. ``partial`` of any exception is a `SampleOutput` of what was finished
-        and not yet given.
+        FloatingPointError: no token could be drawn for some samples. It is raised when all others are finished, or at
+            once if all samples of a group failed; the outputs are without the failed samples.
+        Any exception of a model or hook. ``partial`` of any exception is a `SampleOutput` of the samples that were
+        finished and not yet handed over.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Groups:
         progress: bool | None = None,
         began: float | None = None,
     ) -> None:
-        """`group_size` None: `choose_groups`. The first group's time counts from `began` on, default now."""
+        """`group_size`: samples of a group; None lets `choose_groups` decide. `began`: start of the first group's time;
+        default now."""
         self.request = request
         self.group_size = group_size
         self.return_history = check_flag("return_history", return_history)
@@ -79,7 +80,7 @@ class Groups:
             raise
 
     def all(self) -> SampleOutput:
-        """All groups' outputs as one; so is ``partial`` of an exception."""
+        """Run all groups and join their outputs. ``partial`` of an exception is joined likewise."""
         outputs = []
         began = self.began
         try:
@@ -119,9 +120,12 @@ class Groups:
             raise type(failure)(f"{failure}{others}. What is finished is this error's `partial`")
 
     def run_group(self, request: Request, most: int, bar: tqdm, drafts: Drafts, first: int) -> Outcome:
-        """Samples from number `first` on of a request that has at most `most` in a group, to be `pending`."""
+        """Run one group, whose samples begin at number `first` of the call; its output goes to `pending`.
+
+        `most` is the size of the largest group.
+        """
         run: Callable[..., Outcome] = planned.run if isinstance(request.decoder, Planned) else RUNS[request.cache]
-        asked = run is not planned.run and request.stopping_criteria is not None  # by the host, after every step
+        asked = run is not planned.run and request.stopping_criteria is not None  # called by the host after every step
         graphed = self.cuda_graphs and request.device.type == "cuda" and request.logits_processor is None and not asked
         timings, count = Timings(self.began), len(request.input_ids)
         with torch.no_grad(), lease(request, most) if graphed else nullcontext() as workspace:
@@ -167,7 +171,7 @@ def device_of(request: Request) -> AbstractContextManager[Any]:
 
 
 def prepared(request: Request, most: int) -> Request:
-    """With denoisers prepared for groups of at most `most` samples; cached passes are of windows and need none."""
+    """The request with denoisers prepared for groups of at most `most` samples; cached passes need no preparation."""
     if request.cache != "none":
         return request
     rows = min(request.batch_size, most) * request.input_ids.shape[1] * (2 if request.guidance_scale else 1)
@@ -177,7 +181,7 @@ def prepared(request: Request, most: int) -> Request:
 def choose_groups(request: Request) -> tuple[list[slice], int | None]:
     """The groups to run a request in, and the progress bar's total if there are several.
 
-    The last group takes the samples that are over, so that no batch is smaller than in one run.
+    The last group also takes the remaining samples, so that no batch is smaller than in one run.
     """
     count, batch = request.input_ids.shape[0], request.batch_size
     passes, total = None, None
@@ -197,10 +201,10 @@ def choose_groups(request: Request) -> tuple[list[slice], int | None]:
 
 
 def passes_of_groups(passes: Tensor, size: int, batch: int) -> int:
-    """Forward passes of batches that groups of `size` samples take.
+    """Number of forward passes of batches in groups of `size` samples.
 
     Args:
-        passes: int64 ``[N, S]``, of each sequence in each segment.
+        passes: int64 ``[N, S]``, number of passes of each sequence in each segment.
     """
     groups = len(passes) // size
     cut = (groups - 1) * size
@@ -211,7 +215,7 @@ def passes_of_groups(passes: Tensor, size: int, batch: int) -> int:
 def count_passes(request: Request) -> tuple[Tensor | None, int]:
     """Forward passes of each sequence in each segment, int64 ``[N, S]`` on the CPU, and the progress bar's total.
 
-    None where sequences may differ in what they take and only the run shows it.
+    None instead of the passes if only the run itself shows how many each sequence takes.
     """
     masked = request.masked.sum(-1)
     if isinstance(request.decoder, Stepwise):
@@ -222,6 +226,6 @@ def count_passes(request: Request) -> tuple[Tensor | None, int]:
         part = rows_of(request, slice(first, first + SEQUENCES_PLANNED))
         plan = planned.draw_plan(part, SamplerState.of(part))
         parts.append(torch.stack([plan.events(piece.first, piece.stop) for piece in planned.pieces(part)], -1).cpu())
-    most = max(part.shape[1] for part in parts)  # sequences of fewer steps may have fewer pieces
+    most = max(part.shape[1] for part in parts)  # sequences with fewer steps may have fewer pieces
     passes = torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in parts])
     return passes, int(passes.sum())

@@ -1,4 +1,4 @@
-"""What others put into the sampler: guidance, logits processors (which: `processors`), streamers."""
+"""Hooks into the sampler: guidance, logits processors (see `processors`) and streamers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def guided_hidden(
 ) -> Tensor:
     """`Denoiser.hidden` under classifier-free guidance (Ho and Salimans, 2207.12598; in LLaDA, 2502.09992).
 
-    The logits are to be ``u + (scale + 1) (c - u)``, u those with what was given masked too. The head is linear and
-    the two weights sum to 1, so the same combination of hidden states gives these logits, bias included: one pass of
-    twice the batch, one head.
+    The guided logits are ``u + (scale + 1) (c - u)``, where c are the logits of the sequence and u those of the
+    sequence with everything given masked as well. The head is linear and the two weights sum to 1, so the same
+    combination of hidden states gives the guided logits, bias included. It takes one pass of twice the batch and one
+    head.
 
     Args:
-        scale: 0: no guidance, one plain pass.
-        given: bool ``[B, L]``, masked for u; not read at scale 0.
+        scale: strength of the guidance; 0 is one plain pass.
+        given: bool ``[B, L]``, the positions that are masked for u; not read at scale 0.
         input_ids, t, positions, attention_mask: as in `Denoiser.hidden`.
     """
     count = (input_ids if positions is None else positions).shape[1]
@@ -53,22 +54,22 @@ def guided_hidden(
     hidden = denoiser.check_states(hidden, len(both), count)
     conditional, unconditional = hidden.float().chunk(2)
     guided = torch.lerp(unconditional, conditional, scale + 1.0)
-    if denoiser.head.weight is None:  # logits, with -inf in both where an id is impossible
+    if denoiser.head.weight is None:  # these are logits, and c - u is NaN where both are -inf
         guided = torch.where(conditional == unconditional, conditional, guided)
     return guided.to(hidden.dtype)
 
 
 class Texts(NamedTuple):
-    """What logits processors may read of the sequences of a pass."""
+    """What logits processors are given of the sequences of a pass."""
 
     input_ids: Tensor  # int64 [B, L], as they are now, masks included
     attended: Tensor | None  # bool [B, L], False at padding; None: no padding
-    columns: Tensor | None  # int64 [B, R], of the hidden states; None: all
+    columns: Tensor | None  # int64 [B, R], columns of the hidden states; None: all
     mask_id: int
 
 
 def processed(processors: Processors, head: Head, states: Tensor, rows: Rows) -> Tensor:
-    """Logits ``[M, V]`` of hidden ``states [M, D]``, as the processors leave them; the mask always has a column."""
+    """Logits ``[M, V]`` of hidden ``states [M, D]`` after the processors, with a column for the mask id in any case."""
     logits, suppressed = head.logits(states), head.bias == -torch.inf
     missing = max(0, rows.mask_id + 1 - logits.shape[1])
     logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
@@ -88,14 +89,14 @@ def row_statistics(
     keys: Tensor,
     **options: Any,
 ) -> RowStatistics:
-    """`vocab_projection` of hidden states or, where there are processors, of logits that they have seen.
+    """`vocab_projection` of hidden states or, if there are processors, of the logits that they return.
 
-    The logits are computed for the rows alone, some at a time.
+    Logits are computed for the wanted rows only, some at a time.
 
     Args:
         hidden: ``[B, R, D]``; `row` indexes its ``B * R`` rows.
-        row, row_count, temperature, seed, keys, options: as in `vocab_projection`; with processors
-            `row_count` is read, which synchronises.
+        row, row_count, temperature, seed, keys, options: as in `vocab_projection`. With processors, `row_count` is
+            read by the host, which synchronises.
     """
     flat, width = hidden.flatten(0, 1), hidden.shape[1]
     if processors is None:
@@ -131,17 +132,19 @@ def row_statistics(
 
 
 class Drafts:
-    """Hands a streamer the sequences while they are being written, and when they are done.
+    """Hands sequences to a streamer while they are being written and when they are finished.
 
-    A streamer of transformers has ``put`` and ``end``: each finished sequence is put in two parts, what it began with
-    and the rest, then ended. If it has ``put_draft`` it is given all sequences, int64 ``[N, L]`` with their masks, now
-    and then.
+    A streamer of transformers has ``put`` and ``end``: it is given each finished sequence in two parts, the prompt and
+    the rest, then ``end`` is called. If it also has ``put_draft``, it is given all sequences, int64 ``[N, L]`` with
+    their masks, now and then.
     """
 
     def __init__(self, streamer: Any, ids: Tensor, given: Tensor, attended: Tensor | None = None) -> None:
-        """`ids` and `given`, int64 and bool ``[N, L]``, are the start of all sequences.
-
-        `attended`, bool ``[N, L]`` or None, says what is no padding: finished sequences are put without it.
+        """
+        Args:
+            ids: int64 ``[N, L]``, all sequences at the start.
+            given: bool ``[N, L]``, the positions that are not masked then.
+            attended: bool ``[N, L]``, False at padding, which is left out of finished sequences; None: no padding.
         """
         self.streamer, self.given, self.attended = streamer, given, attended
         self.put_draft = getattr(streamer, "put_draft", None)
@@ -150,11 +153,11 @@ class Drafts:
         self.stream = torch.cuda.Stream(ids.device) if ids.is_cuda and self.put_draft else None
 
     def begin(self, first: int, ids: Tensor) -> None:
-        """From now on sequences from number `first` on are being written: `ids` is read whenever a draft is shown."""
+        """From now on the sequences from number `first` on are written to `ids`, which later drafts read."""
         self.first, self.ids = first, ids
 
     def show(self) -> None:
-        """A draft, unless one was shown just now. Reading it does not wait for the steps that are under way."""
+        """Show a draft, unless one was shown just now. Reading it does not wait for steps that are still running."""
         if self.put_draft is None or time.monotonic() - self.last < SECONDS_BETWEEN_DRAFTS:
             return
         assert self.draft is not None
@@ -164,7 +167,7 @@ class Drafts:
         self.last = time.monotonic()
 
     def end(self, first: int, ids: Tensor, finished: Tensor) -> None:
-        """Sequences from number `first` on are written, where ``finished [n]`` says so: ``ids [n, L]``."""
+        """Hand over the sequences ``ids [n, L]`` from number `first` on for which ``finished [n]`` is True."""
         if self.draft is not None:
             self.draft[first : first + len(ids)] = ids.cpu()
         if self.streamer is None:

@@ -1,7 +1,7 @@
-"""Sampling by a reveal plan: the loop of decoders whose order does not depend on the model.
+"""Sampling by a reveal plan: the loop for decoders whose order does not depend on the model.
 
-Every step that reveals something is known beforehand, so a tick is one forward pass of a full batch, with the output
-layer at just the rows that get their token.
+The steps that reveal something are known beforehand, so each tick is one forward pass of a full batch, with the output
+layer at exactly the rows that get their token.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.plan import GIVEN, RevealPlan, Ticks
 
-LOOKS = 16  # for ends of text, in a run without blocks
+LOOKS = 16  # times that a run without blocks looks for ends of text
 
 
 def run(
     request: Request, state: SamplerState, workspace: Workspace | None, bar: tqdm, drafts: Drafts, timings: Timings
 ) -> Outcome:
-    """All of a request: draw the plan, then segment after segment."""
+    """Run a request: draw the plan, then run segment after segment."""
     plan = draw_plan(request, state)
     model = torch.full_like(plan.step, GIVEN)
     ended = torch.zeros(len(plan.step), dtype=torch.bool, device=request.device)
-    filled_at = torch.full_like(plan.step, GIVEN)  # the step before which a position was filled with the end of text
+    filled_at = torch.full_like(plan.step, GIVEN)  # step before which a position was filled with end of text
     failed, failure = torch.zeros_like(ended), None
     nfe = {name: torch.zeros_like(request.sample_ids) for name in request.denoisers}
     if bar.total is None:
@@ -86,7 +86,7 @@ def run(
 def explain_first(
     request: Request, name: str, state: SamplerState, plan: RevealPlan, unwritten: Tensor
 ) -> FloatingPointError:
-    """Why a pass of a denoiser gave no token: of the first sample with an ``unwritten [N, L]`` position."""
+    """The reason why a pass gave no token, for the first sample with an ``unwritten [N, L]`` position."""
     row = int(unwritten.any(-1).nonzero()[0, 0])
     order = (plan.step if plan.order is None else plan.order)[row]
     event = order[unwritten[row]].min()
@@ -104,20 +104,20 @@ def stops(request: Request) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a run in which one denoiser works and no text is ended."""
+    """A part of a run in which one denoiser runs and no text is ended."""
 
     model: str
     first: Tensor  # int64 [N, 1], each sequence's first step
-    stop: Tensor  # int64 [N, 1], its last one, plus 1
-    looks: Tensor | None  # bool [N], the sequences whose end of text is looked for after it; None: of none
-    block_ends: Tensor | None  # bool [N], those of which a block ends with it, and that criteria may stop; None: none
+    stop: Tensor  # int64 [N, 1], its last step plus 1
+    looks: Tensor | None  # bool [N], the sequences in which an end of text is looked for after it; None: in none
+    block_ends: Tensor | None  # bool [N], the sequences that end a block with it, for stopping criteria; None: none
 
 
 def pieces(request: Request) -> Iterator[Piece]:
-    """The schedule's parts, cut where ends of text are looked for.
+    """The schedule's parts, cut further where ends of text are looked for.
 
-    That is where a sequence's blocks end or, without blocks, at a share of its steps. Its closing pass, step T, goes to
-    its last part that has steps.
+    Those are the ends of a sequence's blocks or, without blocks, the ends of equal shares of its steps. The closing
+    pass, step T, goes to the last part that has steps.
     """
     steps, blocks, edges = request.steps.cpu()[:, None], request.blocks.cpu()[:, None], request.edges.cpu()
     edges = torch.where(edges == steps, steps + 1, edges)
@@ -143,7 +143,7 @@ def pieces(request: Request) -> Iterator[Piece]:
 
 
 def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
-    """When each position is revealed."""
+    """Draw when each position is revealed."""
     assert isinstance(request.decoder, Planned)
     masked = request.masked
     count, length = masked.shape
@@ -168,7 +168,7 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
 
 
 def times_of_steps(request: Request, step: Tensor) -> Tensor:
-    """float32 ``[N, L]``: the diffusion time of each sequence's steps ``[N, L]``."""
+    """float32 ``[N, L]``: the diffusion time of ``step [N, L]`` of each sequence."""
     time = torch.ones_like(step, dtype=torch.float32)
     for steps in request.steps.unique().tolist():
         times = request.decoder.times(steps).to(step.device, torch.float32)
@@ -180,10 +180,10 @@ def times_of_steps(request: Request, step: Tensor) -> Tensor:
 def reveal_tick(
     denoiser: Denoiser, head: Head, request: Request, state: SamplerState, ticks: Ticks, batch: int, capacity: int
 ) -> None:
-    """Run tick ``state.tick``: one forward pass of `batch` sequences, the head at `capacity` rows, tokens written.
+    """Run tick number ``state.tick``: one forward pass of `batch` sequences, the head at `capacity` rows, the tokens.
 
-    Everything is read from and written to device tensors; the host gives shapes only. `batch` and `capacity` must be
-    at least the tick's own.
+    All data are read from and written to device tensors; only the shapes come from the host, so the function can be
+    captured. `batch` and `capacity` must be at least the tick's own numbers.
     """
     source = TickSource(
         state.input_ids,
@@ -239,9 +239,9 @@ def run_steps(
     bar: tqdm,
     drafts: Drafts,
 ) -> None:
-    """The events of each sequence's steps ``first <= i < stop``, int64 ``[N, 1]``.
+    """Run the events of each sequence's steps ``first <= i < stop``, int64 ``[N, 1]``.
 
-    Replayed if there is a workspace and the denoiser can be captured.
+    They are replayed from graphs if there is a workspace and the denoiser can be captured.
     """
     for part in plan.by_crowding(first, stop):
         ticks = part.ticks(first, stop, request.batch_size, int if workspace is None else workspace.round_up)
@@ -258,7 +258,7 @@ def run_ticks(
     bar: tqdm,
     drafts: Drafts,
 ) -> None:
-    """Ticks one after the other, eagerly or replayed."""
+    """Run ticks one after the other, eagerly or from graphs."""
     replays = None if workspace is None else captured_ticks(denoiser, request, ticks, workspace)
     if replays is None:
         state.tick.zero_()
@@ -283,7 +283,7 @@ def run_ticks(
 def captured_ticks(
     denoiser: Denoiser, request: Request, ticks: Ticks, workspace: Workspace
 ) -> tuple[TickBuffer, dict[int, torch.cuda.CUDAGraph]] | None:
-    """The buffer that a segment's ticks are loaded into, and a graph for each batch size; None if not capturable."""
+    """The buffer for a segment's ticks, and a graph for each batch size; None if the step cannot be captured."""
     slots, width, rows = ticks.sequence.shape[1], ticks.position.shape[2], ticks.row.shape[1]
     shape = slots, width, rows
     scratch, device = len(workspace.state.sample) - 1, workspace.state.sample.device
@@ -315,13 +315,13 @@ def captured_ticks(
 def stop_texts(
     request: Request, state: SamplerState, plan: RevealPlan, running: Tensor, block_ends: Tensor | None
 ) -> tuple[RevealPlan, Tensor, Tensor]:
-    """End the ``running [N]`` texts that have an end of text with no mask before it.
+    """End those of the ``running [N]`` texts that have an end of text with no mask before it.
 
-    The stopping criteria are asked of those of which a block has ended.
+    The stopping criteria are called for the texts of which a block has ended.
 
     Returns:
-        The plan without what is left of them; which they are, bool ``[N]``; and what follows their end, bool
-        ``[N, L]``, which is filled in now.
+        The plan without the rest of these texts; which texts they are, bool ``[N]``; and the positions after their end,
+        bool ``[N, L]``, which have been filled in.
     """
     ids, wanted = state.input_ids[: len(plan.step)], request.masked
     criteria, asked_to_end = request.stopping_criteria, torch.zeros_like(running)

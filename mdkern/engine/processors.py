@@ -1,6 +1,7 @@
-"""Logits processors: those of transformers that can be right where no text is written from left to right, and others.
+"""Logits processors: those of transformers that make sense without an order of writing, and any other callables.
 
-A processor is asked for the rows that want a token: positions of sequences in which anything may still be masked.
+A processor is called for the rows that want a token. A row is one position of a sequence in which any other position
+may still be masked.
 
 ================================================================ =======================================================
 of transformers                                                  here
@@ -8,20 +9,20 @@ of transformers                                                  here
 Temperature, TopK, TopP, TopH, MinP, Typical, Epsilon, Eta,      as they are: they read the logits of one position
 SuppressTokens, InfNanRemove, LogitNormalization,
 BarkEosPrioritizer; NoBadWords and SequenceBias of single tokens
-RepetitionPenalty                                                of what the whole sequence has, without masks, padding
-MinLength, MinNewTokensLength, ForcedBOS, ForcedEOS,             by the number of tokens before the position, padding
-ExponentialDecayLengthPenalty, SuppressTokensAtBegin,            not counted: they read nothing else of the text
+RepetitionPenalty                                                called with the whole sequence, without masks, padding
+MinLength, MinNewTokensLength, ForcedBOS, ForcedEOS,             called with as many ids as there are tokens before the
+ExponentialDecayLengthPenalty, SuppressTokensAtBegin,            position, padding not counted: they read only how many
 AlternatingCodebooks
 NoRepeatNGram, EncoderNoRepeatNGram, PrefixConstrained,          refused: they read the tokens before a position, which
 Watermark, SynthIDTextWatermark, NoBadWords and SequenceBias of  may be masked
 several tokens, whatever is not named here
-EncoderRepetitionPenalty, Whisper's, Dia's                       refused: they belong to the batch of another loop
+EncoderRepetitionPenalty, Whisper's, Dia's                       refused: they depend on the batch of `generate`
 ClassifierFreeGuidance, UnbatchedClassifierFreeGuidance          refused: `guidance_scale` does it
 ================================================================ =======================================================
 
-Any other callable is given ids ``[M, L]`` as they are, masks and padding included, and float32 logits ``[M, V]``, and
-int64 ``positions [M]``, the rows' columns in the ids, if it has a parameter of that name. What it makes of the ids that
-may never be drawn, the mask among them, does not count.
+Any other callable is given the ids ``[M, L]`` as they are, masks and padding included, and float32 logits ``[M, V]``.
+If it has a parameter ``positions``, it is also given the rows' columns in the ids, int64 ``[M]``. The logits that it
+returns for ids that may never be drawn, such as the mask, are ignored.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ OF_A_BATCH = ("Whisper", "Dia", "EncoderRepetition")
 
 
 class Rows(NamedTuple):
-    """The rows that a processor is asked for."""
+    """The rows that a processor is called for."""
 
     input_ids: Tensor  # int64 [M, L], masks and padding included
     attended: Tensor | None  # bool [M, L], False at padding
@@ -73,9 +74,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Processors:
-    """A call's processors, one after the other."""
+    """The processors of a call, applied one after the other."""
 
-    kept: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]  # each with how it is asked
+    kept: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]  # each with the function that calls it
 
     @staticmethod
     def of(hook: Any) -> Processors | None:
@@ -89,10 +90,10 @@ class Processors:
         return Processors(tuple((way_of(processor), processor) for processor in processors)) if processors else None
 
     def __call__(self, rows: Rows, logits: Tensor, suppressed: Tensor) -> Tensor:
-        """Float32 logits ``[M, V]`` of float32 logits; ids that are ``suppressed [V]`` stay impossible.
+        """Apply the processors to float32 logits ``[M, V]``; ids that are ``suppressed [V]`` stay impossible.
 
         Raises:
-            ValueError: a processor returned something else than logits.
+            ValueError: a processor returned something other than logits.
         """
         for ask, processor in self.kept:
             shape = logits.shape
@@ -105,7 +106,7 @@ class Processors:
 
 
 def flat(name: str, hook: Any) -> list[Any]:
-    """The callables of a hook: none, one, or those of a list, of lists too."""
+    """The callables of a hook, which is None, a callable, or a list of hooks."""
     if hook is None:
         return []
     if isinstance(hook, list | tuple):
@@ -120,13 +121,13 @@ def name_of(hook: Any) -> str:
 
 
 def transformers_name(hook: Any) -> str | None:
-    """The class of transformers whose ``__call__`` a hook has, None if it has one of its own."""
+    """The name of the class of transformers whose ``__call__`` a hook has; None if it has one of its own."""
     definer = next(kind for kind in type(hook).__mro__ if "__call__" in vars(kind))
     return definer.__name__ if definer.__module__.startswith("transformers.") else None
 
 
 def way_of(processor: Any) -> Callable[..., Any]:
-    """How a processor is asked."""
+    """The function that calls a processor as it needs to be called."""
     name = transformers_name(processor)
     if name is None:
         return way_of_ones_own(processor)
@@ -158,7 +159,7 @@ def way_of(processor: Any) -> Callable[..., Any]:
 def way_of_ones_own(processor: Any) -> Callable[..., Any]:
     try:
         signature = inspect.signature(processor)
-    except (TypeError, ValueError):  # of built-in functions nothing is told
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return as_it_is
     with_positions = "positions" in signature.parameters
     try:
@@ -180,14 +181,14 @@ def at_positions(processor: Any, rows: Rows, logits: Tensor) -> Any:
 
 
 def without_masks(processor: Any, rows: Rows, logits: Tensor) -> Any:
-    """Padding becomes the mask, whose logit is -inf and stays so."""
+    """Call a processor with ids in which padding is replaced by the mask, whose logit stays -inf."""
     if rows.attended is None:
         return processor(rows.input_ids, logits)
     return processor(torch.where(rows.attended, rows.input_ids, rows.mask_id), logits)
 
 
 def by_length(processor: Any, rows: Rows, logits: Tensor) -> Any:
-    """Rows of one position are given as many ids as there are tokens before it."""
+    """Call a processor for each position in turn, with as many ids as there are tokens before the position."""
     out = torch.empty_like(logits)
     for length in rows.text_position.unique().tolist():
         same = rows.text_position == length

@@ -1,4 +1,4 @@
-"""Where the sequences of a step-by-step decoding are: settings of the run, and device tensors that a step moves on."""
+"""The progress of step-by-step decoding: the settings of the run, and device tensors that each step updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mdkern.models.fingerprint import describe, fingerprint
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same at every step of a run."""
+    """What stays the same during a run."""
 
     decoder: Stepwise
     filters: Filters
@@ -28,7 +28,7 @@ class Settings:
     guidance_scale: float
     logits_processor: Any  # not with graphs
     stopping_criteria: Any  # not with graphs
-    most_passes: int | None  # that a sequence may take with masks left; None: the decoder is known to come to an end
+    most_passes: int | None  # passes after which a sequence with masks left fails; None: the decoder is known to finish
 
     @staticmethod
     def of(request: Request) -> Settings:
@@ -58,23 +58,23 @@ class Settings:
 
     @property
     def rewrites(self) -> bool:
-        """Whether a revealed token may become another one, or a mask."""
+        """Whether the decoder may replace a revealed token by another one or by the mask."""
         return self.remasks or type(self.decoder).edit is not Stepwise.edit
 
     def key(self) -> Hashable:
-        """What tells settings apart; decoders are compared by their parameters."""
+        """A key that is equal for equal settings; decoders are compared by their parameters."""
         counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos
-        if not is_dataclass(self.decoder):  # somebody's own: it is itself alone
+        if not is_dataclass(self.decoder):  # its parameters are not known, so it equals only itself
             return self.decoder, self.filters, self.guidance_scale, counts
         known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))
         return type(self.decoder), known, self.filters, self.guidance_scale, counts
 
 
 def identity(value: Any) -> Hashable:
-    """What tells a decoder's parameter apart from others of all times.
+    """A key that distinguishes a decoder's parameter from any other, past or future.
 
-    Functions and modules are held by it, so that no other gets their address. Of a tensor the address itself is what
-    counts: a captured step reads what is there now.
+    It holds functions and modules themselves, so that no later object gets their address. For a tensor it is the
+    address, because a captured step reads whatever lies there.
     """
     if isinstance(value, Tensor):
         return describe(value)
@@ -84,36 +84,36 @@ def identity(value: Any) -> Hashable:
         return tuple(map(identity, value))
     try:
         hash(value)
-    except TypeError:  # it may change, and nobody would see it: it is never the same
+    except TypeError:  # it may change unnoticed, so it never equals anything
         return object()
     return value, fingerprint(value)
 
 
 @dataclass
 class Progress:
-    """Where the sequences are, beside their ids: device tensors, row N of those over sequences scratch."""
+    """The state of the sequences beside their ids, as device tensors. Row N of tensors over sequences is scratch."""
 
     wanted: Tensor  # bool [N + 1, L], masked at the start: what may be written
-    start: Tensor  # int64 [N + 1], first wanted column, where blocks are counted from
-    total: Tensor  # int64 [N + 1], wanted columns
-    pace: Tensor  # int64 [N + 1, 3]: T, steps of a block, and the segment's last step plus 1; one gather for all three
-    timetable: Tensor  # int64 [N + 1], each sequence's row of `times`
+    start: Tensor  # int64 [N + 1], first wanted column, from which blocks are counted
+    total: Tensor  # int64 [N + 1], number of wanted columns
+    pace: Tensor  # int64 [N + 1, 3]: T, steps of a block, and the segment's last step plus 1; gathered together
+    timetable: Tensor  # int64 [N + 1], the row of `times` of each sequence
     block: Tensor  # int64 [N + 1]
     block_step: Tensor  # int64 [N + 1]
-    block_masked: Tensor  # int64 [N + 1], masked columns of the block when it began
-    closing: Tensor  # int64 [N + 1], passes of the block after its last mask
+    block_masked: Tensor  # int64 [N + 1], number of masked columns of the block when it began
+    closing: Tensor  # int64 [N + 1], passes of the block since its last mask was revealed
     passes: Tensor  # int64 [N + 1], forward passes so far
     nfe: Tensor  # int64 [models, N + 1]
     stop_reason: Tensor  # int64 [N + 1], RUNNING at first
     confidence: Tensor  # float32 [N + 1, L]
     reveal_step: Tensor  # int64 [N + 1, L], -1 where given
     reveal_model: Tensor  # int64 [N + 1, L]
-    slot: Tensor  # int64 [B], the sequence each slot works on; N: none
-    queue: Tensor  # int64 [N + 1], the segment's sequences, N after the last
-    next: Tensor  # int64 [], place in the queue
-    times: Tensor  # float32 [timetables, T + 1], diffusion times by step, for each T that there is
-    status: Tensor  # int64 [2]: slots that have work, masked columns of all sequences
-    report: Tensor  # int64 [2], on the host: a copy of `status` that comes after each tick
+    slot: Tensor  # int64 [B], the sequence that each slot works on; N: none
+    queue: Tensor  # int64 [N + 1], the segment's sequences; N after the last
+    next: Tensor  # int64 [], the next place in the queue
+    times: Tensor  # float32 [timetables, T + 1], diffusion times by step, a row for each distinct T
+    status: Tensor  # int64 [2]: number of slots that have work, and of masked columns of all sequences
+    report: Tensor  # int64 [2], on the host: a copy of `status`, made after each tick
 
     @staticmethod
     def allocate(
@@ -148,7 +148,7 @@ class Progress:
         )
 
     def load(self, request: Request, settings: Settings) -> None:
-        """Start the request: its sequences in the first rows, each at its first block."""
+        """Start a request: its sequences go to the first rows, each at its first block."""
         for field in fields(self):
             getattr(self, field.name).zero_()
         count, wanted = len(request.input_ids), request.masked
@@ -174,19 +174,19 @@ class Progress:
             self.block_masked.copy_((self.wanted & inside).sum(-1))
 
     def idle(self) -> None:
-        """Give no slot any work."""
+        """Take the work from all slots."""
         self.slot.fill_(len(self.start) - 1)
 
     def key(self) -> Hashable:
-        """What tells the tensors of one size from those of another."""
+        """A key that is equal for tensors of equal sizes."""
         return len(self.slot), self.nfe.shape[0], *self.times.shape
 
     def time(self, sequence: Tensor, step: Tensor) -> Tensor:
-        """float32 ``[B]``: diffusion time before a sequence's step."""
+        """float32 ``[B]``: the diffusion time before a step of each sequence."""
         return self.times[self.timetable[sequence], step]
 
     def schedule_step(self, settings: Settings, masked: Tensor, sequence: Tensor, pace: Tensor) -> Tensor:
-        """int64 ``[B]``: which of its T steps a sequence with `masked` columns left is at; `pace` is that of each."""
+        """int64 ``[B]``: the step, of T, of sequences with ``masked [B]`` columns left and of this ``pace [B, 3]``."""
         steps, block_steps, _ = pace.unbind(-1)
         if not settings.decoder.adaptive:
             return self.block[sequence] * block_steps + self.block_step[sequence]
@@ -194,7 +194,7 @@ class Progress:
         return torch.minimum((total - masked) * steps // total.clamp(min=1), steps - 1)
 
     def begin_segment(self, state: SamplerState, settings: Settings, stop: Tensor) -> None:
-        """Queue the sequences with steps below ``stop [N]`` to run, and give the first ones to the slots."""
+        """Queue the sequences that have steps below ``stop [N]`` left, and give the first ones to the slots."""
         self.pace[: len(stop), 2] = stop
         scratch = len(self.start) - 1
         everyone = torch.arange(scratch + 1, device=self.start.device)

@@ -1,4 +1,4 @@
-"""A call of `sample`, resolved: what the loops read."""
+"""`Request`: the checked arguments of one call of `sample`, as the loops read them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CACHES = "none", "prefix", "dual"
 
 @dataclass(frozen=True)
 class Request:
-    """A call of `sample`, resolved: nothing left to check."""
+    """One call of `sample` with all arguments checked and defaults filled in."""
 
-    denoisers: dict[str, Denoiser]  # by the schedule's names, only those that it uses
+    denoisers: dict[str, Denoiser]  # by their names in the schedule; only those that it uses
     schedule: Schedule
-    edges: Tensor  # int64 [N, P + 1], each sequence's steps at which the schedule's P parts begin, and its T
+    edges: Tensor  # int64 [N, P + 1], the step of each sequence at which each of the schedule's P parts begins, and T
     decoder: Decoder
     steps: Tensor  # int64 [N], T of each sequence
-    most_steps: int  # of all sequences of the call
+    most_steps: int  # the largest T of the call
     block_length: int | None  # None: one block
-    blocks: Tensor  # int64 [N], of each sequence
-    cache: str  # of CACHES
-    eos_ids: tuple[int, ...]  # of all the denoisers; the first fills what comes after the end of text
+    blocks: Tensor  # int64 [N], number of blocks of each sequence
+    cache: str  # one of CACHES
+    eos_ids: tuple[int, ...]  # ends of text of all the denoisers; the first fills everything after an end of text
     stop_at_eos: bool
     input_ids: Tensor  # int64 [N, L] on the denoisers' device
     attention_mask: Tensor | None  # bool [N, L]; None: no padding
@@ -64,7 +64,7 @@ class Request:
 
 
 def rows_of(request: Request, rows: slice | Tensor) -> Request:
-    """Some of a request's samples."""
+    """The request with some of its samples only."""
     mask = request.attention_mask
     return replace(
         request,

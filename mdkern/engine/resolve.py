@@ -1,4 +1,4 @@
-"""Resolving and refusing the arguments of `mdkern.sample`: everything that can be wrong is told before any work."""
+"""Checks the arguments of `mdkern.sample` and fills in defaults. Wrong arguments are refused before any work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mdkern.models import Denoiser
 from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
-MOST_GUIDANCE = 1e6  # far beyond use; logits times it stay far inside float32
-LEAST_TEMPERATURE = 1e-30  # below, logits over it may leave float32's range; it is taken for 0
+MOST_GUIDANCE = 1e6  # far above any use; logits times this are still far from float32's largest number
+LEAST_TEMPERATURE = 1e-30  # anything below counts as 0, as logits divided by it may leave float32's range
 
 
 def resolve_input(
@@ -30,7 +30,7 @@ def resolve_input(
     num_samples: int | None,
     length: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The start: given ids and mask ids ``[N, L]``, and the attention mask if there is any padding."""
+    """The ids at the start, int64 ``[N, L]`` with masks, and the attention mask or None if there is no padding."""
     num_samples = None if num_samples is None else check_count("num_samples", num_samples)
     length = None if length is None else check_count("length", length)
     if input_ids is None:
@@ -76,7 +76,7 @@ def resolve_input(
 
 
 def check_token_types(token_type_ids: Any, input_ids: Any) -> None:
-    """What tokenizers add for models with segments: accepted where it says nothing."""
+    """Accept the token types that tokenizers return, if they are all 0 and so make no difference."""
     if token_type_ids is None:
         return
     same = isinstance(token_type_ids, Tensor) and getattr(input_ids, "shape", None) == token_type_ids.shape
@@ -165,7 +165,7 @@ def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
 def check_streamer(streamer: Any, count: int) -> Any:
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
-    if count > 1 and hasattr(streamer, "stop_signal"):  # whoever iterates over it stops at the first text's end
+    if count > 1 and hasattr(streamer, "stop_signal"):  # its iterator ends with the first text
         raise ValueError(
             f"streamer: {type(streamer).__name__} ends with the first text, and {count} samples are wanted: sample them"
             " one by one with a streamer each, iterate over mdkern.sample_groups, or give a TextStreamer"
@@ -180,7 +180,7 @@ def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
 
 
 def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
-    """Keys and values are kept for decoders that go block by block and whose loop has a slot for each sequence."""
+    """The kind of cache, refused if the decoder, the blocks or a model cannot use one."""
     if not isinstance(cache, str) or cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(map(repr, CACHES))}, not {cache!r}")
     if cache == "none":
@@ -205,13 +205,13 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
 
 
 class Pace(NamedTuple):
-    """How each sequence is gone through. Each row of the tensors is a function of that sequence alone."""
+    """Blocks and steps of each sequence. Each row of the tensors depends on that sequence alone."""
 
     block_length: int | None  # None: one block
     blocks: Tensor  # int64 [N]
     steps: Tensor  # int64 [N], T
     most_steps: int
-    edges: Tensor  # int64 [N, P + 1], steps at which the schedule's P parts begin, and T
+    edges: Tensor  # int64 [N, P + 1], the step at which each of the schedule's P parts begins, and T
 
 
 def resolve_pace(
@@ -223,21 +223,22 @@ def resolve_pace(
     attention_mask: Tensor | None,
     keep_block: bool,
 ) -> Pace:
-    """Blocks and steps of each sequence.
+    """Work out the blocks and steps of each sequence.
 
-    Blocks are counted from a sequence's first masked position. Steps left open are the schedule's or else as many as
-    the blocks have positions, or as the text has without blocks.
+    Blocks are counted from a sequence's first masked position. The default of the steps is the schedule's total, or
+    else the number of positions of the sequence's blocks, or of its text if there are no blocks.
 
     Args:
-        wanted: bool ``[N, L]``, the masked positions; `attention_mask`: bool ``[N, L]``, or None.
-        keep_block: give a `block_length` also where it takes in all that is masked.
+        wanted: bool ``[N, L]``, the masked positions.
+        attention_mask: bool ``[N, L]``, or None.
+        keep_block: keep `block_length` even if one block holds all that is masked.
     """
     if block_length is None and steps_per_block is not None:
         raise ValueError("steps_per_block needs a block_length, e.g. 32: without blocks, give steps")
     if steps is not None and steps_per_block is not None:
         raise ValueError("steps and steps_per_block must not both be given: the one says the other")
     if steps is not None:
-        schedule.edges(steps)  # refuses what is not the sum of a schedule of counts
+        schedule.edges(steps)  # refuses steps that contradict a schedule of step counts
     count, length = wanted.shape
     given = steps or schedule.total
     if block_length is None:
@@ -259,7 +260,7 @@ def resolve_pace(
 
 
 def check_steps(steps: int, blocks: Tensor) -> None:
-    """Refuse steps that the blocks of some sequence cannot share evenly."""
+    """Refuse a number of steps that is not a multiple of some sequence's number of blocks."""
     uneven = (steps % blocks).nonzero()[:, 0].tolist()
     if uneven:
         number = int(blocks[uneven[0]])
@@ -270,7 +271,7 @@ def check_steps(steps: int, blocks: Tensor) -> None:
 
 
 def fit_schedule(schedule: Schedule, steps: Tensor) -> Tensor:
-    """The edges of the schedule's parts in each sequence's own steps, int64 ``[N, P + 1]`` of ``[N]``."""
+    """`Pace.edges` of a schedule over ``steps [N]`` of each sequence, int64 ``[N, P + 1]``."""
     each, which = steps.unique(return_inverse=True)
     if schedule.total is not None and each.tolist() != [schedule.total]:
         row = int((steps != schedule.total).nonzero()[0, 0])
@@ -309,7 +310,7 @@ def resolve(
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
 ) -> Request:
-    """Check every argument of `mdkern.sample` and fill in what is left open."""
+    """Check every argument of `mdkern.sample` and fill in the defaults."""
     temperature = check_real("temperature", temperature, 0, MOST_FLOAT32)
     filters = check_filters(top_k, top_p, min_p, top_p_rule)
     processors, criteria = Processors.of(logits_processor), Criteria.of(stopping_criteria)

@@ -1,4 +1,4 @@
-"""The models of a call by the schedule's names, checked: one vocabulary, one mask, one device, finite weights."""
+"""Checks the models of a call: they must share vocabulary, mask id and device, and have finite weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mdkern.schedule import NAME, Schedule
 
 
 def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
-    """The denoisers by upper-case name, and the schedule over them."""
+    """The denoisers by their upper-case names in the schedule, and the schedule."""
     if schedule is None and isinstance(light, str | Schedule):
         light, schedule = None, light
     if isinstance(heavy, Mapping):
@@ -52,7 +52,7 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
 
 
 def adapt_named(name: str, model: Any) -> Denoiser:
-    """`adapt`, the denoiser as its model is now, its complaints under the schedule's name for the model."""
+    """`adapt` a model to a denoiser as the model is now. Errors name the model as the schedule does."""
     try:
         return adapt(model).current()
     except (TypeError, ValueError) as error:
@@ -60,7 +60,7 @@ def adapt_named(name: str, model: Any) -> Denoiser:
 
 
 def check_models(denoisers: Mapping[str, Denoiser]) -> None:
-    """One vocabulary, one mask, one device that is there; floating heads; finite weights."""
+    """Refuse denoisers that do not fit together, or whose weights cannot be used."""
     first_name, first = next(iter(denoisers.items()))
     for name, denoiser in denoisers.items():
         for what in ("vocab_size", "mask_id", "device"):
@@ -89,7 +89,7 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
 
 
 def open_ids(denoiser: Denoiser) -> list[int]:
-    """The first id that may be drawn and must not, the mask or a padded one; or none."""
+    """The first of the mask and padded ids whose bias in the head is not -inf, so that it might be drawn; or none."""
     bias = denoiser.head.bias
     forbidden = torch.arange(len(bias), device=bias.device)
     forbidden = (forbidden == denoiser.mask_id) | (forbidden >= denoiser.vocab_size)
@@ -98,7 +98,7 @@ def open_ids(denoiser: Denoiser) -> list[int]:
 
 
 def not_finite(denoiser: Denoiser) -> list[str]:
-    """Names of the weights that hold a NaN or an infinity: each read once, one synchronisation for all."""
+    """Names of the weights that hold a NaN or an infinity. One synchronisation for all weights."""
     weights = dict(denoiser.named_weights())
     largest = [size for weight in weights.values() if (size := largest_entry(weight, denoiser.device)) is not None]
     if not largest or bool(torch.stack(largest).isfinite().all()):
@@ -108,10 +108,10 @@ def not_finite(denoiser: Denoiser) -> list[str]:
 
 
 def largest_entry(weight: Tensor, device: torch.device) -> Tensor | None:
-    """The largest absolute value, float64 on `device`, NaN if there is one; None for what can't be asked.
+    """The largest absolute value as float64 on `device`, NaN if the weight holds one; None if it cannot be computed.
 
-    That is: weights that are elsewhere (on the meta device, kept by accelerate), and formats for which PyTorch has no
-    norm, of 8 bits or of a library for quantisation.
+    It cannot for weights without values here (on the meta device, or kept elsewhere by accelerate) and for formats of
+    which PyTorch has no norm (8 bits, or those of quantisation libraries).
     """
     weight = weight.detach()
     floating = weight.is_floating_point() and weight.element_size() > 1

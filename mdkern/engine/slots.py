@@ -1,4 +1,4 @@
-"""What the slots of a step-by-step decoding work on in one step, and what the decoder is shown of it."""
+"""What the slots of step-by-step decoding work on in one step, and the `View` of it that the decoder is given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Slots:
 
     sequence: Tensor  # int64 [B], N: none
     active: Tensor  # bool [B]
-    column: Tensor  # int64 [B, R], of the block, held inside the sequence
+    column: Tensor  # int64 [B, R], columns of the block, clamped to the sequence
     inside: Tensor  # bool [B, R], whether the column is in the sequence
     ids: Tensor  # int64 [B, L]
     pace: Tensor  # int64 [B, 3], see `Progress`
@@ -26,7 +26,7 @@ class Slots:
 
 
 def observe(settings: Settings, state: SamplerState, progress: Progress) -> Slots:
-    """The slots' sequences, and what the decoder is shown of them."""
+    """The slots' sequences, and the decoder's `View` of them."""
     sequence = progress.slot
     column, inside = window(settings, progress, state.input_ids.shape[1])
     ids = state.input_ids[sequence]
@@ -37,7 +37,7 @@ def observe(settings: Settings, state: SamplerState, progress: Progress) -> Slot
 
 
 def window(settings: Settings, progress: Progress, length: int) -> tuple[Tensor, Tensor]:
-    """Columns of each slot's block, int64 ``[B, R]`` held inside the sequence, and whether they are, bool."""
+    """Columns of each slot's block, int64 ``[B, R]`` clamped to the sequence, and whether they lie in it, bool."""
     device = progress.slot.device
     if settings.block_length is None:
         column = torch.arange(length, device=device).expand(len(progress.slot), length)
@@ -57,7 +57,7 @@ def look(
     left: Tensor,
     pace: Tensor,
 ) -> View:
-    """What the decoder is shown."""
+    """The decoder's `View` of the slots' blocks."""
     sequence = progress.slot
     inner = ids.gather(1, column)
     ours = progress.wanted[sequence].gather(1, column) & inside

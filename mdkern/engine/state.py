@@ -1,4 +1,7 @@
-"""What crosses a tick: the sampler's state and a segment's ticks, in device tensors of fixed addresses."""
+"""All data that outlast a tick: the sampler's state and a segment's ticks, in device tensors at fixed addresses.
+
+These tensors are what a captured graph of a tick reads and writes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from mdkern.engine.request import Request
 from mdkern.plan import Ticks, positions_in_text
 
-RUNNING, ALL_REVEALED, END_OF_TEXT, FAILED = range(4)  # why a sequence stopped; of a failed one no token can be drawn
+RUNNING, ALL_REVEALED, END_OF_TEXT, FAILED = range(4)  # why a sequence stopped; FAILED: no token could be drawn
 STOP_REASONS = ("running", "all_revealed", "end_of_text", "failed")
 MOST_ENTRIES = 1 << 22  # int64 entries of a `TickBuffer`: 32 MiB
 MOST_TICKS = 4096
@@ -20,22 +23,22 @@ MOST_TICKS = 4096
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run knows beside its sequences."""
+    """The results of a run beside its sequences."""
 
-    step: Tensor  # int64 [N, L]: when each position was revealed (last), 0..T-1, T for the closing pass, or GIVEN
-    model: Tensor  # int64 [N, L]: by which of the request's denoisers, GIVEN where the input gave the token
-    nfe: dict[str, Tensor]  # int64 [N] each
+    step: Tensor  # int64 [N, L]: step at which each position was last revealed, T for the closing pass, or GIVEN
+    model: Tensor  # int64 [N, L]: number of the denoiser that revealed it, GIVEN where the input gave the token
+    nfe: dict[str, Tensor]  # int64 [N] each, by denoiser
     stop_reason: Tensor  # int64 [N]
-    failure: Exception | None = None  # of the first sample that failed
+    failure: Exception | None = None  # the error of the first sample that failed
 
     @property
     def finished(self) -> Tensor:
-        """bool ``[N]``"""
+        """bool ``[N]``: the samples that were finished."""
         return (self.stop_reason == ALL_REVEALED) | (self.stop_reason == END_OF_TEXT)
 
 
 class IncompleteError(Exception):
-    """What ended a run, its cause, with what is known till then."""
+    """Ends a run early. Its cause is the error that ended it; it carries the outcome so far."""
 
     def __init__(self, outcome: Callable[[], Outcome]) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class IncompleteError(Exception):
 
 
 class Timings:
-    """Seconds by what took them, lap by lap."""
+    """Seconds by what they were spent on, lap by lap."""
 
     def __init__(self, began: float) -> None:
         self.began = self.last = began
@@ -61,7 +64,7 @@ class Timings:
 
 @dataclass
 class SamplerState:
-    """All that crosses a tick. Row N of the tensors over sequences is scratch for unused slots."""
+    """The sampler's state between ticks. Row N of tensors over sequences is scratch for unused slots."""
 
     input_ids: Tensor  # int64 [N + 1, L]
     attention_mask: Tensor | None  # bool [N + 1, L]
@@ -69,14 +72,14 @@ class SamplerState:
     text_position: Tensor  # int64 [N + 1, L], keys the noise
     sample: Tensor  # int64 [N + 1], keys the noise
     temperature: Tensor  # float32 []
-    closing_step: Tensor  # int64 [], the step whose rows are greedy
+    closing_step: Tensor  # int64 [], the step whose rows have temperature 0
     seed: Tensor  # int64 []
     tick: Tensor  # int64 [1]
     failed: Tensor  # bool [], whether a row had NaN logits
 
     @staticmethod
     def allocate(sequences: int, length: int, padded: bool, device: torch.device) -> SamplerState:
-        """State for up to `sequences` sequences, all of it scratch."""
+        """State for up to `sequences` sequences, with no request loaded."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -96,18 +99,18 @@ class SamplerState:
 
     @staticmethod
     def of(request: Request) -> SamplerState:
-        """State of just the request's size."""
+        """State of exactly the request's size, loaded with it."""
         count, length = request.input_ids.shape
         state = SamplerState.allocate(count, length, request.attention_mask is not None, request.device)
         state.load(request)
         return state
 
     def load(self, request: Request) -> None:
-        """Start the request: its N sequences in the first N rows."""
+        """Start a request: its N sequences go to the first N rows."""
         count, length = request.input_ids.shape
         mask = request.attention_mask
         self.input_ids[:count] = request.input_ids
-        self.input_ids[count:] = 0  # an id of any vocabulary: unused slots run too
+        self.input_ids[count:] = 0  # unused slots run, too, and 0 is an id of every vocabulary
         self.given[:count] = ~request.masked
         if self.attention_mask is not None:
             self.attention_mask[:count] = True if mask is None else mask
@@ -122,7 +125,7 @@ class SamplerState:
 
 
 class TickBuffer:
-    """Some ticks of a segment at fixed addresses: loaded a chunk at a time, whatever the segment's length."""
+    """Room for some ticks of a segment at fixed addresses. Longer segments are loaded in chunks."""
 
     def __init__(self, slots: int, width: int, rows: int, scratch: int, device: torch.device) -> None:
         self.scratch = scratch
@@ -144,14 +147,14 @@ class TickBuffer:
         )
 
     def idle(self) -> None:
-        """Make every tick one that works on scratch only."""
+        """Make every tick work on the scratch row only."""
         self.ticks.sequence.fill_(self.scratch)
         self.ticks.time.fill_(1.0)
         for tensor in (self.ticks.step, self.ticks.position, self.ticks.row, self.ticks.row_count):
             tensor.zero_()
 
     def load(self, ticks: Ticks, start: int) -> int:
-        """Copy ticks from number `start` on; returns how many."""
+        """Copy ticks from number `start` on. Returns how many were copied."""
         count = min(len(self.ticks.row_count), len(ticks) - start)
         for name in ("sequence", "step", "time", "position", "row", "row_count"):
             getattr(self.ticks, name)[:count].copy_(getattr(ticks, name)[start : start + count])

@@ -1,8 +1,8 @@
-"""Decoding step by step: the loop of decoders that look at the model before they say what is revealed.
+"""Step-by-step decoding: the loop for decoders that look at the model's output before they say what is revealed.
 
-B slots each work on a sequence; a slot whose sequence has left the segment takes the next one of the queue. Which step
-of which block a sequence is at, what is masked, which sequence a slot has: all of it is on the device, and one call of
-`decode_tick` moves it on by one forward pass without asking the host, until a flag says that no slot has work.
+Each of B slots works on one sequence; a slot whose sequence has finished the segment takes the next one from the queue.
+The step and block of each sequence, what is masked, and which sequence a slot has are all kept on the device. One call
+of `decode_tick` runs one forward pass and updates them without the host, until a flag says that no slot has work.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.plan import GIVEN
 
-LAG = 2  # replays between a step and the host's look at its flag: the device always has work
+LAG = 2  # replays between a step and the host's reading of its flag, so that the device always has work
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A segment of a run: what the loop over its steps needs."""
+    """A segment of a run, with all that the loop over its steps needs."""
 
     denoiser: Denoiser
     model: int  # its number in `Progress.nfe`
-    stop: Tensor  # int64 [N], each sequence's last step, plus 1
+    stop: Tensor  # int64 [N], each sequence's last step plus 1
     settings: Settings
     state: SamplerState
     progress: Progress
@@ -66,7 +66,7 @@ def run(
     timings: Timings,
     decode: Callable[[Stretch, tqdm, Drafts], None] | None = None,
 ) -> Outcome:
-    """All of a request, segment after segment, each one's steps by `decode`. Default: `decode_stretch`."""
+    """Run a request, segment after segment. `decode` runs the steps of one; default `decode_stretch`."""
     settings = Settings.of(request)
     progress = prepare(request, settings, state, workspace)
     count = len(request.input_ids)
@@ -88,7 +88,7 @@ def run(
     try:
         for part, name in enumerate(request.parts):
             first, stop = request.edges[:, part], request.edges[:, part + 1]
-            if not bool((stop > first).any()):  # shares of few steps
+            if not bool((stop > first).any()):  # with few steps, a share may be none
                 continue
             denoiser, number = request.denoisers[name], list(request.denoisers).index(name)
             stretch = Stretch(denoiser, number, stop, settings, state, progress, workspace)
@@ -104,7 +104,7 @@ def run(
 def explain_first(
     request: Request, name: str, settings: Settings, state: SamplerState, progress: Progress
 ) -> Exception:
-    """Why the first sample that failed has no tokens."""
+    """The reason why the first sample that failed has no tokens."""
     row = (progress.stop_reason == FAILED).nonzero()[:1, 0]
     masked = (state.input_ids[row] == settings.mask_id) & progress.wanted[row]
     passes = int(progress.passes[row])
@@ -122,9 +122,9 @@ def explain_first(
 
 
 def prepare(request: Request, settings: Settings, state: SamplerState, workspace: Workspace | None) -> Progress:
-    """The request's progress at its start, at the addresses of the workspace's graphs if it has one."""
+    """The request's progress at its start; with a workspace, in the tensors that its graphs use."""
     rows, length = state.input_ids.shape
-    # Powers of two, so that runs of nearly the same steps share their graphs.
+    # Powers of two, so that runs of similar numbers of steps share graphs.
     kinds, longest = (1 << (n - 1).bit_length() for n in (request.steps.unique().numel(), request.most_steps + 1))
     shape = min(request.batch_size, len(request.input_ids)), len(request.denoisers), (kinds, longest)
     allocate = partial(Progress.allocate, rows - 1, length, *shape, request.device)
@@ -134,7 +134,7 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
 
 
 def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, propose: Propose | None = None) -> None:
-    """A segment's steps, each a pass of whole sequences; `propose` as in `decode_tick`, for runs without graphs."""
+    """Run a segment's steps, each a pass over whole sequences. `propose`: see `decode_tick`; only without graphs."""
     assert propose is None or stretch.workspace is None
     denoiser, settings, state, progress = stretch.denoiser, stretch.settings, stretch.state, stretch.progress
     step = partial(
@@ -158,7 +158,7 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, propose: Propose
 
 
 def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callable[[], None]:
-    """What the host does now and then while steps run, `left` masked columns being known of."""
+    """A function for the host to call now and then while steps run; `left` is the number of masked columns before."""
 
     def watch() -> None:
         nonlocal left
@@ -171,7 +171,7 @@ def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callabl
 
 
 def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Steps until no slot has work: one launch where the device can loop, else replays of the graph, else eagerly."""
+    """Run steps until no slot has work: in one launch if the device can loop, else from the graph, else eagerly."""
     if graph is not None and graph.loop is not None:
         graph.loop.run(watch)
     else:
@@ -180,7 +180,7 @@ def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress,
 
 
 def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Steps until the flag says that no slot has work. On a GPU the host looks `LAG` steps late: it never idles."""
+    """Run steps until the flag says that no slot has work. On a GPU the host reads it `LAG` steps late."""
     events: deque[torch.cuda.Event] = deque()
     while True:
         step()
@@ -205,14 +205,16 @@ def decode_tick(
     forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
     propose: Propose | None = None,
 ) -> None:
-    """One forward pass of every slot, and what the decoder makes of it.
+    """Run one forward pass for every slot, and apply what the decoder decides.
 
-    Everything is read from and written to device tensors; the host gives shapes only.
+    All data are read from and written to device tensors; only the shapes come from the host, so that it can be
+    captured.
 
     Args:
-        denoiser, head: whose pass it is; `model` is its number in `Progress.nfe`.
-        forward: gives the hidden states of the slots' blocks, ``[B, R, D]``. Default: `whole_sequences`.
-        propose: gives what the decoder is shown, and what is revealed where it says so. Default: `propose_drawn`.
+        denoiser, head: the model to run.
+        model: its number in `Progress.nfe`.
+        forward: computes the hidden states of the slots' blocks, ``[B, R, D]``. Default: `whole_sequences`.
+        propose: makes the proposal that the decoder is given, and the tokens to reveal. Default: `propose_drawn`.
     """
     slots = observe(settings, state, progress)
     rows = settings.decoder.rows(slots.view) & slots.active[:, None]
@@ -228,7 +230,7 @@ def decode_tick(
 def whole_sequences(
     denoiser: Denoiser, settings: Settings, state: SamplerState, progress: Progress, slots: Slots
 ) -> Tensor:
-    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the whole sequences."""
+    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass over whole sequences."""
     return guided_hidden(
         denoiser,
         settings.guidance_scale,
@@ -243,13 +245,13 @@ def whole_sequences(
 def decide(
     settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal, token: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the decoder makes of a proposal.
+    """Apply the decoder's rules to a proposal.
 
     Args:
-        token: int64 ``[B, R]``, what is revealed where the decoder says so; below 0: nothing.
+        token: int64 ``[B, R]``, the tokens to reveal where the decoder says so; below 0 where none could be drawn.
 
     Returns:
-        Which entries take their token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the
+        The entries that take their token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; and the
         slots whose logits had a NaN, bool ``[B]``.
     """
     decoder, view = settings.decoder, slots.view
@@ -289,7 +291,7 @@ def write(
     probability: Tensor,
     model: int,
 ) -> None:
-    """The step's outcome into the state, everything outside the blocks into scratch."""
+    """Write the step's outcome to the state; entries outside of the blocks go to scratch."""
     rows, length = state.input_ids.shape
     scratch, inside = (rows - 1) * length, slots.inside & slots.active[:, None]
     target = torch.where(inside, slots.sequence[:, None] * length + slots.column, scratch)
@@ -297,16 +299,20 @@ def write(
     at = torch.where(changed, target, scratch)
     progress.confidence.view(-1)[at] = probability
     progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
-    progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a number would come from the host
+    progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a Python number would be copied from the host
 
 
 def stop_texts(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, final: Tensor) -> Tensor:
-    """End the texts of the slots that have an end of text, or that the stopping criteria end: bool ``[B]``.
-
-    What follows is filled in, of no model.
+    """End the texts that have an end of text or that stopping criteria end; fill what follows with end of text.
 
     Args:
-        final: bool ``[B]``, whether what is revealed stays as it is.
+        final: bool ``[B]``, whether revealed tokens can no longer change.
+
+    Returns:
+        bool ``[B]``: the slots whose texts were ended.
+
+    Returns:
+        bool ``[B]``: the slots whose texts were ended.
     """
     sequence, ids = slots.sequence, state.input_ids[slots.sequence]
     wanted, ended, criteria = progress.wanted[sequence], torch.zeros_like(final), settings.stopping_criteria
@@ -331,10 +337,10 @@ def advance(
     changed: Tensor,
     failed: Tensor,
 ) -> None:
-    """Sequences to their next step or block, slots to their next sequence."""
+    """Move sequences to their next step or block, and slots to their next sequence."""
     decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
     scratch = len(progress.start) - 1
-    ours_in_block = view.masked | view.revealed  # what the sampler writes
+    ours_in_block = view.masked | view.revealed  # the positions that the sampler writes
     had_masks = view.masked.any(-1)
     has_masks = ((new == settings.mask_id) & ours_in_block).any(-1)
     closing = progress.closing[sequence] + ~had_masks
@@ -348,7 +354,7 @@ def advance(
 
     ended = torch.zeros_like(over)
     if settings.stop_at_eos or settings.stopping_criteria is not None:
-        # Edits and remasks are of the block: what a block that is over has written stays.
+        # Only the current block is edited or remasked, so the text of finished blocks is final.
         ended = stop_texts(settings, state, progress, slots, over if settings.rewrites else active)
     ids = state.input_ids[sequence]  # [B, L]
     masked = (ids == settings.mask_id) & progress.wanted[sequence]
