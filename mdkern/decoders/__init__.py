@@ -1,6 +1,7 @@
 """Decoders: the rules that say which positions are revealed at a step.
 
-Every module of this folder is imported, and the decoders that have a name are names of this package, too.
+Each decoder is a file of this folder. All files are imported, and decoders that have a name for ``decoder=`` are also
+exported from this package, so that ``mdkern.decoders.Threshold(0.9)`` works.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mdkern.decoders.base import DECODERS, Canvas, Choice, Decoder, Planned, Pro
 from mdkern.decoders.position_aware import reference_frequencies
 from mdkern.decoders.quotas import dream_quota
 
-if TYPE_CHECKING:  # so that editors and type checkers know the decoders, too
+if TYPE_CHECKING:  # for editors and type checkers
     from mdkern.decoders.ancestral import Ancestral as Ancestral
     from mdkern.decoders.edit import Edit as Edit
     from mdkern.decoders.entropy import Entropy as Entropy
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # so that editors and type checkers know the decoders, too
 
 
 def by_name(name: str) -> Decoder:
-    """The decoder of that name with its default parameters.
+    """The decoder with this name and default parameters.
 
     Raises:
         ValueError: there is no such name, or the decoder has a parameter without a default.
@@ -49,7 +50,7 @@ def by_name(name: str) -> Decoder:
 
 
 def find_decoders() -> list[str]:
-    """Import this folder's modules, whose classes then stand in `DECODERS` and here; the classes' names."""
+    """Import the modules of this folder, which enters their classes in `DECODERS` and here. Returns the class names."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     found = {kind.__name__: kind for kind in DECODERS.values() if kind.__module__.startswith(f"{__name__}.")}

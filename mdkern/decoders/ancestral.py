@@ -39,22 +39,22 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda times: times, "
 class Ancestral(Planned, name="ancestral"):
     """At a step t -> s each masked position is revealed with probability ``(alpha_s - alpha_t) / (1 - alpha_t)``.
 
-    t runs from 1 to `eps`, or to what the grid makes of it. What is still masked after the last step takes the argmax
-    in a closing pass. In blocks, t runs so within each block's own steps, and the last of them reveals what `eps` would
-    leave over.
+    t goes from 1 to `eps` (on the cosine grid, to its image). Positions that are still masked after the last step take
+    the most probable token in a closing pass. With blocks, t goes from 1 to `eps` over the steps of each block, and the
+    last step of a block reveals everything that is left of it.
 
     Args:
-        eps: where t ends on a linear grid, in [0, 1).
+        eps: the last t on a linear grid, in [0, 1).
         alpha: probability that a position is revealed by time t: ``"linear"``, ``"cosine"`` or a function of float64
-            times, rising from below 1 at t = 1 and at most 1. Kept as the function. A denoiser with time conditioning
-            is given t, so it should be the alpha that it was trained with.
-        grid: the times of the steps: ``"linear"``, or ``"cosine"``, ``cos(pi / 2 (1 - t))`` of the linear ones, as in
-            MD4's code. With alpha ``"linear"`` as many positions are revealed as by alpha ``"cosine"`` on a linear
-            grid, but a denoiser with time conditioning is given these times.
+            times, at most 1, that rises as t falls and is below 1 at t = 1. It is kept as the function. A denoiser with
+            time conditioning is given t, so use the alpha that it was trained with.
+        grid: the times of the steps: ``"linear"``, or ``"cosine"`` for ``cos(pi / 2 (1 - t))`` of the linear ones, as
+            in MD4's code. With alpha ``"linear"`` this reveals as many positions at each step as alpha ``"cosine"`` on
+            a linear grid does, but a denoiser with time conditioning is given other times.
     """
 
     eps: float = 1e-5
-    alpha: Any = "linear"  # a function of times, once made; `Any` because it is given as a name, too
+    alpha: Any = "linear"  # may be given as a name, and becomes a function of times
     grid: str = "linear"
 
     def __post_init__(self) -> None:
@@ -77,14 +77,14 @@ class Ancestral(Planned, name="ancestral"):
         return GRIDS[self.grid](torch.linspace(1.0, self.eps, steps + 1, dtype=torch.float64))
 
     def plan(self, canvas: Canvas) -> RevealPlan:
-        """Draw the chain's reveal steps by inversion: masked at t = 1, a position is so at t with probability
-        ``(1 - alpha_t) / (1 - alpha_1)``.
+        """Draw the chain's reveal steps by inversion: a position that is masked at t = 1 is still masked at t with
+        probability ``(1 - alpha_t) / (1 - alpha_1)``.
         """
         step = by_block_steps(canvas, self.block_step)
         return RevealPlan(torch.where(canvas.blocks == 1, step, steps_of_run(canvas, step)), canvas.steps)
 
     def block_step(self, canvas: Canvas, steps: int) -> Tensor:
-        """int64 ``[N, L]``: in which of a block's steps each position is revealed, `steps` for the closing pass."""
+        """int64 ``[N, L]``: the step of its block at which each position is revealed; `steps` for the closing pass."""
         alpha = self.alpha(self.times(steps)).double()
         revealed = ((alpha - alpha[0]) / (1.0 - alpha[0])).to(canvas.masked.device)
         return RevealPlan.draw(canvas.masked, revealed, canvas.seed, canvas.sample, canvas.position).step

@@ -1,9 +1,9 @@
-"""What decoders are: rules that say which positions are revealed at a step, as pure tensor functions.
+"""The interface of decoders: rules, as pure tensor functions, that say which positions are revealed at a step.
 
-Two kinds. The order of a `Planned` decoder does not depend on the model, so it draws a `RevealPlan` before the first
-forward pass, and steps that reveal nothing are not run. A `Stepwise` decoder looks at the model's row statistics (or
-puts revealed positions back to mask), so it is asked at every step; all that it is given and gives stays on the device.
-The loop belongs to the sampler.
+There are two kinds. The order of a `Planned` decoder does not depend on the model, so it draws a `RevealPlan` before
+the first forward pass, and steps that reveal nothing are not run. A `Stepwise` decoder looks at the model's row
+statistics, or puts revealed positions back to mask, so it is called at every step; its inputs and outputs stay on the
+device. The sampler runs the loop.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from mdkern.plan import RevealPlan
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a `Planned` decoder sees: N sequences of L positions before anything is revealed."""
+    """What a `Planned` decoder is given: N sequences of L positions before anything is revealed."""
 
-    masked: Tensor  # bool [N, L], to be revealed
+    masked: Tensor  # bool [N, L], the positions to be revealed
     block: Tensor  # int64 [N, L], block of each position, 0..blocks-1; 0 where not masked
-    blocks: Tensor  # int64 [N, 1], of each sequence; 1: no blocks
+    blocks: Tensor  # int64 [N, 1], number of blocks of each sequence; 1: no blocks
     steps: Tensor  # int64 [N, 1], T of each sequence, over all its blocks; a multiple of `blocks`
     seed: Tensor  # int64 []
-    sample: Tensor  # int64 [N], keys the draws
-    position: Tensor  # int64 [N, L], keys them too: position in the text, padding not counted
+    sample: Tensor  # int64 [N], sample numbers, which key the draws
+    position: Tensor  # int64 [N, L], positions in the text, padding not counted, which also key the draws
 
     @property
     def block_steps(self) -> Tensor:
-        """int64 ``[N, 1]``: steps that each sequence takes for a block."""
+        """int64 ``[N, 1]``: number of steps of each block of a sequence."""
         return self.steps // self.blocks
 
     def only(self, rows: Tensor) -> Canvas:
-        """These sequences of it, int64 ``[n]``."""
+        """The canvas of the sequences ``rows``, int64 ``[n]``."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return Canvas(**{name: part[rows] if part.ndim else part for name, part in parts.items()})
 
@@ -47,7 +47,7 @@ DECODERS: dict[str, type[Any]] = {}  # by name
 class Decoder:
     """Base of all decoders, which are frozen dataclasses of their parameters.
 
-    A class with a name, as in ``class Threshold(Stepwise, name="threshold")``, can be asked for by it.
+    A class can be given a name for ``decoder=``, as in ``class Threshold(Stepwise, name="threshold")``.
     """
 
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
@@ -60,11 +60,15 @@ class Decoder:
         DECODERS[name] = cls
 
     def fitted(self, vocab_size: int, device: torch.device) -> Self:
-        """This decoder with its tensors, if it has any, on the device; refused if the vocabulary is not theirs."""
+        """This decoder with its tensors on the device.
+
+        Raises:
+            ValueError: a tensor is for another size of vocabulary.
+        """
         return self
 
     def times(self, steps: int) -> Tensor:
-        """float64 ``[steps + 1]``: diffusion time t before each step and after the last; linear from 1 to 0."""
+        """float64 ``[steps + 1]``: diffusion time t before each step and after the last one; linear from 1 to 0."""
         return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
 
 
@@ -78,27 +82,27 @@ class Planned(Decoder):
 
 @dataclass
 class View:
-    """What a `Stepwise` decoder sees of one step: B sequences, the R positions of each one's current block."""
+    """What a `Stepwise` decoder is given at a step: B sequences and the R positions of the current block of each."""
 
     ids: Tensor  # int64 [B, R], as they are now
     masked: Tensor  # bool [B, R], still to be revealed
-    revealed: Tensor  # bool [B, R], revealed by the sampler: may be edited or put back to mask; never prompt or padding
-    offset: Tensor  # int64 [B, R], position counted from the block's start
+    revealed: Tensor  # bool [B, R], revealed by the sampler, not prompt or padding: may be edited or remasked
+    offset: Tensor  # int64 [B, R], position counted from the start of the block
     step: Tensor  # int64 [B], step of the whole run, 0..steps-1
     steps: Tensor  # int64 [B], T of each sequence
-    block_step: Tensor  # int64 [B], step within the block, 0 at its first
-    block_steps: Tensor  # int64 [B], steps that a block of each sequence is meant to take (T / blocks)
-    block_masked: Tensor  # int64 [B], masked positions of the block when it began
-    confidence: Tensor  # float32 [B, R], probability that the token had when it was revealed; 1 where given
+    block_step: Tensor  # int64 [B], step within the block, from 0
+    block_steps: Tensor  # int64 [B], number of steps that a block is meant to take (T / blocks)
+    block_masked: Tensor  # int64 [B], number of masked positions of the block when it began
+    confidence: Tensor  # float32 [B, R], probability of the token when it was revealed; 1 where given
     seed: Tensor  # int64 []
-    keys: Tensor  # int64 [B, R, 3], sample, position in the text, step: key of every draw
+    keys: Tensor  # int64 [B, R, 3], sample, position in the text and step, which key every draw
 
 
 class Proposal(NamedTuple):
-    """Row statistics of a `View`, ``[B, R]`` each; NaN (token -1) where `Stepwise.rows` did not ask for them."""
+    """The model's proposal for a `View`, ``[B, R]`` each; NaN (token -1) where `Stepwise.rows` did not ask for one."""
 
-    token: Tensor  # int64
-    probability: Tensor  # float32, of the token
+    token: Tensor  # int64, the token drawn
+    probability: Tensor  # float32, its probability
     top1: Tensor | None = None  # float32, largest probability; if `wants_top`
     top2: Tensor | None = None
     entropy: Tensor | None = None  # float32, nats; if `wants_entropy`
@@ -106,7 +110,7 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Arguments of `mdkern.kernels.select`: which of the candidates are revealed."""
+    """Which positions are revealed: the scores, candidates and rule for `mdkern.kernels.select`."""
 
     scores: Tensor  # float32 [B, R]
     candidates: Tensor  # bool [B, R]
@@ -117,49 +121,51 @@ class Choice:
 
 
 class Stepwise(Decoder):
-    """A decoder that is asked at every step.
+    """A decoder that is called at every step.
 
-    All methods of one step are given the same `View`, of the time before anything of the step is written: reveals,
-    edits and remasks happen at once, and none of them sees another. Each sequence of a view is decided on its own.
+    All methods are given the same `View` of a step, the state before it: reveals, edits and remasks of a step happen at
+    once, and none of them sees another. What is decided for a sequence must not depend on the other sequences.
     """
 
-    wants_top: ClassVar[bool] = False  # top1 and top2 of `Proposal`
+    wants_top: ClassVar[bool] = False  # whether `Proposal` has top1 and top2
     wants_entropy: ClassVar[bool] = False
     # Whether `choose` reads the drawn token or its probability, so that what is revealed depends on what is drawn.
     scores_draw: ClassVar[bool] = True
-    # Whether the number of steps is the decoder's own affair: a block then ends with its last mask, however many steps
+    # Whether the decoder determines the number of steps. A block then ends with its last mask, however many steps
     # that takes, and the schedule's step is the share of the text revealed. Otherwise a block takes `block_steps`.
     adaptive: ClassVar[bool] = False
-    # Whose distribution the statistics of `Proposal` are of: the "model"'s, or the "sampler"'s after temperature and
-    # filters, see `mdkern.kernels.vocab_projection`.
+    # Which distribution the statistics of `Proposal` describe: the "model"'s, or the "sampler"'s, which is after
+    # temperature and filters, see `mdkern.kernels.vocab_projection`.
     of: str = "model"
-    closing_steps: int = 0  # steps a block may take after its last mask is gone, until one changes nothing
+    closing_steps: int = 0  # most steps of a block after its last mask is gone; it ends when a step changes nothing
 
     def rows(self, view: View) -> Tensor:
-        """bool ``[B, R]``: where statistics are wanted, so that the output layer runs there. Default: every mask."""
+        """bool ``[B, R]``: the positions at which the output layer runs. Default: all masked ones."""
         return view.masked
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
-        """Which masked positions get their proposed token.
+        """Choose the masked positions that get their proposed token.
 
-        Of an `adaptive` decoder at least one, wherever something is masked: its run ends with the last mask. A decoder
-        that leaves masks for good ends the run with a RuntimeError; candidates that are not masked do not count.
+        An `adaptive` decoder must choose at least one in every sequence that has masks, because its run ends with the
+        last mask. A decoder that stops revealing ends the run with a RuntimeError. Candidates that are not masked are
+        ignored.
         """
         raise NotImplementedError
 
     def edit(self, view: View, proposal: Proposal) -> Tensor | None:
-        """bool ``[B, R]``: revealed positions that take the proposed token instead. None: the decoder never does."""
+        """bool ``[B, R]``: revealed positions that take the proposed token instead. None: the decoder never edits."""
         return None
 
     def remask(self, view: View) -> Tensor | None:
-        """bool ``[B, R]``: revealed positions put back to mask after the step. None: the decoder never does."""
+        """bool ``[B, R]``: revealed positions to mask again after the step. None: the decoder never remasks."""
         return None
 
 
 def even_quota(view: View) -> Tensor:
-    """LLaDA's quota, int64 ``[B]``: the block's masks split evenly over its steps, the remainder to the first ones.
+    """LLaDA's quota, int64 ``[B]``: the block's masks split evenly over its steps, one more in each of the first steps
+    where they do not divide evenly.
 
-    Never 0 while something is masked, and all that is left at the block's last step.
+    It is at least 1 while something is masked; at the block's last step it is all that is left.
     """
     share, extra = view.block_masked // view.block_steps, view.block_masked % view.block_steps
     quota = share + (view.block_step < extra)

@@ -1,4 +1,4 @@
-"""Refusing parameters that cannot be right, and what decoders of one's own must not return."""
+"""Checks of decoders' parameters, and of what decoders return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mdkern.kernels.head.arguments import Of
 def check_number(
     name: str, value: Any, low: float, high: float = inf, *, above: bool = False, below: bool = False
 ) -> None:
-    """Refuse what is no number from `low` to `high`; `above` and `below` leave out the ends.
+    """Refuse a value that is not a number from `low` to `high`; `above` and `below` exclude these two.
 
     Raises:
         ValueError: with the interval and the value.
@@ -29,21 +29,21 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is not one of `choices`."""
+    """Refuse a value that is not one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def check_of(of: Any) -> None:
-    """Refuse what is no `Stepwise.of`."""
+    """Refuse a value that is not one of those of `Stepwise.of`."""
     check_choice("of", of, get_args(Of))
 
 
 def check_answers(decoder: Any, view: View, choice: Choice, edited: Tensor | None, remasked: Tensor | None) -> None:
-    """Refuse a decoder's answers by their dtypes and shapes, which the host knows.
+    """Check the dtypes and shapes of what a decoder returned, which needs no synchronisation.
 
     Raises:
-        ValueError: with what was wanted.
+        ValueError: with the dtype and shape that are needed.
     """
     wanted: list[tuple[str, Tensor | None, torch.dtype]] = [
         ("choose's scores", choice.scores, torch.float32),

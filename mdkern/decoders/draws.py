@@ -1,4 +1,4 @@
-"""What the planned decoders share: one keyed uniform per position, ranks within a block, and steps of a block."""
+"""Shared by the planned decoders: a keyed uniform number for each position, ranks within a block, steps of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mdkern.plan import GIVEN, RevealPlan
 
 
 def uniforms(canvas: Canvas) -> Tensor:
-    """float64 ``[N, L]`` in (0, 1): the draw of each position, the same whatever else is on the canvas."""
+    """float64 ``[N, L]`` in (0, 1): the draw of each position, which does not depend on the rest of the canvas."""
     zero = torch.zeros((), dtype=torch.int64, device=canvas.masked.device)
     return noise.uniform(
         *noise.random_bits(canvas.seed, canvas.sample[:, None], canvas.position, zero, zero, noise.PLAN)
@@ -21,9 +21,9 @@ def uniforms(canvas: Canvas) -> Tensor:
 
 
 def masked_blocks(canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each position, int64 ``[N, L]``: its block, the masks of its sequence's blocks before, the masks of its own.
+    """For each position, int64 ``[N, L]``: its block, the number of masks in earlier blocks, and in its own block.
 
-    Positions that are not masked lie in a block of their own after the others.
+    Positions that are not masked are put into an extra block after the others.
     """
     most = int(canvas.blocks.max())
     block = torch.where(canvas.masked, canvas.block, most)
@@ -33,21 +33,21 @@ def masked_blocks(canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ranks(block: Tensor, keys: Tensor) -> Tensor:
-    """int64 ``[N, L]``, 0..L-1: place of each position by block, then by ascending key, then from left to right."""
+    """int64 ``[N, L]``, 0..L-1: rank of each position by block, then by ascending key, then from left to right."""
     order = keys.argsort(dim=-1, stable=True)
     order = order.gather(-1, block.gather(-1, order).argsort(dim=-1, stable=True))
     return order.argsort(dim=-1)
 
 
 def steps_of_run(canvas: Canvas, block_step: Tensor) -> Tensor:
-    """int64 ``[N, L]``: the step of the run from the step within the block, held within the block's own; or GIVEN."""
+    """int64 ``[N, L]``: the step of the run for a step within the block, clamped to the block's steps; or GIVEN."""
     block_steps = canvas.block_steps
     step = canvas.block * block_steps + torch.minimum(block_step.long(), block_steps - 1)
     return torch.where(canvas.masked, step, GIVEN)
 
 
 def by_block_steps(canvas: Canvas, draw: Callable[[Canvas, int], Tensor]) -> Tensor:
-    """int64 ``[N, L]``: what `draw` gives of the sequences that take the same number of steps for a block, and it."""
+    """int64 ``[N, L]``: the results of ``draw(canvas, block_steps)`` for each number of block steps."""
     counts = canvas.block_steps[:, 0]
     step = torch.empty_like(canvas.block)
     for count in counts.unique().tolist():
@@ -57,5 +57,5 @@ def by_block_steps(canvas: Canvas, draw: Callable[[Canvas, int], Tensor]) -> Ten
 
 
 def planned(canvas: Canvas, progress: Tensor) -> RevealPlan:
-    """Each position revealed in the step of its block in which `progress`, float64 ``[N, L]`` in [0, 1), falls."""
+    """The plan that reveals each position in the step of its block into which ``progress [N, L]`` falls, in [0, 1)."""
     return RevealPlan(steps_of_run(canvas, (progress * canvas.block_steps).floor()), canvas.steps)

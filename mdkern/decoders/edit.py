@@ -14,14 +14,14 @@ from mdkern.decoders.checks import check_number, check_of
 
 @dataclass(frozen=True)
 class Edit(Stepwise, name="edit"):
-    """Masks become tokens where p > `mask_threshold`, or else the best one; tokens change where p > `edit_threshold`.
+    """Reveal masks where p > `mask_threshold`, at least the best one; replace tokens where p > `edit_threshold`.
 
     Both happen in the same step. A block ends when its last mask is gone and a step changed nothing, or after
     `closing_steps` steps without masks. The prompt is never edited.
 
     Args:
-        mask_threshold: 0.7 is the published quality mode; its speed mode takes 0.5.
-        edit_threshold: 0.5 is the published quality mode; its speed mode takes 0.
+        mask_threshold: the published quality mode has 0.7, the speed mode 0.5.
+        edit_threshold: the published quality mode has 0.5, the speed mode 0.
         closing_steps: at least 0.
         of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters.
     """
@@ -44,7 +44,7 @@ class Edit(Stepwise, name="edit"):
         return view.masked | view.revealed
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
-        above = np.nextafter(np.float32(self.mask_threshold), np.float32(np.inf))  # the rule is >=, the paper's is >
+        above = np.nextafter(np.float32(self.mask_threshold), np.float32(np.inf))  # `select` has >=, the paper >
         return Choice(proposal.probability, view.masked, "threshold", bound=float(above))
 
     def edit(self, view: View, proposal: Proposal) -> Tensor:

@@ -1,4 +1,4 @@
-"""The surest positions first; Dream's ``entropy`` (Ye et al., 2508.15487)."""
+"""Positions of the smallest entropy first; Dream's ``entropy`` (Ye et al., 2508.15487)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 @dataclass(frozen=True)
 class Entropy(Stepwise, name="entropy"):
-    """A step's quota of masked positions, those whose distribution has the smallest entropy.
+    """Reveal a quota of masked positions at each step, those whose distributions have the smallest entropies.
 
     Args:
-        position_temperature: above 0, positions are drawn from ``softmax(-entropy / position_temperature)``.
+        position_temperature: if above 0, positions are drawn from ``softmax(-entropy / position_temperature)``.
         quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: entropies after temperature and filters, as in Dream's code.
     """

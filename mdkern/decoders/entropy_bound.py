@@ -11,9 +11,9 @@ from mdkern.decoders.checks import check_number, check_of
 
 @dataclass(frozen=True)
 class EntropyBound(Stepwise, name="entropy_bound"):
-    """The longest prefix, by ascending entropy, with ``sum H - max H <= gamma`` nats, or else the best one.
+    """Reveal the longest prefix of positions by ascending entropy H with ``sum H - max H <= gamma`` nats.
 
-    gamma = 0 reveals one position, or all those of no entropy; infinity reveals all.
+    At least one position is revealed. gamma = 0 reveals one, or all those of entropy 0; infinity reveals all.
     """
 
     adaptive: ClassVar[bool] = True

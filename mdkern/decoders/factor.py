@@ -1,4 +1,4 @@
-"""As many as are jointly sure enough (Fast-dLLM, Wu et al., 2505.22618)."""
+"""As many positions as are jointly confident enough (Fast-dLLM, Wu et al., 2505.22618)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mdkern.decoders.checks import check_number, check_of
 
 @dataclass(frozen=True)
 class Factor(Stepwise, name="factor"):
-    """The longest prefix, by descending probability c, whose n-th has ``(n + 1)(1 - c) < factor``, or else the best."""
+    """Reveal the longest prefix by descending probability c whose n-th has ``(n + 1)(1 - c) < factor``, or the best."""
 
     adaptive: ClassVar[bool] = True
 

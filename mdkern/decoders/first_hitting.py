@@ -13,15 +13,15 @@ from mdkern.plan import GIVEN, RevealPlan
 
 @dataclass(frozen=True)
 class FirstHitting(Planned, name="first_hitting"):
-    """With n masked positions left, ``t <- t u^(1/n)``, and one of them, chosen uniformly, is revealed.
+    """With n masked positions left, ``t <- t u^(1/n)`` for a uniform u, and one of them, chosen uniformly, is revealed.
 
-    Those are the order statistics of n independent uniform times, dealt out at random: so each position's time is
-    drawn on its own, whatever the batch. A pass's step is the one of T that its time falls into, which says whose turn
-    it is under a schedule; its exact time goes to denoisers with time conditioning.
+    These times are the order statistics of n independent uniform times, assigned at random. So each position's time can
+    be drawn independently, whatever else is in the batch. The step of a pass is the one of T that its time falls into;
+    it determines the model under a schedule. Denoisers with time conditioning are given the exact time.
     """
 
     def plan(self, canvas: Canvas) -> RevealPlan:
-        """Draw the hitting times: L forward passes, exact for every number of steps."""
+        """Draw the hitting times. There is one forward pass for each position, whatever the number of steps."""
         elapsed = uniforms(canvas)
         plan = planned(canvas, elapsed)
         order = ranks(masked_blocks(canvas)[0], elapsed)

@@ -16,8 +16,8 @@ from mdkern.plan import RevealPlan
 class GenMD4(Planned, name="genmd4"):
     """``alpha_{t,i} = 1 - t^{w_i}``: a masked position is revealed with ``(t^w - s^w) / t^w`` at a step t -> s.
 
-    In the paper w belongs to the token's value, so that the order depends on the model; here it belongs to the
-    position in the text, and the order can be drawn beforehand. A large w reveals early, a small one late.
+    In the paper w depends on the token, so that the order depends on the model. Here it depends on the position in the
+    text, so that the order can be drawn beforehand. A position with a large w is revealed early.
 
     Args:
         exponents: w, above 0: one number, or floating ``[L]`` or longer, by position in the text.
@@ -43,5 +43,5 @@ class GenMD4(Planned, name="genmd4"):
             if exponents.shape[0] < positions:
                 raise ValueError(f"exponents must be at least {positions}, one per position, not {exponents.shape[0]}")
             exponents = exponents[canvas.position.clamp(max=exponents.shape[0] - 1)]
-        # 1 - (1 - u)^(1/w), the part of the time that has passed, without cancellation for small u
+        # 1 - (1 - u)^(1/w), the share of the time that has passed, without cancellation for small u
         return planned(canvas, -torch.expm1(torch.log1p(-uniforms(canvas)) / exponents))

@@ -16,7 +16,7 @@ from mdkern.decoders.draws import by_block_steps, masked_blocks, ranks, steps_of
 from mdkern.plan import RevealPlan
 
 Level = Callable[[Tensor, Tensor, Tensor], Tensor]
-SLACK = 1e-9  # of a level's ends, for rounding
+SLACK = 1e-9  # tolerance for rounding when a user's level is checked
 
 
 def flat(time: Tensor, position: Tensor, length: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ KINDS: dict[str, Level] = {"flat": flat, "quenched": partial(sliding, width=1)}
 class Hyperschedule(Planned, name="hyperschedule"):
     """Position i is masked at time t with probability ``tau_i(t)``, its noise level, which falls from 1 to 0.
 
-    At a step t -> s a masked position is revealed with probability ``(tau_i(t) - tau_i(s)) / tau_i(t)``, so only as
+    At a step t -> s a masked position is revealed with probability ``(tau_i(t) - tau_i(s)) / tau_i(t)``, so only while
     its level falls. Positions are counted over the masks of a block, which is the whole text if there are no blocks.
 
     Args:
@@ -51,7 +51,7 @@ class Hyperschedule(Planned, name="hyperschedule"):
             one block of `width` after the other. ``"sliding"``: a window of `width` positions, whose levels fall
             linearly, moves over the text. Or a function ``level(t, position, length)``: t a float64 scalar tensor,
             position and length int64 ``[N, L]``, the level float64 ``[N, L]``.
-        width: of a block or window, in positions.
+        width: positions of a block or window.
     """
 
     kind: str | Level = "flat"
@@ -75,7 +75,7 @@ class Hyperschedule(Planned, name="hyperschedule"):
         return KINDS[self.kind] if chosen is None else partial(chosen, width=self.width)
 
     def plan(self, canvas: Canvas) -> RevealPlan:
-        """Draw by inversion: revealed at the first step that ends with a level below 1 - u.
+        """Draw by inversion: a position is revealed at the first step that ends with its level below 1 - u.
 
         Raises:
             ValueError: a user's level that is not 1 at t = 1 and 0 at t = 0, or rises as t falls.
@@ -83,7 +83,7 @@ class Hyperschedule(Planned, name="hyperschedule"):
         return RevealPlan(steps_of_run(canvas, by_block_steps(canvas, self.block_step)), canvas.steps)
 
     def block_step(self, canvas: Canvas, steps: int) -> Tensor:
-        """int64 ``[N, L]``: in which of a block's steps each position is revealed."""
+        """int64 ``[N, L]``: the step of its block at which each position is revealed."""
         number, before, length = masked_blocks(canvas)
         zeros = torch.zeros_like(number)
         position = torch.where(canvas.masked, ranks(number, zeros) - before, 0)
@@ -94,7 +94,7 @@ class Hyperschedule(Planned, name="hyperschedule"):
         step = zeros
         for time in times[1:]:
             level = self.level(time, position, length).double()
-            wrong = wrong | ~(level <= last + SLACK)  # NaN is wrong, too
+            wrong = wrong | ~(level <= last + SLACK)  # written so that NaN is wrong, too
             step, last = step + (level >= remainder), level
         wrong = wrong | (last > SLACK)
         if bool((wrong & canvas.masked).any()):

@@ -1,4 +1,4 @@
-"""The clearest decisions first (Kim et al., 2502.06768); Dream's ``topk_margin``."""
+"""The largest gaps between the two best tokens first (Kim et al., 2502.06768); Dream's ``topk_margin``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 @dataclass(frozen=True)
 class Margin(Stepwise, name="margin"):
-    """A step's quota of masked positions, those with the largest gap between the two most probable tokens.
+    """Reveal a quota of masked positions at each step, those with the largest gap between the two best probabilities.
 
     Args:
-        position_temperature: above 0, positions are drawn from ``softmax(margin / position_temperature)``.
+        position_temperature: if above 0, positions are drawn from ``softmax(margin / position_temperature)``.
         quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters, as in Dream's code.
     """

@@ -1,4 +1,4 @@
-"""PC-Sampler (Huang et al., 2508.13021): rare tokens first, and from left to right."""
+"""PC-Sampler (Huang et al., 2508.13021): confident and rare tokens first, with a preference from left to right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOOR = 1e-9  # added to a frequency before its logarithm
 
 
 def reference_frequencies(ids: Tensor, vocab_size: int) -> Tensor:
-    """Share of each token in a reference text, float32 ``[vocab_size]``: what `PositionAware` wants.
+    """The share of each token in a reference text, float32 ``[vocab_size]``, for `PositionAware`.
 
     Args:
         ids: integer tensor of any shape, tokens of the text.
@@ -33,15 +33,15 @@ def reference_frequencies(ids: Tensor, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PositionAware(Stepwise, name="position_aware"):
-    """A step's quota of masked positions with the largest ``exp(-lam i) min(-p(token) log(f(token) + 1e-9), alpha)``.
+    """A quota of masked positions at each step, those of the largest ``exp(-lam i) min(-p log(f + 1e-9), alpha)``.
 
-    i is counted from the block's start; f is the token's frequency in a reference text, so that what is common
-    everywhere, such as punctuation, waits.
+    i is the position counted from the start of the block, p the probability of the proposed token, and f its frequency
+    in a reference text, so that tokens that are common everywhere, such as punctuation, come late.
 
     Args:
         frequency: float32 ``[V]``, see `reference_frequencies`.
-        lam: decay per position, at least 0. The paper takes 0 to 1 by task.
-        alpha: cap of the score, nats.
+        lam: decay per position, at least 0. The paper uses 0 to 1, depending on the task.
+        alpha: upper limit of the score, nats.
         quota: ``"even"`` (as the paper) or ``"dream"``, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters.
     """
@@ -72,5 +72,5 @@ class PositionAware(Stepwise, name="position_aware"):
     def choose(self, view: View, proposal: Proposal) -> Choice:
         frequency = self.frequency[proposal.token.clamp(min=0)]
         calibrated = (-proposal.probability * torch.log(frequency + FLOOR)).clamp(max=self.alpha)
-        # The score's logarithm, which has the same order: at lam = 0.25 the score itself is 0 in float32 from i = 416.
+        # The logarithm has the same order. The score itself would be 0 in float32 from i = 416 on at lam = 0.25.
         return by_quota(view, torch.log(calibrated) - self.lam * view.offset, self.quota)

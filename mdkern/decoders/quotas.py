@@ -1,4 +1,4 @@
-"""How many positions a step reveals, for the decoders that take the best of them."""
+"""How many positions are revealed at a step, for the decoders that take the best positions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mdkern.decoders.checks import check_choice, check_number
 
 
 def dream_quota(view: View) -> Tensor:
-    """Dream's quota (Ye et al., 2508.15487), int64 ``[B]``: ``int(masked (1 - s / t))`` of each sequence on its own.
+    """Dream's quota (Ye et al., 2508.15487), int64 ``[B]``: ``int(masked (1 - s / t))`` for each sequence.
 
-    t runs linearly from 1 to 0.001 over the block's steps, so that ``1 - s / t = 999 / (1000 steps - 999 step)``,
-    exact in integers. All that is left at the block's last step; and never 0 while something is masked, where Dream's
-    own code reveals nothing in a step and more in the last one.
+    t goes linearly from 1 to 0.001 over the block's steps, so that ``1 - s / t = 999 / (1000 steps - 999 step)``, which
+    is exact in integers. At the block's last step the quota is all that is left. It is at least 1 while something is
+    masked; Dream's own code may reveal nothing in a step, and then more in the last one.
     """
     left = view.masked.sum(-1)
     quota = left * 999 // (1000 * view.block_steps - 999 * view.block_step).clamp(min=1)
@@ -33,7 +33,7 @@ def check_quota(quota: str, position_temperature: float) -> None:
 
 
 def by_quota(view: View, scores: Tensor, quota: str, position_temperature: float = 0.0) -> Choice:
-    """The quota's number of masked positions with the largest scores.
+    """Choose the quota's number of masked positions, those with the largest scores.
 
     With a `position_temperature` they are drawn from ``softmax(scores / position_temperature)`` without replacement.
     """

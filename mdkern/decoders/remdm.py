@@ -17,21 +17,21 @@ PUBLISHED_ETA = {"cap": 0.008, "rescale": 0.015, "conf": None, "loop": 0.02}  # 
 
 @dataclass(frozen=True)
 class ReMDM(Stepwise, name="remdm"):
-    """At a step t -> s a revealed position is put back to mask with probability sigma, and a masked one is revealed
-    with probability ``(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)``, which leaves alpha what it was.
+    """At a step t -> s a revealed position is masked again with probability sigma, and a masked one is revealed with
+    probability ``(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)``, which keeps the expected share of revealed ones.
 
-    sigma is never above ``(1 - alpha_s) / alpha_t``, so that these are probabilities and the last step reveals all.
-    alpha is ``1 - t``, t from 1 to 0 over the block's steps. What to reveal does not depend on the model, so the output
-    layer runs only where a token is written.
+    sigma is at most ``sigma_max = (1 - alpha_s) / alpha_t``, so that these are probabilities and the last step reveals
+    everything. alpha is ``1 - t``, with t from 1 to 0 over the block's steps. Which positions are revealed does not
+    depend on the model, so the output layer runs only where a token is written.
 
     Args:
-        kind: ``"cap"``: sigma = min(eta, its largest). ``"rescale"``: sigma = eta times min(1, its largest).
-            ``"conf"``: the sigma_i of the revealed positions share out its largest by softmax of minus the
-            probability that the token had when it was revealed, and is 0 where masked.
-            ``"loop"``: ancestral until `t_on`, then alpha is held at `alpha_on` with sigma = eta until `t_off`, then
+        kind: ``"cap"``: sigma = min(eta, sigma_max). ``"rescale"``: sigma = eta * min(1, sigma_max).
+            ``"conf"``: sigma_max is distributed over the revealed positions by a softmax of minus the probability that
+            each token had when it was revealed.
+            ``"loop"``: ancestral until `t_on`; then alpha is held at `alpha_on` with sigma = eta until `t_off`; then
             ancestral again.
-        eta: None: as published for the kind: 0.008, 0.015, none, 0.02.
-        t_on, t_off, alpha_on: of ``"loop"``.
+        eta: strength of remasking. None: as published for the kind: 0.008, 0.015, none, 0.02.
+        t_on, t_off, alpha_on: parameters of ``"loop"``.
         of: for ``"conf"``: probabilities of the ``"model"``, or of the ``"sampler"`` after temperature and filters, as
             in ReMDM's code.
     """
@@ -75,10 +75,10 @@ class ReMDM(Stepwise, name="remdm"):
         return reveal.expand(view.ids.shape), sigma.expand(view.ids.shape)
 
     def sigma(self, view: View, time: Tensor, largest: Tensor) -> Tensor:
-        """Probability of a remask, float64, ``[B, 1]`` or ``[B, R]``, from t ``[B, 1]`` and its largest ``[B, 1]``."""
+        """Probability of a remask, float64 ``[B, 1]`` or ``[B, R]``, from ``time [B, 1]`` and ``largest [B, 1]``."""
         if self.kind == "conf":
             doubt = (-view.confidence.double()).masked_fill(~view.revealed, -inf)
-            return largest * doubt.softmax(-1).nan_to_num(0.0)  # NaN: nothing is revealed
+            return largest * doubt.softmax(-1).nan_to_num(0.0)  # NaN where nothing is revealed yet
         assert self.eta is not None
         if self.kind == "rescale":
             return self.eta * largest

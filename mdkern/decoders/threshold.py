@@ -1,4 +1,4 @@
-"""All that is sure enough (Fast-dLLM, Wu et al., 2505.22618)."""
+"""All positions that are confident enough (Fast-dLLM, Wu et al., 2505.22618)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mdkern.decoders.checks import check_number, check_of
 
 @dataclass(frozen=True)
 class Threshold(Stepwise, name="threshold"):
-    """All masked positions whose proposed token has a probability of at least `threshold`, or else the best one."""
+    """Reveal all masked positions whose proposed token has at least probability `threshold`, and always the best."""
 
     adaptive: ClassVar[bool] = True
 

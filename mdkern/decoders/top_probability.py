@@ -11,10 +11,10 @@ from mdkern.decoders.quotas import by_quota, check_quota
 
 @dataclass(frozen=True)
 class TopProbability(Stepwise, name="top_probability"):
-    """A step's quota of masked positions, those whose proposed token has the largest probability.
+    """Reveal a quota of masked positions at each step, those whose proposed tokens have the largest probabilities.
 
     Args:
-        position_temperature: above 0, positions are drawn from ``softmax(probability / position_temperature)``.
+        position_temperature: if above 0, positions are drawn from ``softmax(probability / position_temperature)``.
         quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters, as in Dream's code.
     """

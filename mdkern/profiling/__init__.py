@@ -1,1 +1,1 @@
-"""Where the time goes, and the samplers mdkern is compared with."""
+"""Measures where the time goes, and has the samplers that mdkern is compared with."""

@@ -1,9 +1,9 @@
 """The ancestral sampler as a good engineer writes it today: `torch.compile`, padded vocabulary, fused sampling.
 
 Every step runs the backbone and the head at every position, as in `mdkern.profiling.eager.ddpm`, but the backbone is
-compiled, the head's columns are padded to what cuBLAS is fast at, and one compiled function turns logits into tokens.
-It reveals a position by a coin of probability (t - s) / t and draws its token by Gumbel-max, which has the distribution
-of MDLM's categorical over V + 1 weights and needs no probabilities in memory.
+compiled, the vocabulary is padded to a size for which cuBLAS is fast, and one compiled function turns logits into
+tokens. It reveals a position with probability (t - s) / t and draws the token by Gumbel-max. This has the distribution
+of MDLM's categorical over V + 1 weights, and needs no probabilities in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mdkern.schedule import Schedule
 
 
 class Wrapped(Denoiser):
-    """A denoiser that does as another one does; the base of those that change one thing."""
+    """A denoiser that forwards to another one; the base of those that change one thing."""
 
     def __init__(self, inner: Denoiser) -> None:
         for field in Denoiser.__annotations__:
@@ -51,7 +51,7 @@ class Wrapped(Denoiser):
 
 
 def plain_hidden(denoiser: Denoiser) -> Callable[..., Tensor]:
-    """The backbone in PyTorch's own operations: of a `DiT` not mdkern's kernels, which are no part of a baseline."""
+    """The backbone in PyTorch's own operations. For a `DiT`, mdkern's kernels are avoided: this is for baselines."""
     hidden: Callable[..., Tensor] = getattr(getattr(denoiser, "model", None), "plain_hidden", denoiser.hidden)
     return hidden
 
@@ -60,7 +60,7 @@ class Compiled(Wrapped):
     """A denoiser whose backbone is compiled, for `ddpm_compiled`."""
 
     def __init__(self, model: Any, backend: str = "inductor", mode: str | None = None) -> None:
-        """`mode` as in `torch.compile`; ``"max-autotune-no-cudagraphs"`` tries out its matrix products first."""
+        """`mode` as in `torch.compile`; ``"max-autotune-no-cudagraphs"`` also tunes the matrix products."""
         super().__init__(adapt(model))
         self.compiled = torch.compile(plain_hidden(self.inner), dynamic=False, backend=backend, mode=mode)
 
@@ -73,7 +73,7 @@ class Compiled(Wrapped):
     ) -> Tensor:
         if self.device.type != "cuda" or capability(self.device) < 9:
             return self.compiled(input_ids, t, positions, attention_mask)
-        with sdpa_kernel(HOPPER_ATTENTION, set_priority=True):  # the DiT's own choice does not reach compiled code
+        with sdpa_kernel(HOPPER_ATTENTION, set_priority=True):  # the DiT's own choice has no effect in compiled code
             return self.compiled(input_ids, t, positions, attention_mask)
 
 
@@ -86,7 +86,7 @@ def reveal(hidden: Tensor, head: Head, ids: Tensor, mask_id: int, probability: T
 
 
 def close(hidden: Tensor, head: Head, ids: Tensor, mask_id: int) -> Tensor:
-    """The closing pass: masked positions take the argmax."""
+    """The closing pass: masked positions take the most probable token."""
     return torch.where(ids == mask_id, head.logits(hidden).argmax(-1), ids)
 
 
@@ -114,10 +114,10 @@ def ddpm_compiled(
     """The compiled baseline over one batch.
 
     Args:
-        heavy, light, schedule, input_ids, num_samples, length, steps, eps: as in `eager.ddpm`. Give models
-            as `Compiled`, or their backbones run eagerly. Our models' heads are padded to a multiple of 128 columns.
-        seed: of PyTorch's own generator, which compiled code draws from; its state is put back afterwards.
-        backend, mode: of `torch.compile`, for head and sampling.
+        heavy, light, schedule, input_ids, num_samples, length, steps, eps: as in `eager.ddpm`. Wrap models in
+            `Compiled`, or their backbones run eagerly. The vocabulary of a `DiT` is padded to a multiple of 128.
+        seed: for PyTorch's own generator, from which compiled code draws; its state is restored afterwards.
+        backend, mode: for `torch.compile` of head and sampling.
 
     Returns:
         sequences int64 ``[N, L]``, and the forward passes of the batch by denoiser.

@@ -1,13 +1,14 @@
-"""The samplers people run today, as MDLM's code does them: every step a full forward pass, every logit in memory.
+"""MDLM's samplers as its code runs them: every step is a full forward pass, and all logits are in memory.
 
-For the tests, which hold `mdkern.sample` against them, and for side-by-side timing. Facts from Sahoo et al.
-(2406.07524) and its public code: float32 categorical ``argmax(weight / (1e-10 - log(u + 1e-10)))`` over V + 1 weights
-per position, the last for staying masked; `ddpm_cache` keeps the probabilities while nothing in the batch changes.
+They serve the tests, which compare `mdkern.sample` with them, and timing side by side. Sahoo et al. (2406.07524) and
+their public code draw from a float32 categorical, ``argmax(weight / (1e-10 - log(u + 1e-10)))``, over V + 1 weights for
+each position, of which the last stands for staying masked. `ddpm_cache` keeps the probabilities while nothing in the
+batch changes.
 
-Not exact in float32: the exponential ``-log(u)`` of a 24-bit u is never below 2^-24, so a token whose weight is under
-2^-24 of the mask's, that is of a probability under about ``2^-24 T s``, is hardly ever drawn. The vocabulary's tail is
-cut, and the text comes out more likely than the model means it to be (the effect that Zheng et al., 2409.02908, found
-for Gumbel noise). ``dtype=torch.float64`` draws exactly.
+In float32 this is not exact: ``-log(u)`` of a 24-bit u is never below 2^-24, so a token whose weight is below 2^-24 of
+the mask's, that is, whose probability is below about ``2^-24 T s``, is hardly ever drawn. This cuts off the tail of the
+distribution, and the text comes out more probable than it should (Zheng et al., 2409.02908, found the same for Gumbel
+noise). ``dtype=torch.float64`` draws exactly.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def ddpm(
 
     Args:
         heavy, light, schedule, input_ids, num_samples, length, steps, seed: as in `mdkern.sample`.
-        eps: the time at which the steps end; a closing pass takes the argmax at positions still masked.
-        dtype: of the categorical: float32 as people run it, float64 for exact draws.
+        eps: the time at which the steps end; a closing pass takes the most probable token at positions still masked.
+        dtype: dtype of the categorical: float32 as in MDLM's code, float64 for exact draws.
         cache: keep the probabilities while the whole batch is unchanged. Refused with time conditioning.
 
     Returns:

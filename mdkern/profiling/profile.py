@@ -1,12 +1,12 @@
-"""Where the time goes: backbone, head and sampling, everything else, for three samplers of the same models.
+"""Where the time goes: backbone, head with sampling, and everything else, for three samplers of the same models.
 
-The paper's profile (Sedykh et al., 2604.02340: the output layer takes 59.9 % of the run at 12 blocks, 81.6 % at 4) for
-`eager`, MDLM's sampler as its code runs it; `compiled`, the baseline of `mdkern.profiling.compiled`; and mdkern.
+This is the profile of Sedykh et al. (2604.02340: the output layer takes 59.9 % of the run at 12 blocks, 81.6 % at 4)
+for `eager`, MDLM's sampler as its code runs it; `compiled`, the baseline of `mdkern.profiling.compiled`; and mdkern.
 
-The loops of the first two are timed by marks between backbone and head over a few steps; a run of T steps is then T
-times the median step, and the closing pass. mdkern's step cannot be cut open, so whole runs are timed: as it is; with a
-backbone that costs nothing; with a head of 128 columns as well. Their differences are the backbone, the head with its
-sampling, and all the rest: plan, packing, bookkeeping, launches.
+In the loops of the first two, backbone and head are timed separately over a few steps. A run of T steps is then counted
+as T median steps and the closing pass. mdkern's step is one CUDA graph, which cannot be timed inside, so whole runs are
+timed in three ways: as they are; with a backbone that costs nothing; and with a head of 128 columns as well. The
+differences are the backbone, the head with sampling, and the rest: plan, packing, bookkeeping and launches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PAPER_VOCAB, PAPER_LENGTH, PAPER_STEPS, PAPER_BATCH = 50_258, 1024, 1000, 16
-FEW_COLUMNS = 128  # of a head that costs next to nothing
+FEW_COLUMNS = 128  # vocabulary of a head that costs next to nothing
 WARM_STEPS = 3
 
 
@@ -72,7 +72,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of a whole run by what took them."""
+    """Seconds of a whole run by what they were spent on."""
 
     model: str
     sampler: str
@@ -90,14 +90,14 @@ class Profile:
 
 
 class Clock:
-    """Marks in the order of the work: events on a GPU, which wait for nothing, or the host's clock."""
+    """Times of named marks, by CUDA events on a GPU, which do not wait, or by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
-        """What is called `name` begins now."""
+        """Mark the beginning of what is called `name`."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -136,7 +136,7 @@ class Clocked(Wrapped):
 
 
 class Unpadded(Wrapped):
-    """A `DiT` as MDLM's: PyTorch's own operations, and a head of V columns."""
+    """A `DiT` run as MDLM's code does: by PyTorch's own operations, with a vocabulary that is not padded."""
 
     def __init__(self, model: DiT) -> None:
         super().__init__(adapt(model))
@@ -157,7 +157,7 @@ class Unpadded(Wrapped):
 def ddpm_autocast(denoiser: Denoiser, **options: Any) -> tuple[Tensor, dict[str, int]]:
     """`ddpm` of a float32 model as MDLM's code runs it: on a GPU under bfloat16 autocast.
 
-    That code enters autocast in every forward pass, so that no cast of a weight outlives one; hence no cache.
+    That code enters autocast in every forward pass, so weights are cast anew in each; autocast's cache is off here.
     """
     on_gpu = denoiser.device.type == "cuda"
     with torch.autocast(denoiser.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
@@ -165,17 +165,17 @@ def ddpm_autocast(denoiser: Denoiser, **options: Any) -> tuple[Tensor, dict[str,
 
 
 class Hollow(Wrapped):
-    """A denoiser whose backbone costs nothing: its hidden states are always the same."""
+    """A denoiser whose backbone costs nothing, because it always returns the same hidden states."""
 
     def __init__(self, inner: Denoiser, batch_size: int, length: int, columns: int | None = None) -> None:
-        """`columns`: of a head cut short; None: the whole head."""
+        """`columns`: size of a vocabulary that is cut short; None: the whole vocabulary."""
         super().__init__(inner)
         assert inner.head.weight is not None
         generator = torch.Generator(inner.device).manual_seed(0)
         shape = (batch_size * length, inner.head.weight.shape[1])
         self.constant = torch.randn(shape, device=inner.device, dtype=inner.dtype, generator=generator)
         if columns is not None:
-            bias = inner.head.bias[:columns].clamp(min=-1e4)  # finite: ids that are never drawn may be all there are
+            bias = inner.head.bias[:columns].clamp(min=-1e4)  # finite, as all ids that are left may be forbidden ones
             bias[inner.vocab_size :] = -torch.inf
             bias[inner.mask_id : inner.mask_id + 1] = -torch.inf  # none if the mask is beyond the columns
             self.head = Head(inner.head.weight[:columns], bias)
@@ -200,9 +200,9 @@ def random_dit(
     width: int = 768,
     heads: int = 12,
 ) -> DiT:
-    """A float32 `DiT` with random weights, which cost what trained ones do; by default of the paper's size.
+    """A float32 `DiT` with random weights, by default of the paper's size.
 
-    Not of zeros: a GPU multiplies those faster than it would anything else.
+    Random weights take the time of trained ones; with zeros a GPU draws less power and is faster.
     """
     config = DiTConfig(vocab_size, vocab_size - 1, None, length, blocks, width, heads)
     with torch.device(device):
@@ -225,7 +225,7 @@ def time_steps(
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds that a call takes with all the work that it gives the device, and what it returns."""
+    """Seconds that a call takes, including all its work on the device, and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -255,16 +255,16 @@ def time_run(
 
 
 def profile_loop(name: str, sampler: str, times: StepTimes, steps: int) -> Profile:
-    """A run of `steps` steps from the times of a few."""
+    """The profile of a run of `steps` steps from the times of a few."""
     backbone = (steps + 1) * statistics.median(times.backbone)
     return Profile(name, sampler, backbone, times.run(steps) - backbone, 0.0, f"{len(times.backbone)} steps")
 
 
 def profile_mdkern(name: str, denoiser: Denoiser, setting: Setting, repeats: int) -> Profile:
-    """The run, and what is left of it without its backbone, and without its head as well; rounds interleaved."""
+    """Time whole runs, runs without a backbone, and runs without a head as well, taking turns."""
     size = setting.batch_size, setting.length
     variants = denoiser, Hollow(denoiser, *size), Hollow(denoiser, *size, columns=FEW_COLUMNS)
-    for variant in variants:  # kernels are compiled and graphs captured
+    for variant in variants:  # compile kernels and capture graphs
         time_run(variant, setting)
     rounds = [[time_run(variant, setting, seed)[0] for variant in variants] for seed in range(repeats)]
     whole, headed, rest = (statistics.median(seconds) for seconds in zip(*rounds))
@@ -276,15 +276,14 @@ def profile_model(
 ) -> Iterator[Profile]:
     """The profiles of a float32 model, one sampler after the other.
 
-    On a GPU `eager` runs the float32 weights under autocast, the other two run them in bfloat16. A baseline that does
-    not run here (`compiled` without a C++ compiler, `eager` where the logits outgrow the memory) is left out with a
-    warning.
+    On a GPU, `eager` runs the float32 weights under autocast; the other two run in bfloat16. A baseline that cannot run
+    here (`compiled` without a C++ compiler, `eager` where the logits need too much memory) is left out with a warning.
 
     Args:
-        name: of the model, for the results.
-        timed_steps: of the two step-by-step samplers.
-        repeats: whole runs of each kind of mdkern's.
-        backend: of `torch.compile`.
+        name: the model's name in the results.
+        timed_steps: steps of the two step-by-step samplers that are timed.
+        repeats: whole runs of mdkern of each of the three ways.
+        backend: for `torch.compile`.
     """
     denoiser = adapt(copy.deepcopy(model).to(torch.bfloat16) if model.embedding.is_cuda else model)
     loops: dict[str, tuple[Callable[..., Any], Callable[[], Denoiser]]] = {
@@ -300,7 +299,7 @@ def profile_model(
 
 
 def table(profiles: Sequence[Profile]) -> str:
-    """The profiles as aligned columns, seconds of a whole run."""
+    """The profiles as a table with aligned columns, in seconds of a whole run."""
     header = ["model", "sampler", "backbone", "head + sampling", "everything else", "total", "timed"]
     rows = [
         [
