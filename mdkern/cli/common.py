@@ -144,9 +144,9 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: mdkern runs on cpu and cuda, not on {device.type}")
     device = torch.device("cuda", local_rank() if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name} was asked for as {device}, but PyTorch finds {torch.cuda.device_count()} GPUs here"
-        )
+        count = torch.cuda.device_count()
+        found = f"{count} GPU{'s' * (count != 1)} here" if count else "no GPU here"
+        raise ValueError(f"--device {name}: there is no {device}, PyTorch finds {found}")
     torch.cuda.set_device(device)
     return device
 

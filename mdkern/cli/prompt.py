@@ -48,15 +48,18 @@ def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, lon
         if index % 2 == 0:
             ids += tokenizer.encode(piece, add_special_tokens=False)
         elif len(ids) + int(piece) > longest:
-            raise ValueError(f"--prompt: with [MASK:{piece}] it is beyond the {longest} positions of the models")
+            raise ValueError(f"the prompt's [MASK:{piece}] goes beyond the {longest} positions of the models")
         else:
             ids += [mask_id] * int(piece)
+    most = length or longest
+    if len(ids) > most:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, but {'the models take' if length is None else '--length is'} {most}"
+        )
     length = length or (len(ids) if mask_id in ids else longest)
-    if len(ids) > length:
-        raise ValueError(f"--prompt has {len(ids)} tokens, beyond the {length} positions to be used")
     ids += [mask_id] * (length - len(ids))
     if mask_id not in ids:
-        raise ValueError(f"--prompt fills all {length} positions: nothing is left to write")
+        raise ValueError(f"the prompt fills all {length} positions: nothing is left to write")
     return torch.tensor([ids])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,12 +123,13 @@ def run_sample(arguments: argparse.Namespace) -> None:
             receiver.finish(ranks.count if ranks else 1)
 
 
-def receive(groups: Iterator[SampleOutput], receiver: Receiver | None) -> None:
+def receive(groups: Generator[SampleOutput], receiver: Receiver | None) -> None:
     """Hand over every group, and of one that fails what was finished."""
     try:
-        for output in groups:
-            if receiver is not None:
-                receiver.take(output)
+        with closing(groups):
+            for output in groups:
+                if receiver is not None:
+                    receiver.take(output)
     except BaseException as error:
         rest: SampleOutput | None = getattr(error, "partial", None)
         if receiver is not None and rest is not None and rest.sample_ids is not None and len(rest.sample_ids):
@@ -210,7 +211,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_groups(
     arguments: argparse.Namespace, job: Job, ranks: Ranks | None, seed: int, numbers: list[int]
-) -> Iterator[SampleOutput]:
+) -> Generator[SampleOutput]:
     """The samples of these numbers, group by group; of several processes all at once."""
     from mdkern.distributed import sample_distributed
     from mdkern.sampling import sample_groups

@@ -74,6 +74,10 @@ class Groups:
         try:
             with tqdm(unit="pass", desc="denoising", disable=self.disable, leave=False) as bar:
                 yield from self.run(bar)
+        except (
+            GeneratorExit
+        ):  # whoever iterated has left, so nothing is computed for them, at Python's end least of all
+            raise
         except BaseException as error:
             with suppress(Exception):
                 error.partial = self.empty() if self.pending is None else self.pending  # type: ignore[attr-defined]
