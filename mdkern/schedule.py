@@ -113,6 +113,19 @@ class Schedule:
             raise ValueError("models must name at least one segment")
         return cls.from_shares([(model, Fraction(1, len(models))) for model in models])
 
+    @classmethod
+    def optimize(cls, heavy: Any, light: Any = None, *, budget: float, **options: Any) -> Schedule:
+        """The schedule that harms the heavy model's samples least at a share `budget` of its cost.
+
+        Args:
+            heavy, light: as for `mdkern.sample`.
+            budget: in (0, 1].
+            options: how harm and cost are measured, see `mdkern.evaluation.optimize.optimize_schedule`.
+        """
+        from mdkern.evaluation.optimize import optimize_schedule  # which imports schedules
+
+        return optimize_schedule(heavy, light, budget=budget, **options)
+
     @property
     def total(self) -> int | None:
         """Number of steps, None if the schedule fits itself to any."""

@@ -21,6 +21,7 @@ ALLOWED = {
     ("mdkern.models.dit", "mdkern.models.checkpoint"): "people look for `from_pretrained` on the class that it makes",
     ("mdkern.models.dit_fused", "mdkern.models.dit"): "it knows the modules that it may stand in for by their classes",
     ("mdkern.kernels.head.launch", "mdkern.kernels.head.launch_filter"): "filtered draws have kernels of their own",
+    ("mdkern.schedule", "mdkern.evaluation.optimize"): "people look for fitted schedules beside the hand-made ones",
     ("mdkern.models.hf.split", "mdkern.models.hf.probe"): "a model that has changed since it was split is probed again",
 }
 

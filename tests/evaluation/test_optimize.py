@@ -44,6 +44,12 @@ def test_a_model_that_is_wrong_in_the_middle_runs_at_both_ends(by: str) -> None:
     assert found == Schedule.from_segments("LHHL")
 
 
+def test_a_schedule_fits_itself() -> None:
+    options = {"segments": 4, "cost": COST, "length": LENGTH, "steps": 64}
+    found = Schedule.optimize(HEAVY, IN_THE_MIDDLE, budget=2 / 3, **options)
+    assert found == optimize_schedule(HEAVY, IN_THE_MIDDLE, budget=2 / 3, **options)  # type: ignore[arg-type]
+
+
 def test_influence_is_that_of_the_search() -> None:
     scores = {models: sum(s for s, model in enumerate(models) if model == "L") for models in all_schedules(4, 2)}
     found = [Found(models, torch.full((3,), float(score))) for models, score in scores.items()]
