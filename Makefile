@@ -1,5 +1,6 @@
 # make demo: text from the shipped pair.  make check: lint, types and the quick tests.  make test: all tests.
 # make test-transformers-4: the adapters' tests under the oldest transformers.
+# make docs: the API reference, in build/docs.
 # make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
 # make dist REPOSITORY=https://...: what is uploaded.  Each makes its environment first.
 PYTHON ?= python3
@@ -34,6 +35,9 @@ $(OLD)/installed: .venv/installed
 	$(BIN)/python $(OLD)/where.py > "$$($(OLD)/bin/python $(OLD)/where.py)/rest.pth"
 	touch $@
 
+docs: .venv/installed
+	$(BIN)/python docs/build.py build/docs
+
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s
 
@@ -56,7 +60,7 @@ lint: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
 # On a GPU, with CUDA's compute-sanitizer: wild and uninitialised reads of the kernels, and wild ones of graphs. PyTorch's
@@ -74,4 +78,4 @@ csrc:
 clean:
 	rm -rf .venv $(OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test test-transformers-4 bench bench-results lint memcheck dist csrc clean
+.PHONY: demo check test test-transformers-4 docs bench bench-results lint memcheck dist csrc clean

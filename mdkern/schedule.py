@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 from numbers import Rational, Real
 from typing import Any
 
+__all__ = ["Schedule", "Segment"]
+
 NAME = r"[A-Za-z_]+"
 PART = re.compile(rf"[\s,;]*+({NAME}+)\s*+[:=x*]?+\s*+(\d++)[\s,;]*+")  # possessive: no text takes quadratic time
 LONGEST_TEXT = 100_000  # characters

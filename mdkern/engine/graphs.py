@@ -36,6 +36,8 @@ from mdkern.models import Denoiser
 from mdkern.models.denoiser import PREPARED, Head
 from mdkern.models.fingerprint import describe, fingerprint
 
+__all__ = ["clear", "held"]
+
 Part = TypeVar("Part")
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ import torch
 
 from mdkern.schedule import Schedule
 
+__all__ = ["best_schedule"]
+
 
 def best_schedule(
     harm: Mapping[str, Sequence[float]],

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["windows"]
+
 MOST_CHARACTERS = 1 << 24  # read of a file: some 4 million tokens
 
 

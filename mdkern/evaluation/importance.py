@@ -34,6 +34,8 @@ from mdkern.models import Denoiser
 from mdkern.sampling import sample
 from mdkern.schedule import Schedule
 
+__all__ = ["ImportanceAt", "PathImportanceAt", "importance", "path_importance"]
+
 
 @dataclass(frozen=True)
 class ImportanceAt:

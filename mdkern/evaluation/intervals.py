@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Estimate", "estimate", "paired", "rank_correlation"]
+
 NORMAL_95 = 1.959964
 
 

@@ -24,6 +24,8 @@ from mdkern.models import Denoiser
 from mdkern.plan import positions_in_text
 from mdkern.schedule import Schedule
 
+__all__ = ["Likelihood", "likelihood"]
+
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_SAMPLES = 128
 METHODS = "fixed_count", "decoder"

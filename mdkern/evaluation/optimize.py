@@ -22,6 +22,8 @@ from mdkern.evaluation.search import Found, influence
 from mdkern.models import Denoiser
 from mdkern.schedule import Schedule
 
+__all__ = ["optimize_schedule"]
+
 MEASURES = "path_kl", "kl", "loss", "influence"
 COST_PASSES = 5  # timed, after two that warm up
 

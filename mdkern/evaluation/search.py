@@ -22,6 +22,8 @@ from mdkern.digest import digest
 from mdkern.evaluation.intervals import Estimate, estimate, paired
 from mdkern.files import write_whole
 
+__all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "search"]
+
 Models = tuple[str, ...]  # of each segment
 
 

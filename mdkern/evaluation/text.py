@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["JudgedTexts", "distinct", "judge", "judge_texts", "self_bleu", "token_entropy", "unigram_entropy"]
+
 MOST_LOGITS = 1 << 28  # entries of a judge's logits at a time: 1 GiB of float32
 
 
