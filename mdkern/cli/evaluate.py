@@ -21,8 +21,10 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
         "evaluate",
         help="measure likelihood and samples",
         description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of fixed "
-        "sizes), and samples: generative perplexity under a judge, entropies, distinct n-grams, self-BLEU.",
-        epilog="example: mdkern evaluate --data held-out.txt --texts 32 --masks 16 --num-samples 16",
+        "sizes; with --exact also that of the sampler itself), and samples: generative perplexity under a judge, "
+        "entropies, distinct n-grams, self-BLEU.",
+        epilog="example: mdkern evaluate --data held-out.txt --texts 32 --masks 16 --num-samples 16 "
+        "--decoder margin --exact",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_evaluate)
@@ -32,6 +34,15 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     text.add_argument("--data", metavar="FILE", type=Path, help=".txt or .txt.xz; without it no likelihood")
     text.add_argument("--texts", metavar="N", type=positive, default=128, help="windows of it (default: 128)")
     text.add_argument("--masks", metavar="N", type=positive, default=32, help="for each window (default: 32)")
+    text.add_argument(
+        "--exact",
+        action="store_true",
+        help="also the exact likelihood of what is drawn with --decoder, --block-length and --steps at temperature 1: "
+        "for decoders that choose by what is written so far, such as margin",
+    )
+    text.add_argument(
+        "--by", choices=["top1"], help="with --exact: let the decoder score the most probable token, not the drawn one"
+    )
     samples = parser.add_argument_group("samples")
     samples.add_argument("--num-samples", metavar="N", type=int, default=64, help="(default: 64; 0: none)")
     samples.add_argument("--steps", metavar="T", type=positive, help="(default: the schedule's, or one a token)")
@@ -56,16 +67,22 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("nothing to measure: give --data, or --num-samples of at least 1")
     if arguments.judge_tokenizer is not None and arguments.judge is None:
         raise ValueError("--judge-tokenizer goes with --judge")
+    if arguments.exact:
+        check_exact(arguments)
+    elif arguments.by is not None:
+        raise ValueError("--by goes with --exact")
     decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     schedule = Schedule.constant(next(iter(models))) if arguments.schedule is None else Schedule(arguments.schedule)
     length = arguments.length or min(models[name].config.max_length for name in schedule.models if name in models)
     found: dict[str, Any] = {"schedule": str(schedule), "length": length}
+    options = sample_options(arguments) | {
+        "steps": arguments.steps,
+        "decoder": decoder(tokenizer, next(iter(models.values())).config.vocab_size),
+    }
     if arguments.data is not None:
-        found |= held_out(arguments, models, schedule, tokenizer, length)
+        found |= held_out(arguments, models, schedule, tokenizer, length, options)
     if arguments.num_samples:
-        vocab_size = next(iter(models.values())).config.vocab_size
-        options = sample_options(arguments) | {"decoder": decoder(tokenizer, vocab_size)}
         found |= of_samples(arguments, models, schedule, tokenizer, length, options)
     if arguments.json:
         print(json.dumps(found, indent=1))
@@ -74,23 +91,49 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             print(f"{name}: {shown(value)}")
 
 
+def check_exact(arguments: argparse.Namespace) -> None:
+    """Refuse --exact without a text, and with options that change the sampler and that it does not know."""
+    if arguments.data is None:
+        raise ValueError("--exact needs --data: it is the likelihood of that text")
+    plain = {"cache": "none", "stop_at_eos": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    for name, value in plain.items():
+        if getattr(arguments, name) != value:
+            option = name.replace("_", "-")
+            raise ValueError(f"--exact is the likelihood of samples without --{option}: leave that out")
+
+
 def held_out(
-    arguments: argparse.Namespace, models: dict[str, Any], schedule: Schedule, tokenizer: Any, length: int
+    arguments: argparse.Namespace,
+    models: dict[str, Any],
+    schedule: Schedule,
+    tokenizer: Any,
+    length: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The bound on the negative log-likelihood of windows of held-out text."""
+    """The bound on the negative log-likelihood of windows of held-out text; if asked for, a sampler's likelihood."""
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.likelihood import likelihood
 
     device = next(iter(models.values())).embedding.device
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
-    found = likelihood(
-        models, schedule, input_ids=ids, samples=arguments.masks, batch_size=arguments.batch_size, seed=arguments.seed
-    )
-    return {
+    common: dict[str, Any] = {"input_ids": ids, "batch_size": arguments.batch_size}
+    exact = None
+    if arguments.exact:  # first: a decoder that it is not for is told of at once
+        sampler = {name: options[name] for name in ("decoder", "steps", "block_length", "steps_per_block")}
+        exact = likelihood(models, schedule, method="decoder", by=arguments.by, **sampler, **common)
+    bound = likelihood(models, schedule, samples=arguments.masks, seed=arguments.seed, **common)
+    found = {
         "held-out text, windows": len(ids),
-        "bound, nats a token": estimate(found.nats / found.tokens).as_dict(),
-        "perplexity bound": found.perplexity_bound(),
+        "bound, nats a token": estimate(bound.nats / bound.tokens).as_dict(),
+        "perplexity bound": bound.perplexity_bound(),
+    }
+    if exact is None:
+        return found
+    return found | {
+        "exact, nats a token": estimate(exact.nats / exact.tokens).as_dict(),
+        "exact perplexity": exact.perplexity_bound(),
+        "exact, passes a text": {name: float(count.double().mean()) for name, count in exact.nfe.items()},
     }
 
 
@@ -115,7 +158,6 @@ def of_samples(
         schedule,
         num_samples=arguments.num_samples,
         length=length,
-        steps=arguments.steps,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         **options,

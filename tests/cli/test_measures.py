@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mdkern import likelihood, load_pair
 from mdkern.cli import main as cli
+from mdkern.decoders import Threshold
+from mdkern.evaluation.corpus import windows
 
 SENTENCE = "It was a dark and stormy night, and the rain fell in torrents upon the house. "
 
@@ -46,6 +49,23 @@ def test_a_schedule_is_evaluated_on_text_and_on_samples(
     assert 0 < found["distinct-1"] <= 1
 
 
+def test_the_exact_likelihood_is_that_of_the_decoder(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `mdkern.likelihood` gives it, of the windows and the settings of the command line."""
+    line = f"evaluate --data {text} --texts 2 --masks 1 --num-samples 0 --length 16 --exact --by top1 --json"
+    rule = "--schedule L2H2 --block-length 8 --steps 4 --decoder threshold:threshold=0.3"
+    assert cli.main([*line.split(), *rule.split()]) == 0
+    found = json.loads(capsys.readouterr().out)
+    heavy, light, tokenizer = load_pair()
+    ids = windows(text, tokenizer, 16, 2)
+    options = {"method": "decoder", "decoder": Threshold(0.3), "by": "top1", "block_length": 8, "steps": 4}
+    exact = likelihood(heavy, light, "L2H2", input_ids=ids, **options)
+    nats = exact.nats / exact.tokens
+    assert found["exact, nats a token"]["mean"] == pytest.approx(float(nats.mean()), rel=1e-5)
+    low, high = found["exact, nats a token"]["interval_95"]
+    assert high - low == pytest.approx(2 * 1.959964 * float(nats.std()) / 2**0.5, rel=1e-3)
+    assert found["exact, passes a text"]["L"] > 0
+
+
 def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"importance --data {text} --texts 3 --times 2 --length 16 --path-samples 2 --segments 2"
     assert cli.main([*line.split(), "--plot", str(tmp_path / "importance.png")]) == 0
@@ -62,6 +82,10 @@ def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys:
         ("evaluate --num-samples 0", "nothing to measure"),
         ("evaluate --num-samples -1", "at least 0"),
         ("evaluate --judge-tokenizer x", "goes with --judge"),
+        ("evaluate --exact", "--exact needs --data"),
+        ("evaluate --by top1", "goes with --exact"),
+        ("evaluate --data nowhere.txt --exact --top-k 5", "without --top-k"),
+        ("evaluate --data nowhere.txt --exact --block-length 8 --cache dual", "without --cache"),
         ("evaluate --num-samples 1 --length 8 --judge nowhere", "not a folder"),
         ("evaluate --num-samples 0 --data nowhere.txt", "not a file"),
         ("importance --data nowhere.txt", "not a file"),
