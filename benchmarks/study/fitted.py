@@ -1,0 +1,258 @@
+"""Which steps need the heavy model, by search and by measures; and schedules fitted from them against the sandwich.
+
+Sedykh et al., 2604.02340, Figures 2 to 6 and 10; what the fitted schedules are worth no paper says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.study.setting import (
+    ALL_HEAVY,
+    GRID,
+    JUDGING,
+    Part,
+    Study,
+    events,
+    passes,
+    sandwich,
+    segments_of,
+    spread,
+)
+from mdkern.engine.branches import run_schedules, share_of_passes
+from mdkern.evaluation.assignment import best_schedule
+from mdkern.evaluation.importance import importance, path_importance
+from mdkern.evaluation.intervals import estimate, rank_correlation
+from mdkern.evaluation.search import Models, Results, all_schedules, best_and_mean, frequencies, influence
+from mdkern.evaluation.search import search as search_schedules
+
+MEASURES = "loss", "kl", "path_kl", "masked_kl"
+BUDGETS = 0.1, 0.25, 0.4, 0.5, 0.7  # light steps
+HELD_OUT_SEED = 1  # added to the study's: no sample of it was seen in the search or on the path
+FITTED_BY = (*MEASURES, "influence")
+
+
+def search(study: Study) -> dict[str, Any]:
+    """Every schedule with so many light segments; goes on with what an interrupted one has left beside the results."""
+    size = study.size
+    schedules = all_schedules(size.segments, size.light_segments)
+    options: dict[str, Any] = {
+        "length": size.length,
+        "steps": size.steps(),
+        "num_samples": size.search_samples,
+        "seed": study.seed,
+    }
+    setting = study.setting() | {"search": options | {"segments": size.segments, "light": size.light_segments}}
+    results = Results(study.search_file, setting)
+
+    def run(left: list[Models]) -> Any:
+        return run_schedules(study.pair, left, batch_size=size.batch_size, **options)
+
+    found = search_schedules(run, study.score, schedules, results)
+    best, over_mean = best_and_mean(found)
+    frequent, rare = frequencies(found, "L")
+    return {
+        **options,
+        "segments": size.segments,
+        "light_segments": size.light_segments,
+        "share_of_passes": share_of_passes(schedules),
+        "ranked": [{"models": entry.name, "score": estimate(entry.scores).as_dict()} for entry in found],
+        "best_over_mean": over_mean.as_dict(),
+        "best": best.name,
+        "frequency_best_tenth": frequent,
+        "frequency_worst_tenth": rare,
+        "influence": {name: [value.as_dict() for value in values] for name, values in influence(found).items()},
+    }
+
+
+def search_passes(study: Study) -> float:
+    size = study.size
+    schedules = all_schedules(size.segments, size.light_segments)
+    return passes(schedules, study.cost(study.pair), size.steps(), size.length, size.search_samples)
+
+
+def measures(study: Study) -> dict[str, Any]:
+    """Loss difference and KL over the diffusion time, and the KL along the heavy model's own samples."""
+    return {"windows": len(study.texts(study.size.windows)), **measure(study, study.light, study.baseline)}
+
+
+def measure(study: Study, light: str, baseline: str | None) -> dict[str, Any]:
+    """Of one light model, in the order of sampling."""
+    size, heavy = study.size, study.models[study.heavy]
+    # In the middle of each segment, as time runs from 1 to 0.
+    times = [1.0 - (segment + 0.5) / size.times for segment in range(size.times)]
+    common: dict[str, Any] = {"batch_size": size.batch_size, "seed": study.seed, "progress": None}
+    over_time = importance(
+        heavy,
+        study.models[light],
+        input_ids=study.texts(size.windows),
+        baseline=None if baseline is None else study.models[baseline],
+        times=times,
+        **common,
+    )
+    along = path_importance(
+        heavy,
+        study.models[light],
+        num_samples=size.path_samples,
+        length=size.length,
+        steps=size.steps(),
+        segments=size.times,
+        **common,
+    )
+    return {
+        "light": light,
+        "heavy": study.heavy,
+        "baseline": baseline,
+        "times": times,
+        "path_samples": size.path_samples,
+        "steps": size.steps(),
+        "loss": [at.loss_difference.as_dict() for at in over_time],
+        "heavy_loss": [at.heavy_loss.as_dict() for at in over_time],
+        "light_loss": [at.light_loss.as_dict() for at in over_time],
+        "kl": [at.kl.as_dict() for at in over_time],
+        "baseline_kl": [at.baseline_kl.as_dict() for at in over_time if at.baseline_kl is not None],
+        "path_kl": [at.revealed_kl.as_dict() for at in along],
+        "masked_kl": [at.masked_kl.as_dict() for at in along],
+    }
+
+
+def measures_passes(study: Study) -> float:
+    size, light = study.size, study.cost(study.pair)["L"]
+    compared = size.windows * size.times * (1.0 + light + (study.baseline is not None))
+    path = size.path_samples * (events(size.steps(), size.length) + size.times) * (2.0 + light)
+    return compared + path
+
+
+def prediction(study: Study) -> dict[str, Any]:
+    """How well each measure ranks the segments as their influence does, and the schedules as their scores do."""
+    found = study.found["search"]
+    segments = found["segments"]
+    harm = torch.tensor([value["mean"] for value in found["influence"]["L"]])
+    scores = torch.tensor([entry["score"]["mean"] for entry in found["ranked"]])
+    out: dict[str, Any] = {}
+    for name in MEASURES:
+        values = harms(study.found["measures"], name, segments)
+        sums = torch.tensor([sum(v for v, m in zip(values, entry["models"]) if m == "L") for entry in found["ranked"]])
+        out[name] = {
+            "by_segment": values,
+            "segments": rank_correlation(torch.tensor(values), harm),
+            "schedules": rank_correlation(sums, scores),
+        }
+    light = torch.tensor([[m == "L" for m in entry["models"]] for entry in found["ranked"]]).float()
+    return {
+        "influence": harm.tolist(),
+        "count": segments,
+        "measures": out,
+        "influence_schedules": rank_correlation(light @ harm, scores),
+    }
+
+
+def harms(measured: Mapping[str, Any], name: str, segments: int) -> list[float]:
+    """A measure in so many segments: neighbours' sum, or each one's value shared out.
+
+    The KL of two equally good models is taken off, where there is one (eq. 7).
+    """
+    values = [value["mean"] for value in measured[name]]
+    if name == "kl" and measured["baseline_kl"]:
+        values = [value - base["mean"] for value, base in zip(values, measured["baseline_kl"])]
+    return resample(values, segments)
+
+
+def resample(values: Sequence[float], segments: int) -> list[float]:
+    """Additive values of equal segments, in another number of equal segments that divides or is a multiple of theirs.
+
+    Raises:
+        ValueError: neither is a multiple of the other.
+    """
+    if segments % len(values) == 0:
+        times = segments // len(values)
+        return [value / times for value in values for _ in range(times)]
+    if len(values) % segments:
+        raise ValueError(f"{len(values)} segments cannot be written as {segments}")
+    times = len(values) // segments
+    return [sum(values[first : first + times]) for first in range(0, len(values), times)]
+
+
+def cheapest_for(light: float, costs: Mapping[str, float]) -> float:
+    """The budget of a schedule with a share `light` of light steps: of running the heavy model everywhere."""
+    return 1.0 - light * (1.0 - costs["L"])
+
+
+def fitted(study: Study) -> dict[str, Any]:
+    """Schedules fitted by each measure against the sandwich of the same FLOPs, on seeds that none of them has seen."""
+    size, costs = study.size, study.cost(study.pair)
+    searched = study.found["search"]
+    harm = {name: harms(study.found["measures"], name, GRID // 2) for name in MEASURES}
+    light, heavy = ([value["mean"] for value in searched["influence"][name]] for name in "LH")
+    harm["influence"] = resample([a - b for a, b in zip(light, heavy)], GRID // 2)
+    rows = []
+    for share in BUDGETS:
+        schedules = {"sandwich": sandwich(share), ALL_HEAVY: sandwich(0.0)}
+        for name, values in harm.items():
+            chosen = best_schedule({"H": [0.0] * len(values), "L": values}, costs, cheapest_for(share, costs))
+            schedules[name] = segments_of(chosen, GRID)
+        if share == searched["light_segments"] / searched["segments"]:
+            schedules["best of the search"] = spread(tuple(searched["best"]), GRID)
+        points = held_out(study, schedules)
+        rows.append({"light": share, "points": points})
+    return {"steps": size.steps(), "num_samples": size.samples, "seed": study.seed + HELD_OUT_SEED, "rows": rows}
+
+
+def held_out(
+    study: Study, schedules: Mapping[str, Models], models: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Points against the sandwich, on the seeds that are held out."""
+    size, seed = study.size, study.seed + HELD_OUT_SEED
+    options: dict[str, Any] = {"steps": size.steps(), "num_samples": size.samples, "seed": seed, "against": "sandwich"}
+    return study.points(schedules, models=models, **options, **more)
+
+
+def fitted_passes(study: Study) -> float:
+    """As if no two measures gave the same schedule."""
+    size, light = study.size, study.cost(study.pair)["L"]
+    runs = [1.0 + (len(FITTED_BY) + 1) * (1.0 - share * (1.0 - light)) for share in BUDGETS]
+    judged = JUDGING * (len(FITTED_BY) + 2) * len(BUDGETS)
+    return size.samples * (sum(runs) * events(size.steps(), size.length) + judged)
+
+
+def three_models(study: Study) -> dict[str, Any]:
+    """A model between the two as a third: fitted by the path KL at the FLOPs of each sandwich of two."""
+    size = study.size
+    middle = study.between[len(study.between) // 2]
+    models = {"H": study.models[study.heavy], "M": study.models[middle], "L": study.models[study.light]}
+    costs = study.cost(models)
+    harm = {"H": [0.0] * (GRID // 2)}
+    for letter, name in (("M", middle), ("L", study.light)):
+        measured = study.found["measures"] if name == study.light else measure(study, name, None)
+        harm[letter] = harms(measured, "path_kl", GRID // 2)
+    rows = []
+    for share in BUDGETS:
+        budget = cheapest_for(share, costs)
+        two = {name: harm[name] for name in "HL"}
+        schedules = {
+            "sandwich": sandwich(share),
+            "two models": segments_of(best_schedule(two, {name: costs[name] for name in "HL"}, budget), GRID),
+            "three models": segments_of(best_schedule(harm, costs, budget), GRID),
+        }
+        rows.append({"light": share, "points": held_out(study, schedules, models)})
+    return {"steps": size.steps(), "num_samples": size.samples, "middle": middle, "rows": rows}
+
+
+def three_models_passes(study: Study) -> float:
+    size, light = study.size, study.cost(study.pair)["L"]
+    runs = sum(3 * cheapest_for(share, {"L": light}) for share in BUDGETS)
+    return size.samples * (runs * events(size.steps(), size.length) + 3 * JUDGING * len(BUDGETS)) + measures_passes(
+        study
+    )
+
+
+PARTS = {
+    "search": Part(search, search_passes),
+    "measures": Part(measures, measures_passes, text=True),
+    "prediction": Part(prediction, lambda _: 0.0, needs=("search", "measures")),
+    "fitted": Part(fitted, fitted_passes, needs=("search", "measures")),
+    "three_models": Part(three_models, three_models_passes, needs=("measures",), between=True, text=True),
+}

@@ -1,0 +1,166 @@
+"""Which parts of the study are run, in which order, and the file that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import seconds, write_text_whole
+from benchmarks.study import fitted, quality
+from benchmarks.study.setting import Part, Study, events
+from mdkern import sample
+
+# The order in which they are run: what others need, and what most depends on, first.
+ORDER = (
+    "measures",
+    "search",
+    "prediction",
+    "fitted",
+    "hand_made",
+    "shares",
+    "decoders",
+    "prompted",
+    "yardstick",
+    "light_size",
+    "three_models",
+)
+PARTS: dict[str, Part] = {name: (quality.PARTS | fitted.PARTS)[name] for name in ORDER}
+CALIBRATION_STEPS = 16
+Say = Callable[[str], None]
+
+
+class Record:
+    """The study's file: its setting, and each part with its machine, its seconds and its expected passes."""
+
+    def __init__(self, path: Path, study: Study) -> None:
+        """Begin a file, or go on with one of the same setting; parts that are there become `Study.found`.
+
+        Raises:
+            ValueError: the file is of another study.
+        """
+        self.path, self.study, self.setting = path, study, study.setting()
+        self.parts: dict[str, Any] = {}
+        study.search_file = path.with_name(f"{path.stem}-search.jsonl")
+        if path.exists():
+            content = json.loads(path.read_text())
+            differing = [key for key in self.setting if content["setting"].get(key) != self.setting[key]]
+            if differing:
+                raise ValueError(
+                    f"{path} is of another study (it differs in {', '.join(differing)}): give another file"
+                )
+            self.parts = content["parts"]
+        study.found = {name: part["found"] for name, part in self.parts.items()}
+
+    def keep(self, name: str, found: dict[str, Any], took: float, passes: float) -> None:
+        """Write a part, the file whole or not at all."""
+        self.parts[name] = {
+            "environment": self.study.environment(),
+            "seconds": took,
+            "heavy_passes": passes,
+            "found": found,
+        }
+        self.study.found[name] = found
+        content = {"setting": self.setting, "parts": {name: self.parts[name] for name in PARTS if name in self.parts}}
+        write_text_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+
+class Budget:
+    """Seconds that are left, and what a heavy pass takes, from what the parts so far have taken."""
+
+    def __init__(self, most: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.most, self.clock, self.began = most, clock, clock()
+        self.spent = self.passes = 0.0
+
+    def add(self, took: float, passes: float) -> None:
+        if passes:
+            self.spent, self.passes = self.spent + took, self.passes + passes
+
+    def predicted(self, passes: float) -> float:
+        return passes * self.spent / self.passes if self.passes else 0.0
+
+    def left(self) -> float:
+        return float("inf") if self.most is None else self.most - (self.clock() - self.began)
+
+
+def run_parts(
+    record: Record,
+    names: Sequence[str] = ORDER,
+    budget: Budget | None = None,
+    again: bool = False,
+    say: Say = print,
+) -> dict[str, str]:
+    """Run the parts that are not there yet and keep each as soon as it is measured.
+
+    Args:
+        names: of `PARTS`; they are run in the order of `PARTS`.
+        budget: of seconds. Default: as many as it takes.
+        again: measure parts anew that are there.
+
+    Returns:
+        The parts that were asked for and not run, with the reason.
+    """
+    study, left_out = record.study, dict[str, str]()
+    budget = Budget(None) if budget is None else budget
+    for name in in_order(names):
+        if name in record.parts and not again:
+            say(f"{name}: there already")
+            continue
+        passes = PARTS[name].passes(study) if possible(name, study) is None else 0.0
+        reason = possible(name, study) or too_long(budget, passes)
+        if reason is not None:
+            left_out[name] = reason
+            say(f"{name}: not run: {reason}")
+            continue
+        say(f"{name}: about {passes:,.0f} heavy passes, {budget.predicted(passes):.0f} s")
+        took, found = seconds(partial(PARTS[name].run, study), study.device.type)
+        record.keep(name, found, took, passes)
+        budget.add(took, passes)
+        say(f"{name}: {took:.1f} s")
+    return left_out
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Known names in the order of `PARTS`.
+
+    Raises:
+        ValueError: a name that is no part's.
+    """
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        raise ValueError(f"no such part: {', '.join(sorted(unknown))} (there are {', '.join(PARTS)})")
+    return [name for name in PARTS if name in set(names)]
+
+
+def possible(name: str, study: Study) -> str | None:
+    """Why a part cannot be run, or None."""
+    part = PARTS[name]
+    missing = [other for other in part.needs if other not in study.found]
+    if missing:
+        return f"it needs {', '.join(missing)} first"
+    if part.text and study.text is None:
+        return "it needs held-out text: give --data"
+    if part.between and not study.between:
+        return "it needs models between light and heavy: give --models"
+    return None
+
+
+def too_long(budget: Budget, passes: float) -> str | None:
+    expected, left = budget.predicted(passes), budget.left()
+    return f"it takes about {expected:.0f} s, and {max(0.0, left):.0f} s are left" if expected > left else None
+
+
+def calibrate(study: Study, budget: Budget) -> None:
+    """Time a batch of the heavy model, once it is warm, so that the first part has a prediction."""
+    size = study.size
+
+    def run() -> Any:
+        options: dict[str, Any] = {"num_samples": size.batch_size, "batch_size": size.batch_size, "length": size.length}
+        return sample(study.pair["H"], steps=CALIBRATION_STEPS, seed=study.seed, progress=False, **options)
+
+    run()
+    took, _ = seconds(run, study.device.type)
+    budget.add(took, size.batch_size * events(CALIBRATION_STEPS, size.length))
