@@ -2,6 +2,7 @@
 # make test-transformers-4: the adapters' tests under the oldest transformers.
 # make docs: the API reference, in build/docs.
 # make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
+# make study [DATA=held-out.txt]: the experiments of docs/study.md, small, in minutes.
 # make dist REPOSITORY=https://...: what is uploaded.  Each makes its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -44,6 +45,12 @@ bench: .venv/installed
 bench-results: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s --keep-results
 
+# DATA: held-out text, for the parts that compare models on it. The study itself: SIZE=full DEVICE=cuda.
+SIZE ?= small
+DEVICE ?= cpu
+study: .venv/installed
+	$(BIN)/python -m benchmarks.study --device $(DEVICE) --size $(SIZE) $(if $(DATA),--data $(DATA))
+
 # Links of the README to files of the repository are absolute on a package's page, where there are no such files.
 dist: .venv/installed
 	@test -n "$(REPOSITORY)" || { echo "say where the sources are: make dist REPOSITORY=https://host/owner/mdkern"; exit 2; }
@@ -78,4 +85,4 @@ csrc:
 clean:
 	rm -rf .venv $(OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test test-transformers-4 docs bench bench-results lint memcheck dist csrc clean
+.PHONY: demo check test test-transformers-4 docs bench bench-results study lint memcheck dist csrc clean

@@ -75,55 +75,72 @@ def search_passes(study: Study) -> float:
 
 
 def measures(study: Study) -> dict[str, Any]:
-    """Loss difference and KL over the diffusion time, and the KL along the heavy model's own samples."""
-    return {"windows": len(study.texts(study.size.windows)), **measure(study, study.light, study.baseline)}
-
-
-def measure(study: Study, light: str, baseline: str | None) -> dict[str, Any]:
-    """Of one light model, in the order of sampling."""
-    size, heavy = study.size, study.models[study.heavy]
-    # In the middle of each segment, as time runs from 1 to 0.
+    """Loss difference and KL over the diffusion time, in the middle of each segment, in the order of sampling."""
+    size = study.size
     times = [1.0 - (segment + 0.5) / size.times for segment in range(size.times)]
-    common: dict[str, Any] = {"batch_size": size.batch_size, "seed": study.seed, "progress": None}
-    over_time = importance(
-        heavy,
-        study.models[light],
-        input_ids=study.texts(size.windows),
-        baseline=None if baseline is None else study.models[baseline],
+    texts = study.texts(size.windows)
+    found = importance(
+        study.models[study.heavy],
+        study.models[study.light],
+        input_ids=texts,
+        baseline=None if study.baseline is None else study.models[study.baseline],
         times=times,
-        **common,
-    )
-    along = path_importance(
-        heavy,
-        study.models[light],
-        num_samples=size.path_samples,
-        length=size.length,
-        steps=size.steps(),
-        segments=size.times,
-        **common,
+        batch_size=size.batch_size,
+        seed=study.seed,
     )
     return {
-        "light": light,
-        "heavy": study.heavy,
-        "baseline": baseline,
+        "windows": len(texts),
         "times": times,
-        "path_samples": size.path_samples,
-        "steps": size.steps(),
-        "loss": [at.loss_difference.as_dict() for at in over_time],
-        "heavy_loss": [at.heavy_loss.as_dict() for at in over_time],
-        "light_loss": [at.light_loss.as_dict() for at in over_time],
-        "kl": [at.kl.as_dict() for at in over_time],
-        "baseline_kl": [at.baseline_kl.as_dict() for at in over_time if at.baseline_kl is not None],
-        "path_kl": [at.revealed_kl.as_dict() for at in along],
-        "masked_kl": [at.masked_kl.as_dict() for at in along],
+        "baseline": study.baseline,
+        "loss": [at.loss_difference.as_dict() for at in found],
+        "heavy_loss": [at.heavy_loss.as_dict() for at in found],
+        "light_loss": [at.light_loss.as_dict() for at in found],
+        "kl": [at.kl.as_dict() for at in found],
+        "baseline_kl": [at.baseline_kl.as_dict() for at in found if at.baseline_kl is not None],
     }
 
 
 def measures_passes(study: Study) -> float:
     size, light = study.size, study.cost(study.pair)["L"]
-    compared = size.windows * size.times * (1.0 + light + (study.baseline is not None))
-    path = size.path_samples * (events(size.steps(), size.length) + size.times) * (2.0 + light)
-    return compared + path
+    return size.windows * size.times * (1.0 + light + (study.baseline is not None))
+
+
+def path(study: Study) -> dict[str, Any]:
+    """The KL along the heavy model's own samples."""
+    return along(study, study.light)
+
+
+def along(study: Study, light: str) -> dict[str, Any]:
+    """Of one light model, by segments in the order of sampling."""
+    size = study.size
+    found = path_importance(
+        study.models[study.heavy],
+        study.models[light],
+        num_samples=size.path_samples,
+        length=size.length,
+        steps=size.steps(),
+        segments=size.times,
+        batch_size=size.batch_size,
+        seed=study.seed,
+    )
+    return {
+        "light": light,
+        "path_samples": size.path_samples,
+        "steps": size.steps(),
+        "path_kl": [at.revealed_kl.as_dict() for at in found],
+        "masked_kl": [at.masked_kl.as_dict() for at in found],
+    }
+
+
+def path_passes(study: Study) -> float:
+    size, light = study.size, study.cost(study.pair)["L"]
+    return size.path_samples * ((events(size.steps(), size.length) + size.times) * (1.0 + light) + size.length)
+
+
+def measured(study: Study) -> dict[str, Any]:
+    """What has been measured of importance: without held-out text that is along the path alone."""
+    known: dict[str, Any] = study.found["path"] | study.found.get("measures", {})
+    return known
 
 
 def prediction(study: Study) -> dict[str, Any]:
@@ -133,8 +150,9 @@ def prediction(study: Study) -> dict[str, Any]:
     harm = torch.tensor([value["mean"] for value in found["influence"]["L"]])
     scores = torch.tensor([entry["score"]["mean"] for entry in found["ranked"]])
     out: dict[str, Any] = {}
-    for name in MEASURES:
-        values = harms(study.found["measures"], name, segments)
+    known = measured(study)
+    for name in (name for name in MEASURES if name in known):
+        values = harms(known, name, segments)
         sums = torch.tensor([sum(v for v, m in zip(values, entry["models"]) if m == "L") for entry in found["ranked"]])
         out[name] = {
             "by_segment": values,
@@ -150,14 +168,14 @@ def prediction(study: Study) -> dict[str, Any]:
     }
 
 
-def harms(measured: Mapping[str, Any], name: str, segments: int) -> list[float]:
+def harms(known: Mapping[str, Any], name: str, segments: int) -> list[float]:
     """A measure in so many segments: neighbours' sum, or each one's value shared out.
 
     The KL of two equally good models is taken off, where there is one (eq. 7).
     """
-    values = [value["mean"] for value in measured[name]]
-    if name == "kl" and measured["baseline_kl"]:
-        values = [value - base["mean"] for value, base in zip(values, measured["baseline_kl"])]
+    values = [value["mean"] for value in known[name]]
+    if name == "kl" and known["baseline_kl"]:
+        values = [value - base["mean"] for value, base in zip(values, known["baseline_kl"])]
     return resample(values, segments)
 
 
@@ -185,7 +203,8 @@ def fitted(study: Study) -> dict[str, Any]:
     """Schedules fitted by each measure against the sandwich of the same FLOPs, on seeds that none of them has seen."""
     size, costs = study.size, study.cost(study.pair)
     searched = study.found["search"]
-    harm = {name: harms(study.found["measures"], name, GRID // 2) for name in MEASURES}
+    known = measured(study)
+    harm = {name: harms(known, name, GRID // 2) for name in MEASURES if name in known}
     light, heavy = ([value["mean"] for value in searched["influence"][name]] for name in "LH")
     harm["influence"] = resample([a - b for a, b in zip(light, heavy)], GRID // 2)
     rows = []
@@ -201,13 +220,12 @@ def fitted(study: Study) -> dict[str, Any]:
     return {"steps": size.steps(), "num_samples": size.samples, "seed": study.seed + HELD_OUT_SEED, "rows": rows}
 
 
-def held_out(
-    study: Study, schedules: Mapping[str, Models], models: Mapping[str, Any] | None = None, **more: Any
-) -> dict[str, Any]:
+def held_out(study: Study, schedules: Mapping[str, Models], models: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Points against the sandwich, on the seeds that are held out."""
     size, seed = study.size, study.seed + HELD_OUT_SEED
-    options: dict[str, Any] = {"steps": size.steps(), "num_samples": size.samples, "seed": seed, "against": "sandwich"}
-    return study.points(schedules, models=models, **options, **more)
+    against = ["sandwich", *(label for label in schedules if label == ALL_HEAVY)]
+    options: dict[str, Any] = {"steps": size.steps(), "num_samples": size.samples, "seed": seed, "against": against}
+    return study.points(schedules, models=models, **options)
 
 
 def fitted_passes(study: Study) -> float:
@@ -226,8 +244,7 @@ def three_models(study: Study) -> dict[str, Any]:
     costs = study.cost(models)
     harm = {"H": [0.0] * (GRID // 2)}
     for letter, name in (("M", middle), ("L", study.light)):
-        measured = study.found["measures"] if name == study.light else measure(study, name, None)
-        harm[letter] = harms(measured, "path_kl", GRID // 2)
+        harm[letter] = harms(along(study, name), "path_kl", GRID // 2)
     rows = []
     for share in BUDGETS:
         budget = cheapest_for(share, costs)
@@ -244,15 +261,15 @@ def three_models(study: Study) -> dict[str, Any]:
 def three_models_passes(study: Study) -> float:
     size, light = study.size, study.cost(study.pair)["L"]
     runs = sum(3 * cheapest_for(share, {"L": light}) for share in BUDGETS)
-    return size.samples * (runs * events(size.steps(), size.length) + 3 * JUDGING * len(BUDGETS)) + measures_passes(
-        study
-    )
+    compared = size.samples * (runs * events(size.steps(), size.length) + 3 * JUDGING * len(BUDGETS))
+    return compared + 2 * path_passes(study)
 
 
 PARTS = {
-    "search": Part(search, search_passes),
     "measures": Part(measures, measures_passes, text=True),
-    "prediction": Part(prediction, lambda _: 0.0, needs=("search", "measures")),
-    "fitted": Part(fitted, fitted_passes, needs=("search", "measures")),
-    "three_models": Part(three_models, three_models_passes, needs=("measures",), between=True, text=True),
+    "path": Part(path, path_passes),
+    "search": Part(search, search_passes),
+    "prediction": Part(prediction, lambda _: 0.0, needs=("search", "path")),
+    "fitted": Part(fitted, fitted_passes, needs=("search", "path")),
+    "three_models": Part(three_models, three_models_passes, between=True),
 }

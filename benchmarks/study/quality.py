@@ -15,13 +15,14 @@ from benchmarks.study.setting import (
     JUDGING,
     Part,
     Study,
+    differences,
     events,
     passes,
     sandwich,
 )
 from mdkern import Schedule, sample
 from mdkern.decoders import Ancestral, Decoder, EntropyBound, Threshold, TopProbability
-from mdkern.evaluation.intervals import estimate, paired, rank_correlation
+from mdkern.evaluation.intervals import estimate, rank_correlation
 from mdkern.evaluation.likelihood import likelihood
 from mdkern.evaluation.search import Models
 from mdkern.evaluation.text import token_entropy
@@ -36,7 +37,7 @@ HAND_MADE: dict[str, Models] = {
     "L125 H750 L125": tuple("LHHHHHHL"),
     "H1000": tuple("HHHHHHHH"),
 }
-REFERENCE = "H1000"
+REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
 SHARES = tuple(tenth / 10 for tenth in range(11))
 GIVEN = 0.25  # of a prompted text
 DECODERS: dict[str, Decoder] = {
@@ -60,7 +61,9 @@ def hand_made(study: Study) -> dict[str, Any]:
     rows = []
     for ratio in size.ratios:
         options: dict[str, Any] = {"steps": size.steps(ratio), "num_samples": size.samples}
-        rows.append({"ratio": ratio, **options, "points": study.points(HAND_MADE, against=REFERENCE, **options)})
+        rows.append(
+            {"ratio": ratio, **options, "points": study.points(HAND_MADE, against=(REFERENCE, SANDWICH), **options)}
+        )
     return {"rows": rows}
 
 
@@ -75,7 +78,7 @@ def shares(study: Study) -> dict[str, Any]:
     """Sandwiches of 0, 10, ..., 100 % light steps: the samples, and the seconds of a batch of them."""
     size = study.size
     schedules = {f"{share:.0%}": sandwich(share) for share in SHARES}
-    found = study.points(schedules, against="0%", steps=size.steps(), num_samples=size.samples)
+    found = study.points(schedules, against=("0%",), steps=size.steps(), num_samples=size.samples)
     for label, share in zip(schedules, SHARES):
         found[label]["seconds"] = clock(study, Schedule.sandwich(share))
     whole = statistics.median(found["0%"]["seconds"])
@@ -133,7 +136,7 @@ def prompted(study: Study) -> dict[str, Any]:
     given = max(2, round(GIVEN * size.length))
     ids = study.texts(size.samples).clone()
     ids[:, given:] = study.pair["H"].config.mask_id
-    points = study.points(HAND_MADE, against=REFERENCE, given=given, input_ids=ids, steps=size.steps())
+    points = study.points(HAND_MADE, against=(REFERENCE, SANDWICH), given=given, input_ids=ids, steps=size.steps())
     return {"steps": size.steps(), "given": given, "num_samples": len(ids), "points": points}
 
 
@@ -149,7 +152,7 @@ def decoders(study: Study) -> dict[str, Any]:
     options: dict[str, Any] = {"num_samples": size.decoder_samples, "length": size.length, "steps": size.steps()}
     found: dict[str, Any] = {}
     for name, decoder in DECODERS.items():
-        points, heavy = dict[str, Any](), None
+        points, scores = dict[str, Any](), dict[str, torch.Tensor]()
         for label, schedule in PLACES.items():
             out = sample(
                 study.pair,
@@ -162,14 +165,14 @@ def decoders(study: Study) -> dict[str, Any]:
             )
             assert out.sequences is not None
             assert out.nfe is not None
-            score = study.score(out.sequences)
-            heavy = score if heavy is None else heavy
+            scores[label] = study.score(out.sequences)
             points[label] = {
-                "score": estimate(score).as_dict(),
-                "over": paired(score, heavy).as_dict(),
+                "score": estimate(scores[label]).as_dict(),
                 "token_entropy": estimate(token_entropy(out.sequences.cpu())).as_dict(),
                 "passes": {model: float(number.double().mean()) for model, number in out.nfe.items()},
             }
+        for label, point in points.items():
+            point["over"] = differences(scores[label], {base: scores[base] for base in (ALL_HEAVY, "25 % sandwich")})
         found[name] = points
     return {**options, "decoders": found}
 
@@ -204,7 +207,7 @@ def yardstick(study: Study) -> dict[str, Any]:
         "points": {
             label: {
                 "bound": estimate(bound[label]).as_dict(),
-                "over": paired(bound[label], bound[REFERENCE]).as_dict(),
+                "over": differences(bound[label], {base: bound[base] for base in (REFERENCE, SANDWICH)}),
                 "judge": rows[1.0][label]["score"],
             }
             for label in HAND_MADE

@@ -16,6 +16,7 @@ from mdkern import sample
 
 # The order in which they are run: what others need, and what most depends on, first.
 ORDER = (
+    "path",
     "measures",
     "search",
     "prediction",
@@ -109,8 +110,9 @@ def run_parts(
         if name in record.parts and not again:
             say(f"{name}: there already")
             continue
-        passes = PARTS[name].passes(study) if possible(name, study) is None else 0.0
-        reason = possible(name, study) or too_long(budget, passes)
+        reason = lacking(name, study) or waiting(name, study)
+        passes = 0.0 if reason else PARTS[name].passes(study)
+        reason = reason or too_long(budget, passes)
         if reason is not None:
             left_out[name] = reason
             say(f"{name}: not run: {reason}")
@@ -135,17 +137,19 @@ def in_order(names: Iterable[str]) -> list[str]:
     return [name for name in PARTS if name in set(names)]
 
 
-def possible(name: str, study: Study) -> str | None:
-    """Why a part cannot be run, or None."""
-    part = PARTS[name]
-    missing = [other for other in part.needs if other not in study.found]
-    if missing:
-        return f"it needs {', '.join(missing)} first"
-    if part.text and study.text is None:
+def lacking(name: str, study: Study) -> str | None:
+    """What a part cannot be run without in this study, or None."""
+    if PARTS[name].text and study.text is None:
         return "it needs held-out text: give --data"
-    if part.between and not study.between:
+    if PARTS[name].between and not study.between:
         return "it needs models between light and heavy: give --models"
     return None
+
+
+def waiting(name: str, study: Study) -> str | None:
+    """Which parts must be run before, or None."""
+    missing = [other for other in PARTS[name].needs if other not in study.found]
+    return f"it needs {', '.join(missing)} first" if missing else None
 
 
 def too_long(budget: Budget, passes: float) -> str | None:

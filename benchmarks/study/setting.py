@@ -152,14 +152,15 @@ class Study:
         schedules: Mapping[str, Models],
         *,
         models: Mapping[str, DiT] | None = None,
-        against: str = ALL_HEAVY,
+        against: Sequence[str] = (ALL_HEAVY,),
         given: int = 0,
         **arguments: Any,
     ) -> dict[str, Any]:
-        """Judge's score of each schedule's samples, and its difference by pairs from the one called `against`.
+        """Judge's score of each schedule's samples, and its differences by pairs from some of them.
 
         Args:
             schedules: by label, all of the same number of segments.
+            against: labels of those that each is compared with.
             arguments: of `sample`.
         """
         costs = self.cost(self.pair if models is None else models)
@@ -171,7 +172,7 @@ class Study:
                 found[label] = self.describe(schedules[label], costs) | {"token_entropy": entropy.as_dict()}
         for label, point in found.items():
             point["score"] = estimate(scores[label]).as_dict()
-            point["over"] = paired(scores[label], scores[against]).as_dict()
+            point["over"] = differences(scores[label], {base: scores[base] for base in against})
         return {label: found[label] for label in schedules}
 
     @staticmethod
@@ -193,6 +194,11 @@ class Part:
     needs: tuple[str, ...] = ()  # other parts
     text: bool = False  # held-out text
     between: bool = False  # a model between light and heavy
+
+
+def differences(score: Tensor, bases: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How far a score is above others, pair by pair, by their names."""
+    return {name: paired(score, base).as_dict() for name, base in bases.items()}
 
 
 def load_study(

@@ -1,0 +1,439 @@
+"""Tables and verdicts of docs/study.md, drawn from ``benchmarks/results/study-*.json`` through `benchmarks.report`.
+
+A verdict is a sentence made of the numbers: it says what they say, whichever way they fall. A part that has not been
+measured has one line that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.harness import RESULTS
+from benchmarks.kernel_tables import markdown
+from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
+
+PAIR, FAMILY = "shipped", "family"  # of the files study-….json: two models, and six
+REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
+MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
+EDGES = "L250 H750", "H750 L250"
+# Sedykh et al., 2604.02340: generative perplexity (GPT-2's) by % of light steps, and by blocks of the light model.
+PAPER_SHARES = (42.9, 43.1, 43.8, 44.7, 45.9, 47.2, 48.6, 50.1, 51.4, 52.5, 53.4)
+PAPER_SIZES = {4: 3.41, 6: 1.94, 8: 1.40, 10: 0.12}  # per cent that perplexity rises, 25 % light in a sandwich
+MEASURES = {
+    "loss": "loss difference",
+    "kl": "KL on held-out text",
+    "path_kl": "path KL, what is revealed",
+    "masked_kl": "path KL, all that is masked",
+}
+FITTED = {"sandwich": "sandwich", **MEASURES, "influence": "influence", "best of the search": "best of the search"}
+CRITICAL = 0.648  # two-sided 5 % of Spearman's rank correlation of ten pairs
+SURE = 2.0  # standard errors at which a difference counts
+ABSENT = "Not measured yet.\n"
+
+
+class Shown(NamedTuple):
+    """A part of the study, and what it was measured on."""
+
+    found: dict[str, Any]
+    content: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def caption(self) -> str:
+        blocks = sorted(set(self.content["setting"]["blocks"].values()))
+        return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(blocks)} blocks"
+
+
+def listed(values: Any) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def read(name: str, folder: Path | None = None) -> dict[str, Any] | None:
+    path = (RESULTS if folder is None else folder) / f"study-{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def part(name: str) -> Shown | None:
+    """What is shown under a name, if it has been measured: a part's results, or those of two together."""
+    content = read(FAMILY if name in ("light_size", "three_models") else PAIR)
+    names = ("path", "measures") if name == "measures" else (name,)
+    if content is None or any(name not in content["parts"] for name in names):
+        return None
+    entries = [content["parts"][name] for name in names]
+    return Shown(
+        {key: value for entry in entries for key, value in entry["found"].items()}, content, entries[-1]["environment"]
+    )
+
+
+def sure(value: Mapping[str, Any]) -> bool:
+    """Whether a difference is beyond two standard errors."""
+    return abs(value["mean"]) > SURE * value["standard_error"]
+
+
+def margin(value: Mapping[str, Any]) -> float:
+    return (value["interval_95"][1] - value["interval_95"][0]) / 2
+
+
+def score(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.3f} ± {margin(value):.3f}"
+
+
+def difference(value: Mapping[str, Any]) -> str:
+    """With its 95 % interval; in bold beyond two standard errors."""
+    text = f"{value['mean']:+.4f} ± {margin(value):.4f}"
+    return f"**{text}**" if sure(value) else text
+
+
+def rise(value: Mapping[str, Any]) -> str:
+    """A difference in nats a token as per cent of perplexity."""
+    return f"{100 * math.expm1(value['mean']):+.1f}"
+
+
+def picture(name: str, title: str) -> str:
+    return f"![{title}](../benchmarks/results/study-{name}.svg)\n\n"
+
+
+def hand_made(shown: Shown) -> str:
+    rows = shown.found["rows"]
+    header = ["schedule, of 1,000"]
+    for row in rows:
+        header += [f"T/L = {row['ratio']:g} (T = {row['steps']})", "over all heavy"]
+    body = []
+    for label in rows[0]["points"]:
+        line = [f"`{label}`"]
+        for row in rows:
+            point = row["points"][label]
+            line += [score(point["score"]), "–" if label == REFERENCE else difference(point["over"][REFERENCE])]
+        body.append(line)
+    caption = (
+        f"{shown.caption}; {rows[0]['num_samples']:,} samples a point. Judge, nats a token, with 95 % intervals.\n\n"
+    )
+    title = "Judge's nats a token over all heavy, by schedule and ratio of steps to tokens"
+    verdicts = "".join(f"- T/L = {row['ratio']:g}: {order_verdict(row['points'])}\n" for row in rows)
+    return picture("hand-made", title) + caption + markdown(header, body) + "\n" + verdicts
+
+
+def quarters_in_order() -> list[str]:
+    """The paper's schedules with a quarter of light steps."""
+    return [SANDWICH, *EDGES, *MIDDLE]
+
+
+def order_verdict(points: Mapping[str, Any]) -> str:
+    """Whether the sandwich is best and the middle quarters are worst, as in the paper."""
+    quarters = quarters_in_order()
+    mean = {label: points[label]["score"]["mean"] for label in quarters}
+    best = min(quarters, key=mean.__getitem__)
+    rival = min((label for label in quarters if label != SANDWICH), key=mean.__getitem__)
+    gap = points[rival]["over"][SANDWICH]
+    if not sure(gap):
+        first = f"the sandwich and `{rival}` cannot be told apart ({difference(gap)}); in the paper it is best"
+    elif best == SANDWICH:
+        first = f"same as the paper, the sandwich is best, `{rival}` next ({difference(gap)})"
+    else:
+        first = f"different from the paper, `{best}` is better than the sandwich ({difference(gap)})"
+    worst = sorted(quarters, key=mean.__getitem__)[-2:]
+    if set(worst) == set(MIDDLE):
+        return f"{first}; same as the paper, the middle quarters are worst."
+    return f"{first}; different from the paper, the worst two are {listed(f'`{label}`' for label in worst)}."
+
+
+def shares(shown: Shown) -> str:
+    points = shown.found["points"]
+    rows = [
+        ["judge, nats a token", *(f"{point['score']['mean']:.3f}" for point in points.values())],
+        ["**perplexity, rise in %**", *(rise(point["over"]["0%"]) for point in points.values())],
+        ["the paper: rise in %", *(f"{100 * (value / PAPER_SHARES[0] - 1):+.1f}" for value in PAPER_SHARES)],
+        ["FLOPs saved, counted, %", *(f"{100 * point['flops_saved']:.1f}" for point in points.values())],
+        ["**wall-clock saved, %**", *(f"{100 * point['clock_saved']:.1f}" for point in points.values())],
+        ["the paper: FLOPs saved, %", *(f"{value:.1f}" for value in PAPER_FLOPS)],
+        ["the paper: wall-clock saved, %", *(f"{value:.1f}" for value in PAPER_CLOCK)],
+    ]
+    widest = max(margin(point["over"]["0%"]) for point in points.values())
+    apart = max(100 * abs(point["clock_saved"] - point["flops_saved"]) for point in points.values())
+    caption = (
+        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, T = {shown.found['steps']}; the clock is of "
+        f"{shown.found['batch_size']} samples, median of {len(points['0%']['seconds'])}.\n\n"
+    )
+    half, whole = (points[label]["over"]["0%"]["mean"] for label in ("50%", "100%"))
+    paper_half = math.log(PAPER_SHARES[5] / PAPER_SHARES[0]) / math.log(PAPER_SHARES[-1] / PAPER_SHARES[0])
+    verdict = (
+        f"\nDifferences from no light step are known to ± {widest:.4f} nats a token or better. At half of the steps "
+        f"{half / whole:.0%} of what all light costs is lost (the paper: {paper_half:.0%}). Clock and counted FLOPs "
+        f"are at most {apart:.1f} points apart.\n"
+    )
+    title = "Perplexity's rise and wall-clock saved over the share of light steps, beside the paper's"
+    return picture("shares", title) + caption + markdown(["light steps", *points], rows) + verdict
+
+
+def light_size(shown: Shown) -> str:
+    found = shown.found
+    rows = []
+    for name, blocks in found["blocks"].items():
+        point = found["points"][name]
+        rows.append(
+            [
+                f"{blocks}",
+                score(point["score"]),
+                difference(point["over"]["all heavy"]),
+                rise(point["over"]["all heavy"]),
+                f"{PAPER_SIZES[blocks]:+.1f}" if blocks in PAPER_SIZES else "–",
+                f"{100 * point['flops_saved']:.1f}",
+            ]
+        )
+    header = [
+        "light blocks",
+        "judge, nats a token",
+        "over all heavy",
+        "perplexity, rise in %",
+        "the paper's",
+        "FLOPs saved, %",
+    ]
+    caption = (
+        f"{shown.caption}; {found['num_samples']:,} samples a point, T = {found['steps']}; a quarter light, "
+        "sandwich.\n\n"
+    )
+    ordered = [found["points"][name]["over"]["all heavy"]["mean"] for name in found["blocks"]]
+    same = all(a >= b for a, b in pairwise(ordered))
+    verdict = "Same as the paper: " if same else "Different from the paper: not always "
+    return caption + markdown(header, rows) + f"\n{verdict}the deeper the light model, the less is lost.\n"
+
+
+def search(shown: Shown) -> str:
+    found = shown.found
+    influence = found["influence"]["L"]
+    rows = [
+        [
+            "influence, 10⁻³ nats a token",
+            *(f"{1e3 * value['mean']:+.1f} ± {1e3 * margin(value):.1f}" for value in influence),
+        ],
+        ["light in the best tenth, %", *(f"{100 * value:.0f}" for value in found["frequency_best_tenth"])],
+        ["light in the worst tenth, %", *(f"{100 * value:.0f}" for value in found["frequency_worst_tenth"])],
+    ]
+    ranked = found["ranked"]
+    caption = (
+        f"{shown.caption}; {len(ranked)} schedules, {found['num_samples']:,} samples each, T = {found['steps']}; "
+        f"shared beginnings leave {100 * found['share_of_passes']:.0f} % of the passes.\n\n"
+    )
+    count = len(influence)
+    order = sorted(range(count), key=lambda segment: influence[segment]["mean"])
+    names = [entry["models"] for entry in ranked]
+    light = found["light_segments"]
+    sandwich = "L" * (light // 2) + "H" * (count - light) + "L" * (light - light // 2)
+    cheap, dear = (listed(sorted(s + 1 for s in few)) for few in (order[: count // 3], order[-(count // 3) :]))
+    verdict = (
+        f"\nBest `{names[0]}` ({score(ranked[0]['score'])}), worst `{names[-1]}` ({score(ranked[-1]['score'])}); the "
+        f"sandwich `{sandwich}` is number {names.index(sandwich) + 1} of {len(names)}. Light steps cost "
+        f"least in segments {cheap}, most in {dear} (the paper: most in the middle).\n"
+    )
+    title = "The search's best and worst schedules, how often each segment is light among them, and its influence"
+    header = ["segment", *(f"{segment + 1}" for segment in range(count))]
+    return picture("search", title) + caption + markdown(header, rows) + verdict
+
+
+def measures(shown: Shown) -> str:
+    found = shown.found
+    peaks = []
+    for name, label in (("loss", "the loss difference"), ("kl", "the KL")):
+        values = [value["mean"] for value in found[name]]
+        top = max(range(len(values)), key=values.__getitem__)
+        peaks.append(f"{label} at t = {found['times'][top]:.2f} ({values[top]:.3f} nats a masked token)")
+    path = [value["mean"] for value in found["path_kl"]]
+    third = len(path) // 3
+    shared = [sum(values) / sum(path) for values in (path[:third], path[third:-third], path[-third:])]
+    caption = (
+        f"{shown.caption}; {found['windows']} windows of held-out text "
+        f"(`{shown.content['setting']['text']['source']}`), {found['path_samples']} samples.\n\n"
+    )
+    verdict = (
+        f"Largest are {listed(peaks)}; in the paper both peak at t of 0.4 to 0.6. Of the path KL, "
+        f"{sum(path):.1f} nats a text, {shared[0]:.0%} fall to the first third of the steps, {shared[1]:.0%} to the "
+        f"middle, {shared[2]:.0%} to the last.\n"
+    )
+    title = "Loss difference, KL and path KL over the diffusion time"
+    return picture("measures", title) + caption + verdict
+
+
+def prediction(shown: Shown) -> str:
+    found = shown.found["measures"]
+    rows = [
+        [MEASURES[name], f"{value['segments']:+.2f}", f"{value['schedules']:+.2f}"] for name, value in found.items()
+    ]
+    rows.append(["influence itself", "1", f"{shown.found['influence_schedules']:+.2f}"])
+    best = max(found, key=lambda name: found[name]["segments"])
+    beyond = [MEASURES[name] for name, value in found.items() if value["segments"] > CRITICAL]
+    verdict = f"\nBest ranks the segments: {MEASURES[best]} ({found[best]['segments']:+.2f}). "
+    if shown.found["count"] == 10:
+        verdict += (
+            f"Of ten segments a rank correlation above {CRITICAL} is beyond chance at 5 %: "
+            f"{listed(beyond) if beyond else 'no measure reaches it'}.\n"
+        )
+    header = ["measure", "rank correlation with influence, segments", "with the judge's score, schedules"]
+    return f"{shown.caption}.\n\n" + markdown(header, rows) + verdict
+
+
+def fitted(shown: Shown) -> str:
+    rows = shown.found["rows"]
+    body = []
+    names = [name for name in FITTED if name != "sandwich" and any(name in row["points"] for row in rows)]
+    for row in rows:
+        line = [f"{100 * row['light']:.0f} %", score(row["points"]["sandwich"]["score"])]
+        for name in names:
+            point = row["points"].get(name)
+            line.append("–" if point is None else difference(point["over"]["sandwich"]))
+        body.append(line)
+    caption = (
+        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, T = {shown.found['steps']}, seed "
+        f"{shown.found['seed']}. Judge, nats a token, less the sandwich's on the same seeds, with 95 % intervals; "
+        "below 0 is better, bold is beyond two standard errors.\n\n"
+    )
+    title = "Fitted schedules' judge scores less the sandwich's at equal FLOPs"
+    always = [name for name in names if all(name in row["points"] for row in rows)]
+    chosen = markdown(
+        ["light", *(FITTED[name] for name in always)],
+        ([f"{100 * row['light']:.0f} %", *(f"`{row['points'][name]['schedule']}`" for name in always)] for row in rows),
+    )
+    header = ["light", "sandwich", *(FITTED[name] for name in names)]
+    table = markdown(header, body)
+    return picture("fitted", title) + caption + table + "\n" + fitted_verdict(rows) + "\nWhat was fitted:\n\n" + chosen
+
+
+def fitted_verdict(rows: list[dict[str, Any]]) -> str:
+    """Where a fitted schedule is better than the sandwich, or worse, beyond two standard errors."""
+    better, worse = list[str](), 0
+    tried = 0
+    for row in rows:
+        for name, label in FITTED.items():
+            if name == "sandwich" or name not in row["points"]:
+                continue
+            tried += 1
+            over = row["points"][name]["over"]["sandwich"]
+            if sure(over) and over["mean"] < 0:
+                better.append(f"at {100 * row['light']:.0f} % light by {label} ({difference(over)})")
+            worse += sure(over) and over["mean"] > 0
+    rest = f"Of {tried} fitted schedules {worse} are worse beyond two standard errors.\n"
+    if better:
+        return f"**Better than the sandwich at equal FLOPs, on held-out seeds:** {'; '.join(better)}. {rest}"
+    return f"**No fitted schedule is better than the sandwich beyond two standard errors.** {rest}"
+
+
+def three_models(shown: Shown) -> str:
+    rows = []
+    for row in shown.found["rows"]:
+        points = row["points"]
+        rows.append(
+            [
+                f"{100 * row['light']:.0f} %",
+                score(points["sandwich"]["score"]),
+                *(difference(points[name]["over"]["sandwich"]) for name in ("two models", "three models")),
+                f"`{points['three models']['schedule']}`",
+            ]
+        )
+    caption = (
+        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, M of {shown.found['middle']} blocks.\n\n"
+    )
+    gains = [
+        row["light"]
+        for row in shown.found["rows"]
+        if sure(row["points"]["three models"]["over"]["sandwich"])
+        and row["points"]["three models"]["over"]["sandwich"]["mean"] < 0
+    ]
+    at = listed(f"{100 * light:.0f} %" for light in gains) if gains else "no budget"
+    header = ["FLOPs of a sandwich with", "sandwich", "two models, path KL", "three models, path KL", "schedule"]
+    verdict = f"\nThree models are better than the sandwich of two beyond two standard errors at {at}.\n"
+    return caption + markdown(header, rows) + verdict
+
+
+def decoders(shown: Shown) -> str:
+    rows, verdicts = [], []
+    for name, points in shown.found["decoders"].items():
+        line = [name, score(points["all heavy"]["score"])]
+        line += [difference(point["over"]["all heavy"]) for label, point in points.items() if label != "all heavy"]
+        rows.append([*line, f"{sum(points['all heavy']['passes'].values()):.0f}"])
+        quarters = [label for label in points if label.startswith("25 %")]
+        best = min(quarters, key=lambda label: points[label]["score"]["mean"])
+        gap = points[best]["over"]["25 % sandwich"]
+        if best == "25 % sandwich":
+            verdicts.append(f"{name}: the sandwich is best")
+        else:
+            word = "better than" if sure(gap) else "not to be told from"
+            verdicts.append(f"{name}: {best} is {word} the sandwich ({difference(gap)})")
+    labels = [label for label in next(iter(shown.found["decoders"].values())) if label != "all heavy"]
+    caption = (
+        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, temperature 1. Judge, nats a token, and "
+        "over all heavy.\n\n"
+    )
+    header = ["decoder", "all heavy", *labels, "passes, all heavy"]
+    return caption + markdown(header, rows) + "\n" + "; ".join(verdicts) + ".\n"
+
+
+def prompted(shown: Shown) -> str:
+    found = shown.found
+    rows = [
+        [f"`{label}`", score(point["score"]), "–" if label == REFERENCE else difference(point["over"][REFERENCE])]
+        for label, point in found["points"].items()
+    ]
+    caption = (
+        f"{shown.caption}; {found['num_samples']:,} windows of held-out text, {found['given']} tokens given, T = "
+        f"{found['steps']}. Judge, nats a token that was written.\n\n"
+    )
+    return (
+        caption
+        + markdown(["schedule, of 1,000", "judge", "over all heavy"], rows)
+        + f"\n{capital(order_verdict(found['points']))}\n"
+    )
+
+
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def yardstick(shown: Shown) -> str:
+    found = shown.found
+    rows = [
+        [
+            f"`{label}`",
+            score(point["bound"]),
+            difference(point["over"][REFERENCE]) if label != REFERENCE else "–",
+            score(point["judge"]),
+        ]
+        for label, point in found["points"].items()
+    ]
+    caption = (
+        f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each. Nats a token.\n\n"
+    )
+    verdict = f"\nRank correlation of the two over the {len(rows)} schedules: {found['rank_correlation']:+.2f}.\n"
+    header = ["schedule, of 1,000", "any-order bound of held-out text", "over all heavy", "judge's score of samples"]
+    return caption + markdown(header, rows) + verdict
+
+
+def drawn(name: str, draw: Callable[[Shown], str]) -> str:
+    shown = part(name)
+    return ABSENT if shown is None else draw(shown)
+
+
+PARTS: dict[str, Callable[[Shown], str]] = {
+    draw.__name__: draw
+    for draw in (
+        hand_made,
+        shares,
+        light_size,
+        search,
+        measures,
+        prediction,
+        fitted,
+        three_models,
+        decoders,
+        prompted,
+        yardstick,
+    )
+}
+TABLES: dict[str, Callable[[], str]] = {
+    f"study-{name.replace('_', '-')}": partial(drawn, name, draw) for name, draw in PARTS.items()
+}

@@ -1,0 +1,310 @@
+"""The study runs from end to end at the size of seconds, goes on where it stopped, and says what its numbers say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks import study_figures, study_tables
+from benchmarks.study import runner
+from benchmarks.study.__main__ import build_parser
+from benchmarks.study.fitted import harms, resample
+from benchmarks.study.quality import HAND_MADE
+from benchmarks.study.runner import ORDER, PARTS, Budget, Record, run_parts
+from benchmarks.study.setting import SIZES, Part, Study, events, passes, sandwich, segments_of, spread
+from mdkern import Schedule, sample
+from mdkern.evaluation.assignment import best_schedule
+from tests.conftest import SHAPE, random_dit
+from training.judge import judge_nll
+
+TINY = replace(SIZES["tiny"], samples=3)
+STUDY = (Path(__file__).parent.parent.parent / "docs" / "study.md").read_text()
+
+
+def make_study(**changes: Any) -> Study:
+    """Four random models of 1, 2, 3 and 3 blocks and a random judge."""
+    blocks = {"1": 1, "2": 2, "3": 3, "3b": 3}
+    models = {
+        name: random_dit(number, num_blocks=count, max_length=TINY.length)
+        for number, (name, count) in enumerate(blocks.items())
+    }
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=SHAPE["vocab_size"], n_positions=TINY.length, n_embd=16, n_layer=1, n_head=2)
+    text = torch.randint(SHAPE["mask_id"], (5, TINY.length), generator=torch.Generator().manual_seed(0))
+    fields: dict[str, Any] = {"models": models, "judge": GPT2LMHeadModel(config).eval(), "size": TINY, "text": text}
+    return Study(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """Every part, in two turns."""
+    path = tmp_path_factory.mktemp("study") / "study-shipped.json"
+    assert run_parts(Record(path, make_study()), ["path", "search"], say=lambda _: None) == {}
+    record = Record(path, make_study())
+    assert list(record.parts) == ["path", "search"]
+    assert run_parts(record, say=lambda _: None) == {}
+    return record
+
+
+class TestRun:
+    def test_every_part_is_kept_with_its_machine(self, whole: Record) -> None:
+        parts = json.loads(whole.path.read_text())["parts"]
+        assert list(parts) == list(ORDER) == list(PARTS)
+        for entry in parts.values():
+            assert entry["environment"]["torch"] == torch.__version__
+            assert entry["seconds"] > 0
+        assert parts["hand_made"]["found"]["rows"][1]["points"]["L1000"]["score"]["count"] == TINY.samples
+
+    def test_what_is_there_is_not_measured_again(self, whole: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+        def never(_: Study) -> Any:
+            raise AssertionError("measured again")
+
+        monkeypatch.setattr(runner, "PARTS", {name: replace(part, run=never) for name, part in PARTS.items()})
+        assert run_parts(Record(whole.path, make_study()), say=lambda _: None) == {}
+        with pytest.raises(AssertionError, match="again"):
+            run_parts(Record(whole.path, make_study()), ["path"], again=True, say=lambda _: None)
+
+    def test_a_file_of_another_study_is_refused(self, whole: Record) -> None:
+        with pytest.raises(ValueError, match="differs in size"):
+            Record(whole.path, make_study(size=replace(TINY, samples=4)))
+        models = make_study().models
+        with pytest.raises(ValueError, match="differs in models"):
+            Record(whole.path, make_study(models=dict(models) | {"1": models["2"]}))
+
+    def test_points_are_those_of_sample_and_the_judge(self, whole: Record) -> None:
+        """`sample` by itself and the trainer's own scoring, sample by sample."""
+        study = make_study()
+        found = whole.parts["hand_made"]["found"]["rows"][0]
+        score = {
+            label: judge_nll(
+                study.judge,
+                sample(
+                    study.pair, Schedule(text), num_samples=3, length=TINY.length, steps=None, seed=0, progress=False
+                ).sequences,
+            ).double()
+            for label, text in (("L125 H750 L125", "L1 H3 L1"), ("H1000", "H5"))
+        }
+        assert found["steps"] == 5
+        for label, values in score.items():
+            assert found["points"][label]["score"]["mean"] == pytest.approx(float(values.mean()), abs=1e-5)
+        gap = (score["L125 H750 L125"] - score["H1000"]).mean()
+        assert found["points"]["L125 H750 L125"]["over"]["H1000"]["mean"] == pytest.approx(float(gap), abs=1e-5)
+        assert found["points"]["H1000"]["over"]["H1000"]["mean"] == 0
+
+    def test_fitted_schedules_cost_what_the_sandwich_costs(self, whole: Record) -> None:
+        for row in whole.parts["fitted"]["found"]["rows"]:
+            for label, point in row["points"].items():
+                if label in ("sandwich", "loss", "path_kl"):  # harms above 0, so that no light step is given away
+                    assert point["light_share"] == pytest.approx(row["light"]), label
+
+    def test_only_what_was_written_is_judged(self) -> None:
+        study = make_study()
+        ids = study.texts(5)
+        with torch.no_grad():
+            losses = -study.judge(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        assert torch.allclose(study.score(ids, given=6).float(), losses[:, 5:].mean(-1), atol=1e-5)
+
+
+class TestBudget:
+    @pytest.fixture
+    def parts(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Three parts on a clock of their own: a pass takes two seconds."""
+        ran: list[str] = []
+        self.now = 0.0
+
+        def make(name: str, cost: float, **needs: Any) -> Part:
+            def run(_: Study) -> dict[str, Any]:
+                ran.append(name)
+                self.now += 2 * cost
+                return {}
+
+            return Part(run, lambda _: cost, **needs)
+
+        made = {"dear": make("dear", 40.0), "after": make("after", 1.0, needs=("dear",)), "cheap": make("cheap", 5.0)}
+        monkeypatch.setattr(runner, "PARTS", made)
+        monkeypatch.setattr(
+            runner, "seconds", lambda run, _: (lambda before: (run(), self.now - before)[::-1])(self.now)
+        )
+        return ran
+
+    def test_what_will_not_fit_is_left_out_and_named(self, parts: list[str], tmp_path: Path) -> None:
+        budget = Budget(60, clock=lambda: self.now)
+        budget.add(20, 10)
+        left_out = run_parts(Record(tmp_path / "s.json", make_study()), list(runner.PARTS), budget, say=lambda _: None)
+        assert parts == ["cheap"]
+        assert left_out == {
+            "dear": "it takes about 80 s, and 60 s are left",
+            "after": "it needs dear first",
+        }
+
+    def test_with_time_all_are_run_in_order(self, parts: list[str], tmp_path: Path) -> None:
+        budget = Budget(100, clock=lambda: self.now)
+        budget.add(20, 10)
+        record = Record(tmp_path / "s.json", make_study())
+        assert run_parts(record, ["cheap", "after", "dear"], budget, say=lambda _: None) == {}
+        assert parts == ["dear", "after", "cheap"]
+        assert budget.left() == 100 - 2 * 46
+
+    def test_parts_that_lack_something_say_what(self, tmp_path: Path) -> None:
+        study = make_study(text=None)
+        study.models = {name: study.models[name] for name in ("1", "3")}
+        left_out = run_parts(
+            Record(tmp_path / "s.json", study), ["measures", "light_size", "prediction"], say=lambda _: None
+        )
+        assert "--data" in left_out["measures"]
+        assert "--models" in left_out["light_size"]
+        assert left_out["prediction"] == "it needs search, path first"
+
+    def test_unknown_parts_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no such part: figures"):
+            run_parts(Record(tmp_path / "s.json", make_study()), ["figures"])
+
+
+class TestArithmetic:
+    def test_models_are_told_by_their_blocks(self) -> None:
+        study = make_study()
+        assert (study.heavy, study.light, study.baseline, study.between) == ("3", "1", "3b", ["2"])
+
+    def test_passes_of_schedules_that_begin_alike(self) -> None:
+        """HH in full, and the light half of HL: 1 + 1/4 of a pass at every event; two schedules are judged."""
+        found = passes([("H", "L"), ("H", "H"), ("H", "H")], {"H": 1.0, "L": 0.5}, steps=1, length=9, samples=10)
+        assert found == pytest.approx(10 * (1.25 + 2))
+        assert events(2, 2) == pytest.approx(1.5)  # two positions at two steps: together half of the time
+
+    def test_expected_events_are_those_of_the_sampler(self) -> None:
+        out = sample(random_dit(), num_samples=400, length=16, steps=16, seed=0, batch_size=400, progress=False)
+        count = out.nfe["H"].double()
+        assert abs(float(count.mean()) - events(16, 16)) < 4 * float(count.std()) / 20
+
+    def test_schedules_as_segments(self) -> None:
+        assert sandwich(0.25, 8) == tuple("LHHHHHHL") == HAND_MADE["L125 H750 L125"]
+        assert spread(("L", "H"), 4) == ("L", "L", "H", "H")
+        assert segments_of(Schedule.sandwich(0.5), 4) == ("L", "H", "H", "L")
+        with pytest.raises(ValueError, match="fit"):
+            sandwich(0.1, 8)
+        with pytest.raises(ValueError, match="fit"):
+            segments_of(Schedule.sandwich(0.5), 3)
+        with pytest.raises(ValueError, match="cannot"):
+            spread(("L", "H"), 3)
+
+    def test_harms_add_up_in_any_number_of_segments(self) -> None:
+        assert resample([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
+        assert resample([1.0, 2.0], 4) == [0.5, 0.5, 1.0, 1.0]
+        with pytest.raises(ValueError, match="cannot"):
+            resample([1.0, 2.0], 3)
+        known = {"kl": [{"mean": 3.0}, {"mean": 2.0}], "baseline_kl": [{"mean": 1.0}, {"mean": 0.5}]}
+        assert harms(known, "kl", 2) == [2.0, 1.5]
+
+    def test_influence_in_halves_gives_the_same_schedule(self) -> None:
+        """A quarter of ten segments is two and a half: the half of a segment that is next best."""
+        harm = resample([1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 3.0, 2.0], 20)
+        found = best_schedule({"H": [0.0] * 20, "L": harm}, {"H": 1.0, "L": 0.5}, 1 - 0.25 / 2)
+        assert segments_of(found, 20) in (tuple("LLHHHHHHHHHHHHHHHLLL"), tuple("LLHHHHHHHHHHHHHHLHLL"))
+
+
+def estimate(mean: float, error: float = 0.001) -> dict[str, Any]:
+    return {"mean": mean, "standard_error": error, "interval_95": [mean - 2 * error, mean + 2 * error], "count": 9}
+
+
+def quarters(**means: float) -> dict[str, Any]:
+    names = dict(zip(("sandwich", "early", "late", "second", "third"), study_tables.quarters_in_order()))
+    score = {names[key]: value for key, value in means.items()}
+    base = score[study_tables.SANDWICH]
+    return {
+        label: {"score": estimate(value), "over": {study_tables.SANDWICH: estimate(value - base)}}
+        for label, value in score.items()
+    }
+
+
+class TestVerdicts:
+    def test_the_order_of_the_papers_schedules(self) -> None:
+        verdict = study_tables.order_verdict
+        paper = verdict(quarters(sandwich=1.0, early=1.1, late=1.2, second=1.3, third=1.4))
+        assert "same as the paper, the sandwich is best, `L250 H750` next (**+0.1000" in paper
+        assert paper.endswith("same as the paper, the middle quarters are worst.")
+        other = verdict(quarters(sandwich=1.0, early=0.9, late=1.5, second=1.3, third=1.4))
+        assert "different from the paper, `L250 H750` is better than the sandwich (**-0.1000" in other
+        assert other.endswith("the worst two are `H500 L250 H250` and `H750 L250`.")
+        near = verdict(quarters(sandwich=1.0, early=0.999, late=1.5, second=1.3, third=1.4))
+        assert "cannot be told apart (-0.0010" in near
+
+    def test_a_fitted_schedule_wins_only_beyond_two_standard_errors(self) -> None:
+        def row(**over: float) -> dict[str, Any]:
+            points = {name: {"over": {"sandwich": estimate(value)}} for name, value in over.items()}
+            return {"light": 0.25, "points": {"sandwich": {}} | points}
+
+        none = study_tables.fitted_verdict([row(loss=-0.0019, kl=0.1, influence=0.0)])
+        assert none.startswith("**No fitted schedule is better")
+        assert "Of 3 fitted schedules 1 are worse" in none
+        some = study_tables.fitted_verdict([row(loss=-0.0021, kl=0.1)])
+        assert "at 25 % light by loss difference (**-0.0021" in some
+
+
+class TestShown:
+    @pytest.fixture
+    def results(self, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        for name in (study_tables.PAIR, study_tables.FAMILY):
+            (tmp_path / f"study-{name}.json").write_text(whole.path.read_text())
+        monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+        return tmp_path
+
+    def test_every_part_has_its_table(self, results: Path) -> None:
+        for name, table in study_tables.TABLES.items():
+            text = table()
+            lines = [line for line in text.splitlines() if line.startswith("|")]
+            tables = "\n".join(lines).split("| ---")
+            assert len(lines) > 2 or name == "study-measures", name
+            assert len(tables) > 1 or name == "study-measures", name
+            assert study_tables.ABSENT not in text
+            assert "nan" not in text, name
+
+    def test_every_figure_is_drawn_and_says_from_what(self, results: Path) -> None:
+        drawn = study_figures.draw_all(results)
+        assert [path.name for path in drawn] == [
+            f"study-{name.replace('_', '-')}.svg" for name in study_figures.FIGURES
+        ]
+        for path, name in zip(drawn, study_figures.FIGURES):
+            shown = study_tables.part(name)
+            assert shown is not None
+            assert study_figures.source_of(shown) in path.read_text()
+        linked = {
+            target
+            for table in study_tables.TABLES.values()
+            for target in re.findall(r"\(\.\./benchmarks/results/([\w.-]+)\)", table())
+        }
+        assert linked == {path.name for path in drawn}
+
+    def test_what_is_not_there_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+        assert {table() for table in study_tables.TABLES.values()} == {study_tables.ABSENT}
+        assert study_figures.draw_all(tmp_path) == []
+
+    def test_the_figures_are_those_of_the_results(self) -> None:
+        """Of the committed ones: `python -m benchmarks.study_figures` draws them again."""
+        for name in study_figures.FIGURES:
+            shown = study_tables.part(name)
+            if shown is not None:
+                path = study_figures.RESULTS / f"study-{name.replace('_', '-')}.svg"
+                assert study_figures.source_of(shown) in path.read_text(), name
+
+
+class TestDocument:
+    def test_every_command_is_understood_and_every_part_has_one(self) -> None:
+        commands = re.findall(r"^python -m benchmarks\.study (--[^#\n]*)", STUDY, re.MULTILINE)
+        parsed = [build_parser().parse_args(shlex.split(command)) for command in commands]
+        named = [part for arguments in parsed[1:] for part in arguments.parts]
+        assert set(named) == set(ORDER)
+        for arguments in parsed[1:]:
+            runner.in_order(arguments.parts)
+            needs = {other for part in arguments.parts for other in PARTS[part].needs}
+            assert needs <= set(arguments.parts), "the command would not run by itself"
+            assert arguments.data or not any(PARTS[part].text for part in arguments.parts)
+            assert arguments.models or not any(PARTS[part].between for part in arguments.parts)
