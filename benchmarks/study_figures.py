@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.patches import Patch
+
 from benchmarks.harness import RESULTS
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
 from benchmarks.study_tables import FITTED, PAPER_SHARES, REFERENCE, Shown, margin, part
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEAVY, LIGHT, PAPER, GREY = "#1f4e79", "#f2a541", "#b03a2e", "#7a7a7a"
+MODELS = [Patch(color=HEAVY, label="heavy"), Patch(color=LIGHT, label="light")]
 MARKS = "osD^v"  # of ratios
 MEASURE_COLOURS = {
     "loss": "#5b8c5a",
@@ -61,12 +64,14 @@ def hand_made(figure: Figure, shown: Shown) -> None:
         shift = (number - (len(rows) - 1) / 2) * 0.2
         at = [place + shift for place in range(len(labels))]
         axis.errorbar(
-            means, at, xerr=margins, fmt=MARKS[number], color=str(0.2 * number), label=f"T/L = {row['ratio']:g}"
+            means, at, xerr=margins, fmt=MARKS[number], color=str(0.25 * number), label=f"T/L = {row['ratio']:g}"
         )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel("judge, nats a token over all heavy")
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False)
+    figure.legend(
+        handles=[*MODELS, *axis.get_legend_handles_labels()[0]], loc="outside lower center", ncols=5, frameon=False
+    )
 
 
 def shares(figure: Figure, shown: Shown) -> None:
@@ -120,7 +125,9 @@ def search(figure: Figure, shown: Shown) -> None:
     often.bar([s - 0.2 for s in segment], found["frequency_best_tenth"], 0.4, color=LIGHT, label="best tenth")
     often.bar([s + 0.2 for s in segment], found["frequency_worst_tenth"], 0.4, color=GREY, label="worst tenth")
     often.set_ylabel("share with the segment light")
-    often.legend(frameon=False)
+    often.set_ylim(0, 1.25)
+    often.legend(frameon=False, ncols=2, loc="upper center")
+    figure.legend(handles=MODELS, loc="outside lower left", ncols=2, frameon=False)
     means, margins = errors(values)
     axis.bar(segment, means, yerr=margins, color=LIGHT, capsize=3)
     axis.axhline(0, color="black", linewidth=0.8)
@@ -138,14 +145,15 @@ def measures(figure: Figure, shown: Shown) -> None:
     line(loss, times, found["loss"], MEASURE_COLOURS["loss"], "|light − heavy|")
     loss.set_ylabel("loss difference, nats a masked token")
     line(kl, times, found["kl"], MEASURE_COLOURS["kl"], "KL(heavy ‖ light), held-out text")
-    line(kl, times, found["masked_kl"], MEASURE_COLOURS["masked_kl"], "the same along samples")
+    half = (times[0] - times[1]) / 2  # what is masked is told of the beginning of each segment
+    line(kl, [t + half for t in times], found["masked_kl"], MEASURE_COLOURS["masked_kl"], "the same along samples")
     if found["baseline_kl"]:
         line(kl, times, found["baseline_kl"], HEAVY, "KL(heavy ‖ another heavy)")
     kl.set_ylabel("KL, nats a masked token")
     line(path, times, found["path_kl"], MEASURE_COLOURS["path_kl"], "KL(heavy ‖ light) of what is revealed")
     path.set_ylabel("path KL, nats a text and segment")
     for axis in (loss, kl, path):
-        axis.set_xlabel("t, the share that is masked (sampling runs from 1 to 0)")
+        axis.set_xlabel("t, the share masked: sampling runs from 1 to 0")
         axis.set_xlim(1, 0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

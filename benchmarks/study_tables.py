@@ -133,7 +133,9 @@ def order_verdict(points: Mapping[str, Any]) -> str:
     rival = min((label for label in quarters if label != SANDWICH), key=mean.__getitem__)
     gap = points[rival]["over"][SANDWICH]
     if not sure(gap):
-        first = f"the sandwich and `{rival}` cannot be told apart ({difference(gap)}); in the paper it is best"
+        first = (
+            f"the sandwich and `{rival}` cannot be told apart ({difference(gap)}); in the paper the sandwich is best"
+        )
     elif best == SANDWICH:
         first = f"same as the paper, the sandwich is best, `{rival}` next ({difference(gap)})"
     else:
@@ -268,10 +270,10 @@ def prediction(shown: Shown) -> str:
     rows.append(["influence itself", "1", f"{shown.found['influence_schedules']:+.2f}"])
     best = max(found, key=lambda name: found[name]["segments"])
     beyond = [MEASURES[name] for name, value in found.items() if value["segments"] > CRITICAL]
-    verdict = f"\nBest ranks the segments: {MEASURES[best]} ({found[best]['segments']:+.2f}). "
+    verdict = f"\nBest ranks the segments: {MEASURES[best]} ({found[best]['segments']:+.2f}).\n"
     if shown.found["count"] == 10:
         verdict += (
-            f"Of ten segments a rank correlation above {CRITICAL} is beyond chance at 5 %: "
+            f"Of ten segments, a rank correlation above {CRITICAL} is beyond chance at 5 %: "
             f"{listed(beyond) if beyond else 'no measure reaches it'}.\n"
         )
     header = ["measure", "rank correlation with influence, segments", "with the judge's score, schedules"]

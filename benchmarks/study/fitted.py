@@ -25,7 +25,7 @@ from benchmarks.study.setting import (
 from mdkern.engine.branches import run_schedules, share_of_passes
 from mdkern.evaluation.assignment import best_schedule
 from mdkern.evaluation.importance import importance, path_importance
-from mdkern.evaluation.intervals import estimate, rank_correlation
+from mdkern.evaluation.intervals import estimate, paired, rank_correlation
 from mdkern.evaluation.search import Models, Results, all_schedules, best_and_mean, frequencies, influence
 from mdkern.evaluation.search import search as search_schedules
 
@@ -54,6 +54,9 @@ def search(study: Study) -> dict[str, Any]:
     found = search_schedules(run, study.score, schedules, results)
     best, over_mean = best_and_mean(found)
     frequent, rare = frequencies(found, "L")
+    heavy = next(study.score(sequences) for _, sequences in run([("H",) * size.segments]))
+    over_heavy = paired(torch.stack([entry.scores for entry in found]).mean(0), heavy)
+    values = influence(found)
     return {
         **options,
         "segments": size.segments,
@@ -64,13 +67,27 @@ def search(study: Study) -> dict[str, Any]:
         "best": best.name,
         "frequency_best_tenth": frequent,
         "frequency_worst_tenth": rare,
-        "influence": {name: [value.as_dict() for value in values] for name, values in influence(found).items()},
+        "mean_over_heavy": over_heavy.as_dict(),
+        "influence": {name: [value.as_dict() for value in values[name]] for name in values},
+        "harm": additive_harm([value.mean for value in values["L"]], size.light_segments, over_heavy.mean),
     }
+
+
+def additive_harm(influence: Sequence[float], light: int, over_heavy: float) -> list[float]:
+    """What a light segment adds to the score over all heavy, if harms add up.
+
+    Of schedules that have k of n segments light, influence (eq. 8) is ``(n - k) / (n - 1)`` times a segment's harm less
+    the mean harm of all: it sums to 0, so it does not tell the mean harm, which the schedules' mean score over all
+    heavy does.
+    """
+    count = len(influence)
+    return [value * (count - 1) / (count - light) + over_heavy / light for value in influence]
 
 
 def search_passes(study: Study) -> float:
     size = study.size
     schedules = all_schedules(size.segments, size.light_segments)
+    schedules.append(("H",) * size.segments)
     return passes(schedules, study.cost(study.pair), size.steps(), size.length, size.search_samples)
 
 
@@ -205,8 +222,7 @@ def fitted(study: Study) -> dict[str, Any]:
     searched = study.found["search"]
     known = measured(study)
     harm = {name: harms(known, name, GRID // 2) for name in MEASURES if name in known}
-    light, heavy = ([value["mean"] for value in searched["influence"][name]] for name in "LH")
-    harm["influence"] = resample([a - b for a, b in zip(light, heavy)], GRID // 2)
+    harm["influence"] = resample(searched["harm"], GRID // 2)
     rows = []
     for share in BUDGETS:
         schedules = {"sandwich": sandwich(share), ALL_HEAVY: sandwich(0.0)}

@@ -16,12 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import study_figures, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
-from benchmarks.study.fitted import harms, resample
+from benchmarks.study.fitted import additive_harm, harms, resample
 from benchmarks.study.quality import HAND_MADE
 from benchmarks.study.runner import ORDER, PARTS, Budget, Record, run_parts
 from benchmarks.study.setting import SIZES, Part, Study, events, passes, sandwich, segments_of, spread
 from mdkern import Schedule, sample
 from mdkern.evaluation.assignment import best_schedule
+from mdkern.evaluation.search import Found, all_schedules, influence
 from tests.conftest import SHAPE, random_dit
 from training.judge import judge_nll
 
@@ -37,7 +38,15 @@ def make_study(**changes: Any) -> Study:
         for number, (name, count) in enumerate(blocks.items())
     }
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=SHAPE["vocab_size"], n_positions=TINY.length, n_embd=16, n_layer=1, n_head=2)
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"],
+        n_positions=TINY.length,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     text = torch.randint(SHAPE["mask_id"], (5, TINY.length), generator=torch.Generator().manual_seed(0))
     fields: dict[str, Any] = {"models": models, "judge": GPT2LMHeadModel(config).eval(), "size": TINY, "text": text}
     return Study(**(fields | changes))
@@ -55,6 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_every_part_is_kept_with_its_machine(self, whole: Record) -> None:
         parts = json.loads(whole.path.read_text())["parts"]
         assert list(parts) == list(ORDER) == list(PARTS)
@@ -63,6 +73,7 @@ class TestRun:
             assert entry["seconds"] > 0
         assert parts["hand_made"]["found"]["rows"][1]["points"]["L1000"]["score"]["count"] == TINY.samples
 
+    @pytest.mark.slow
     def test_what_is_there_is_not_measured_again(self, whole: Record, monkeypatch: pytest.MonkeyPatch) -> None:
         def never(_: Study) -> Any:
             raise AssertionError("measured again")
@@ -72,6 +83,7 @@ class TestRun:
         with pytest.raises(AssertionError, match="again"):
             run_parts(Record(whole.path, make_study()), ["path"], again=True, say=lambda _: None)
 
+    @pytest.mark.slow
     def test_a_file_of_another_study_is_refused(self, whole: Record) -> None:
         with pytest.raises(ValueError, match="differs in size"):
             Record(whole.path, make_study(size=replace(TINY, samples=4)))
@@ -79,6 +91,7 @@ class TestRun:
         with pytest.raises(ValueError, match="differs in models"):
             Record(whole.path, make_study(models=dict(models) | {"1": models["2"]}))
 
+    @pytest.mark.slow
     def test_points_are_those_of_sample_and_the_judge(self, whole: Record) -> None:
         """`sample` by itself and the trainer's own scoring, sample by sample."""
         study = make_study()
@@ -99,10 +112,11 @@ class TestRun:
         assert found["points"]["L125 H750 L125"]["over"]["H1000"]["mean"] == pytest.approx(float(gap), abs=1e-5)
         assert found["points"]["H1000"]["over"]["H1000"]["mean"] == 0
 
+    @pytest.mark.slow
     def test_fitted_schedules_cost_what_the_sandwich_costs(self, whole: Record) -> None:
         for row in whole.parts["fitted"]["found"]["rows"]:
             for label, point in row["points"].items():
-                if label in ("sandwich", "loss", "path_kl"):  # harms above 0, so that no light step is given away
+                if label in ("sandwich", "loss", "path_kl"):  # their harms above 0, so that no light step is given away
                     assert point["light_share"] == pytest.approx(row["light"]), label
 
     def test_only_what_was_written_is_judged(self) -> None:
@@ -203,6 +217,18 @@ class TestArithmetic:
         known = {"kl": [{"mean": 3.0}, {"mean": 2.0}], "baseline_kl": [{"mean": 1.0}, {"mean": 0.5}]}
         assert harms(known, "kl", 2) == [2.0, 1.5]
 
+    def test_harms_that_add_up_are_found_from_influence(self) -> None:
+        """Of every schedule with two of five segments light; light is harmful everywhere, influence is not."""
+        harm = [0.3, 0.1, 0.5, 0.7, 0.2]
+        found = [
+            Found(models, torch.full((2,), 5 + sum(h for h, model in zip(harm, models) if model == "L")))
+            for models in all_schedules(5, 2)
+        ]
+        values = [value.mean for value in influence(found)["L"]]
+        mean = sum(float(entry.scores.mean()) for entry in found) / len(found)
+        assert min(values) < 0
+        assert additive_harm(values, 2, mean - 5) == pytest.approx(harm, abs=1e-6)
+
     def test_influence_in_halves_gives_the_same_schedule(self) -> None:
         """A quarter of ten segments is two and a half: the half of a segment that is next best."""
         harm = resample([1.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 3.0, 2.0], 20)
@@ -256,6 +282,7 @@ class TestShown:
         monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
         return tmp_path
 
+    @pytest.mark.slow
     def test_every_part_has_its_table(self, results: Path) -> None:
         for name, table in study_tables.TABLES.items():
             text = table()
@@ -266,6 +293,7 @@ class TestShown:
             assert study_tables.ABSENT not in text
             assert "nan" not in text, name
 
+    @pytest.mark.slow
     def test_every_figure_is_drawn_and_says_from_what(self, results: Path) -> None:
         drawn = study_figures.draw_all(results)
         assert [path.name for path in drawn] == [
