@@ -129,8 +129,8 @@ def pieces(request: Request) -> Iterator[Piece]:
         for window in range(windows):
             first, stop, end = edges[:, part, None], edges[:, part + 1, None], steps + 1
             if stops(request):
-                end = torch.where(stride * (window + 1) < steps, stride * (window + 1), end)
-                first, stop = torch.maximum(first, stride * window), torch.minimum(stop, end)
+                begin, end = (torch.where(stride * n < steps, stride * n, steps + 1) for n in (window, window + 1))
+                first, stop = torch.maximum(first, begin), torch.minimum(stop, end)
             if not bool((first < stop).any()):
                 continue
             looks = ((first < stop) & (stop == end))[:, 0] if stops(request) else None

@@ -123,6 +123,14 @@ def test_ends_of_text(name: str, block_length: int | None, monkeypatch: pytest.M
     assert len(set(out.stop_reason)) == 2
 
 
+def test_closing_passes_beside_texts_of_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most positions are left to the closing pass, which a text of few steps takes once, however many others have."""
+    models = {key: mdkern.adapt(random_dit(n, num_blocks=1, eos_id=4, **SETTINGS)) for n, key in enumerate("HL")}
+    monkeypatch.setattr("tests.engine.test_neighbours.MODELS", models)
+    out = check(decoder=decoders.Ancestral(0.9), stop_at_eos=True)
+    assert bool((sum(out.nfe.values()) <= out.history.own_steps + 1).all())
+
+
 def test_sequences_of_different_steps_share_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plain = DiT.hidden
