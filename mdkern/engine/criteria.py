@@ -68,11 +68,15 @@ class Criteria:
         """
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for criterion in self.others:
-            answer = torch.as_tensor(criterion(ids.clone(), None), device=ids.device)
-            if answer.shape not in ((), (len(ids),)):
-                shape = list(answer.shape)
+            given = criterion(ids.clone(), None)
+            try:
+                answer = torch.as_tensor(given, device=ids.device)
+            except (TypeError, ValueError, RuntimeError):  # None, a text
+                answer = None
+            if answer is None or answer.shape not in ((), (len(ids),)):
+                kind = type(given).__name__ if answer is None else list(answer.shape)
                 raise ValueError(
-                    f"{name_of(criterion)} must return one answer or one a sequence, {len(ids)}, not {shape}"
+                    f"{name_of(criterion)} must return one answer or one a sequence, {len(ids)}, not {kind}"
                 )
             ended = ended | answer.bool()
         if not self.of_known_text:

@@ -20,6 +20,7 @@ from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
 MOST_GUIDANCE = 1e6  # far above any use; logits times this are still far from float32's largest number
+MOST_STEPS = 1 << 24  # beyond, two steps may have the same float32 time
 LEAST_TEMPERATURE = 1e-30  # anything below counts as 0, as logits divided by it may leave float32's range
 
 
@@ -163,6 +164,8 @@ def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
 
 
 def check_streamer(streamer: Any, count: int) -> Any:
+    if isinstance(streamer, type):
+        raise TypeError(f"streamer must be made first: {streamer.__name__} is a class")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
     if count > 1 and hasattr(streamer, "stop_signal"):  # its iterator ends with the first text
@@ -256,7 +259,10 @@ def resolve_pace(
     elif given is not None:
         own = torch.full_like(own, given)
         check_steps(given, blocks)
-    return Pace(block_length, blocks, own, int(own.max()), fit_schedule(schedule, own))
+    most = int(own.max())
+    if most > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS} for a sequence, not {most}")
+    return Pace(block_length, blocks, own, most, fit_schedule(schedule, own))
 
 
 def check_steps(steps: int, blocks: Tensor) -> None:
@@ -327,12 +333,13 @@ def resolve(
         check_length("length" if input_ids is None else "input_ids' second dimension", ids.shape[1], denoiser)
         if mask is not None and not denoiser.takes_attention_mask:
             raise ValueError(
-                f"attention_mask must be None or all 1: {denoiser.name} takes none, so nothing may be padded"
+                f"attention_mask must be None or all 1: {denoiser.name} takes none, or its states change with padding"
+                " all the same, so nothing may be padded"
             )
         if mask is not None and denoiser.right_padding_only and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError(
                 f"attention_mask has padding before text, with which {denoiser.name} gives other states than without:"
-                " pad on the right (tokenizer.padding_side = 'right')"
+                " pad on the right (tokenizer.padding_side = 'right'), or let its call take position_ids"
             )
     resolved_decoder = resolve_decoder(decoder, first)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask

@@ -16,6 +16,7 @@ from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_o
 from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.introspect import (
     block_causal,
+    check_evaluating,
     end_of_text,
     execution_device,
     first_setting,
@@ -84,14 +85,13 @@ def adapt(
             check_same({"eos_id": ids}, {"eos_id": model.eos_ids})
         check_placed(model, model.device, device, shifted)
         return model
-    if isinstance(model, nn.Module) and not isinstance(model, DiT) and model.training:
-        raise ValueError("model is in training mode, so dropout would be on: call model.eval() first")
     if isinstance(model, DiT):
         check_same({"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks}, vars(model.config))
         check_placed(model, model.embedding.device, device, shifted)
         return DiTDenoiser(model, name, eos_id, max_length)
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
+    check_evaluating(model)
     vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
     described: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -109,9 +109,9 @@ def adapt(
         check_direction(described["name"], block_causal(model), anatomy.direction)
     if not anatomy.reason:
         return SplitDenoiser(model, anatomy, **described)
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"padding": anatomy.padding}
     if isinstance(model, nn.Module):
-        told = {"reason": anatomy.reason, "padding": anatomy.padding}
+        told["reason"] = anatomy.reason
     denoiser = LogitsDenoiser(model, device=device, **described, **told)
     denoiser.warn(stacklevel=2)
     return denoiser
@@ -221,6 +221,9 @@ class DiTDenoiser(Denoiser):
     dtype = Live(lambda self: self.model.embedding.dtype)
 
     def current(self) -> DiTDenoiser:
+        for part in self.model.modules():
+            if isinstance(part, nn.Dropout):  # of an adapter: a DiT has none, and may be in training mode
+                check_evaluating(part)
         now = copy.copy(self)
         now.head = self.head
         return now

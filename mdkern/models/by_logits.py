@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import gather_rows
-from mdkern.models.hf.introspect import accepted_arguments, execution_device, output_layer
+from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, execution_device, output_layer
 from mdkern.models.hf.split import Padding, serving
 
 
@@ -71,6 +72,14 @@ class LogitsDenoiser(Denoiser):
             " pass",
             stacklevel=stacklevel + 1,
         )
+
+    def current(self) -> LogitsDenoiser:
+        """As the model is now, which may have moved."""
+        check_evaluating(self.model)
+        now = copy(self)
+        bias = self.head.bias.to(execution_device(self.model) or self.device)
+        now.device, now.head = bias.device, Head(None, bias)
+        return now
 
     def description(self) -> str:
         return "runs by its logits" + (f" because {self.reason}" if self.reason else "")

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,20 +30,27 @@ def available_device(device: torch.device | str) -> torch.device:
     return chosen
 
 
+def listed(value: Any) -> list[Any]:
+    """The items of one id, of several in whatever holds them, or of None."""
+    value = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
 def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
     """Ids as a tuple without repeats: of one id, of several, or of None.
 
     Raises:
         ValueError: what is no id of the vocabulary, or is the mask's.
     """
-    given = () if value is None else value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    ids = dict.fromkeys(item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in given)
+    ids = [item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in listed(value)]
     for item in ids:
         whole = isinstance(item, Integral) and not isinstance(item, bool)
         if not whole or not 0 <= item < vocab_size or item == mask_id:
             allowed = f"0..{vocab_size - 1} other than the mask id {mask_id}"
             raise ValueError(f"{name} must be an id in {allowed}, or several, not {value!r}")
-    return tuple(map(int, ids))
+    return tuple(dict.fromkeys(map(int, ids)))
 
 
 @dataclass(frozen=True)

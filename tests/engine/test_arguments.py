@@ -384,6 +384,7 @@ CASES = [
     refuse("processor", TypeError, "logits_processor must be callable, as those of tr", logits_processor=[1]),
     refuse("criteria", TypeError, "stopping_criteria must be callable, as those of tr", stopping_criteria=3),
     refuse("streamer", TypeError, "streamer must have put and end, as those of tr", streamer=print),
+    refuse("streamer's class", TypeError, "streamer must be made first: TextIter", streamer=TextIteratorStreamer),
     refuse(
         "criteria, no eos", ValueError, "stopping_criteria needs a model with eos_ids", stopping_criteria=lambda *_: 0
     ),
@@ -539,6 +540,7 @@ CASES += [
             ("temperature", 1j, "a finite number of at least 0"),
             ("guidance_scale", 1e308, "at most 1e"),
             ("steps", 2**63, "at most 2147483647"),
+            ("steps", 2**24 + 1, "at most 16777216 for a sequence"),
             ("num_samples", 2**31, "at most 2147483647"),
             ("sample_ids", torch.tensor([1j, 2]), "2 whole numbers, not torch.complex64"),
         ]

@@ -194,3 +194,8 @@ class TestCriteria:
     def test_answers_fit_the_batch(self) -> None:
         with pytest.raises(ValueError, match="must return one answer or one a sequence, 2, not"):
             draw(decoder="top_probability", stopping_criteria=lambda ids, _: torch.zeros(len(ids) + 1))
+
+    @pytest.mark.parametrize("answer", [None, "no"])
+    def test_what_is_no_answer_is_refused(self, answer: Any) -> None:
+        with pytest.raises(ValueError, match=f"must return one answer or .*, not {type(answer).__name__}"):
+            draw(stopping_criteria=lambda ids, _: answer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
@@ -54,7 +55,7 @@ class TestEndsOfText:
             assert adapt(logits, eos_id=given, **sizes).eos_ids == expected
         assert adapt(make_dit(eos_id=[3, 5])).eos_ids == (3, 5)
 
-    @pytest.mark.parametrize("wrong", [-1, VOCAB, MASK, [3, MASK], "3", 3.0, True])
+    @pytest.mark.parametrize("wrong", [-1, VOCAB, MASK, [3, MASK], [[3]], "3", 3.0, True])
     def test_what_cannot_end_a_text_is_refused(self, wrong: object, make_dit: MakeDiT) -> None:
         with pytest.raises(ValueError, match=f"eos_id must be an id in 0..{VOCAB - 1} other than the mask id {MASK}"):
             adapt(logits_of(make_dit()), vocab_size=VOCAB, mask_id=MASK, eos_id=wrong)
@@ -134,6 +135,22 @@ class TestHuggingFace:
         with pytest.raises(ValueError, match=r"training mode.*call model\.eval\(\) first"):
             adapt(model, mask_id=4)
 
+    def test_training_mode_later_is_refused_too(self, make_dit: MakeDiT) -> None:
+        """As of a training loop that keeps a denoiser, of one layer alone, or of an adapter in a DiT."""
+        by_logits = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Dropout(0.5), nn.Linear(8, VOCAB)).eval()
+        dit = make_dit()
+        dit.blocks[0].attn_qkv = nn.Sequential(dit.blocks[0].attn_qkv, nn.Dropout(0.5).eval())
+        for model, part, settings in (
+            (bert().eval(), None, {"mask_id": 4}),
+            (by_logits, by_logits[1], {"vocab_size": VOCAB, "mask_id": MASK}),
+            (dit, dit.blocks[0].attn_qkv, {}),
+        ):
+            kept = adapt(model, **settings)
+            mdkern.sample(kept, length=6)
+            (part or model).train()
+            with pytest.raises(ValueError, match=r"training mode.*call model\.eval\(\) first"):
+                mdkern.sample(kept, length=6)
+
     def test_the_mask_id_must_be_known(self) -> None:
         with pytest.raises(ValueError, match="mask_id must be given: BertForMaskedLM does not tell it"):
             adapt(bert().eval())
@@ -147,6 +164,13 @@ class TestHuggingFace:
             assert mdkern.sample(denoiser, steps=2, seed=0).sequences.shape == (1, longest)
             with pytest.raises(ValueError, match=f"length must be at most {longest}"):
                 mdkern.sample(denoiser, length=longest + 1, steps=2)
+
+
+    def test_no_limit_of_the_length(self) -> None:
+        """XLNet's config has -1."""
+        model = bert().eval()
+        model.config.max_position_embeddings = -1
+        assert adapt(model, mask_id=4).max_length is None
 
 
 class TestCallable:
@@ -169,6 +193,14 @@ class TestCallable:
         assert (out.sequences < MASK).all()
         with pytest.raises(ValueError, match="training mode"):
             adapt(model.train(), vocab_size=VOCAB, mask_id=MASK)
+
+    def test_a_module_that_moves_is_followed(self) -> None:
+        model = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)).eval()
+        kept = adapt(model, vocab_size=VOCAB, mask_id=MASK)
+        assert kept.current().device == torch.device("cpu")
+        model.to("meta")
+        now = kept.current()
+        assert now.device == now.head.bias.device == torch.device("meta")
 
     @pytest.mark.parametrize("mask_id", [0, 2, 3])
     def test_mask_inside_the_logits_is_never_produced(self, mask_id: int) -> None:
@@ -242,6 +274,34 @@ class TestCallable:
 
         with pytest.raises(ValueError, match="attention_mask must be None or all 1: takes_none takes none"):
             mdkern.sample(adapt(takes_none, vocab_size=4, mask_id=4), input_ids=ids, attention_mask=mask, steps=3)
+
+    def test_functions_that_padding_changes_are_refused(self) -> None:
+        """BERT's learned positions: a function must pass position ids on where padding comes before text."""
+        model = bert().eval()
+
+        def deaf(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return model(input_ids).logits
+
+        def from_zero(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return model(input_ids, attention_mask).logits
+
+        def told(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None) -> Tensor:
+            return model(input_ids, attention_mask, position_ids=position_ids).logits
+
+        text, columns = torch.tensor([[5, 6, 4, 4, 4]]), model.config.vocab_size
+        alone = mdkern.sample(adapt(told, vocab_size=columns, mask_id=4), input_ids=text, seed=0).sequences
+
+        def padded(function: Callable[..., Any], left: int) -> Tensor:
+            ids, mask = (F.pad(x, (left, 3 - left)) for x in (text, torch.ones_like(text)))
+            denoiser = adapt(function, vocab_size=columns, mask_id=4)
+            return mdkern.sample(denoiser, input_ids=ids, attention_mask=mask, seed=0).sequences[:, left : left + 5]
+
+        assert padded(told, 3).equal(alone)
+        assert padded(from_zero, 0).equal(alone)
+        with pytest.raises(ValueError, match=r"padding before text.*position_ids"):
+            padded(from_zero, 3)
+        with pytest.raises(ValueError, match="its states change with padding all the same"):
+            padded(deaf, 0)
 
     @pytest.mark.parametrize(
         ("output", "given"),

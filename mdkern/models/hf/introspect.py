@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mdkern.models.denoiser import listed
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:
@@ -30,6 +33,19 @@ def wrapped_model(model: Any) -> nn.Module | None:
     else:
         inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     return inside if isinstance(inside, nn.Module) and inside is not model else None
+
+
+def check_evaluating(model: Any) -> None:
+    """Refuse a module in training mode, and one inside it that then drops something or counts a batch's statistics.
+
+    Raises:
+        ValueError: there is one. Others inside it may be in training mode, as a layer is that was put in later.
+    """
+    kinds = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
+    for name, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if part.training and (not name or isinstance(part, kinds)):
+            which = f", {name} in it" if name else ""
+            raise ValueError(f"model is in training mode{which}, so dropout would be on: call model.eval() first")
 
 
 def execution_device(model: Any) -> torch.device | None:
@@ -62,16 +78,17 @@ def first_setting(model: Any, *names: str) -> Any:
 def longest_input(model: Any) -> int | None:
     """Positions that a Hugging Face model can read."""
     positions = first_setting(model, "max_position_embeddings", "max_sequence_length")
-    return positions - first_position(model) if isinstance(positions, int) else None
+    if not isinstance(positions, int) or positions < 1:  # XLNet's -1 says that there is no limit
+        return None
+    return positions - first_position(model)
 
 
 def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
     """The ids for the end of text of the config and the generation config, without those that no logits can give."""
-    ids: list[Any] = []
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        told = getattr(config, "eos_token_id", None)
-        ids += told if isinstance(told, list | tuple) else [told]
-    return tuple(dict.fromkeys(id for id in ids if isinstance(id, int) and 0 <= id < vocab_size and id != mask_id))
+    configs = getattr(model, "config", None), getattr(model, "generation_config", None)
+    told = [item for config in configs for item in listed(getattr(config, "eos_token_id", None))]
+    ids = [int(item) for item in told if isinstance(item, Integral) and not isinstance(item, bool)]
+    return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size and item != mask_id))
 
 
 # By model_type, models made for a mask that hides the blocks after a position's own.

@@ -96,19 +96,20 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
 def whole(model: Any, reason: str, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
     """Of a model that runs by its logits: what it sees and, of a module, how it is told of padding."""
     described: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "device": device, "name": "the probe"}
-    anatomy = Anatomy(reason, padding=Padding() if isinstance(model, nn.Module) else None)
+    anatomy, tried = Anatomy(reason, padding=Padding() if isinstance(model, nn.Module) else None), False
     for most in dict.fromkeys((longest, min(longest, LENGTH))):  # where nothing tells how long a text may be
         trial = Trial(model, vocab_size, most, device)
         try:
             anatomy = replace(anatomy, direction=trial.direction(LogitsDenoiser(model, **described)))
+            tried = True
             break
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it may need more than ids; what is wrong with it is said when it is sampled from
             logger.debug("%s could not be tried: %s", type(model).__name__, first_line(error))
-    if not isinstance(model, nn.Module):
-        return anatomy
     ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
+    if not isinstance(model, nn.Module) and not (tried and ways):
+        return anatomy
     padding = trial.padding(ways, model, lambda padding: LogitsDenoiser(model, padding=padding, **described))
     return replace(anatomy, padding=padding)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mdkern.models.denoiser import Denoiser, Head, Live
 from mdkern.models.dit import gather_rows
 from mdkern.models.hf.intercept import ID_ROOM, HeadPass, KeptAttention, Layout, Turn, WholeAttention, kept_ids
-from mdkern.models.hf.introspect import accepted_arguments, output_layer
+from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, output_layer
 
 
 class Padding(NamedTuple):
@@ -116,6 +116,7 @@ class SplitDenoiser(Denoiser):
         """As the model is now. What was found out about it is found out anew if it has other modules or tensors."""
         from mdkern.models.hf.probe import examine
 
+        check_evaluating(self.model)
         anatomy = examine(self.model, self.columns, self.max_length)
         if anatomy.reason:
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
