@@ -165,7 +165,6 @@ class TestHuggingFace:
             with pytest.raises(ValueError, match=f"length must be at most {longest}"):
                 mdkern.sample(denoiser, length=longest + 1, steps=2)
 
-
     def test_no_limit_of_the_length(self) -> None:
         """XLNet's config has -1."""
         model = bert().eval()

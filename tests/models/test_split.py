@@ -337,7 +337,7 @@ class TestFallback:
         denoiser = adapted(model)
         assert not denoiser.takes_attention_mask
         ids, mask = torch.full((1, 6), MASK), torch.tensor([[1, 1, 1, 1, 0, 0]])
-        with pytest.raises(ValueError, match="takes none, .* so nothing may be padded"):
+        with pytest.raises(ValueError, match=r"takes none, .* so nothing may be padded"):
             mdkern.sample(denoiser, input_ids=ids, attention_mask=mask)
 
 
