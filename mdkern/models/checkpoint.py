@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.models.dit import DiT, DiTConfig
-from mdkern.models.mdlm import read_mdlm
+from mdkern.models.mdlm import read_mdlm, without_time
 from mdkern.models.weight_files import (
     CONFIG_FILE,
     PathLike,
@@ -91,7 +90,7 @@ def load_dit(name_or_path: PathLike, dtype: torch.dtype | None = None, device: t
         raise FileNotFoundError(f"the training run in {path} has no final model yet: let it finish")
     else:
         model = load_mdlm(path, settings)
-    return model.to(device=device, dtype=dtype).eval() if dtype else model.to(device=device).eval()
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def load_ours(path: Path, settings: Mapping[str, Any]) -> DiT:
@@ -126,13 +125,16 @@ def load_mdlm(path: PathLike, settings: Mapping[str, Any] | None = None) -> DiT:
     block, computed here once.
     """
     path = Path(path)
-    config, weights = read_mdlm(path, read_settings(path) if settings is None else settings, check_shapes)
+    config, weights, time_conditioning = read_mdlm(path, read_settings(path) if settings is None else settings)
+    check_shapes(config, shapes_of(weights))
+    if not time_conditioning:
+        config, weights = replace(config, time_conditioning=False), without_time(weights)
     return build(config, weights)
 
 
 def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
     """A `DiT` holding the unpadded weights `state`, in their dtype."""
-    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    check_shapes(config, shapes_of(state))
     whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     if whole:
         raise ValueError(f"{whole[0]} is of {state[whole[0]].dtype}: a floating dtype is needed")
@@ -140,8 +142,7 @@ def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
     full = dict(state)
     for name in VOCAB_ROWS:
         if name in full:
-            tail = (0, padding) if full[name].ndim == 1 else (0, 0, 0, padding)
-            full[name] = F.pad(full[name], tail)
+            full[name] = torch.cat((full[name], full[name].new_zeros(padding, *full[name].shape[1:])))
     if config.tie_head:
         full["head_weight"] = full["embedding"]
     with torch.device("meta"):
@@ -150,6 +151,10 @@ def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
     if config.tie_head:
         model.head_weight = model.embedding
     return model.requires_grad_(True).to(model.embedding.device)  # the tables leave the meta device too
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -161,9 +166,8 @@ def check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> No
     if config.num_blocks > blocks:
         raise ValueError(f"weights do not fit the config: missing ['blocks.{blocks}.*'] of {config.num_blocks} blocks")
     if "embedding" in shapes and shapes["embedding"] != (config.vocab_size, config.width):
-        raise ValueError(
-            f"embedding has shape {shapes['embedding']}, the config wants {(config.vocab_size, config.width)}"
-        )
+        wanted = config.vocab_size, config.width
+        raise ValueError(f"embedding has shape {shapes['embedding']}, the config wants {wanted}")
     with torch.device("meta"):
         small = DiT(replace(config, num_blocks=1, max_length=1)).state_dict()
     expected = {}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +52,20 @@ RUN_SETTINGS = {  # the config.json's name of what a run's configuration calls o
 MASK_IDS = {"bert-base-uncased": 103, "text8": 4}  # of the tokenizers that MDLM was published with
 OTHERS = {
     "bd3lm": "BD3-LM attends to whole blocks from left to right and is sampled block by block",
-    "duo": "DUO starts from uniformly random tokens and has no mask",
-    "duo_base": "DUO starts from uniformly random tokens and has no mask",
-    "distillation": "DUO starts from uniformly random tokens and has no mask",
-    "ot-finetune": "DUO starts from uniformly random tokens and has no mask",
+    **dict.fromkeys(
+        ("duo", "duo_base", "distillation", "ot-finetune"), "DUO starts from uniformly random tokens and has no mask"
+    ),
     "sedd": "SEDD gives ratios of probabilities, not probabilities of tokens",
     "d3pm": "D3PM gives the mask a probability, too",
     "ar": "it is autoregressive",
 }
-CheckShapes = Callable[[DiTConfig, Mapping[str, tuple[int, ...]]], None]
 
 
-def read_mdlm(
-    path: Path, settings: Mapping[str, Any], check_shapes: CheckShapes
-) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """The config and the weights, under our names, of MDLM's checkpoint. See `mdkern.models.checkpoint.load_mdlm`."""
+def read_mdlm(path: Path, settings: Mapping[str, Any]) -> tuple[DiTConfig, dict[str, Tensor], bool]:
+    """The config and the weights, under our names, of MDLM's checkpoint, and whether it is told the time.
+
+    The weights are always those of a model that is. See `mdkern.models.checkpoint.load_mdlm`.
+    """
     refuse_others(path, settings)
     state, beside = read_content(path)
     if "model" in beside and "ema" in beside and not state:
@@ -84,7 +82,7 @@ def read_mdlm(
     try:
         config = DiTConfig(
             vocab_size=vocab_size,
-            mask_id=mask_of(path, settings, vocab_size),
+            mask_id=settings.get("mask_index", vocab_size - 1),
             eos_id=settings.get("eos_token_id"),
             max_length=settings.get("model_length", 1024),
             num_blocks=settings.get("n_blocks", last_block + 1),
@@ -96,11 +94,8 @@ def read_mdlm(
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"the settings of {path} do not describe a DiT: {error}") from error
-    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    if not settings.get("time_conditioning", False):
-        config, weights = replace(config, time_conditioning=False), without_time(weights)
-    log.info("loaded an MDLM checkpoint: %d blocks, width %d, vocabulary %d", config.num_blocks, width, vocab_size)
-    return config, weights
+    log.info("read an MDLM checkpoint: %d blocks, width %d, vocabulary %d", config.num_blocks, width, vocab_size)
+    return config, weights, settings.get("time_conditioning", False)
 
 
 def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
@@ -109,39 +104,36 @@ def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
     def text(name: str) -> str:
         return str(settings.get(name) or "").lower()
 
-    kind = text("model_type") or text("algorithm")
-    reason = OTHERS.get(kind, "")
-    if isinstance(settings.get("graph"), Mapping):  # SEDD's config.json is its run's configuration
-        reason = OTHERS["sedd"]
-    elif settings.get("causal"):
-        reason = OTHERS["ar"]
-    elif settings.get("cross_attn") or settings.get("block_size", None) not in (None, settings.get("model_length")):
-        reason = OTHERS["bd3lm"]
-    elif text("parameterization") not in ("", "subs"):
-        names = {"sedd": "sedd", "score": "sedd", "ar": "ar"}
-        reason = (
-            reason
-            or OTHERS.get(names.get(text("parameterization"), ""), "")
-            or (f"its parameterization {text('parameterization')!r} is not MDLM's 'subs'")
-        )
-    elif text("diffusion") not in ("", "absorbing_state"):
-        reason = f"its noise is {text('diffusion')!r}, not masking"
-    elif text("backbone") not in ("", "dit"):
-        reason = f"its backbone is {text('backbone')!r}, not the transformer of MDLM"
-    elif settings.get("time_conditioning") and text("noise") not in ("", "loglinear", "log-linear"):
-        reason = f"it is conditioned on the times of noise {text('noise')!r}, not of the log-linear one"
-    elif not reason and kind not in ("", "mdlm"):
-        reason = f"{kind!r} is no kind of model that mdkern knows"
+    kind, parameterization = text("model_type") or text("algorithm"), text("parameterization")
+    meant = {"sedd": "sedd", "score": "sedd", "ar": "ar"}.get(parameterization, "")
+    signs = (  # the first that is there is the reason
+        (isinstance(settings.get("graph"), Mapping), OTHERS["sedd"]),  # SEDD's config.json is its run's configuration
+        (settings.get("causal"), OTHERS["ar"]),
+        (settings.get("cross_attn"), OTHERS["bd3lm"]),
+        (settings.get("block_size") not in (None, settings.get("model_length")), OTHERS["bd3lm"]),
+        (kind in OTHERS, OTHERS.get(kind)),
+        (meant, OTHERS.get(meant)),
+        (parameterization not in ("", "subs"), f"its parameterization {parameterization!r} is not MDLM's 'subs'"),
+        (text("diffusion") not in ("", "absorbing_state"), f"its noise is {text('diffusion')!r}, not masking"),
+        (text("backbone") not in ("", "dit"), f"its backbone is {text('backbone')!r}, not the transformer of MDLM"),
+        (
+            settings.get("time_conditioning") and text("noise") not in ("", "loglinear", "log-linear"),
+            f"it is conditioned on the times of noise {text('noise')!r}, not of the log-linear one",
+        ),
+        (kind not in ("", "mdlm"), f"{kind!r} is no kind of model that mdkern knows"),
+    )
+    for there, reason in signs:
+        if there:
+            raise ValueError(f"{path} cannot be loaded as a masked diffusion model: {reason}")
     if not isinstance(settings.get("time_conditioning", False), bool):
         raise ValueError(f"time_conditioning of {path} must be true or false, not {settings['time_conditioning']!r}")
-    if reason:
-        raise ValueError(f"{path} cannot be loaded as a masked diffusion model: {reason}")
 
 
 def agreed(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given and those of the checkpoint, which may add to each other but not differ."""
-    aliases = {"mask_token_id": "mask_index"}
-    given = {aliases.get(name, name): value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "mask_token_id" in given:
+        given.setdefault("mask_index", given.pop("mask_token_id"))
     for name in own.keys() & given.keys():
         if own[name] != given[name]:
             raise ValueError(f"the config says {name}={given[name]}, the run that wrote {path} had {own[name]}")
@@ -165,11 +157,17 @@ def run_settings(path: Path, hyper_parameters: Any, state: Mapping[str, Tensor])
                 settings[name] = value
     if settings.get("algorithm") is None and settings.get("parameterization") == "subs":
         settings["algorithm"] = "mdlm"
-    settings |= special_ids(hyper_parameters.get("tokenizer"), len(state.get("backbone.vocab_embed.embedding", ())))
     tokenizer = str(settings.pop("tokenizer", ""))
-    if "mask_index" not in settings and tokenizer in MASK_IDS:
+    if tokenizer in MASK_IDS:
         settings["mask_index"] = MASK_IDS[tokenizer]
-    return settings
+    vocab_size = len(state.get("backbone.vocab_embed.embedding", ()))
+    return settings | special_ids(hyper_parameters.get("tokenizer"), vocab_size)
+
+
+def state_of(value: Any) -> Mapping[str, Any]:
+    """The attributes that the unpickler found of an object that is not built; none of anything else."""
+    state = getattr(value, "state", None)
+    return state if isinstance(state, Mapping) else {}
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -177,9 +175,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth > 32:
         return None
     if isinstance(value, Opaque):
-        state = getattr(value, "state", None)
-        if not isinstance(state, Mapping):
-            return None
+        state = state_of(value)
         return plain(state.get("_content", state.get("_val")), depth + 1)
     if isinstance(value, Mapping):
         return {str(name): plain(item, depth + 1) for name, item in value.items()}
@@ -204,18 +200,12 @@ def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
 
     A tokenizer without a mask token has its mask one past its own ids: the last of the model's.
     """
-    state = getattr(tokenizer, "state", None)
-    if not isinstance(state, Mapping):
-        return {}
-    special = {**{name: state.get(f"_{name}") for name in ("mask_token", "eos_token")}}
-    tokens = state.get("_special_tokens_map")
-    special |= {name: token for name, token in tokens.items() if token} if isinstance(tokens, Mapping) else {}
-    ids = token_ids(state)
+    state = state_of(tokenizer)
+    tokens, ids = state.get("_special_tokens_map"), token_ids(state)
     found = {}
     for name, key in (("mask_token", "mask_index"), ("eos_token", "eos_token_id")):
-        token = special.get(name)
-        token_state = getattr(token, "state", None)
-        text = token_state.get("content") if isinstance(token_state, Mapping) else token
+        token = (tokens.get(name) if isinstance(tokens, Mapping) else None) or state.get(f"_{name}")
+        text = state_of(token).get("content", token)
         if isinstance(text, str) and ids.get(text, vocab_size) < vocab_size:
             found[key] = ids[text]
         elif text is None and name == "mask_token" and ids and vocab_size:
@@ -240,15 +230,6 @@ def token_ids(state: Mapping[str, Any]) -> dict[str, int]:
         if isinstance(table, Mapping):
             ids |= {key: number for key, number in table.items() if isinstance(key, str) and type(number) is int}
     return ids
-
-
-def mask_of(path: Path, settings: Mapping[str, Any], vocab_size: int) -> int:
-    mask_id = settings.get("mask_index", settings.get("mask_token_id"))
-    if mask_id is None:
-        return vocab_size - 1
-    if not isinstance(mask_id, int) or not 0 <= mask_id < vocab_size:
-        raise ValueError(f"mask_index of {path} must lie in 0..{vocab_size - 1}, not {mask_id!r}")
-    return mask_id
 
 
 def averaged(path: Path, state: dict[str, Tensor], ema: Any) -> dict[str, Tensor]:

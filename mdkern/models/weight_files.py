@@ -99,15 +99,10 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [plain_file(path)]
     for name in WEIGHT_FILES:
-        index = path / f"{name}.index.json"
-        files = [path / name] if os.path.lexists(path / name) else []
-        if not files and os.path.lexists(index):
-            files = indexed_files(index)
-        missing = [file.name for file in files if not os.path.lexists(file)]
-        if missing:
-            raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {index.name} names")
-        if files:
-            return [plain_file(file) for file in files]
+        if os.path.lexists(path / name):
+            return [plain_file(path / name)]
+        if os.path.lexists(index := path / f"{name}.index.json"):
+            return indexed_files(index)
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if not files:
         raise FileNotFoundError(f"no *.safetensors and no *.bin in {path}")
@@ -117,14 +112,17 @@ def weight_files(path: Path) -> list[Path]:
 def indexed_files(index: Path) -> list[Path]:
     """The shards that an index names, all of them in its folder."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not weight_map or not isinstance(weight_map, dict) or {type(shard) for shard in weight_map.values()} != {str}:
         raise ValueError(f"{index} has no weight_map from names to files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         parts = PurePosixPath(shard).parts
         if not parts or os.path.isabs(shard) or ".." in parts or "\\" in shard:
             raise ValueError(f"{index} names {shard!r}, which lies outside of its folder")
-    return [index.parent / shard for shard in shards]
+    missing = [shard for shard in shards if not os.path.lexists(index.parent / shard)]
+    if missing:
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
+    return [plain_file(index.parent / shard) for shard in shards]
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
@@ -206,16 +204,10 @@ class TensorUnpickler(pickle.Unpickler):
     """Rebuilds tensors and plain containers only: a Lightning checkpoint also holds its run's settings and tokenizer,
     whose classes need not be installed here, and whose unpickling could run any code."""
 
-    KNOWN = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-        }
-    )
+    KNOWN = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.KNOWN:
+        if f"{module}.{name}" in self.KNOWN:
             return super().find_class(module, name)
         return type("Opaque", (Opaque,), {"source": f"{module}.{name}"})
 
