@@ -100,14 +100,17 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_module_has_its_place() -> None:
-    """The map in CONTRIBUTING.md names every folder and module of the package's top, and nothing that is not there."""
+    """CONTRIBUTING.md names no file that is not there, and its map every folder and module of the package's top."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     places = text[text.index("## The map") : text.index("## Glossary")]
     for path in (ROOT / "mdkern").iterdir():
         part_of_another = path.name.startswith("_") or path.suffix not in ("", ".py")
         assert part_of_another or path.name in places, path.name
-    for name in re.findall(r"`(\w+(?:\.py|/))`", places):
-        assert any(ROOT.glob(name)) or any(ROOT.glob(f"mdkern/**/{name}")) or any(ROOT.glob(f"benchmarks/{name}")), name
+    folders = ("", "mdkern/", "mdkern/**/", "benchmarks/", "tests/")
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert any(found for folder in folders for found in ROOT.glob(folder + name)), name
+    for name, file in re.findall(r"`(\w+)` (?:is )?in `([\w/]+\.py)`", text):
+        assert re.search(rf"^(?:def|class) {name}\b", (ROOT / "mdkern" / file).read_text(), re.MULTILINE), name
 
 
 def anchors(text: str) -> set[str]:
