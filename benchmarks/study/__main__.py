@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, default="small", help="(default: small, minutes on a CPU)")
+    parser.add_argument("--samples", metavar="N", type=int, help="a point, instead of the size's number")
     parser.add_argument("--parts", metavar="NAME", nargs="+", default=list(ORDER), help=", ".join(ORDER))
     parser.add_argument("--minutes", metavar="M", type=float, help="leave out parts that will not fit")
     parser.add_argument("--models", metavar="FOLDER", type=Path, help="with 4, 12, 12b … and tokenizer in it")
@@ -43,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = asked.output or folder / f"study-{pair}.json"
     try:
         names = in_order(asked.parts)
-        study = load_study(SIZES[asked.size], asked.device, asked.models, asked.judge, asked.data, asked.seed)
+        size = SIZES[asked.size] if asked.samples is None else replace(SIZES[asked.size], samples=asked.samples)
+        study = load_study(size, asked.device, asked.models, asked.judge, asked.data, asked.seed)
         record = Record(path, study)
     except ValueError as error:
         parser.error(str(error))

@@ -218,60 +218,71 @@ def cheapest_for(light: float, costs: Mapping[str, float]) -> float:
 
 def fitted(study: Study) -> dict[str, Any]:
     """Schedules fitted by each measure against the sandwich of the same FLOPs, on seeds that none of them has seen."""
-    size, costs = study.size, study.cost(study.pair)
+    costs = study.cost(study.pair)
     searched = study.found["search"]
     known = measured(study)
     harm = {name: harms(known, name, GRID // 2) for name in MEASURES if name in known}
     harm["influence"] = resample(searched["harm"], GRID // 2)
-    rows = []
+    plans: dict[float, dict[str, Models]] = {}
     for share in BUDGETS:
-        schedules = {"sandwich": sandwich(share), ALL_HEAVY: sandwich(0.0)}
+        plans[share] = {"sandwich": sandwich(share), ALL_HEAVY: sandwich(0.0)}
         for name, values in harm.items():
             chosen = best_schedule({"H": [0.0] * len(values), "L": values}, costs, cheapest_for(share, costs))
-            schedules[name] = segments_of(chosen, GRID)
+            plans[share][name] = segments_of(chosen, GRID)
         if share == searched["light_segments"] / searched["segments"]:
-            schedules["best of the search"] = spread(tuple(searched["best"]), GRID)
-        points = held_out(study, schedules)
-        rows.append({"light": share, "points": points})
-    return {"steps": size.steps(), "num_samples": size.samples, "seed": study.seed + HELD_OUT_SEED, "rows": rows}
+            plans[share]["best of the search"] = spread(tuple(searched["best"]), GRID)
+    return held_out(study, plans)
 
 
-def held_out(study: Study, schedules: Mapping[str, Models], models: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Points against the sandwich, on the seeds that are held out."""
+def held_out(
+    study: Study, plans: Mapping[float, Mapping[str, Models]], models: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Points of schedules by budget and name, on the seeds that are held out, against what each budget's others are.
+
+    All are run together, so that those that begin alike share it.
+    """
     size, seed = study.size, study.seed + HELD_OUT_SEED
-    against = ["sandwich", *(label for label in schedules if label == ALL_HEAVY)]
+    flat = {(share, name): schedule for share, plan in plans.items() for name, schedule in plan.items()}
+    labels = {key: f"{key[0]} {key[1]}" for key in flat}
+    against = [labels[key] for key in flat if key[1] in ("sandwich", ALL_HEAVY)]
     options: dict[str, Any] = {"steps": size.steps(), "num_samples": size.samples, "seed": seed, "against": against}
-    return study.points(schedules, models=models, **options)
+    points = study.points({labels[key]: schedule for key, schedule in flat.items()}, models=models, **options)
+    rows = []
+    for share, plan in plans.items():
+        own = {name: points[labels[share, name]] for name in plan}
+        for point in own.values():
+            bases = [name for name in ("sandwich", ALL_HEAVY) if name in plan]
+            point["over"] = {name: point["over"][labels[share, name]] for name in bases}
+        rows.append({"light": share, "points": own})
+    return {"steps": size.steps(), "num_samples": size.samples, "seed": seed, "rows": rows}
 
 
 def fitted_passes(study: Study) -> float:
-    """As if no two measures gave the same schedule."""
+    """As if no two measures gave the same schedule, and none began like another."""
     size, light = study.size, study.cost(study.pair)["L"]
-    runs = [1.0 + (len(FITTED_BY) + 1) * (1.0 - share * (1.0 - light)) for share in BUDGETS]
-    judged = JUDGING * (len(FITTED_BY) + 2) * len(BUDGETS)
-    return size.samples * (sum(runs) * events(size.steps(), size.length) + judged)
+    runs = 1.0 + sum((len(FITTED_BY) + 1) * (1.0 - share * (1.0 - light)) for share in BUDGETS)
+    judged = JUDGING * ((len(FITTED_BY) + 1) * len(BUDGETS) + 1)
+    return size.samples * (runs * events(size.steps(), size.length) + judged)
 
 
 def three_models(study: Study) -> dict[str, Any]:
     """A model between the two as a third: fitted by the path KL at the FLOPs of each sandwich of two."""
-    size = study.size
     middle = study.between[len(study.between) // 2]
     models = {"H": study.models[study.heavy], "M": study.models[middle], "L": study.models[study.light]}
     costs = study.cost(models)
     harm = {"H": [0.0] * (GRID // 2)}
     for letter, name in (("M", middle), ("L", study.light)):
         harm[letter] = harms(along(study, name), "path_kl", GRID // 2)
-    rows = []
+    plans: dict[float, dict[str, Models]] = {}
     for share in BUDGETS:
         budget = cheapest_for(share, costs)
         two = {name: harm[name] for name in "HL"}
-        schedules = {
+        plans[share] = {
             "sandwich": sandwich(share),
             "two models": segments_of(best_schedule(two, {name: costs[name] for name in "HL"}, budget), GRID),
             "three models": segments_of(best_schedule(harm, costs, budget), GRID),
         }
-        rows.append({"light": share, "points": held_out(study, schedules, models)})
-    return {"steps": size.steps(), "num_samples": size.samples, "middle": middle, "rows": rows}
+    return {"middle": middle, **held_out(study, plans, models)}
 
 
 def three_models_passes(study: Study) -> float:

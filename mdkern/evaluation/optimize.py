@@ -106,13 +106,23 @@ def check_inputs(by: str, input_ids: Tensor | None, found: Sequence[Found] | Non
 
 
 def harm_by_influence(names: Sequence[str], found: Sequence[Found]) -> dict[str, list[float]]:
-    """Influence by segment, of the models less the first one's."""
+    """Influence by segment, of the models less the first one's.
+
+    Where all schedules have equally many segments of the first model, they tell harm up to a constant: influence sums
+    to 0, however much every segment suffers. The constant taken here is the least by which each suffers, so that the
+    whole budget is used.
+    """
     values = influence(found)
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"found has no schedule with model {missing[0]}")
     whole = {name: [value.mean for value in values[name]] for name in names}
-    return {name: [a - b for a, b in zip(whole[name], whole[names[0]])] for name in names}
+    harm = {name: [a - b for a, b in zip(whole[name], whole[names[0]])] for name in names[1:]}
+    every = [value for values in harm.values() for value in values]
+    least, little = min(every), 1e-6 * (max(every) - min(every) or 1.0)
+    return {names[0]: [0.0] * len(whole[names[0]])} | {
+        name: [value - least + little for value in values] for name, values in harm.items()
+    }
 
 
 def costs(

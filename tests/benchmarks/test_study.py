@@ -127,6 +127,17 @@ class TestRun:
         assert torch.allclose(study.score(ids, given=6).float(), losses[:, 5:].mean(-1), atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_every_part_runs_on_a_gpu(tmp_path: Path) -> None:
+    """In bfloat16, with kernels and graphs."""
+    study = make_study()
+    models = {name: model.to("cuda", torch.bfloat16) for name, model in study.models.items()}
+    study = make_study(models=models, judge=study.judge.to("cuda"))
+    record = Record(tmp_path / "study.json", study)
+    assert run_parts(record, say=lambda _: None) == {}
+    assert {entry["environment"]["device"] for entry in record.parts.values()} == {torch.cuda.get_device_name()}
+
+
 class TestBudget:
     @pytest.fixture
     def parts(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:

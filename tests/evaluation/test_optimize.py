@@ -53,9 +53,12 @@ def test_a_schedule_fits_itself() -> None:
 def test_influence_is_that_of_the_search() -> None:
     scores = {models: sum(s for s, model in enumerate(models) if model == "L") for models in all_schedules(4, 2)}
     found = [Found(models, torch.full((3,), float(score))) for models, score in scores.items()]
-    assert optimize_schedule(
-        HEAVY, HEAVY, budget=2 / 3, by="influence", found=found, cost=COST
-    ) == Schedule.from_segments("LLHH")
+    for light, schedule in enumerate(
+        ("HHHH", "LHHH", "LLHH", "LLLH", "LLLL")
+    ):  # the whole budget, not half of it light
+        budget = 1 - light / 4 * 2 / 3
+        fitted = optimize_schedule(HEAVY, HEAVY, budget=budget, by="influence", found=found, cost=COST)
+        assert fitted == Schedule.from_segments(schedule)
 
 
 def test_three_models_take_what_their_harm_and_cost_allow() -> None:
