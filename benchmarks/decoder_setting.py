@@ -242,16 +242,15 @@ def pair_rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def quality(bench: Bench, sequences: Tensor) -> Row:
     """Judge perplexity with its standard error, and the entropy of a sample's tokens in nats."""
-    from training.judge import judge_nll
+    from mdkern.evaluation.text import judge, token_entropy
 
-    nll = judge_nll(bench.judge, sequences).double()
-    shares = [row.unique(return_counts=True)[1].double() / len(row) for row in sequences]
+    nll = judge(bench.judge, sequences).nats_per_token()
     perplexity = math.exp(nll.mean())
     return {
         "samples": len(sequences),
         "perplexity": perplexity,
         "perplexity_error": perplexity * float(nll.std()) / math.sqrt(len(nll)),
-        "token_entropy": statistics.mean(float(torch.special.entr(share).sum()) for share in shares),
+        "token_entropy": float(token_entropy(sequences).mean()),
     }
 
 

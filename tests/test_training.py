@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from mdkern.cli import main as cli
+from mdkern.evaluation.text import judge as score
 from mdkern.models import DiT, DiTConfig, load_dit
-from training import checkpoint, data, judge, loop, sizes, train
+from training import checkpoint, data, judge, loop, options, sizes, train
 from training.batches import MaskedBatches, Prefetched, masked_batch, step_generator, stratified_times
 from training.evaluate import MaskedLoss, held_out_nelbo
 from training.loop import World
@@ -392,7 +393,7 @@ def test_a_stopped_run_goes_on_as_if_unbroken(tmp_path, token_file, unbroken, mo
         if by == "deadline":
             clock = SimpleNamespace(monotonic=lambda: float(len(taken)))
             patch.setattr(loop, "time", clock)
-            patch.setattr(train, "time", clock)
+            patch.setattr(options, "time", clock)
         assert train.main(command + (["--stop-after", "40"] if by == "deadline" else [])) == 0
     assert len(losses(tmp_path)) == 40
     assert not (tmp_path / "final").exists()
@@ -753,7 +754,7 @@ def test_the_judge_learns_and_is_saved_for_transformers(judge_folder):
     assert GPT2LMHeadModel.from_pretrained(judge_folder / "final").dtype == torch.bfloat16
 
 
-def test_judge_nll_is_the_chain_rule(token_file):
+def test_the_judges_likelihood_is_the_chain_rule(token_file):
     torch.manual_seed(0)
     model = judge.make_judge(data.read_info(token_file), 1, 16, 2, 16).eval()
     sequences = torch.randint(0, VOCAB, (5, 12))
@@ -762,8 +763,9 @@ def test_judge_nll_is_the_chain_rule(token_file):
         with torch.no_grad():
             log_probs = model(sequences[:, :end]).logits[:, -1].log_softmax(-1)
         expected -= log_probs.gather(1, sequences[:, end : end + 1])[:, 0] / 11
-    assert torch.allclose(judge.judge_nll(model, sequences), expected, atol=1e-5)
-    assert torch.allclose(judge.judge_nll(model, sequences, batch_size=2), expected, atol=1e-5)
+    for batch_size in (64, 2):
+        judged = score(model, sequences, batch_size=batch_size).nats_per_token()
+        assert torch.allclose(judged.float(), expected, atol=1e-5)
     for bad in (sequences[0], torch.zeros(2, 17, dtype=torch.int64), sequences + VOCAB):
-        with pytest.raises(ValueError, match=r"must have shape|must lie in"):
-            judge.judge_nll(model, bad)
+        with pytest.raises(ValueError, match=r"must be \[N, L\]|must hold ids in"):
+            score(model, bad)

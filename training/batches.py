@@ -93,11 +93,23 @@ def masked_batch(windows: Array, t: Floats, uniforms: Floats, mask_id: int) -> M
     return MaskedBatch(*map(torch.from_numpy, (input_ids, t, row_index, targets, weights)))
 
 
+def own_shards(batch_size: int, rank: int, world: int, accumulate: int) -> list[slice]:
+    """The sequences of a global batch that go into each micro-batch of a rank: every n-th, from another one on.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    shards = world * accumulate
+    if batch_size % shards:
+        raise ValueError(f"batch size {batch_size} does not divide into {world} processes x {accumulate} micro-batches")
+    return [slice(k, None, shards) for k in range(rank * accumulate, (rank + 1) * accumulate)]
+
+
 @dataclass(frozen=True)
 class MaskedBatches:
     """The batches of a training run: ``batches(step)`` gives this rank's micro-batches of a step.
 
-    Shard k of n takes every n-th sequence from k on, so each shard's times are stratified too.
+    They are shared out as `own_shards` says, so each shard's times are stratified, too.
     """
 
     tokens: Array  # [count] uint16 or uint32
@@ -111,11 +123,7 @@ class MaskedBatches:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.world * self.accumulate):
-            raise ValueError(
-                f"batch size {self.batch_size} does not divide into {self.world} processes x {self.accumulate} "
-                "micro-batches"
-            )
+        own_shards(self.batch_size, self.rank, self.world, self.accumulate)
         if len(self.tokens) < self.length:
             raise ValueError(f"the token file has {len(self.tokens)} tokens, fewer than the length {self.length}")
 
@@ -124,9 +132,8 @@ class MaskedBatches:
         windows = random_windows(self.tokens, self.batch_size, self.length, generator)
         t = stratified_times(self.batch_size, self.eps, generator)
         uniforms = generator.random(windows.shape, dtype=np.float32)
-        shards = self.world * self.accumulate
-        own = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
-        return [masked_batch(windows[k::shards], t[k::shards].copy(), uniforms[k::shards], self.mask_id) for k in own]
+        own = own_shards(self.batch_size, self.rank, self.world, self.accumulate)
+        return [masked_batch(windows[part], t[part].copy(), uniforms[part], self.mask_id) for part in own]
 
 
 @dataclass(frozen=True)

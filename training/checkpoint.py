@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.data import atomic_open
+from mdkern.digest import digest
+from mdkern.files import replacing, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +24,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
     With it goes a checksum of all that it holds, under the name `CHECKSUM`.
     """
-    with atomic_open(folder / ".checkpoint.new") as file:
-        torch.save(state | {CHECKSUM: checksum(state)}, file)
-    if (folder / CURRENT).exists():
-        link = folder / ".checkpoint.link"
-        link.unlink(missing_ok=True)
-        os.link(folder / CURRENT, link)  # so that the current name never goes missing
-        os.replace(link, folder / PREVIOUS)
-    os.replace(folder / ".checkpoint.new", folder / CURRENT)
+    with replacing(folder / CURRENT) as file:
+        torch.save(state | {CHECKSUM: digest(state)}, file)
+        if (folder / CURRENT).exists():
+            link = folder / ".checkpoint.link"
+            link.unlink(missing_ok=True)
+            os.link(folder / CURRENT, link)  # so that the current name never goes missing
+            os.replace(link, folder / PREVIOUS)
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -49,7 +47,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     for path in paths:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if state.pop(CHECKSUM, None) != checksum(state):
+            if state.pop(CHECKSUM, None) != digest(state):
                 raise ValueError("its checksum is not that of what it holds")
             return state
         except Exception as error:  # a damaged file fails in a dozen ways
@@ -67,31 +65,6 @@ def saved_config(folder: Path) -> dict[str, Any]:
     except Exception:  # what is wrong with it is said where the checkpoint is loaded
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def checksum(value: Any) -> str:
-    """SHA-256 of a checkpoint's content: names, types, shapes and numbers."""
-    digest = hashlib.sha256()
-    for part in parts_of(value):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def parts_of(value: Any) -> Iterator[Any]:
-    if isinstance(value, torch.Tensor):
-        yield f"{value.dtype}{list(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    elif isinstance(value, dict):
-        yield f"{{{len(value)}".encode()
-        for key, item in value.items():
-            yield repr(key).encode()
-            yield from parts_of(item)
-    elif isinstance(value, list | tuple):
-        yield f"[{len(value)}".encode()
-        for item in value:
-            yield from parts_of(item)
-    else:
-        yield repr(value).encode()
 
 
 def check_same_config(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -120,9 +93,7 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Keep the lines with ``step <= last_step`` and append after them."""
-        kept = [line + "\n" for line, record in read_records(path) if record["step"] <= last_step]
-        with atomic_open(path, "w") as file:
-            file.writelines(kept)
+        write_whole(path, "".join(f"{line}\n" for line, record in read_records(path) if record["step"] <= last_step))
         self.file = open(path, "a")  # noqa: SIM115 - held for the run's length
 
     def write(self, records: list[dict[str, Any]]) -> None:

@@ -15,13 +15,11 @@ document followed by the end-of-text token. All files are written atomically.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import lzma
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +29,8 @@ from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
+
+from mdkern.files import replacing, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +56,6 @@ class TokenFileInfo:
     sha256: str
     text_bytes: int
     sources: list[str]
-
-
-@contextlib.contextmanager
-def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that becomes `path` when the block ends without an error, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- reading text
@@ -177,10 +162,9 @@ def train_bpe(sources: Sequence[str], vocab_size: int, out: Path, sample_every: 
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,
     }
-    with atomic_open(out / "tokenizer_config.json", "w") as file:
-        json.dump(config, file, indent=2)
-    with atomic_open(out / "tokenizer.json", "w") as file:
-        file.write(tokenizer.to_str())
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "tokenizer_config.json", json.dumps(config, indent=2))
+    write_whole(out / "tokenizer.json", tokenizer.to_str())
 
 
 def _every_nth_megabyte(sources: Sequence[str], every: int) -> Iterator[str]:
@@ -247,7 +231,8 @@ def tokenize(sources: Sequence[str], tokenizer: Path, out: Path, max_tokens: int
     encoder = TextEncoder.load(tokenizer)
     dtype = np.dtype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32)
     digest, count, text_bytes = hashlib.sha256(), 0, 0
-    with atomic_open(out) as file, tqdm(unit="tok", unit_scale=True, disable=None) as bar:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as file, tqdm(unit="tok", unit_scale=True, disable=None) as bar:
         for items in _batches(documents_text(itertools.chain.from_iterable(map(paragraphs, sources)))):
             encoded = np.array(encoder.encode(items), dtype=dtype)
             ids = encoded if max_tokens is None else encoded[: max_tokens - count]
@@ -280,8 +265,7 @@ def _batches(items: Iterator[str | None]) -> Iterator[list[str | None]]:
 
 
 def write_info(path: Path, info: TokenFileInfo) -> None:
-    with atomic_open(path.with_suffix(".json"), "w") as file:
-        json.dump(asdict(info), file, indent=2)
+    write_whole(path.with_suffix(".json"), json.dumps(asdict(info), indent=2))
 
 
 def read_info(path: Path) -> TokenFileInfo:
@@ -291,6 +275,14 @@ def read_info(path: Path) -> TokenFileInfo:
             f"{path.with_suffix('.json')} is missing: make it with `python -m training.data tokenize`"
         )
     return TokenFileInfo(**json.loads(path.with_suffix(".json").read_text()))
+
+
+def open_pair(train: Path, valid: Path) -> list[tuple[np.ndarray, TokenFileInfo]]:
+    """Two token files, see `open_tokens`. Raises ValueError also if their tokenizers differ."""
+    pair = [open_tokens(train), open_tokens(valid)]
+    if len({info.tokenizer_sha256 for _, info in pair}) > 1:
+        raise ValueError(f"{train} and {valid} were made with different tokenizers")
+    return pair
 
 
 def open_tokens(path: Path) -> tuple[np.ndarray, TokenFileInfo]:
@@ -312,9 +304,10 @@ def pack(path: Path, out: Path) -> Path:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
     info = read_info(path)
     packed = out / f"{path.name}.xz"
+    out.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "rb") as source,
-        atomic_open(packed) as file,
+        replacing(packed) as file,
         lzma.LZMAFile(file, "wb", format=lzma.FORMAT_XZ, filters=filters) as compressed,
     ):
         shutil.copyfileobj(source, compressed, 1 << 20)
@@ -328,7 +321,8 @@ def unpack(packed: Path, out: Path) -> Path:
     info = read_info(packed.with_suffix(""))
     digest, size = hashlib.sha256(), 0
     described = info.count * np.dtype(info.dtype).itemsize
-    with lzma.open(packed, "rb") as source, atomic_open(path) as file:
+    out.mkdir(parents=True, exist_ok=True)
+    with lzma.open(packed, "rb") as source, replacing(path) as file:
         try:
             while block := source.read(1 << 20):
                 size += len(block)

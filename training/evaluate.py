@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdkern.evaluation.intervals import estimate
 from mdkern.models import DiT
 from training.batches import Array, even_windows, masked_batch, step_generator, stratified_times
 from training.loop import World
@@ -64,9 +65,7 @@ def held_out_nelbo(
     the mean cross-entropy of a masked token and the mean of the bound's integrand.
     """
     windows = even_windows(tokens, samples, length)
-    device = world.device
-    t_all, sequence_nelbo, sequence_nll, sequence_masked = [], [], [], []
-    batch_means = []
+    parts = []  # of each batch [4, B]: t, and by sequence the bound, the cross-entropy and the number of masked tokens
     for number in range(math.ceil(samples / batch_size)):
         generator = step_generator(seed, number, stream=1)
         chosen = np.arange(number * batch_size, (number + 1) * batch_size) % len(windows)
@@ -74,40 +73,29 @@ def held_out_nelbo(
         uniforms = generator.random((batch_size, length), dtype=np.float32)
         # Times come in ascending order but for a rotation: shuffled, so that no window always gets the large ones.
         batch = masked_batch(windows[chosen], generator.permutation(t), uniforms, model.config.mask_id)
-        on_device = [x.to(device) for x in batch]
         with world.autocast():
-            nll = row_losses(model, *on_device[:4])
-        sequence = batch.row_index // length
+            losses = row_losses(model, *(x.to(world.device) for x in batch[:4])).cpu().double()
         real = (batch.weights > 0).double()
-        sums = [torch.zeros(batch_size, dtype=torch.float64) for _ in range(3)]
-        for total, values in zip(sums, (nll.cpu().double() * batch.weights, nll.cpu().double() * real, real)):
-            total.index_add_(0, sequence, values)
-        t_all.append(batch.t.double())
-        sequence_nelbo.append(sums[0] / length)
-        sequence_nll.append(sums[1])
-        sequence_masked.append(sums[2])
-        batch_means.append(float(sums[0].mean()) / length)
-    bins = (torch.cat(t_all) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    by_bin = [torch.zeros(TIME_BINS, dtype=torch.float64) for _ in range(4)]
-    ones = torch.ones(len(bins), dtype=torch.float64)
-    parts = (torch.cat(sequence_nelbo), torch.cat(sequence_nll), torch.cat(sequence_masked), ones)
-    for total, values in zip(by_bin, parts):
-        total.index_add_(0, bins, values)
-    nelbo = float(np.mean(batch_means))
-    count = len(batch_means)
-    error = float(np.std(batch_means, ddof=1)) / math.sqrt(count) if count > 1 else None
+        by_row = torch.stack((losses * batch.weights / length, losses * real, real))
+        sums = by_row.new_zeros(3, batch_size).index_add_(1, batch.row_index // length, by_row)
+        parts.append(torch.cat((batch.t.double()[None], sums)))
+    t_of, *sums_of = torch.cat(parts, 1)
+    bins = (t_of * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    values = torch.stack((*sums_of, torch.ones_like(t_of)))
+    nelbo, cross_entropy, masked, count = values.new_zeros(4, TIME_BINS).index_add_(1, bins, values)
+    bound = estimate(torch.stack([part[1].mean() for part in parts]))
     return {
-        "nelbo_nats_per_token": nelbo,
-        "standard_error": error,
-        "perplexity_bound": math.exp(nelbo),
+        "nelbo_nats_per_token": bound.mean,
+        "standard_error": bound.standard_error if bound.count > 1 else None,
+        "perplexity_bound": math.exp(bound.mean),
         "samples": len(bins),
         "windows": len(windows),
         "length": length,
         "by_t": [
             {
                 "t": [i / TIME_BINS, (i + 1) / TIME_BINS],
-                "cross_entropy": float(by_bin[1][i] / by_bin[2][i]),
-                "nelbo": float(by_bin[0][i] / by_bin[3][i]),
+                "cross_entropy": float(cross_entropy[i] / masked[i]),
+                "nelbo": float(nelbo[i] / count[i]),
             }
             for i in range(TIME_BINS)
         ],

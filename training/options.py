@@ -1,15 +1,22 @@
-"""Command-line arguments that training a denoiser and training the judge have in common."""
+"""What the commands that train a denoiser and the judge have in common: arguments, the trainer, errors."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from training.loop import LoopOptions
-from training.optim import lr_schedule
+from training.loop import LoopOptions, Trainer, World, joined_world
+from training.optim import WeightAverage, lr_schedule, make_optimizers
+
+# What all runs have of what makes them what they are.
+SETTINGS = ("length", "batch_size", "grad_accum", "seed", "optimizer", "lr", "muon_lr", "weight_decay", "schedule",
+            "lr_floor", "warmup", "clip", "ema_decay")  # fmt: skip
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,15 +63,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: no CUDA device here")
 
 
-def run_config(args: argparse.Namespace, names: Sequence[str], **more: Any) -> dict[str, Any]:
-    """The settings that make a run what it is: resuming with other ones is refused."""
-    optimizer = ["optimizer", "lr", "muon_lr", "weight_decay", "schedule", "lr_floor", "warmup", "clip", "ema_decay"]
-    return {name: getattr(args, name) for name in [*names, *optimizer]} | more
+def make_trainer(
+    args: argparse.Namespace, objective: Any, settings: dict[str, Any], world: World, started: float
+) -> Trainer:
+    """The trainer of ``objective.model``, at its checkpoint if there is one.
 
-
-def loop_options(args: argparse.Namespace, total_steps: int, tokens_per_step: int, started: float) -> LoopOptions:
-    """The loop's options; `started` is the `time.monotonic()` from which --stop-after counts."""
-    return LoopOptions(
+    Args:
+        objective: a batch's loss, see `Trainer`.
+        settings: beside the arguments that all runs have, what makes the run what it is: resuming with others is
+            refused.
+        started: the `time.monotonic()` from which --stop-after counts.
+    """
+    if world.device.type == "cuda" and not args.no_compile:
+        objective.compile(dynamic=False)
+    tokens_per_step = args.batch_size * args.length
+    total_steps = math.ceil(args.tokens / tokens_per_step)
+    options = LoopOptions(
         out=args.out,
         total_steps=total_steps,
         tokens_per_step=tokens_per_step,
@@ -76,3 +90,40 @@ def loop_options(args: argparse.Namespace, total_steps: int, tokens_per_step: in
         resume=args.resume,
         workers=args.workers,
     )
+    config = {name: getattr(args, name) for name in SETTINGS} | {"total_steps": total_steps} | settings
+    model = objective.model
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.muon_lr or args.lr, args.weight_decay)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model, objective, optimizers, WeightAverage(model, args.ema_decay), config, options, world)
+    trainer.resume()
+    return trainer
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    check: Callable[[argparse.Namespace], None],
+    work: Callable[[argparse.Namespace, World, float], Any],
+) -> int:
+    """Parse and check a command line, join the other processes and work. Returns the exit code.
+
+    `work` takes the arguments, the processes and the `time.monotonic()` at which the command began.
+    """
+    started = time.monotonic()
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    try:
+        check_arguments(args)
+        check(args)
+        torch.set_float32_matmul_precision("high")
+        with joined_world(args.device) as world:
+            if world.rank:
+                logging.getLogger().setLevel(logging.WARNING)
+            work(args, world, started)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    except (FloatingPointError, OSError) as error:  # a full disk: what was written before is whole
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    return 0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data import TokenFileInfo, atomic_open, open_tokens, tokenize, train_bpe, write_info
+from mdkern.files import replacing, write_whole
+from training.data import TokenFileInfo, open_tokens, tokenize, train_bpe, write_info
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ def prepare_text(text: Path, out: Path, tokenizer: Path | None = None) -> tuple[
         write_part(path, part, info)
     whole.unlink()
     whole.with_suffix(".json").unlink()
-    with atomic_open(made, "w") as file:
-        json.dump(source, file)
+    write_whole(made, json.dumps(source))
     log.info("%s: %d tokens to train on, %d held out", text, cut, len(tokens) - cut)
     return train, valid, folder
 
@@ -71,7 +71,7 @@ def train_fitting_bpe(text: Path, folder: Path) -> None:
 
 def write_part(path: Path, tokens: np.ndarray, info: TokenFileInfo) -> None:
     share = len(tokens) / info.count
-    with atomic_open(path) as file:
+    with replacing(path) as file:
         file.write(tokens.tobytes())
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     write_info(path, replace(info, count=len(tokens), sha256=digest, text_bytes=round(share * info.text_bytes)))

@@ -19,21 +19,21 @@ import json
 import logging
 import math
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from mdkern.files import write_whole
 from mdkern.models import DiT, DiTConfig, load_dit, save_dit
 from training.batches import MaskedBatches
 from training.checkpoint import load_checkpoint, saved_config
-from training.data import atomic_open, open_tokens
+from training.data import open_pair, open_tokens
 from training.evaluate import MaskedLoss, held_out_nelbo
-from training.loop import Trainer, World, joined_world
-from training.optim import WeightAverage, make_optimizers
-from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, loop_options, run_config
+from training.loop import World
+from training.optim import WeightAverage
+from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, make_trainer, run_command
 from training.prepare import prepare_text
 from training.sizes import PRESETS, choose_sizes, fit_memory
 
@@ -78,36 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_trainer(
-    args: argparse.Namespace, config: DiTConfig, data_sha256: str, world: World, started: float
-) -> Trainer:
-    """The trainer of a denoiser, at its checkpoint if there is one."""
-    torch.manual_seed(args.seed)
-    model = DiT(config).to(world.device)
-    objective = MaskedLoss(model, world.size / (args.batch_size * args.length))
-    if world.device.type == "cuda" and not args.no_compile:
-        objective.compile(dynamic=False)
-    tokens_per_step = args.batch_size * args.length
-    total_steps = math.ceil(args.tokens / tokens_per_step)
-    options = loop_options(args, total_steps, tokens_per_step, started)
-    model_settings = {f"model.{key}": value for key, value in asdict(config).items()}
-    names = ["length", "batch_size", "grad_accum", "eps", "seed"]
-    settings = run_config(args, names, total_steps=total_steps, data_sha256=data_sha256, **model_settings)
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.muon_lr or args.lr, args.weight_decay)
-    trainer = Trainer(model, objective, optimizers, WeightAverage(model, args.ema_decay), settings, options, world)
-    trainer.resume()
-    return trainer
-
-
 def train(args: argparse.Namespace, world: World, started: float) -> bool:
     """Train, and save and evaluate the averaged weights once the run is complete. Returns whether it is."""
     prepare(args, world)
-    tokens, info = open_tokens(args.data)
-    valid_tokens, valid_info = open_tokens(args.valid)
+    (tokens, info), (valid_tokens, _) = open_pair(args.data, args.valid)
     choose_sizes(args, len(tokens), len(valid_tokens))
     check_arguments(args)
-    if valid_info.tokenizer_sha256 != info.tokenizer_sha256:
-        raise ValueError(f"{args.data} and {args.valid} were made with different tokenizers")
     config = DiTConfig(
         vocab_size=info.vocab_size,
         mask_id=info.mask_id,
@@ -126,11 +102,14 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
     batches = MaskedBatches(
         tokens, args.batch_size, args.length, info.mask_id, args.seed, args.eps, world.rank, world.size, args.grad_accum
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(args, config, info.sha256, world, started)
+    torch.manual_seed(args.seed)
+    model = DiT(config).to(world.device)
+    objective = MaskedLoss(model, world.size / (args.batch_size * args.length))
+    settings = {"eps": args.eps, "data_sha256": info.sha256} | {f"model.{k}": v for k, v in asdict(config).items()}
+    trainer = make_trainer(args, objective, settings, world, started)
     log.info(
         "%.2f M parameters, %d steps of %d tokens",
-        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
+        sum(p.numel() for p in model.parameters()) / 1e6,
         trainer.options.total_steps,
         trainer.options.tokens_per_step,
     )
@@ -138,8 +117,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
         log.info("stopped at step %d; the same command goes on from there", trainer.step)
         return False
     if world.rank == 0:
-        final = copy.deepcopy(trainer.model)
-        assert isinstance(final, DiT)
+        final = copy.deepcopy(model)
         trainer.average.copy_to(final)
         save_dit(final, args.out / "final")
         evaluate(final, args, world, trainer.step)
@@ -183,8 +161,7 @@ def evaluate(model: DiT, args: argparse.Namespace, world: World, step: int | Non
         "valid_sha256": info.sha256,
         "step": step,
     }
-    with atomic_open(args.out / "eval.json", "w") as file:
-        json.dump(result, file, indent=2)
+    write_whole(args.out / "eval.json", json.dumps(result, indent=2))
     log.info(
         "held-out NELBO %.4f nats a token, %.4f bits a byte", result["nelbo_nats_per_token"], result["bits_per_byte"]
     )
@@ -207,33 +184,24 @@ def evaluate_only(args: argparse.Namespace, world: World) -> None:
     evaluate(model, args, world, state["step"])
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a run without data, and fill in what evaluation alone needs."""
+    if args.eval_only:
+        args.valid = args.valid or args.out / "data" / "valid.bin"
+        args.eval_samples = args.eval_samples or PRESETS["tiny"]["eval_samples"]
+    elif args.data is None:
+        raise ValueError("--data is needed to train")
+
+
+def work(args: argparse.Namespace, world: World, started: float) -> None:
+    if args.eval_only:
+        evaluate_only(args, world)
+    else:
+        train(args, world, started)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    started = time.monotonic()
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
-    try:
-        check_arguments(args)
-        if args.data is None and not args.eval_only:
-            raise ValueError("--data is needed to train")
-        if args.eval_only:
-            args.valid = args.valid or args.out / "data" / "valid.bin"
-            args.eval_samples = args.eval_samples or PRESETS["tiny"]["eval_samples"]
-        torch.set_float32_matmul_precision("high")
-        with joined_world(args.device) as world:
-            if world.rank:
-                logging.getLogger().setLevel(logging.WARNING)
-            if args.eval_only:
-                evaluate_only(args, world)
-            else:
-                train(args, world, started)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    except (FloatingPointError, OSError) as error:  # a full disk: what was written before is whole
-        log.error("%s", error)
-        return 1
-    return 0
+    return run_command(build_parser(), argv, check, work)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,16 @@ def judge(model: Any, sequences: Tensor, lengths: Tensor | None = None, batch_si
     with torch.inference_mode():
         for ids, length in zip(sequences.split(size), lengths.split(size)):
             ids = ids.to(model.device, torch.int64)
-            losses = F.cross_entropy(
-                model(ids).logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            ).view(len(ids), -1)
+            losses = next_token_losses(model, ids)
             inside = torch.arange(1, ids.shape[1], device=ids.device) < length.to(ids.device)[:, None]
             nats.append((losses.double() * inside).sum(-1).cpu())
     return JudgedTexts(torch.cat(nats) if nats else torch.empty(0).double(), lengths.cpu() - 1)
+
+
+def next_token_losses(model: Any, ids: Tensor) -> Tensor:
+    """-log p of every token but the first given those before it, nats: ``[B, L]`` int64 -> ``[B, L - 1]`` float32."""
+    logits = model(ids).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
 def judge_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 64) -> JudgedTexts:

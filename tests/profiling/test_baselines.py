@@ -63,10 +63,10 @@ def agreement(ours: Tensor, theirs: Tensor, vocab_size: int) -> dict[str, float]
     """
     from transformers import GPT2LMHeadModel
 
-    from training.judge import judge_nll
+    from mdkern.evaluation.text import judge as score
 
     judge = GPT2LMHeadModel.from_pretrained(JUDGE, dtype=torch.float32).to(ours.device).eval()
-    scores = [judge_nll(judge, x).double().cpu() for x in (ours, theirs)]
+    scores = [score(judge, x).nats_per_token() for x in (ours, theirs)]
     error = math.sqrt(sum(float(s.var()) / len(s) for s in scores))
     thin = [x[:, 8::16].cpu() for x in (ours, theirs)]
     bigram = [(x[:, 8:-1:16] * vocab_size + x[:, 9::16]).cpu() % 1009 for x in (ours, theirs)]  # hashed: few repeat
