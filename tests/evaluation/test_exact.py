@@ -26,6 +26,11 @@ from mdkern.decoders import (
     TopProbability,
     View,
 )
+from mdkern.engine import stepwise
+from mdkern.engine.progress import Settings
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState
+from mdkern.evaluation.exact import TrueTokens
 from tests.evaluation import two_tokens
 from tests.references.enumeration import LENGTH, MASK, VOCAB, ToyDenoiser, chi_square_p
 
@@ -108,7 +113,7 @@ CASES = [
     if not (isinstance(decoder[0], PositionAware | ByPast) and options.get("steps", 2) == 4)
     and not (isinstance(decoder[0], PositionAware) and "schedule" in options)
 ]
-QUICK, LONG = CASES[::3], CASES[1::3]  # all decoders, some setting of each
+QUICK, LONG = CASES[::3], CASES[1::3]  # together all decoders, some settings of each
 
 
 @pytest.mark.parametrize(("decoder", "by", "drawn", "options"), CASES)
@@ -219,6 +224,28 @@ class TestDiT:
         on_gpu = likelihood(model.to("cuda"), input_ids=ids.cuda(), **asked)
         close = (on_gpu.nats.cpu() / on_cpu.nats - 1).abs() < 1e-4
         assert close.double().mean() > 0.9  # an order may differ at a near tie
+
+    @pytest.mark.gpu
+    def test_no_host_synchronisation_in_a_pass(self, make_dit: Callable[..., DiT]) -> None:
+        model = make_dit(seed=3).to("cuda")
+        ids = torch.full((4, 12), model.config.mask_id, device="cuda")
+        request = resolve(model, input_ids=ids, decoder="margin", temperature=0.0)
+        state, settings = SamplerState.of(request), Settings.of(request)
+        progress = stepwise.prepare(request, settings, state, None)
+        denoiser, true = request.denoisers["H"], TrueTokens.of(torch.zeros_like(ids))
+        with torch.no_grad():
+            for turn in range(4):
+                if turn == 1:  # kernels are compiled
+                    progress.begin_segment(state, settings, request.steps)
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    stepwise.decode_tick(denoiser, denoiser.head, settings, state, progress, 0, propose=true.propose)
+                finally:
+                    if turn == 3:
+                        torch.cuda.set_sync_debug_mode("default")
+        assert (state.input_ids[:4] == 0).sum().item() == 4 * 3
+        assert (true.log_prob[:4] < 0).all()
 
 
 class Nothing(LeftToRight):
