@@ -109,10 +109,8 @@ def adapt(
         check_direction(described["name"], block_causal(model), anatomy.direction)
     if not anatomy.reason:
         return SplitDenoiser(model, anatomy, **described)
-    told: dict[str, Any] = {"padding": anatomy.padding}
-    if isinstance(model, nn.Module):
-        told["reason"] = anatomy.reason
-    denoiser = LogitsDenoiser(model, device=device, **described, **told)
+    reason = anatomy.reason if isinstance(model, nn.Module) else ""  # nobody expects a function to be split
+    denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
     denoiser.warn(stacklevel=2)
     return denoiser
 

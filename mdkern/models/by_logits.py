@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import Denoiser, Head, available_device
-from mdkern.models.dit import gather_rows
-from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, execution_device, output_layer
-from mdkern.models.hf.split import Padding, serving
+from mdkern.models.denoiser import Head, available_device
+from mdkern.models.hf.adapted import AdaptedDenoiser, Padding
+from mdkern.models.hf.introspect import check_evaluating, execution_device, output_layer
 
 
-class LogitsDenoiser(Denoiser):
+class LogitsDenoiser(AdaptedDenoiser):
     """Somebody's module or function, run as it is."""
 
     no_cache_reason = "it runs by its logits"
@@ -25,53 +24,33 @@ class LogitsDenoiser(Denoiser):
         self,
         model: Callable[..., Any],
         *,
-        vocab_size: int,
-        mask_id: int,
-        eos_ids: tuple[int, ...] = (),
-        max_length: int | None = None,
-        num_blocks: int | None = None,
+        reason: str,
+        padding: Padding,
         device: torch.device | str | None = None,
-        shifted: bool = False,
-        name: str,
-        reason: str = "",
-        padding: Padding | None = None,
+        **facts: Any,
     ) -> None:
         """
         Args:
             reason: why it can't be split; "" if nobody could expect it to be.
-            padding: how it is told of padding; None: by the parameter ``attention_mask``, if it has one, as bool or,
-                if it raises an error of that, as int64.
+            padding: how it is told of padding.
+            device: where a function wants its ids.
+            facts: the arguments of `AdaptedDenoiser`.
         """
+        super().__init__(model, **facts)
+        self.reason = reason
+        self.tell_padding(padding)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.model, self.name, self.shifted, self.reason = model, name, shifted, reason
-        # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
-        self.vocab_size, self.mask_id = max(vocab_size, mask_id + 1), mask_id
-        self.eos_ids, self.max_length, self.num_blocks = eos_ids, max_length, num_blocks
-        layer = output_layer(model)
-        rows = 0 if isinstance(layer, str) else len(cast(Tensor, layer.weight))
-        self.columns = max(vocab_size, rows)  # of the logits: tables may be padded
-        chosen = available_device(device or execution_device(model) or "cpu")
         self.dtype = parameter.dtype if parameter is not None else torch.float32
-        accepted = accepted_arguments(model)
-        self.time_conditioning = "t" in accepted
-        self.untried = padding is None and "attention_mask" in accepted
-        self.padding = Padding("bool") if self.untried else padding or Padding()
-        self.takes_attention_mask, self.right_padding_only = bool(self.padding.way), self.padding.right_only
-        bias = torch.zeros(self.columns, dtype=torch.float32, device=chosen)
-        self.device = bias.device  # with its index, so that it compares equal to those of other tensors there
-        bias[vocab_size:] = -torch.inf
-        if mask_id < vocab_size:
-            bias[mask_id] = -torch.inf
-        self.head = Head(None, bias)
+        layer = output_layer(model)
+        rows = 0 if isinstance(layer, str) else len(layer.weight)  # tables may be padded
+        chosen = available_device(device or execution_device(model) or "cpu")
+        self.head = Head(None, self.suppress(torch.zeros(max(self.columns, rows), device=chosen, dtype=torch.float32)))
+        self.device = self.head.bias.device  # with its index, so that it compares equal to those of other tensors there
 
     def warn(self, stacklevel: int) -> None:
         """Say that it is slower than it could be."""
-        because = f" because {self.reason}" if self.reason else ""
-        warnings.warn(
-            f"{self.name} runs by its logits{because}: the output layer is computed at every position of every forward"
-            " pass",
-            stacklevel=stacklevel + 1,
-        )
+        what = "the output layer is computed at every position of every forward pass"
+        warnings.warn(f"{self.name} {self.description()}: {what}", stacklevel=stacklevel + 1)
 
     def current(self) -> LogitsDenoiser:
         """As the model is now, which may have moved."""
@@ -92,40 +71,31 @@ class LogitsDenoiser(Denoiser):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits in place of hidden states: ``[B, L, V]`` or ``[B, R, V]``."""
-        arguments: dict[str, Any] = {"t": t} if self.time_conditioning else {}
-        output = self.run(input_ids, arguments, attention_mask)
+        output = self.run(input_ids, {"t": t} if self.time_conditioning else {}, attention_mask)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        expected = (*input_ids.shape, self.columns)
+        columns = len(self.head.bias)
+        expected = (*input_ids.shape, columns)
         if not isinstance(logits, Tensor):
             raise ValueError(f"{self.name} gave a {type(output).__name__}, expected floating logits {expected}")
         if tuple(logits.shape) != expected or not logits.is_floating_point():
-            raise ValueError(
-                f"{self.name} gave {logits.dtype} {tuple(logits.shape)}, expected floating logits {expected}"
-                + self.advice(logits)
-            )
-        if self.shifted:
-            positions = serving(input_ids, positions, attention_mask)
-        return logits if positions is None else gather_rows(logits, positions)
+            extra, hint = logits.shape[-1] - columns if logits.ndim == 3 else 0, ""
+            if extra > 0 and logits.is_floating_point():
+                hint = f": if its last {extra} columns are padding, leave them off (logits[..., :{columns}])"
+            given = f"{logits.dtype} {tuple(logits.shape)}"
+            raise ValueError(f"{self.name} gave {given}, expected floating logits {expected}{hint}")
+        return self.wanted(logits, input_ids, positions, attention_mask)
 
     def run(self, input_ids: Tensor, arguments: dict[str, Any], attention_mask: Tensor | None) -> Any:
-        if attention_mask is None:
-            return self.model(input_ids, **arguments)
-        if not self.untried:
-            return self.model(input_ids, **arguments, **self.padding.arguments(input_ids, attention_mask))
+        """The model's output. A mask that nobody has tried is bool or, if the model raises an error of that, int64."""
+
+        def call(padding: Padding) -> Any:
+            return self.model(input_ids, **arguments, **padding.arguments(input_ids, attention_mask))
+
+        if attention_mask is None or self.padding.way != "untried":
+            return call(self.padding)
         try:
-            output = self.model(input_ids, **arguments, attention_mask=attention_mask)
+            output, way = call(Padding("bool")), "bool"
         except (TypeError, RuntimeError):  # as 1 - mask raises of bools
-            output = self.model(input_ids, **arguments, attention_mask=attention_mask.long())
-            self.padding = Padding("int64")
-        self.untried = False
+            output, way = call(Padding("int64")), "int64"
+        self.padding = Padding(way)
         return output
-
-    def advice(self, logits: Tensor) -> str:
-        extra = logits.shape[-1] - self.columns
-        if logits.ndim == 3 and extra > 0 and logits.is_floating_point():
-            return f": if its last {extra} columns are padding, leave them off (logits[..., :{self.columns}])"
-        return ""
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self.model, nn.Module):
-            yield from self.model.named_parameters()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,15 @@ def block_causal(model: Any) -> str:
     return f"blocks (model_type {kind!r} in its config)" if kind in BLOCK_CAUSAL else ""
 
 
-def output_layer(model: Any) -> nn.Module | str:
-    """The layer from hidden states to logits, or why there is none whose weight could be used as it is."""
+class OutputLayer(NamedTuple):
+    """The layer from hidden states to logits."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+def output_layer(model: Any) -> OutputLayer | str:
+    """The output layer, or why there is none whose weight could be used as it is."""
     find = getattr(model, "get_output_embeddings", None)
     if not isinstance(model, nn.Module) or find is None:
         return "it has no get_output_embeddings"
@@ -123,4 +130,5 @@ def output_layer(model: Any) -> nn.Module | str:
         return f"its output embedding is a {type(layer).__name__}, not a plain linear layer"
     if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.detach()) is not Tensor:
         return f"its output embedding holds {weight.dtype} in a {type(weight).__name__}"
-    return layer
+    bias = getattr(layer, "bias", None)
+    return OutputLayer(weight, bias if isinstance(bias, Tensor) else None)

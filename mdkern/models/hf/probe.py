@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,15 +17,18 @@ from torch import Tensor, nn
 
 from mdkern.models.by_logits import LogitsDenoiser
 from mdkern.models.denoiser import Denoiser, Head, available_device
+from mdkern.models.fingerprint import fingerprint
+from mdkern.models.hf.adapted import Padding
 from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention
 from mdkern.models.hf.introspect import (
+    OutputLayer,
     accepted_arguments,
     execution_device,
     first_position,
     first_setting,
     output_layer,
 )
-from mdkern.models.hf.split import Anatomy, Padding, SplitDenoiser
+from mdkern.models.hf.split import Anatomy, SplitDenoiser
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,6 @@ def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.d
     Args:
         device: where a function wants its ids.
     """
-    from mdkern.models.fingerprint import fingerprint  # which imports the models
-
     place = available_device(device or execution_device(model) or "cpu")
     if not isinstance(model, nn.Module):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -68,7 +68,7 @@ def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.d
 
 def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
     layer = output_layer(model)
-    reason = layer if isinstance(layer, str) else ""
+    reason = ""
     if hasattr(model, "_orig_mod"):
         reason = "it was compiled by torch.compile (adapt the model itself: its passes are captured in CUDA graphs)"
     elif any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
@@ -77,13 +77,11 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
         return Anatomy("it is on the meta device")
     elif len({parameter.device for parameter in model.parameters()}) > 1:
         reason = "its layers are on several devices"
-    if not reason:
-        assert isinstance(layer, nn.Module)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        probe = Probe(model, weight, min(vocab_size, len(weight)), longest)
+    elif isinstance(layer, str):
+        reason = layer
+    else:
         try:
-            return probe.anatomy()
+            return Probe(model, layer, min(vocab_size, len(layer.weight)), longest).anatomy()
         except torch.OutOfMemoryError:
             raise
         except CannotBeSplitError as error:
@@ -94,24 +92,25 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
 
 
 def whole(model: Any, reason: str, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
-    """Of a model that runs by its logits: what it sees and, of a module, how it is told of padding."""
-    described: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "device": device, "name": "the probe"}
-    anatomy, tried = Anatomy(reason, padding=Padding() if isinstance(model, nn.Module) else None), False
+    """Of a model that runs by its logits: what it sees and how it is told of padding."""
+
+    def denoiser(padding: Padding) -> LogitsDenoiser:
+        facts: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "name": "the probe"}
+        return LogitsDenoiser(model, reason=reason, padding=padding, device=device, **facts)
+
+    ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
+    direction, tried = "", isinstance(model, nn.Module)
     for most in dict.fromkeys((longest, min(longest, LENGTH))):  # where nothing tells how long a text may be
         trial = Trial(model, vocab_size, most, device)
         try:
-            anatomy = replace(anatomy, direction=trial.direction(LogitsDenoiser(model, **described)))
-            tried = True
+            direction, tried = trial.direction(denoiser(Padding())), True
             break
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it may need more than ids; what is wrong with it is said when it is sampled from
             logger.debug("%s could not be tried: %s", type(model).__name__, first_line(error))
-    ways = ["bool", "int64"] if "attention_mask" in accepted_arguments(model) else []
-    if not isinstance(model, nn.Module) and not (tried and ways):
-        return anatomy
-    padding = trial.padding(ways, model, lambda padding: LogitsDenoiser(model, padding=padding, **described))
-    return replace(anatomy, padding=padding)
+    untried = Padding("untried" if ways else "")
+    return Anatomy(reason, direction=direction, padding=trial.padding(ways, denoiser) if tried else untried)
 
 
 def logits_of(output: Any) -> Any:
@@ -131,6 +130,7 @@ class Trial:
 
     def __init__(self, model: Any, vocab_size: int, longest: int, device: torch.device) -> None:
         self.vocab_size, self.longest, self.device = vocab_size, longest, device
+        self.accepted, self.first_position = accepted_arguments(model), first_position(model)
         self.length = min(LENGTH, longest)
         shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, shape, generator=generator)
@@ -164,13 +164,13 @@ class Trial:
             return "looks to the left only"
         return "does not look beyond the block that a position is in"
 
-    def padding(self, ways: list[str], model: Any, denoiser: Callable[[Padding], Denoiser]) -> Padding:
+    def padding(self, ways: list[str], denoiser: Callable[[Padding], Denoiser]) -> Padding:
         """How it can be told of padding: the first of `ways` with which text is what it is alone."""
-        places = [None, first_position(model)] if "position_ids" in accepted_arguments(model) else [None]
+        places = [None, self.first_position] if "position_ids" in self.accepted else [None]
         one_sided = Padding()
         for way in ways:
             for place in places:
-                padding = Padding(way, place, place - 1 if place else None)
+                padding = Padding(way, place)
                 try:
                     sides = self.unseen_padding(denoiser(padding))
                 except torch.OutOfMemoryError:
@@ -222,33 +222,30 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, part: float = 1.0) -
 class Probe(Trial):
     """Passes of a model that is to be split."""
 
-    def __init__(self, model: nn.Module, weight: Tensor, vocab_size: int, longest: int) -> None:
-        super().__init__(model, vocab_size, longest, weight.device)
-        self.model, self.weight = model, weight
-        self.accepted = accepted_arguments(model)
+    def __init__(self, model: nn.Module, layer: OutputLayer, vocab_size: int, longest: int) -> None:
+        super().__init__(model, vocab_size, longest, layer.weight.device)
+        self.model, self.weight, self.bias = model, layer.weight, layer.bias
         self.arguments: dict[str, Any] = {"t": self.t} if "t" in self.accepted else {}
 
     def anatomy(self) -> Anatomy:
-        anatomy = self.cache(self.head(self.choose_call()))
-        ways = ["attention"] if anatomy.layout or isinstance(self.layout(), Layout) else []
-        ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
-        padding = self.padding(ways, self.model, lambda padding: self.denoiser(replace(anatomy, padding=padding)))
-        anatomy = replace(anatomy, padding=padding)
-        return replace(anatomy, direction=self.direction(self.denoiser(anatomy)))
-
-    def choose_call(self) -> bool:
-        """Whether the model must be called without use_cache=False, which makes some versions' attention causal."""
-        if "use_cache" not in self.accepted:
-            return False
-        plain, lean = (logits_of(self.model(self.ids, **self.arguments, **more)) for more in ({}, {"use_cache": False}))
-        self.plain = (
-            isinstance(plain, Tensor) and isinstance(lean, Tensor) and plain.shape == lean.shape
-        ) and not self.close(lean, plain)
-        if not self.plain:
+        lean = "use_cache" in self.accepted and self.runs_lean()
+        if lean:
             self.arguments["use_cache"] = False
-        return self.plain
+        layout = self.layout()
+        anatomy = self.cache(self.head()._replace(lean=lean), layout)
+        ways = ["attention"] if isinstance(layout, Layout) else []
+        ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
+        padding = self.padding(ways, lambda padding: self.denoiser(anatomy._replace(padding=padding)))
+        anatomy = anatomy._replace(padding=padding)
+        return anatomy._replace(direction=self.direction(self.denoiser(anatomy)))
 
-    def head(self, plain: bool) -> Anatomy:
+    def runs_lean(self) -> bool:
+        """Whether use_cache=False changes nothing; it makes some versions' attention causal."""
+        plain, lean = (logits_of(self.model(self.ids, **self.arguments, **more)) for more in ({}, {"use_cache": False}))
+        comparable = isinstance(plain, Tensor) and isinstance(lean, Tensor) and plain.shape == lean.shape
+        return not comparable or self.close(lean, plain)
+
+    def head(self) -> Anatomy:
         """With the scale, soft cap and bias that make the model's own logits of its hidden states."""
         with HeadPass(self.weight) as run:
             self.model(self.ids, **self.arguments)
@@ -257,7 +254,7 @@ class Probe(Trial):
             raise CannotBeSplitError(f"its forward runs its output embedding {run.calls} times, not once")
         if hidden.shape != (*self.ids.shape, self.weight.shape[1]):
             raise CannotBeSplitError(f"its output embedding is given {tuple(hidden.shape)}, not [B, L, D]")
-        if bias is not None and bias is not getattr(output_layer(self.model), "bias", None):
+        if bias is not None and bias is not self.bias:
             raise CannotBeSplitError("its output embedding is run with a bias that is not its own")
         logits = logits_of(self.model(self.ids, **self.arguments))
         if not isinstance(logits, Tensor) or logits.shape != (*self.ids.shape, len(self.weight)):
@@ -266,7 +263,7 @@ class Probe(Trial):
             shift = torch.zeros(len(self.weight), device=self.weight.device) if bias is None else scale * bias.float()
             ours = Head(self.weight, shift, scale, soft_cap).logits(hidden.to(self.weight.dtype))
             if self.close(ours, logits, ONE_LAYER):
-                return Anatomy("", scale, soft_cap, bias is not None, plain=plain)
+                return Anatomy("", scale, soft_cap, bias is not None)
         raise CannotBeSplitError("its logits are not a linear function of what its output embedding is given")
 
     def shapings(self) -> list[tuple[float, float]]:
@@ -284,23 +281,22 @@ class Probe(Trial):
     def denoiser(self, anatomy: Anatomy) -> SplitDenoiser:
         return SplitDenoiser(self.model, anatomy, vocab_size=self.vocab_size, mask_id=0, name="the probe")
 
-    def cache(self, anatomy: Anatomy) -> Anatomy:
+    def cache(self, anatomy: Anatomy, layout: Layout | str) -> Anatomy:
         """With how keys and values can be kept, or why they can't."""
-        layout = self.layout()
         if isinstance(layout, str):
-            return replace(anatomy, no_cache=layout)
+            return anatomy._replace(no_cache=layout)
         ways = [""] if "position_ids" in self.accepted else []
         ways += [name for name, module in self.model.named_modules() if turns_queries_and_keys(module)][:1]
         reason = "its call takes no position_ids"
         for way in ways:
-            tried = replace(anatomy, layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
+            tried = anatomy._replace(layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
             try:
                 if self.windows_agree(self.denoiser(tried)):
                     return tried
                 reason = "windows over kept keys and values do not give what full passes give"
             except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
                 reason = f"a pass of a window failed: {first_line(error)}"
-        return replace(anatomy, no_cache=reason)
+        return anatomy._replace(no_cache=reason)
 
     def layout(self) -> Layout | str:
         local = first_setting(self.model, *LOCAL_ATTENTION)
