@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.harness import seconds, write_text_whole
 from benchmarks.study import fitted, quality
-from benchmarks.study.setting import Part, Study, events
+from benchmarks.study.setting import JUDGING, Part, Study, events
 from mdkern import sample
 
 # The order in which they are run: what others need, and what most depends on, first.
@@ -30,7 +30,6 @@ ORDER = (
     "three_models",
 )
 PARTS: dict[str, Part] = {name: (quality.PARTS | fitted.PARTS)[name] for name in ORDER}
-CALIBRATION_STEPS = 16
 Say = Callable[[str], None]
 
 
@@ -45,6 +44,7 @@ class Record:
         """
         self.path, self.study, self.setting = path, study, study.setting()
         self.parts: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
         study.search_file = path.with_name(f"{path.stem}-search.jsonl")
         if path.exists():
             content = json.loads(path.read_text())
@@ -70,14 +70,16 @@ class Record:
 
 
 class Budget:
-    """Seconds that are left, and what a heavy pass takes, from what the parts so far have taken."""
+    """Seconds that are left, and what a heavy pass takes: as calibrated first, then as the large parts have taken."""
 
     def __init__(self, most: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.most, self.clock, self.began = most, clock, clock()
-        self.spent = self.passes = 0.0
+        self.spent = self.passes = self.small = 0.0
 
     def add(self, took: float, passes: float) -> None:
-        if passes:
+        """Count a run, the first one and those of ten times its passes: in small ones compiling counts for too much."""
+        if passes > self.small:
+            self.small = self.small or 10 * passes
             self.spent, self.passes = self.spent + took, self.passes + passes
 
     def predicted(self, passes: float) -> float:
@@ -158,13 +160,15 @@ def too_long(budget: Budget, passes: float) -> str | None:
 
 
 def calibrate(study: Study, budget: Budget) -> None:
-    """Time a batch of the heavy model, once it is warm, so that the first part has a prediction."""
+    """Time a batch of the heavy model and its judging, once it is warm, so that the first part has a prediction."""
     size = study.size
+    options: dict[str, Any] = {"num_samples": size.batch_size, "batch_size": size.batch_size, "length": size.length}
 
-    def run() -> Any:
-        options: dict[str, Any] = {"num_samples": size.batch_size, "batch_size": size.batch_size, "length": size.length}
-        return sample(study.pair["H"], steps=CALIBRATION_STEPS, seed=study.seed, progress=False, **options)
+    def run() -> None:
+        out = sample(study.pair["H"], steps=size.steps(), seed=study.seed, progress=False, **options)
+        assert out.sequences is not None
+        study.score(out.sequences)
 
     run()
     took, _ = seconds(run, study.device.type)
-    budget.add(took, size.batch_size * events(CALIBRATION_STEPS, size.length))
+    budget.add(took, size.batch_size * (events(size.steps(), size.length) + JUDGING))

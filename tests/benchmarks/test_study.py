@@ -178,6 +178,14 @@ class TestBudget:
         assert parts == ["dear", "after", "cheap"]
         assert budget.left() == 100 - 2 * 46
 
+    def test_small_parts_do_not_spoil_the_prediction(self) -> None:
+        budget = Budget(None)
+        budget.add(2, 1)
+        budget.add(100, 5)  # it compiled something
+        assert budget.predicted(7) == 14
+        budget.add(299, 99)
+        assert budget.predicted(7) == 7 * 301 / 100
+
     def test_parts_that_lack_something_say_what(self, tmp_path: Path) -> None:
         study = make_study(text=None)
         study.models = {name: study.models[name] for name in ("1", "3")}
