@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import study_figures, study_tables
@@ -24,7 +25,6 @@ from mdkern import Schedule, sample
 from mdkern.evaluation.assignment import best_schedule
 from mdkern.evaluation.search import Found, all_schedules, influence
 from tests.conftest import SHAPE, random_dit
-from training.judge import judge_nll
 
 TINY = replace(SIZES["tiny"], samples=3)
 STUDY = (Path(__file__).parent.parent.parent / "docs" / "study.md").read_text()
@@ -50,6 +50,12 @@ def make_study(**changes: Any) -> Study:
     text = torch.randint(SHAPE["mask_id"], (5, TINY.length), generator=torch.Generator().manual_seed(0))
     fields: dict[str, Any] = {"models": models, "judge": GPT2LMHeadModel(config).eval(), "size": TINY, "text": text}
     return Study(**(fields | changes))
+
+
+def token_losses(study: Study, ids: Tensor) -> Tensor:
+    """-log p of every token but the first under the judge, float32 ``[N, L - 1]``."""
+    with torch.no_grad():
+        return -study.judge(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +99,13 @@ class TestRun:
 
     @pytest.mark.slow
     def test_points_are_those_of_sample_and_the_judge(self, whole: Record) -> None:
-        """`sample` by itself and the trainer's own scoring, sample by sample."""
+        """`sample` by itself, and the judge's own logits, sample by sample."""
         study = make_study()
         found = whole.parts["hand_made"]["found"]["rows"][0]
-        score = {
-            label: judge_nll(
-                study.judge,
-                sample(
-                    study.pair, Schedule(text), num_samples=3, length=TINY.length, steps=None, seed=0, progress=False
-                ).sequences,
-            ).double()
-            for label, text in (("L125 H750 L125", "L1 H3 L1"), ("H1000", "H5"))
-        }
+        score = {}
+        for label, text in (("L125 H750 L125", "L1 H3 L1"), ("H1000", "H5")):
+            out = sample(study.pair, Schedule(text), num_samples=3, length=TINY.length, seed=0, progress=False)
+            score[label] = token_losses(study, out.sequences).double().mean(-1)
         assert found["steps"] == 5
         for label, values in score.items():
             assert found["points"][label]["score"]["mean"] == pytest.approx(float(values.mean()), abs=1e-5)
@@ -122,9 +123,7 @@ class TestRun:
     def test_only_what_was_written_is_judged(self) -> None:
         study = make_study()
         ids = study.texts(5)
-        with torch.no_grad():
-            losses = -study.judge(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        assert torch.allclose(study.score(ids, given=6).float(), losses[:, 5:].mean(-1), atol=1e-5)
+        assert torch.allclose(study.score(ids, given=6).float(), token_losses(study, ids)[:, 5:].mean(-1), atol=1e-5)
 
 
 @pytest.mark.gpu
