@@ -1,4 +1,4 @@
-"""Digests of values and of weights: equal in every process that holds the same, on whatever device."""
+"""Digests of values and of weights. Processes that hold equal values get equal digests, whatever their device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from mdkern.models import Denoiser
 
-CHUNK = 1 << 22  # 64-bit words that are hashed at once: bounds the memory, 32 MB a temporary
+CHUNK = 1 << 22  # 64-bit words that are hashed at once, which bounds a temporary to 32 MB
 MIX = 0x2545F4914F6CDD1D, 0x369DEA0F31A53F85  # odd multipliers below 2^63, of L'Ecuyer (1999), tables of LCGs
 
 
 def digest(value: Any) -> str:
     """SHA-256, in hexadecimal, of a value: numbers, texts, tensors, containers, dataclasses, functions, objects.
 
-    Objects count as their type and attributes, functions as their code, defaults and what they enclose, and tensors as
-    dtype, shape and elements. Memory addresses never count.
+    An object is hashed by its type and attributes, a function by its code, defaults and enclosed variables, a tensor by
+    dtype, shape and elements. Memory addresses are never hashed.
     """
     sha = hashlib.sha256()
     for part in canonical(value, ()):
@@ -33,7 +33,7 @@ def digest(value: Any) -> str:
 
 
 def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
-    """The bytes of a value, in pieces; `inside`: the ids of the objects around it, so that a circle ends."""
+    """The bytes of a value, in pieces. `inside`: ids of the objects around it, so that circular references end."""
     yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
     if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
         yield repr(value).encode()
@@ -54,7 +54,7 @@ def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def parts_of(value: Any) -> Any:
-    """What a composed value is made of."""
+    """The parts of a composed value."""
     if isinstance(value, Mapping):
         return [part for pair in sorted(value.items(), key=lambda pair: digest(pair[0])) for part in pair]
     if isinstance(value, list | tuple):
@@ -78,14 +78,14 @@ def parts_of(value: Any) -> Any:
         return [vars(value)]
     try:
         return [pickle.dumps(value)]
-    except Exception:  # whatever an object's own pickling raises: its type alone counts
+    except Exception:  # an object's own pickling may raise anything; then only its type is hashed
         return []
 
 
 def model_digest(denoiser: Denoiser) -> str:
-    """SHA-256 of what a denoiser samples from: every weight's name, dtype, shape and bits, and its head's settings.
+    """SHA-256 of all that determines a denoiser's output: name, dtype, shape and bits of every weight, and settings.
 
-    The weights are reduced to 64 bits each on their own device; one synchronisation for all.
+    Each weight is reduced to 64 bits on its own device, with one synchronisation for all of them.
     """
     described, sums = [], []
     for name, weight in [*denoiser.named_weights(), ("head bias", denoiser.head.bias)]:
@@ -101,15 +101,15 @@ def model_settings(denoiser: Denoiser) -> Any:
     config = getattr(getattr(denoiser, "model", None), "config", None)
     if config is not None and hasattr(
         config, "to_dict"
-    ):  # what begins with "_" is where it came from and how it is run
+    ):  # settings that begin with "_" say where it came from and how it is run
         return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     return config if is_dataclass(config) else None
 
 
 def word_sum(weight: Tensor) -> Tensor:
-    """A sum over a tensor's 64-bit words, each mixed with its place: an int64 scalar on its device.
+    """A sum over a tensor's 64-bit words, each mixed with its index, as an int64 scalar on the tensor's device.
 
-    Integer arithmetic modulo 2^64: the order of the additions does not matter, the order of the elements does.
+    The arithmetic is modulo 2^64, so the order of additions does not matter, but the order of the elements does.
     """
     words = as_words(weight)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -117,13 +117,13 @@ def word_sum(weight: Tensor) -> Tensor:
         part = words[first : first + CHUNK]
         place = torch.arange(first + 1, first + 1 + len(part), device=weight.device)
         mixed = (part ^ place.mul_(MIX[0])).mul_(MIX[1])
-        mixed ^= mixed >> 32  # the upper bits reach the lower ones, which the multiplication does not do
+        mixed ^= mixed >> 32  # carries the upper bits to the lower ones, as multiplication only goes up
         total += mixed.mul_(MIX[0]).sum()
     return total
 
 
 def as_words(weight: Tensor) -> Tensor:
-    """A tensor's bytes as int64 ``[words]``, filled up with zeros to a multiple of eight bytes; no copy if it fits."""
+    """A tensor's bytes as int64 ``[words]``, padded with zeros to a multiple of eight bytes; not copied if none are."""
     flat = weight.contiguous().flatten().view(torch.uint8)
     missing = math.ceil(len(flat) / 8) * 8 - len(flat)
     if missing or flat.data_ptr() % 8:

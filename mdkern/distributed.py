@@ -1,8 +1,8 @@
-"""`sample_distributed`: one call of `sample` shared out over the processes of a `torch.distributed` group.
+"""`sample_distributed`: one call of `sample`, divided among the processes of a `torch.distributed` group.
 
-A sample is a function of the seed, its number and its prompt, whatever is sampled beside it. So every rank draws a
-contiguous share of the samples under their own numbers, and the ranks together give what one alone would have given.
-Nothing is exchanged but the results, over a gloo group of this call's own: collectives on the CPU, with a time limit.
+A sample depends on the seed, its number and its prompt, and not on the other samples. So each rank draws a contiguous
+share of the samples under their own numbers, and together they are the samples that one process would have drawn. Only
+digests and results are exchanged, by collectives on the CPU over a gloo group of this call, with a time limit.
 
     torchrun --nproc-per-node 2 script.py
 
@@ -38,9 +38,10 @@ from mdkern.schedule import Schedule
 TIMEOUT = 1800.0  # seconds
 LONGEST_TIMEOUT = 1e8  # three years; beyond about three hundred the milliseconds overflow in PyTorch
 MOST_TOLD = 4  # ranks that a message names
-# Of a request: what each rank has for itself, what follows from the rest, and what is compared by other means.
+# Fields of a request that are not compared: each rank's own, those that follow from others, and those compared
+# otherwise.
 NOT_COMPARED = {"streamer", "stopping_criteria", "blocks", "edges", "denoisers", "seed"}
-# An error is told to the other ranks as one of these; what is none of them becomes a RuntimeError.
+# Types of errors that are raised as such on the other ranks; any other becomes a RuntimeError there.
 TOLD: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
     ValueError,
@@ -52,10 +53,10 @@ TOLD: tuple[type[Exception], ...] = (
 
 
 class Ranks:
-    """The processes of the default group, and a gloo group of their own over the same ones."""
+    """The processes of the default group, with a gloo group over the same ones."""
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
-        """Called on every rank; `timeout` is how many seconds a rank waits for the others."""
+        """To be called on every rank. `timeout`: seconds that a rank waits for the others."""
         check_timeout(timeout)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("sample_distributed needs torch.distributed.init_process_group() to be called first")
@@ -67,7 +68,7 @@ class Ranks:
         dist.destroy_process_group(self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Every rank's item, on every rank, in their order."""
+        """The items of all ranks in order, on every rank."""
         items: list[Any] = [None] * self.count
         with self.waiting():
             dist.all_gather_object(items, item, group=self.group)
@@ -75,7 +76,7 @@ class Ranks:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """gloo's own errors, that the time is up or a connection gone, as one that says so."""
+        """Turn gloo's errors, a timeout or a lost connection, into a `TimeoutError` that says so."""
         began = time.perf_counter()
         try:
             yield
@@ -87,7 +88,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails inside on one rank fails on all: there as it is, elsewhere with the failing rank's number."""
+        """An error inside on one rank is raised on all: there as it is, elsewhere with that rank's number."""
         own: Exception | None = None
         try:
             yield
@@ -119,15 +120,15 @@ def kind_of(error: Exception) -> type[Exception]:
 
 
 def local_rank() -> int:
-    """Number of the GPU that is this process's own: 0 unless ``torchrun`` started it."""
+    """Number of this process's own GPU; 0 unless ``torchrun`` started it."""
     return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_torchelastic_launched() else 0
 
 
 @contextmanager
 def torchrun_ranks(timeout: float = TIMEOUT) -> Iterator[Ranks | None]:
-    """The processes that ``torchrun`` started, as a process group for as long as this lasts; None if it did not.
+    """The processes that ``torchrun`` started, as a process group inside of this context; None without ``torchrun``.
 
-    `timeout`: seconds that one waits for the others.
+    `timeout`: seconds that a process waits for the others.
     """
     if not dist.is_torchelastic_launched():
         yield None
@@ -141,14 +142,14 @@ def torchrun_ranks(timeout: float = TIMEOUT) -> Iterator[Ranks | None]:
 
 
 def request_digests(request: Request) -> dict[str, str]:
-    """Digests of all that a call's samples depend on but the seed, by the names that a message gives them."""
+    """Digests of everything that the samples of a call depend on, except the seed, by the names used in messages."""
     names = {field.name for field in fields(request)} - NOT_COMPARED
     digests = {name: digest(getattr(request, name)) for name in names}
     return digests | {f"model {name}": model_digest(denoiser) for name, denoiser in request.denoisers.items()}
 
 
 def check_equal(facts: Sequence[Mapping[str, str]]) -> None:
-    """Refuse calls that differ between the ranks, saying where and in what."""
+    """Refuse a call that differs between the ranks, with the ranks and what differs."""
     differing: dict[int, str] = {}
     for rank, theirs in enumerate(facts):
         unequal = sorted(name for name in {*theirs, *facts[0]} if theirs.get(name) != facts[0].get(name))
@@ -185,29 +186,29 @@ def sample_distributed(
     timeout: float = TIMEOUT,
     **options: Any,
 ) -> SampleOutput:
-    """`mdkern.sample`, its samples shared out over the ranks of the default process group.
+    """`mdkern.sample` with its samples divided among the ranks of the default process group.
 
-    Called on every rank with the same arguments, the models on the rank's own device. Fewer samples than ranks work.
+    Call it on every rank with the same arguments and with the models on the rank's own device. There may be fewer
+    samples than ranks.
 
     Args:
-        heavy, light, schedule, options: as in `mdkern.sample`. Hooks (a streamer, stopping criteria) are each rank's
-            own, called for its share.
-        input_ids, attention_mask, num_samples, length, sample_ids: of all samples, not of the rank's share.
-        seed, generator: as in `mdkern.sample`; without a seed rank 0 takes one for all.
+        heavy, light, schedule, options: as in `mdkern.sample`. Hooks (a streamer, stopping criteria) belong to each
+            rank and are called for its share.
+        input_ids, attention_mask, num_samples, length, sample_ids: those of all samples, not of the rank's share.
+        seed, generator: as in `mdkern.sample`; without a seed, rank 0 draws one for all.
         progress: as in `mdkern.sample`, for rank 0's share; the other ranks show none.
-        timeout: seconds that a rank waits for the others: for the slowest to begin, and to end its share. Default:
-            half an hour.
+        timeout: seconds that a rank waits for the slowest one to begin and to finish its share. Default: half an hour.
 
     Returns:
-        On every rank all samples in their order, tensors on the rank's device. ``timings`` are those of the slowest
-        rank, ``total`` this rank's own time in this call, exchanges included.
+        All samples in order, on every rank, as tensors on the rank's device. ``timings`` are those of the slowest rank,
+        except ``total``, which is this rank's time in this call with all exchanges.
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: the ranks' arguments or weights differ; the message says on which ranks, and in what.
+        ValueError: arguments or weights differ between the ranks; the message names the ranks and what differs.
         TimeoutError: the other ranks did not answer in time.
-        Otherwise what `mdkern.sample` raises: an error on one rank is raised on every rank, its ``partial`` what all
-        ranks have finished.
+        Otherwise what `mdkern.sample` raises. An error on one rank is raised on every rank, and its ``partial`` has
+        what all ranks had finished.
     """
     began = time.perf_counter()
     ranks = Ranks(timeout)
@@ -248,10 +249,10 @@ def sample_distributed(
 def run_share(
     ranks: Ranks, part: Request | None, return_history: bool, cuda_graphs: bool, progress: bool | None
 ) -> tuple[SampleOutput | None, Exception | None]:
-    """What this rank has finished of its part, if it has one, and what went wrong on any rank.
+    """What this rank has finished of its share, if it has one, and the error of any rank, if there is one.
 
     Raises:
-        TimeoutError: as it comes: there may be nobody to ask for what is finished.
+        TimeoutError: at once, as other ranks can no longer be asked for what they have finished.
     """
     output: SampleOutput | None = None
     try:
@@ -266,7 +267,7 @@ def run_share(
 
 
 def joined_ranks(parts: list[SampleOutput], request: Request, began: float) -> SampleOutput:
-    """The outputs of all ranks as one, on the device of this rank's request."""
+    """The outputs of all ranks joined, on the device of this rank's request."""
     whole: SampleOutput = moved(joined(parts, torch.cat), request.device)
     assert whole.timings is not None
     whole.flops_saved = flops_saved(request, whole)
@@ -275,5 +276,5 @@ def joined_ranks(parts: list[SampleOutput], request: Request, began: float) -> S
 
 
 def moved(output: Any, device: torch.device | str) -> Any:
-    """An output with its tensors on `device`."""
+    """The output with its tensors on `device`."""
     return joined([output], lambda tensors: tensors[0].to(device))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and are as private as those that they replace."""
+"""Writes files whole or not at all, with the permissions of the files that they replace."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """The file that a path leads to, links followed, whether or not it is there.
+    """The path with all links followed, whether or not the file exists.
 
     Raises:
-        ValueError: links that lead in a circle.
+        ValueError: links that form a circle.
     """
     try:
         target = Path(path).resolve()
-    except RuntimeError:  # of Python before 3.13
+    except RuntimeError:  # before Python 3.13
         target = Path(path)
     if target.is_symlink():
         raise ValueError(f"{path} is a link that leads in a circle")
@@ -26,7 +26,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 
 
 def create(path: Path, like: Path) -> BinaryIO:
-    """A new file, open for writing, with the permissions of the file `like` if that is there."""
+    """A new file, open for writing, with the permissions of the file `like` if that exists."""
     mode = stat.S_IMODE(like.stat().st_mode) if like.exists() else None
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
     if mode is not None:
@@ -36,7 +36,7 @@ def create(path: Path, like: Path) -> BinaryIO:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """System errors that name no file, as those of a full disk, with the file's name."""
+    """Add the file's name to system errors that have none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -47,9 +47,9 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends; if that fails, nothing has changed.
+    """A file that replaces `path` when the block ends. If the block fails, nothing is changed.
 
-    A link stays a link, and permissions stay as they were.
+    If `path` is a link it stays one, and permissions are kept.
     """
     target = real_path(path)
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""What `sample` returns, put together from what a run knows, and cut and joined by samples."""
+"""`SampleOutput`, which `sample` returns: how it is made from the outcome of a run, and how outputs are joined."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mdkern.plan import GIVEN
 
 @dataclass(frozen=True)
 class History:
-    """When and by which model each position was revealed."""
+    """When, and by which model, each position was revealed."""
 
     step: Tensor  # int64 [N, L]: 0..T-1, T for the closing pass, -1 where the input gave the token
-    model: Tensor  # int64 [N, L]: index into `models`, -1 where given
+    model: Tensor  # int64 [N, L]: index into `models`, -1 where no model revealed it
     models: tuple[str, ...]
-    steps: int  # T of the sequence of the call that has most
+    steps: int  # the largest T of the call
     own_steps: Tensor | None = None  # int64 [N], T of each sequence
 
 
@@ -33,22 +33,22 @@ class SampleOutput(ModelOutput):
     """What `sample` returns.
 
     Attributes:
-        sequences: int64 ``[N, L]``, no masked position left.
+        sequences: int64 ``[N, L]``, without masks.
         sample_ids: int64 ``[N]``, the sample numbers.
-        nfe: forward passes of each sequence by denoiser name, int64 ``[N]`` each.
+        nfe: number of forward passes of each sequence, int64 ``[N]`` for each name of a denoiser.
         tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
         steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
-        stop_reason: of each sequence, ``"all_revealed"`` or ``"end_of_text"``.
-        lengths: int64 ``[N]``, tokens of each text up to the first end of text that was written, without it: prompt
-            included, padding not counted. All of the text where there is no end in it. An end of text in the prompt,
-            or given between masks, is a token like others.
-        prompt_lengths: int64 ``[N]``, tokens of each text before the first that was written, padding not counted.
+        stop_reason: ``"all_revealed"`` or ``"end_of_text"``, for each sequence.
+        lengths: int64 ``[N]``, number of tokens of each text before the first end of text that was written, prompt
+            included, padding not counted; of the whole text if there is none. An end of text that was given, in the
+            prompt or between masks, counts as any other token.
+        prompt_lengths: int64 ``[N]``, number of tokens before the first one that was written, padding not counted.
         attention_mask: bool ``[N, L]``, False at padding; None: no padding.
-        timings: seconds by what took them: ``plan``, one entry per denoiser name, ``total``.
-        flops_saved: counted FLOPs saved by the schedule against the dearest denoiser running the same forward passes;
-            None if a model does not tell its FLOPs, or passes are cut short by a cache.
+        timings: seconds spent on ``plan``, on each denoiser by its name, and in ``total``.
+        flops_saved: share of the FLOPs that the schedule saves compared with the most expensive denoiser in the same
+            forward passes; None if a model's FLOPs are not known, or a cache shortens passes.
         seed: the seed used.
-        history: when `return_history` asked for it.
+        history: when and by which model each position was revealed, if `return_history` was set.
     """
 
     sequences: Tensor | None = None
@@ -66,12 +66,12 @@ class SampleOutput(ModelOutput):
     history: History | None = None
 
     def decode(self, tokenizer: Any, *, skip_prompt: bool = False, **options: Any) -> list[str]:
-        """The texts, each up to its end of text and without padding.
+        """The texts, each without its end of text and without padding.
 
         Args:
-            tokenizer: of transformers, or whatever has its ``decode(ids, **options)``.
-            skip_prompt: leave out what is before the first token that was written.
-            options: for the tokenizer.
+            tokenizer: a tokenizer of transformers, or any object with a method ``decode(ids, **options)``.
+            skip_prompt: leave out everything before the first token that was written.
+            options: passed on to the tokenizer.
         """
         assert self.sequences is not None
         assert self.lengths is not None
@@ -89,12 +89,12 @@ class SampleOutput(ModelOutput):
 def summarise(
     request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float], return_history: bool
 ) -> SampleOutput:
-    """The output of a request's finished samples; of others nothing is told."""
+    """The output for the samples of a request that were finished."""
     finished = outcome.finished.nonzero()[:, 0]
     request, sequences = rows_of(request, finished), sequences[finished]
     step, model, reason = (x[finished] for x in (outcome.step, outcome.model, outcome.stop_reason))
     nfe = {name: passes[finished] for name, passes in outcome.nfe.items()}
-    revealed = (model != GIVEN).sum(-1)  # what was filled with the end of text has a step and no model
+    revealed = (model != GIVEN).sum(-1)  # positions that were filled with end of text have a step but no model
     passes = sum(nfe.values(), torch.zeros_like(reason))
     history = History(step, model, tuple(request.denoisers), request.most_steps, request.steps)
     output = SampleOutput(
@@ -116,14 +116,14 @@ def summarise(
 
 
 def tokens_before(end: End, request: Request) -> Tensor:
-    """int64 ``[N]``: tokens of each text before its end, or all of them if it has none."""
+    """int64 ``[N]``: number of tokens of each text before its end, or of all its tokens if it has none."""
     column = torch.arange(request.input_ids.shape[1], device=request.device)
     before = (column < end.column) | ~end.found
     return (before if request.attention_mask is None else before & request.attention_mask).sum(-1)
 
 
 def flops_saved(request: Request, output: SampleOutput) -> float | None:
-    """`counted_saving` of an output, None where passes are cut short by a cache."""
+    """`counted_saving` of an output; None if a cache shortens passes."""
     assert output.nfe is not None
     assert output.tokens_per_forward is not None
     if request.cache != "none":
@@ -134,7 +134,7 @@ def flops_saved(request: Request, output: SampleOutput) -> float | None:
 def counted_saving(
     denoisers: Mapping[str, Denoiser], nfe: Mapping[str, Tensor], tokens_per_forward: Tensor, length: int
 ) -> float | None:
-    """Share of the FLOPs that the dearest denoiser would have spent on the same forward passes."""
+    """Share of FLOPs saved compared with the most expensive denoiser in the same forward passes."""
     passes = {name: int(count.sum()) for name, count in nfe.items()}
     if not sum(passes.values()):
         return None
@@ -149,7 +149,7 @@ def counted_saving(
 def joined(
     parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor], seconds: Callable[[Sequence[float]], float] = max
 ) -> Any:
-    """Outputs as one: tensors by `join`, lists end to end, times by `seconds`, the rest as the first's."""
+    """Join outputs: tensors by `join`, lists end to end, times by `seconds`; everything else is that of the first."""
     first = parts[0]
     if isinstance(first, Tensor):
         return join(list(parts))

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from mdkern.kernels import noise
 
-LEAST_CROWDED = 32  # rows of an event: room for fewer is no matter
-MOST_PARTS = 16  # of a plan: each may leave a batch that is not full
+LEAST_CROWDED = 32  # rows of an event; with fewer, the room that all events of a tick need does not matter
+MOST_PARTS = 16  # parts of a plan, each of which may leave a batch that is not full
 GIVEN = -1  # reveal step of a position that is not masked
 
 
 @dataclass(frozen=True)
 class Ticks:
-    """The events of one segment, packed into batches: what each tick of the sampler works on.
+    """The events of one segment, packed into batches, one for each tick of the sampler.
 
-    A tick runs one event of each of up to B sequences. Slots ``0..batch[k]-1`` of tick k are in use. A segment costs
-    exactly as many sequence-forward-passes as it has events. Where batch sizes are to be few, each tick runs one of two
-    sizes, and fewer slots of a segment idle than the smaller one has.
+    A tick runs one event of each of up to B sequences. Slots ``0..batch[k]-1`` of tick k are in use. A segment runs
+    exactly as many forward passes of sequences as it has events. For CUDA graphs, each tick runs one of two batch
+    sizes, and in a segment fewer slots idle than the smaller size has.
     """
 
     sequence: Tensor  # int64 [K, B], row of the state's input_ids; unused slots: the scratch row
@@ -38,7 +38,7 @@ class Ticks:
     row: Tensor  # int64 [K, M], the used entries of position[k].view(-1), ascending; unused: 0
     row_count: Tensor  # int64 [K]
     batch: list[int]  # [K], on the host: slots in use
-    size: list[int]  # [K], on the host: slots to run if sizes are to be few, at least `batch`; two values at most
+    size: list[int]  # [K], on the host: slots to run with CUDA graphs, at least `batch`; two distinct values at most
     rows: list[int]  # [K], on the host: row_count
 
     def __len__(self) -> int:
@@ -47,14 +47,14 @@ class Ticks:
 
 @dataclass(frozen=True)
 class RevealPlan:
-    """When each position is revealed."""
+    """The step at which each position is revealed."""
 
     step: Tensor  # int64 [N, L]: reveal step in 0..T-1, T for the closing pass, GIVEN where not masked
-    steps: int | Tensor  # T, of all or, int64 [N, 1], of each sequence
+    steps: int | Tensor  # T of all sequences, or int64 [N, 1] of each
     # int64 [N, L], non-decreasing with `step`: positions of a sequence with equal order are revealed by one forward
-    # pass. None: it is the step.
+    # pass. None: the order is the step.
     order: Tensor | None = None
-    time: Tensor | None = None  # float32 [N, L]: diffusion time of the pass, equal within it. None: of no interest
+    time: Tensor | None = None  # float32 [N, L]: diffusion time of the position's pass. None: that of its step
 
     @staticmethod
     def draw(masked: Tensor, alpha: Tensor, seed: Tensor, sample: Tensor, position: Tensor) -> RevealPlan:
@@ -62,12 +62,12 @@ class RevealPlan:
 
         Args:
             masked: bool ``[N, L]``.
-            alpha: float64 ``[T + 1]``, non-decreasing from 0: the probability of being revealed before each step, and
-                by the end. A position is revealed at step i with probability ``alpha[i + 1] - alpha[i]`` and left to
-                the closing pass with probability ``1 - alpha[T]``.
+            alpha: float64 ``[T + 1]``, non-decreasing from 0: the probability that a position has been revealed before
+                each step, and after the last one. A position is revealed at step i with probability
+                ``alpha[i + 1] - alpha[i]``, and in the closing pass with probability ``1 - alpha[T]``.
             seed: int64 scalar tensor.
-            sample: int64 ``[N]``, the sample numbers that key the draw.
-            position: int64 ``[N, L]``, the positions that key it.
+            sample: int64 ``[N]``, sample numbers, which key the draw.
+            position: int64 ``[N, L]``, positions in the text, which key it, too.
         """
         zero = torch.zeros((), dtype=torch.int64, device=masked.device)
         bits = noise.random_bits(seed, sample[:, None], position, zero, zero, noise.PLAN)
@@ -75,9 +75,9 @@ class RevealPlan:
         return RevealPlan(torch.where(masked, step, GIVEN), alpha.shape[0] - 1)
 
     def events(self, first: int | Tensor = 0, stop: int | Tensor | None = None) -> Tensor:
-        """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; all of them by default.
+        """Number of events of each sequence in steps ``first <= i < stop``, int64 ``[N]``; by default in all steps.
 
-        `first` and `stop` are of all sequences or, int64 ``[N, 1]``, of each.
+        `first` and `stop` are numbers for all sequences, or int64 ``[N, 1]`` for each.
         """
         stop = self.steps + 1 if stop is None else stop
         order = self.step if self.order is None else self.order
@@ -87,16 +87,16 @@ class RevealPlan:
         return (new & (ordered != GIVEN)).sum(-1)
 
     def by_crowding(self, first: int | Tensor, stop: int | Tensor) -> list[RevealPlan]:
-        """The plan of steps ``first <= i < stop`` in parts to be run one after the other: few rows an event, then many.
+        """Divide steps ``first <= i < stop`` into plans to be run one after the other, by the rows of their events.
 
-        All ticks that are packed together have room for the most rows of any event. Where few events are far more
-        crowded than the others, as a closing pass may be, they have ticks of their own.
+        Ticks that are packed together all have room for the largest number of rows of any event. Where few events have
+        far more rows than the others, such as a closing pass, they are put into ticks of their own.
         """
         inside = (self.step >= first) & (self.step < stop)
         ordered, place = torch.where(inside, self.step if self.order is None else self.order, GIVEN).sort(-1)
         new = torch.ones_like(inside)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        number = new.cumsum(-1) - 1  # of each position's event within its sequence
+        number = new.cumsum(-1) - 1  # number of each position's event within its sequence
         rows = torch.zeros_like(ordered).scatter_add_(1, number, (ordered != GIVEN).long())
         for limit in uncrowded(torch.bincount(rows[rows > 0]).tolist()):
             crowded = rows.gather(1, number) > limit
@@ -119,15 +119,16 @@ class RevealPlan:
     ) -> Ticks | None:
         """Pack the events of steps ``first <= i < stop`` into ticks of at most `batch_size` sequences.
 
-        Full ticks come first, then smaller ones (`pack`). In each of the two parts the events of all
-        sequences are laid end to end and the line is cut into as many slots as are needed, each as long as the part has
-        ticks (McNaughton's wrap-around rule): no slot idles but at the end of the last one, and a sequence whose events
-        fall into two slots has its early ones in the second slot's start and its late ones in the first slot's end,
-        which never overlap because no sequence has more events in a part than that has ticks.
+        Full ticks come first, then smaller ones (`pack`). In each of these two parts, the events of all sequences are
+        laid end to end, and the line is cut into slots, each as long as the part has ticks (McNaughton's wrap-around
+        rule). Only the last slot idles, at its end. If a sequence's events fall into two slots, the early ones go to
+        the beginning of the second slot and the late ones to the end of the first. These never overlap, because no
+        sequence has more events in a part than the part has ticks.
 
         Args:
-            first, stop, batch_size: see above; the steps of all sequences or, int64 ``[N, 1]``, of each.
-            round_up: applied to R and M, so that segments of nearly the same shape get the same.
+            first, stop: numbers for all sequences, or int64 ``[N, 1]`` for each.
+            batch_size: most sequences of a tick.
+            round_up: applied to R and M, so that segments of similar shapes get equal ones.
 
         Returns:
             None if there are no events.
@@ -139,12 +140,12 @@ class RevealPlan:
             return None
         order = (self.step if self.order is None else self.order)[sequence, position]
         key = sequence * (order.max() + 1) + order
-        by_event = torch.argsort(key, stable=True)  # by sequence, order, position
+        by_event = torch.argsort(key, stable=True)  # sorts by sequence, order and position
         sequence, position = sequence[by_event], position[by_event]
         _, event, event_rows = torch.unique_consecutive(key[by_event], return_inverse=True, return_counts=True)
         event_start = event_rows.cumsum(0) - event_rows
         event_sequence, event_position = sequence[event_start], position[event_start]
-        # Closing passes are known by their step, which is that of the longest run.
+        # A closing pass is marked by its step, which is that of the longest run.
         closing = torch.as_tensor(self.steps, device=device)
         step = torch.where(self.step == closing, closing.max(), self.step)
         event_step = step[event_sequence, event_position]
@@ -156,7 +157,7 @@ class RevealPlan:
         tick, slot = packing.place(per_sequence, event_sequence)
         size = [packing.large] * packing.full + [packing.small] * packing.rest
 
-        rank = torch.arange(event.numel(), device=device) - event_start[event]  # of the row within its event
+        rank = torch.arange(event.numel(), device=device) - event_start[event]  # rank of the row within its event
         width, slots, ticks = round_up(int(event_rows.max())), max(size), len(size)
         sequences = torch.full((ticks, slots), self.step.shape[0], dtype=torch.int64, device=device)
         steps, time = torch.zeros_like(sequences), torch.ones_like(sequences, dtype=torch.float32)
@@ -176,10 +177,12 @@ class RevealPlan:
 
 
 def uncrowded(counts: list[int]) -> list[int]:
-    """Rows up to which an event is not crowded, the best first: where telling these apart halves the room at least.
+    """Numbers of rows at which to separate small events from large ones, the best first.
+
+    Only those are returned at which the separation at least halves the room that all events need.
 
     Args:
-        counts: of events by their number of rows.
+        counts: number of events by their number of rows.
     """
     events, most = sum(counts), len(counts) - 1
     if most < LEAST_CROWDED:
@@ -189,7 +192,7 @@ def uncrowded(counts: list[int]) -> list[int]:
         few = sum(counts[: limit + 1])
         return few * limit + (events - few) * most
 
-    # Under a sixteenth of the room the larger limit is better: events about a small one make many parts.
+    # Below a sixteenth of the room a larger limit is better, because a small one leads to many parts.
     largest_first = (1 << power for power in reversed(range(2, most.bit_length())))
     limits = sorted(largest_first, key=lambda limit: max(room(limit), events * most // 16))
     return [limit for limit in limits if 2 * room(limit) <= events * most]
@@ -203,15 +206,14 @@ class Packing:
     full: int
     small: int
     rest: int
-    early: Tensor  # int64 [N], on the CPU: how many events of each sequence the full ticks take, its first ones
+    early: Tensor  # int64 [N], on the CPU: how many of each sequence's first events go to the full ticks
 
     def place(self, count: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Tick and slot of every event.
 
         Args:
-            count: int64 ``[N]``, each sequence's number of events.
-            owner: int64 ``[E]``, the sequence of each event, events of a sequence adjacent and in the order of their
-                steps.
+            count: int64 ``[N]``, number of events of each sequence.
+            owner: int64 ``[E]``, the sequence of each event; a sequence's events are adjacent and in order of steps.
         """
         early = self.early.to(count.device)
         index = torch.arange(owner.numel(), device=owner.device) - (count.cumsum(0) - count)[owner]
@@ -235,21 +237,21 @@ def pack(count: Tensor, batch_size: int) -> Packing:
     """
     total, longest = int(count.sum()), int(count.max())
     large = min(batch_size, int((count > 0).sum()))
-    ticks = max(rounded_up(total, large), longest)  # there cannot be fewer
+    ticks = max(rounded_up(total, large), longest)  # the fewest possible
     while large > 1 and total <= rounded_up(large) * ticks:
         large = rounded_up(large)
     small = rounded_up(large)
     most = rounded_up(total - small * ticks, large - small) if small < large else ticks
-    # Full ticks are too many as soon as too few sequences have an event for each of them.
+    # There are too many full ticks if too few sequences have an event for each of them.
     full = bisect_left(range(1, most + 1), True, key=lambda number: int(count.clamp(max=number).sum()) < large * number)
     rest = rounded_up(total - large * full, small)  # ticks - full or more: `most` is no more than needed
     if full + rest > ticks + ticks // 16:
         large = rounded_up(total, ticks)
         small = large - 1
-        # They can be full: fewer than `large` sequences with more events than that leave small * rest of them at most.
+        # They can be full: fewer than `large` sequences have more events than that, which leave at most small * rest.
         full = total - small * ticks
         rest = ticks - full
-    # Each sequence's share of the full ticks: what the others have no room for, then first come, first served.
+    # Each sequence's share of the full ticks: what does not fit into the other ticks, then first come, first served.
     forced = (count - rest).clamp(min=0)
     room = count.clamp(max=full) - forced
     wanted = large * full - int(forced.sum())
@@ -258,21 +260,22 @@ def pack(count: Tensor, batch_size: int) -> Packing:
 
 
 def rounded_up(number: int, by: int = 2) -> int:
-    """``number / by``."""
+    """``number / by``, rounded up."""
     return -(-number // by)
 
 
 def wrap_around(start: Tensor, count: Tensor, owner: Tensor, ticks: int) -> tuple[Tensor, Tensor]:
-    """Tick and slot of every event, events laid end to end and the line cut every `ticks`.
+    """Tick and slot of every event, if events are laid end to end and the line is cut every `ticks` events.
 
     Args:
-        start, count: int64 ``[N]``, each sequence's first place on the line and its number of events.
-        owner: int64 ``[E]``, the sequence of each event, events of a sequence adjacent and in the order of their steps.
+        start: int64 ``[N]``, each sequence's first place on the line.
+        count: int64 ``[N]``, number of events of each sequence.
+        owner: int64 ``[E]``, the sequence of each event; a sequence's events are adjacent and in order of steps.
     """
     place = torch.arange(owner.numel(), device=owner.device)
-    cut = (start // ticks + 1) * ticks  # where the slot that a sequence starts in ends
-    beyond = (start + count - cut).clamp(min=0)[owner]  # events of the sequence that fall into the next slot
-    # The places past the cut come first in time: turn the sequence's events so that the earliest take them.
+    cut = (start // ticks + 1) * ticks  # end of the slot in which a sequence starts
+    beyond = (start + count - cut).clamp(min=0)[owner]  # number of the sequence's events in the next slot
+    # Places past the cut come first in time, so the events are rotated to put the earliest ones there.
     index = place - start[owner]
     kept = count[owner] - beyond
     turned = torch.where(index < beyond, index + kept, index - beyond)
@@ -281,5 +284,5 @@ def wrap_around(start: Tensor, count: Tensor, owner: Tensor, ticks: int) -> tupl
 
 
 def positions_in_text(attention_mask: Tensor) -> Tensor:
-    """Positions counted over attended tokens, int64 ``[N, L]``: the draw's key, the same whatever the padding."""
+    """Positions counted without padding, int64 ``[N, L]``. As the key of draws they do not depend on the padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

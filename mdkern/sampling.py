@@ -1,4 +1,4 @@
-"""`sample`: text from a heavy and a light denoiser under a schedule, running only the events of a reveal plan."""
+"""`sample` and `sample_groups`: text from a heavy and a light denoiser under a schedule."""
 
 from __future__ import annotations
 
@@ -53,65 +53,65 @@ def sample(
     """Sample from masked diffusion language models.
 
     By default the samples have the distribution of the step-by-step ancestral sampler (MD4, MDLM) with the
-    schedule's denoiser at each step. Each is a function of the seed, its sample number and its prompt, whatever the
-    batch: also its number of steps, and where the schedule's models take turns in them.
+    schedule's denoiser at each step. Each sample depends only on the seed, its sample number and its prompt, and not on
+    the rest of the batch; so do its number of steps and the steps at which the models change.
 
     Args:
         heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models.
-        light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: one model. Without it the schedule may
+        light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: only one model. The schedule may then
             be the second argument.
         schedule: a `Schedule` or its text, e.g. ``"L32 H192 L32"``.
         input_ids: int64 ``[N, L]``, the mask id wherever text is wanted. One row is repeated `num_samples` times.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding, which is neither read nor written.
-        token_type_ids: what tokenizers add to the two; all 0.
+        token_type_ids: accepted because some tokenizers return them; must be all 0.
         num_samples: N, without `input_ids`. Default 1.
         length: L in tokens, without `input_ids`. Default: the model's longest.
-        steps: T. Default: the schedule's own, or else as many as the sequence has tokens, padding not counted; with
-            `block_length`, as many as its blocks have positions. Then each sequence has its own T, to which a schedule
-            of shares is fitted.
-        steps_per_block: instead of `steps`, with `block_length`: T is so many for each block of the sequence.
+        steps: T. Default: the schedule's number of steps, or else the number of the sequence's tokens, padding not
+            counted; with `block_length`, the number of positions of its blocks. Each sequence then has its own T, to
+            which a schedule of shares is fitted.
+        steps_per_block: the number of steps of each block, instead of `steps`, with `block_length`.
         batch_size: sequences per forward pass. Default 16. It changes speed and memory, not samples.
         temperature: of the tokens' distribution; 0 takes the most probable token.
-        top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
-            to `top_p`, of these the ones at least `min_p` times as probable as the first. None is none. Of ids that
-            are equally probable `top_k` and `top_p` keep the lowest.
+        top_k, top_p, min_p: draw only from the `top_k` most probable ids; of these from the fewest whose probabilities
+            sum to `top_p`; of these from the ones that are at least `min_p` times as probable as the most probable.
+            None leaves a filter out. Of equally probable ids `top_k` and `top_p` keep the lowest.
         top_p_rule: ``"reach"``: the fewest ids that sum to at least `top_p`. ``"within"``: the most that sum to at most
-            `top_p`, as in the code of ReMDM and BD3-LM: for their published values.
-        guidance_scale: w of classifier-free guidance: logits ``u + (w + 1) (c - u)``, u of the prompt masked too.
-        logits_processor: a logits processor, or a list of them: of transformers those that need no order of writing
-            (`mdkern.engine.processors` says which; others are refused), or callables ``(input_ids, scores) -> scores``
-            or ``(input_ids, scores, positions) -> scores``. They need logits, which are then computed at the rows that
-            want a token, some at a time; no CUDA graphs.
-        decoder: a decoder of `mdkern.decoders` or its name: which positions are revealed at a step. Decoders that look
-            at the model (top probability, threshold, ...) have no fixed number of passes; for those that reveal as much
-            as they trust, the schedule's step is the share of the text that is revealed.
+            `top_p`, as in the code of ReMDM and BD3-LM, whose published values of `top_p` are meant so.
+        guidance_scale: w of classifier-free guidance, with logits ``u + (w + 1) (c - u)``, where u are those of the
+            sequence with the prompt masked as well.
+        logits_processor: a logits processor, or a list of them. Of those of transformers, the ones that need no order
+            of writing are taken, as `mdkern.engine.processors` lists, and others are refused. Any callable
+            ``(input_ids, scores) -> scores`` or ``(input_ids, scores, positions) -> scores`` is taken, too. They need
+            logits, which are computed for the rows that want a token, some at a time, without CUDA graphs.
+        decoder: a decoder of `mdkern.decoders`, or its name: which positions are revealed at a step. Decoders that look
+            at the model (top probability, threshold, ...) have no fixed number of passes. For those that determine the
+            number of steps themselves, the schedule's step is the share of the text that is revealed.
         block_length: reveal in blocks of so many positions from left to right, counted from a sequence's first masked
-            position; positions compete inside the block only. Each block takes ``steps / blocks`` steps, of its
-            sequence's own number of blocks, which must divide `steps`.
-        cache: ``"prefix"`` or ``"dual"``: keep keys and values (Fast-dLLM, 2505.22618) from a full pass at the start of
-            each block, or where another model takes over; the block's other passes run the block and what comes after
-            it, or the block alone, in lock-step over the batch. Faster and approximate, as what is kept goes out of
-            date with each token revealed; some tokens will differ from those of ``"none"``. For decoders that look at
-            the model, with a `block_length`, and models that can (`Denoiser.takes_cache`). `nfe` counts both kinds of
-            passes.
-        stop_at_eos: end a text with the first of the model's ends of text (`Denoiser.eos_ids`) that is written: from
-            there on there is only that. A sequence has no more passes once an end of text and all before it stay as
-            they are, which a planned decoder looks for at the end of each block or, without blocks, at a sixteenth of
-            the steps; a decoder that looks at the model after each step or, if it edits or remasks, each block.
-            Whoever reads `SampleOutput.lengths`, or calls its `decode`, gets the text without its end.
-        stopping_criteria: a stopping criterion, or a list of them; a text that one ends is filled up like one that
-            ended by `stop_at_eos`. Those of transformers see the text before the first mask (`mdkern.engine.criteria`);
-            other callables the ids ``[B, L]``, masks included, and None. Asked after every step of a decoder that looks
-            at the model, without CUDA graphs, and after every block of one that does not.
-        streamer: of transformers: ``put`` with each finished sequence, in two parts, what it began with and the rest,
-            then ``end``. If it has ``put_draft``, that is given all sequences ``[N, L]`` now and then.
-        seed: 64-bit. None takes one from `generator`, or from PyTorch's default generator.
+            position. Positions compete within a block only. Each block takes ``steps / blocks`` steps, where a
+            sequence's number of blocks must divide `steps`.
+        cache: ``"prefix"`` or ``"dual"``: store keys and values (Fast-dLLM, 2505.22618) in a full pass at the start of
+            each block and when the model changes. The other passes run the block and everything after it, or the block
+            alone. This is faster and approximate, because the stored keys and values are out of date as soon as a token
+            is revealed; some tokens will differ from those of ``"none"``. It needs a decoder that looks at the model, a
+            `block_length`, and models that support it (`Denoiser.takes_cache`). `nfe` counts both kinds of passes.
+        stop_at_eos: end a text with the first end of text (`Denoiser.eos_ids`) that is written, and fill the rest with
+            end of text. A sequence has no more passes once its end of text and all tokens before it are final. Planned
+            decoders check this at the end of each block or, without blocks, 16 times in a run; others after each step
+            or, if they edit or remask, each block. `SampleOutput.lengths` and `decode` give the text without its end.
+        stopping_criteria: a stopping criterion, or a list of them. A text that one ends is filled up as with
+            `stop_at_eos`. Those of transformers are given the text before the first mask (`mdkern.engine.criteria`);
+            other callables are given the ids ``[B, L]``, masks included, and None. They are called after every step of
+            a decoder that looks at the model, without CUDA graphs, and after every block of one that does not.
+        streamer: as for transformers' ``generate``: ``put`` is called twice for each finished sequence, with the prompt
+            and with the rest, then ``end``. If it has ``put_draft``, that is given all sequences ``[N, L]`` now and
+            then.
+        seed: 64-bit number. None takes one from `generator`, or from PyTorch's default generator.
         generator: source of the seed when none is given.
         sample_ids: the N sample numbers that key the randomness. Default 0..N-1.
-        return_history: whether to return when and by whom each position was revealed.
-        cuda_graphs: on a GPU, capture each denoiser's step once and replay it; a model that can't be captured runs
-            eagerly, with a warning. Captured graphs are kept for later calls (`mdkern.graphs`). False: run eagerly, as
-            a model must whose forward has effects in Python. The samples are the same.
+        return_history: return when, and by which model, each position was revealed.
+        cuda_graphs: on a GPU, capture each denoiser's step once and replay it. A model that can't be captured runs
+            eagerly, with a warning. Graphs are kept for later calls (`mdkern.graphs`). False runs eagerly, which is
+            needed for a model whose forward has side effects in Python. The samples are the same.
         progress: show a progress bar; None: only on a terminal.
 
     Returns:
@@ -119,11 +119,11 @@ def sample(
 
     Raises:
         ValueError, TypeError: an argument that cannot be right, before any forward pass.
-        FloatingPointError: no token could be drawn for some samples, since logits were NaN, infinite or all forbidden:
-            which samples, at which step, and whether the model or a logits processor is the reason. The other samples
-            are finished first.
-        Otherwise what models and hooks raise. ``partial`` of any exception of the run, KeyboardInterrupt among them, is
-        a `SampleOutput` of the samples that were finished; its ``sample_ids`` say which.
+        FloatingPointError: no token could be drawn for some samples, because logits were NaN, infinite or all
+            forbidden. The message names the sample and the step, and whether the model or a logits processor is the
+            cause. The other samples are finished first.
+        Any exception of a model or hook. ``partial`` of any exception during the run, KeyboardInterrupt included, is a
+        `SampleOutput` of the samples that were finished; its ``sample_ids`` say which.
     """
     began = time.perf_counter()
     request = resolve(
@@ -169,23 +169,23 @@ def sample_groups(
     progress: bool | None = None,
     **arguments: Any,
 ) -> Iterator[SampleOutput]:
-    """`sample`, its samples handed over group by group as they finish: together the same as `sample` returns.
+    """Like `sample`, but yields the samples group by group as they finish. Together they are the samples of `sample`.
 
-    All arguments are checked at once; what is not asked for any more is not run. The models must not be changed
-    in the meantime.
+    All arguments are checked at once. If the iteration is stopped, the remaining groups are not run. The models must
+    not be changed during it.
 
     Args:
         heavy, light, schedule, return_history, cuda_graphs, progress, arguments: as in `sample`.
-        group_size: consecutive samples of a group; they go through the schedule together. None: as few batches as take
-            hardly more passes than all samples at once would.
+        group_size: number of consecutive samples in a group. They go through the schedule together. None: the smallest
+            size with which all groups take hardly more passes than one run of all samples.
 
     Yields:
-        A `SampleOutput` of each group. Its ``sample_ids`` say which samples it has: all of the group but those for
+        A `SampleOutput` for each group. Its ``sample_ids`` say which samples it has: all of the group except those for
         which no token could be drawn.
 
     Raises:
-        As `sample` does, what models and hooks raise while it is iterated over. A FloatingPointError comes when all
-        other samples are finished. ``partial`` of an exception has what is finished and was not yet handed over.
+        What `sample` raises; exceptions of models and hooks during the iteration. A FloatingPointError is raised after
+        all other samples are finished. ``partial`` of an exception has what was finished and not yet yielded.
     """
     began = time.perf_counter()
     size = None if group_size is None else check_count("group_size", group_size)

@@ -34,14 +34,14 @@ class Segment:
 
 
 class Schedule:
-    """Which denoiser runs at each step, step 0 being the fully masked end.
+    """Which denoiser runs at each step. Step 0 is the first one, from the fully masked text.
 
-    A schedule either counts steps (``Schedule("L125 H750 L125")``) or gives shares of them
-    (``Schedule.sandwich(0.25)``), and then fits itself to any number of steps.
+    A schedule either counts steps (``Schedule("L125 H750 L125")``), or gives shares of the steps
+    (``Schedule.sandwich(0.25)``) and then fits any number of them.
     """
 
     def __init__(self, text: str) -> None:
-        """Parse the paper's text form: names and step counts, separated by spaces or commas, in either case.
+        """Parse the paper's notation: names and step counts, separated by spaces or commas, in upper or lower case.
 
         Raises:
             TypeError: not a str.
@@ -73,11 +73,11 @@ class Schedule:
 
     @classmethod
     def from_shares(cls, shares: Sequence[tuple[str, Fraction | float]]) -> Schedule:
-        """Parts as shares of the steps, which sum to 1; parts of share 0 are left out.
+        """A schedule of shares of the steps, which sum to 1; parts of share 0 are left out.
 
         Raises:
-            TypeError: a share that is no real number.
-            ValueError: a name that is not of letters, shares that are negative or do not sum to 1.
+            TypeError: a share that is not a real number.
+            ValueError: a name that has other characters than letters; shares that are negative or do not sum to 1.
         """
         exact = [(check_name(name).upper(), exact_share(share, f"the share of {name}")) for name, share in shares]
         whole = sum((share for _, share in exact), Fraction(0))
@@ -95,7 +95,7 @@ class Schedule:
 
     @classmethod
     def sandwich(cls, light_share: float, heavy: str = "H", light: str = "L") -> Schedule:
-        """Light at both ends, half of `light_share` each, heavy between: the paper's best."""
+        """Light at both ends, half of `light_share` each, and heavy between: the paper's best."""
         share = exact_share(light_share, "light_share")
         if not 0 <= share <= 1:
             raise ValueError(f"light_share must lie in 0..1, not {light_share}")
@@ -130,16 +130,16 @@ class Schedule:
 
     @property
     def total(self) -> int | None:
-        """Number of steps, None if the schedule fits itself to any."""
+        """Number of steps; None if the schedule fits any number."""
         return int(sum(count for _, count in self.parts)) if self.fixed else None
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names used, upper case, in the order of their first step."""
+        """The names used, in upper case, in order of their first step."""
         return tuple(dict.fromkeys(name for name, _ in self.parts))
 
     def edges(self, steps: int | None = None) -> list[int]:
-        """Where each of the `parts` begins over `steps` steps, and where the last one ends: shares rounded.
+        """The steps at which each of the `parts` begins, and the one at which the last ends. Shares are rounded.
 
         Raises:
             ValueError: `steps` missing for a schedule of shares, or not the sum of a schedule of counts.
@@ -154,7 +154,7 @@ class Schedule:
         return [int(share * unit + Fraction(1, 2)) for share in shares]
 
     def segments(self, steps: int | None = None) -> list[Segment]:
-        """The segments over `steps` steps. Shares are rounded at their boundaries; empty segments fall away.
+        """The segments over `steps` steps. Shares are rounded at their boundaries; empty segments are left out.
 
         Raises:
             ValueError: `steps` missing for a schedule of shares, or not the sum of a schedule of counts.
@@ -176,13 +176,13 @@ class Schedule:
         return shares
 
     def saved(self, cost: Mapping[str, float]) -> float:
-        """Share of the cost saved against running the dearest denoiser at every step.
+        """Share of the cost saved compared with running the most expensive denoiser at every step.
 
-        With ``cost`` the number of blocks this is equation (3) of 2604.02340, ``p (B_H - B_L) / B_H``, for any number
-        of denoisers; with ``cost`` the counted FLOPs of a forward pass it is the exact figure.
+        If ``cost`` is the number of blocks, this is equation (3) of 2604.02340, ``p (B_H - B_L) / B_H``, for any number
+        of denoisers. If it is the FLOPs of a forward pass, it is the exact figure.
 
         Args:
-            cost: by name, in either case; every denoiser of the schedule, and possibly others.
+            cost: cost of a step by name, in upper or lower case, of all denoisers of the schedule and possibly others.
         """
         costs = {name.upper(): value for name, value in cost.items()}
         missing = [name for name in self.models if name not in costs]
@@ -211,14 +211,14 @@ class Schedule:
 
 
 def check_name(name: str) -> str:
-    """A name that the text form can hold: with digits in it, name and count would run together."""
+    """The name in upper case, refused if it has other characters than letters: digits would run into the count."""
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise ValueError(f"a model's name must be letters, as in 'L125 H750 L125', not {name!r}")
     return name
 
 
 def exact_share(share: Any, what: str) -> Fraction:
-    """A number of any real type, NumPy's included, as a fraction; `what` it is, for the message."""
+    """A number of any real type, NumPy's included, as a fraction. `what` names it in the error."""
     if isinstance(share, bool) or not isinstance(share, Real | Decimal):
         raise TypeError(f"{what} must be a number, not {share!r}")
     if not isinstance(share, Rational) and not math.isfinite(share):
@@ -227,12 +227,12 @@ def exact_share(share: Any, what: str) -> Fraction:
 
 
 def shortened(text: str) -> str:
-    """A text in quotation marks, of which a long one's beginning."""
+    """A text in quotation marks; only the beginning of a long one."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def merge(parts: Sequence[tuple[str, Fraction]]) -> tuple[tuple[str, Fraction], ...]:
-    """Adjacent parts of one denoiser as one."""
+    """Merge adjacent parts of the same denoiser."""
     merged: list[tuple[str, Fraction]] = []
     for name, count in parts:
         if merged and merged[-1][0] == name:

@@ -1,6 +1,6 @@
-"""A page that replays a denoising: each token coloured by the step that revealed it, marked by the model that did.
+"""Writes a page that replays the denoising of texts, each token coloured by its step and marked by its model.
 
-The page is one file with no outside resources: `trace.html` with the data put in.
+The page is one file without outside resources: `trace.html` with the data filled in.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("trace.html")
 USUAL_MODELS = {"H": "heavy model", "L": "light model"}
-INCOMPLETE = "\ufffd"  # what decoders put for bytes that are no whole character
+INCOMPLETE = "\ufffd"  # what tokenizers put for bytes that are not a whole character
 
 
 class About(TypedDict, total=False):
-    """What a page can say besides the samples, all of it optional."""
+    """What a page can show besides the samples. All of it is optional."""
 
     title: str  # the page's heading
-    schedule: Schedule | str  # sampled under. Else read off the history: the steps from a model's reveal to another's
-    models: Mapping[str, str]  # what the schedule's names stand for, e.g. {"H": "12 blocks"}
-    decoder: str  # its name
+    schedule: Schedule | str  # the schedule; if it is not given, it is inferred from the history
+    models: Mapping[str, str]  # descriptions of the schedule's models, e.g. {"H": "12 blocks"}
+    decoder: str  # the decoder's name
 
 
 def write_trace(path: str | os.PathLike[str], output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        path: where to.
-        output: of ``sample(..., return_history=True)``.
-        tokenizer: has ``decode``; of transformers.
+        path: the file to write.
+        output: what ``sample(..., return_history=True)`` returned.
+        tokenizer: a tokenizer of transformers, or any object with its ``decode``.
         about: the fields of `About`: title, schedule, models, decoder.
 
     Raises:
         ValueError: `output` has no history.
-        TypeError: something about it that is not of `About`.
+        TypeError: an argument that is not a field of `About`.
     """
     write_whole(path, render_trace(output, tokenizer, **about))
 
@@ -55,16 +55,16 @@ def render_trace(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -
     data = json.dumps(contents, separators=(",", ":"))
     values = {
         "TITLE": html.escape(contents["title"]),
-        "DATA": data.replace("<", "\\u003c"),  # neither </script> nor <!-- may appear; the JSON stays the same
+        "DATA": data.replace("<", "\\u003c"),  # neither </script> nor <!-- may appear; it is the same JSON
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"__(TITLE|DATA)__", lambda match: values[match[1]], template)
 
 
 def trace_data(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> dict[str, Any]:
-    """What the page knows: a JSON value. Steps and models are those of `History`.
+    """The page's data, as a value for JSON. Steps and models are those of `History`.
 
-    Both are -1 where the token was given. Only the model is where none had to run, as what follows the end of a text.
+    Both are -1 where the token was given. Only the model is -1 where no model ran, such as after the end of a text.
     """
     unknown = about.keys() - About.__annotations__
     if unknown:
@@ -77,7 +77,7 @@ def trace_data(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> 
     return {
         "title": about.get("title", "mdkern trace"),
         "decoder": about.get("decoder"),
-        "seed": None if output.seed is None else str(output.seed),  # 64 bits are more than JavaScript's numbers hold
+        "seed": None if output.seed is None else str(output.seed),  # JavaScript's numbers hold fewer than 64 bits
         "steps": history.steps,
         "models": list(history.models),
         "described": [described.get(name, "") for name in history.models],
@@ -96,16 +96,16 @@ def trace_data(output: SampleOutput, tokenizer: Any, **about: Unpack[About]) -> 
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of `ids` as it is, special tokens included."""
+    """The text of `ids`, special tokens included."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def text_units(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, int]]:
-    """Cut a text into the smallest runs of tokens that are whole characters: (text, number of tokens) each.
+    """Cut a text into the smallest runs of tokens that are whole characters, as pairs (text, number of tokens).
 
-    A unit is nearly always one token; a byte-level vocabulary may spread a character over several. Each unit is decoded
-    after the one before it, since some tokenizers write a token differently at the start of a text. The units' texts
-    joined are the text.
+    A unit is nearly always one token; a byte-level vocabulary may need several for a character. Each unit is decoded
+    together with the one before it, because some tokenizers write a token differently at the start of a text. The texts
+    of all units joined are the whole text.
     """
     units: list[tuple[str, int]] = []
     context = start = 0
