@@ -1,4 +1,4 @@
-"""`adapt`: people's models as denoisers, split into backbone and head where that can be; others run by their logits."""
+"""`adapt`: makes denoisers of models, split into backbone and head where possible; other models run by their logits."""
 
 from __future__ import annotations
 
@@ -42,35 +42,36 @@ def adapt(
 ) -> Denoiser:
     """Make a `Denoiser` of a model.
 
-    A module with ``get_output_embeddings``, as those of Hugging Face, is split: its own forward runs up to its output
-    layer, which mdkern runs at the wanted positions only. What it can do is tried here by a few passes of a few ids,
-    once for a model. Where it can't be split it runs by its logits, and a warning says why. What was found out the
-    denoiser's `repr` tells.
+    A module with ``get_output_embeddings``, such as those of Hugging Face, is split: its own forward runs up to its
+    output layer, which mdkern then runs at the wanted positions only. What the model can do is found out here by a few
+    passes over a few ids, once for each model. If it can't be split it runs by its logits, and a warning says why. The
+    denoiser's `repr` tells what was found out.
 
     Args:
         model: a `DiT`; a Hugging Face masked language model; any callable from ids int64 ``[B, L]`` to logits
             ``[B, L, V]`` (it is also given ``t`` ``[B]`` or ``attention_mask`` ``[B, L]`` if it has parameters of
-            those names); or a `Denoiser`, returned as it is. Wrappers of data parallelism and of weight averaging are
-            looked through, and torch.compile's around a DiT.
+            those names); or a `Denoiser`, which is returned as it is. Wrappers of data parallelism and of weight
+            averaging are taken off, and so is that of torch.compile around a DiT.
         vocab_size: V. Needed for callables; taken from the model's config otherwise.
         mask_id: the mask token's id. Needed for callables, and for Hugging Face models whose config has none.
         eos_id: an id that ends a text, or several; taken from the model's config and generation config otherwise.
-        max_length: most positions of a sequence; of a DiT at most its own.
+        max_length: most positions of a sequence; for a DiT at most its own.
         num_blocks: as in `Denoiser`.
-        device: where a callable wants its ids; taken from a module's parameters.
-        shifted: whether the logits at a position are those of the next one, as of models that were autoregressive;
-            then position i is served by i - 1, and by itself where nothing is before it. None: if the config's
-            ``model_type`` is Dream's.
-        allow_causal: take a model all the same that sees only what is to the left of a position, or nothing beyond its
-            block of positions, or whose config says that it was made for blocks. It then runs with the attention of its
+        device: the device of a callable's ids; taken from a module's parameters otherwise.
+        shifted: whether the logits at a position are for the token of the next one, as in models that were
+            autoregressive. Position i then uses the logits at i - 1, or its own at the start of a text. None: True if
+            the config's ``model_type`` is Dream's.
+        allow_causal: also take a model that sees only what is to the left of a position, or nothing beyond the
+            position's block, or whose config says that it was made for blocks. It then runs with the attention of its
             own forward.
-        name: what to call it in messages.
+        name: its name in messages.
 
     Raises:
         TypeError: not a model.
-        ValueError: a missing or impossible `vocab_size` or `mask_id`, one that contradicts the model's own, `shifted`
-            for a DiT or a `Denoiser`, a model in training mode or a causal one, a device that is not there or is not
-            the model's.
+        ValueError: a `vocab_size` or `mask_id` that is missing, impossible or contradicts the model's own; `shifted`
+        for
+            a DiT or a `Denoiser`; a model in training mode, or a causal one; a device that does not exist or is not the
+            model's.
     """
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks)):
@@ -116,7 +117,7 @@ def adapt(
 
 
 def without_wrappers(model: Any) -> Any:
-    """The model in wrappers that run it as it is: of data parallelism, weight averaging, and compiled DiTs."""
+    """The model without wrappers of data parallelism, weight averaging and compilation."""
     inside = wrapped_model(model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.optim.swa_utils.AveragedModel):
         return without_wrappers(inside)
@@ -131,7 +132,7 @@ def check_same(given: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def check_placed(model: Any, own: torch.device, device: torch.device | str | None, shifted: bool | None) -> None:
-    """Refuse what cannot take effect: another device than the model's, a shift where there is none."""
+    """Refuse arguments that would have no effect: another device than the model's, `shifted` where it can't apply."""
     if shifted:
         raise ValueError(f"shifted must not be given for a {type(model).__name__}: its states are in their places")
     if device is not None:
@@ -141,7 +142,7 @@ def check_placed(model: Any, own: torch.device, device: torch.device | str | Non
 
 
 def check_direction(name: str, configured: str, observed: str) -> None:
-    """Refuse models that do not look at all of a text."""
+    """Refuse models that do not see the whole text."""
     if not configured and not observed:
         return
     seen = f"was made for attention by {configured}" if configured else observed
@@ -153,7 +154,7 @@ def check_direction(name: str, configured: str, observed: str) -> None:
 
 
 def known_ids(model: Any, vocab_size: Any, mask_id: Any) -> tuple[int, int]:
-    """`vocab_size` and `mask_id`, given or told by the config, checked."""
+    """`vocab_size` and `mask_id`, as given or from the config, checked."""
     given = {
         "vocab_size": vocab_size if vocab_size is not None else first_setting(model, "vocab_size"),
         "mask_id": mask_id if mask_id is not None else first_setting(model, "mask_token_id"),
@@ -183,7 +184,7 @@ def check_ids(vocab_size: int, mask_id: int) -> None:
 
 
 class DiTDenoiser(Denoiser):
-    """Our `DiT`, with the last block pruned to the wanted rows."""
+    """A `DiT` as a denoiser. Its last block runs only at the wanted rows."""
 
     takes_cache = True
     folds: dit_fused.Folds | None = None
@@ -239,7 +240,7 @@ class DiTDenoiser(Denoiser):
         return self.model.hidden(input_ids, t, positions, attention_mask, self.folds)
 
     def prepared(self, rows: int) -> DiTDenoiser:
-        """With the norms folded into the weights, where that serves."""
+        """A denoiser with the norms folded into the weights, if that makes it faster."""
         with torch.no_grad():
             folds = dit_fused.fold(self.model, rows)
         if folds is None:

@@ -1,4 +1,4 @@
-"""Any callable from ids to logits as a denoiser: exact, but every pass computes the logits of every position."""
+"""Any callable from ids to logits as a denoiser: exact, but every pass computes the logits of all positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mdkern.models.hf.introspect import check_evaluating, execution_device, outp
 
 
 class LogitsDenoiser(AdaptedDenoiser):
-    """Somebody's module or function, run as it is."""
+    """A module or function, run as it is."""
 
     no_cache_reason = "it runs by its logits"
 
@@ -48,7 +48,7 @@ class LogitsDenoiser(AdaptedDenoiser):
         self.device = self.head.bias.device  # with its index, so that it compares equal to those of other tensors there
 
     def warn(self, stacklevel: int) -> None:
-        """Say that it is slower than it could be."""
+        """Warn that it is slower than it could be."""
         what = "the output layer is computed at every position of every forward pass"
         warnings.warn(f"{self.name} {self.description()}: {what}", stacklevel=stacklevel + 1)
 
@@ -95,7 +95,7 @@ class LogitsDenoiser(AdaptedDenoiser):
             return call(self.padding)
         try:
             output, way = call(Padding("bool")), "bool"
-        except (TypeError, RuntimeError):  # as 1 - mask raises of bools
+        except (TypeError, RuntimeError):  # such as the one that 1 - mask raises for bools
             output, way = call(Padding("int64")), "int64"
         self.padding = Padding(way)
         return output

@@ -1,4 +1,4 @@
-"""Saving and loading a `DiT` in our own layout; others' checkpoints are read by `mdkern.models.mdlm`."""
+"""Saves and loads a `DiT` in our own layout. Checkpoints laid out as MDLM's are read by `mdkern.models.mdlm`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ FINAL = "final"  # the folder that a training run leaves its model in
 def save_dit(model: DiT, directory: PathLike, max_shard_size: str = "5GB") -> None:
     """Write ``config.json`` and the weights as safetensors, in the model's dtype, without the vocabulary's padding.
 
-    Everything is written to a temporary folder beside `directory` and moved in place at the end. An older checkpoint
-    there loses its config first and the new config comes last, so that no moment shows a mixture of the two.
+    Everything is written to a temporary folder beside `directory` and moved into place at the end. Of an older
+    checkpoint there, the config is removed first, and the new config comes last, so that a mixture of the two is never
+    taken for a checkpoint.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -66,16 +67,15 @@ def load_dit(name_or_path: PathLike, dtype: torch.dtype | None = None, device: t
     """Load a `DiT` from a folder, a checkpoint file or a Hugging Face repository name.
 
     Args:
-        name_or_path: what `DiT.save_pretrained` wrote, the folder of a run of ``training.train`` that has its final
-            model, or weights laid out as MDLM's own (see `load_mdlm`), with the ``config.json`` beside them if there
-            is one.
-        dtype: floating dtype of the result; None keeps the files'.
-        device: where to put it.
+        name_or_path: what `DiT.save_pretrained` wrote; the folder of a finished run of ``training.train``; or weights
+            laid out as MDLM's (see `load_mdlm`), with a ``config.json`` beside them if there is one.
+        dtype: floating dtype of the result; None keeps that of the files.
+        device: the device of the result.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: weights that fit no known layout, that miss or exceed what the config says, or that are of another
-            kind of model; a file that cannot be read.
+        FileNotFoundError: there is nothing of that name.
+        ValueError: weights of an unknown layout, that do not agree with the config, or that belong to another kind of
+            model; a file that cannot be read.
     """
     path = find_local(name_or_path, "checkpoint")
     if path is None:
@@ -111,18 +111,17 @@ def load_mdlm(path: PathLike, settings: Mapping[str, Any] | None = None) -> DiT:
     Args:
         path: a folder or file with ``backbone.vocab_embed.embedding``, ``backbone.blocks.N.attn_qkv.weight``, …; of a
             Lightning ``.ckpt`` the EMA weights are taken and the run's own ``hyper_parameters`` read.
-        settings: what the weights and the checkpoint's hyper-parameters cannot tell; None reads ``config.json``.
-            ``n_heads`` (else width / 64), ``time_conditioning`` (else False, as MDLM publishes), ``model_length`` (else
-            1024), ``mask_index`` or ``mask_token_id`` (else the last id, as with GPT-2's tokenizer; BERT's has its
-            own), ``eos_token_id``. ``n_blocks``, ``hidden_dim``, ``cond_dim`` and ``vocab_size`` must agree with the
-            weights.
+        settings: what the weights and the checkpoint's hyper-parameters do not contain; None reads ``config.json``.
+            ``n_heads`` (default: width / 64), ``time_conditioning`` (False, as MDLM publishes), ``model_length``
+            (1024), ``mask_index`` or ``mask_token_id`` (the last id, as with GPT-2's tokenizer; BERT's has its own),
+            ``eos_token_id``. ``n_blocks``, ``hidden_dim``, ``cond_dim`` and ``vocab_size`` must agree with the weights.
 
     Raises:
-        ValueError: weights that are not MDLM's or not all there, that `settings` or the hyper-parameters contradict,
-            or that belong to a model that does not predict masked tokens from both sides: BD3-LM, DUO, SEDD, D3PM.
+        ValueError: weights that are not MDLM's, are incomplete, or contradict `settings` or the hyper-parameters; or
+            that belong to a model that does not predict masked tokens from both sides: BD3-LM, DUO, SEDD, D3PM.
 
-    Without time conditioning MDLM still feeds sigma = 0 through its time embedding; what comes out is a constant per
-    block, computed here once.
+    Without time conditioning MDLM still feeds sigma = 0 through its time embedding. The result is a constant of each
+    block, which is computed here once.
     """
     path = Path(path)
     config, weights, time_conditioning = read_mdlm(path, read_settings(path) if settings is None else settings)
@@ -133,7 +132,7 @@ def load_mdlm(path: PathLike, settings: Mapping[str, Any] | None = None) -> DiT:
 
 
 def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
-    """A `DiT` holding the unpadded weights `state`, in their dtype."""
+    """A `DiT` with the unpadded weights `state`, in their dtype."""
     check_shapes(config, shapes_of(state))
     whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     if whole:
@@ -150,7 +149,7 @@ def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
     model.load_state_dict(full, assign=True)
     if config.tie_head:
         model.head_weight = model.embedding
-    return model.requires_grad_(True).to(model.embedding.device)  # the tables leave the meta device too
+    return model.requires_grad_(True).to(model.embedding.device)  # takes the rotary tables off the meta device, too
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -158,9 +157,9 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse unpadded weights whose names or shapes are not the config's, before anything of the config's size is made.
+    """Refuse unpadded weights whose names or shapes do not fit the config, before memory of the config's size is taken.
 
-    Only then is one block built, without memory, and stands for all.
+    One block is built, without memory, and represents all of them.
     """
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if config.num_blocks > blocks:

@@ -1,4 +1,4 @@
-"""What the sampler needs of a model: a backbone (ids -> hidden states) and a head (hidden rows -> vocabulary)."""
+"""The interface of models: a backbone (ids -> hidden states) and a head (rows of hidden states -> vocabulary)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mdkern.kernels.head.reference import finish_logits
 
-# What prepared denoisers keep from one call of `sample` to the next, by model: tensors in tuples, read by CUDA graphs.
+# What prepared denoisers keep between calls of `sample`, by model: tuples of tensors, which CUDA graphs read.
 PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def available_device(device: torch.device | str) -> torch.device:
-    """`device`, refused if it is a GPU that is not there."""
+    """`device`, refused if it is a GPU that does not exist here."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -39,10 +39,10 @@ def listed(value: Any) -> list[Any]:
 
 
 def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
-    """Ids as a tuple without repeats: of one id, of several, or of None.
+    """Ids as a tuple without repeats, from one id, several, or None.
 
     Raises:
-        ValueError: what is no id of the vocabulary, or is the mask's.
+        ValueError: an id that is not in the vocabulary, or is the mask's.
     """
     ids = [item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in listed(value)]
     for item in ids:
@@ -57,27 +57,26 @@ def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, .
 class Head:
     """The output layer as data: ``logits = cap(scale * hidden @ weight.T) + bias``, ``cap(x) = c * tanh(x / c)``.
 
-    The ids that may never be produced (the mask, padded ids) are those whose bias is ``-inf``: one mechanism for all
-    of them, at the price of the addition that a bias costs anyway.
+    Ids that must never be drawn (the mask, padded ids) have a bias of ``-inf``.
     """
 
     weight: Tensor | None  # [V, D] floating; None: the "hidden" rows are logits already
     bias: Tensor  # [V] float32
     scale: float = 1.0
-    soft_cap: float = 0.0  # 0: none
+    soft_cap: float = 0.0  # c; 0: no cap
 
     @property
     def padded_vocab_size(self) -> int:
         return self.bias.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits, float32 ``[..., V]``. For the baselines, tests and training; the sampler never calls it."""
+        """All logits, float32 ``[..., V]``. For baselines, tests and training; the sampler does not call it."""
         logits = hidden if self.weight is None else torch.nn.functional.linear(hidden, self.weight)
         return finish_logits(logits, self.bias, self.scale, self.soft_cap)
 
 
 class Live:
-    """An attribute that is made anew whenever it is read, unless one was assigned to the object."""
+    """An attribute that is computed whenever it is read, unless a value was assigned to it."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
@@ -87,22 +86,22 @@ class Live:
 
 
 class Denoiser:
-    """A masked diffusion language model, split where the sampler needs it split.
+    """A masked diffusion language model, split into a backbone and a head.
 
-    Subclasses set the attributes and implement `hidden`; `mdkern.adapt` builds them from people's models.
+    Subclasses set the attributes and implement `hidden`; `mdkern.adapt` makes them from models.
     """
 
     name: str = "denoiser"
     vocab_size: int  # ids in 0..vocab_size-1, the mask id included if it lies there
     mask_id: int
     eos_ids: tuple[int, ...] = ()  # ids that end a text; the first fills what comes after
-    max_length: int | None = None  # positions; None: no limit
-    num_blocks: int | None = None  # B of the paper's equation (3)
+    max_length: int | None = None  # most positions of a sequence; None: no limit
+    num_blocks: int | None = None  # number of transformer blocks, B in equation (3) of 2604.02340
     time_conditioning: bool = False
     takes_attention_mask: bool = True  # whether sequences may be padded
-    right_padding_only: bool = False  # whether padding may come after the text only
-    takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are there
-    no_cache_reason: str = ""  # why not, for messages
+    right_padding_only: bool = False  # whether padding may only come after the text
+    takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are implemented
+    no_cache_reason: str = ""  # why they are not, for messages
     device: torch.device
     dtype: torch.dtype
     head: Head
@@ -119,8 +118,7 @@ class Denoiser:
         Args:
             input_ids: int64 ``[B, L]``, mask id where not yet revealed.
             t: float32 ``[B]``, diffusion time in (0, 1]; read only if ``time_conditioning``.
-            positions: int64 ``[B, R]``: the positions of each sequence whose hidden states are wanted. Grouped by
-                sequence because attention is: keys and values of a sequence are read once for all its rows.
+            positions: int64 ``[B, R]``: the positions of each sequence whose hidden states are wanted.
             attention_mask: bool ``[B, L]``, False at padding; None: no padding anywhere.
 
         Returns:
@@ -129,11 +127,11 @@ class Denoiser:
         raise NotImplementedError
 
     def current(self) -> Denoiser:
-        """The denoiser as its model is now, for one call of `sample`: itself, or a copy that holds it."""
+        """The denoiser with its model's present state, for one call of `sample`: itself, or a copy."""
         return self
 
     def description(self) -> str:
-        """How it runs, for `repr`."""
+        """How the model is run, for `repr`."""
         return "a Denoiser"
 
     def __repr__(self) -> str:
@@ -149,20 +147,21 @@ class Denoiser:
         return f"<{self.name}: {'; '.join(facts)}>"
 
     def prepared(self, rows: int) -> Denoiser:
-        """The denoiser to run one call of `sample` by: itself, or one that shares its weights.
+        """The denoiser for one call of `sample`: itself, or one that shares its weights.
 
-        It may keep what it computes here from the weights as they are now, which no one changes during the call: as an
-        attribute, by which CUDA graphs recognise it, and in `PREPARED`, at the same addresses in the next call.
+        It may compute something from the weights here, as they do not change during the call. It keeps it as an
+        attribute, by which CUDA graphs recognise it, and in `PREPARED`, so that the next call has it at the same
+        addresses.
 
         Args:
-            rows: positions of the largest pass, over all its sequences.
+            rows: number of positions of the largest pass, over all its sequences.
         """
         return self
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """Shape of the tensor, of the denoiser's dtype, that keeps the keys and values of B sequences of L positions.
+        """Shape of the tensor, of the denoiser's dtype, for the keys and values of B sequences of L positions.
 
-        Needed, as `window_hidden` is, of denoisers that say ``takes_cache``.
+        Must be implemented, like `window_hidden`, if ``takes_cache`` is set.
         """
         raise NotImplementedError
 
@@ -175,19 +174,19 @@ class Denoiser:
         t: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The head's input from a pass over some columns of each sequence, all others by their keys and values.
+        """The head's input from a pass over a window of each sequence, with cached keys and values of the rest.
 
-        The pass overwrites the window's own keys and values in `cache` and attends to all that it then holds. With
-        all columns as the window nothing older is read: this is how a cache is filled. It runs inside CUDA graphs: no
-        host reads, nothing kept but `cache`.
+        The pass overwrites the window's keys and values in `cache` and attends to everything that the cache then holds.
+        If the window is all columns, nothing older is read; this is how a cache is filled. The pass runs inside CUDA
+        graphs: it must not read data on the host, or keep anything besides `cache`.
 
         Args:
-            cache: of `cache_shape`, the same tensor at every call; zeros at first.
-            input_ids: int64 ``[B, W]``, of the window.
-            columns: int64 ``[B, W]`` in 0..L, where the window's ids are in their sequences; ascending. L: nowhere,
-                to be left out of the cache. None: all of the L columns.
-            positions: int64 ``[B, R]`` in 0..W-1, the window's entries whose hidden states are wanted.
-            t, attention_mask: as in `hidden`, the mask ``[B, L]``.
+            cache: a tensor of `cache_shape`, the same one at every call; zeros at first.
+            input_ids: int64 ``[B, W]``, the ids of the window.
+            columns: int64 ``[B, W]`` in 0..L, ascending: the columns of the window's ids in their sequences; L stands
+                for none, and is not to be cached. None: all L columns.
+            positions: int64 ``[B, R]`` in 0..W-1, the entries of the window whose hidden states are wanted.
+            t, attention_mask: as in `hidden`; the mask is ``[B, L]``.
 
         Returns:
             ``[B, R, D]``.
@@ -195,9 +194,9 @@ class Denoiser:
         raise NotImplementedError
 
     def check_states(self, states: Any, batch: int, count: int) -> Tensor:
-        """What `hidden` or `window_hidden` gave, refused if it is not ``[B, count, D]`` as the head needs it.
+        """The result of `hidden` or `window_hidden`, refused if it is not ``[B, count, D]`` as the head needs it.
 
-        Looks at what the host knows of a tensor, not at its values.
+        Only shape, dtype and device are checked, which needs no synchronisation.
         """
         weight, bias = self.head.weight, self.head.bias
         wanted = batch, count, len(bias) if weight is None else weight.shape[1]
@@ -215,14 +214,14 @@ class Denoiser:
         raise ValueError(f"{self.name}.hidden gave {given}, expected {dtype} {wanted} on {bias.device}{hint}")
 
     def logits(self, input_ids: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """float32 ``[B, L, V]`` with V the padded vocabulary: every logit of every position, as the baselines want."""
+        """float32 ``[B, L, V]`` with V the padded vocabulary: all logits of all positions, for baselines."""
         return self.head.logits(self.hidden(input_ids, t, None, attention_mask))
 
     def flops(self, length: int, rows: int) -> int | None:
-        """Floating-point operations of one forward pass of one sequence with `rows` head rows, None if unknown."""
+        """Floating-point operations of a forward pass of one sequence with the head at `rows` rows; None if unknown."""
         return None
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors to be checked for NaN before sampling starts."""
+        """The weights to be checked for NaN before sampling begins, with names for messages."""
         if self.head.weight is not None:
             yield "head.weight", self.head.weight

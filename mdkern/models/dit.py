@@ -1,7 +1,7 @@
 """MDLM's denoiser (Sahoo et al., 2406.07524): a bidirectional transformer with adaLN blocks and rotary positions.
 
-Split into `DiT.hidden` (ids -> hidden states) and a head, so that the head runs only at the rows that need it.
-In the last block only the wanted rows get queries, attention output and MLP; keys and values are needed everywhere.
+It is split into `DiT.hidden` (ids -> hidden states) and a head, so that the head runs only at the rows that need it.
+The last block computes queries, attention and MLP at the wanted rows only; keys and values are needed everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mdkern.models import dit_fused
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
 TIME_FREQUENCIES = 256
-MOST_POSITIONS = 1 << 20  # beyond, the angles of rotary positions are off by more than 0.06 in float32
+MOST_POSITIONS = 1 << 20  # beyond this, the error of rotary angles in float32 is more than 0.06
 LARGEST_SIDE = 1 << 20
 TIME_NOISE_EPS = 1e-3  # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - eps) t)
 # [16, 12, 1024, 64], non-causal, H200: cuDNN 0.122 ms, flash 0.188, memory-efficient 0.417.
@@ -39,12 +39,12 @@ class DiTConfig:
     """Shape of a `DiT`.
 
     Attributes:
-        vocab_size: ids the model knows, the mask included.
-        mask_id: the id of a position not yet revealed.
-        eos_id: end of text, or several such ids, or None.
-        max_length: longest sequence the model is meant for.
+        vocab_size: number of ids, the mask included.
+        mask_id: the id of a position that is not yet revealed.
+        eos_id: the id of the end of text, several such ids, or None.
+        max_length: longest sequence that the model is meant for.
         num_blocks, width, num_heads, mlp_ratio: the transformer's shape; ``width % num_heads == 0``.
-        time_conditioning: whether the blocks see the diffusion time. If not, the modulation is a constant of the block.
+        time_conditioning: whether the blocks are given the diffusion time. If not, the modulation is constant.
         cond_dim: width of the time embedding.
         tie_head: whether the head's weight is the embedding.
     """
@@ -88,7 +88,7 @@ class DiTConfig:
             raise ValueError(f"width {self.width} must split into {self.num_heads} heads of an even size")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id {self.mask_id} must lie in 0..{self.vocab_size - 1}")
-        if isinstance(self.eos_id, list):  # as JSON has it
+        if isinstance(self.eos_id, list):  # JSON has no tuples
             object.__setattr__(self, "eos_id", tuple(self.eos_id))
 
     @property
@@ -104,7 +104,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of ``x [B, H, L, head_dim]``, the two halves of a head paired."""
+    """Rotary position embedding of ``x [B, H, L, head_dim]``; dimension i is paired with i + head_dim / 2."""
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -124,7 +124,7 @@ class Modulation(nn.Module):
         size = parts * config.width
         self.weight = nn.Parameter(torch.zeros(size, config.cond_dim)) if config.time_conditioning else None
         self.bias = nn.Parameter(torch.zeros(size))
-        if parts == 6 and not config.time_conditioning:  # a gate that nothing conditions starts open
+        if parts == 6 and not config.time_conditioning:  # constant gates start at 1
             with torch.no_grad():
                 self.bias.view(6, -1)[[2, 5]] = 1.0
 
@@ -144,7 +144,7 @@ class ModulatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if shift.ndim == 1:  # constants of the block: the norm's own weight and bias take them
+        if shift.ndim == 1:  # constant modulation becomes the norm's weight and bias
             return F.layer_norm(x, self.weight.shape, self.weight * (1 + scale), shift)
         return torch.addcmul(shift, F.layer_norm(x, self.weight.shape, self.weight), 1 + scale)
 
@@ -174,7 +174,7 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """``[B, L, D] -> [B, L, D]``, or ``-> [B, R, D]`` at ``positions [B, R]``; ``key_mask [B, 1, 1, L]`` bool."""
+        """``[B, L, D] -> [B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``; ``key_mask [B, 1, 1, L]`` bool."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         normed = self.norm1(x, shift1, scale1)
         if positions is None:
@@ -193,14 +193,14 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         query_rotary: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of ``normed [B, L, D]``, ``[B, H, L, head_dim]`` each, the first two rotated.
+        """Queries, keys and values of ``normed [B, L, D]``, ``[B, H, L, head_dim]`` each; the first two are rotated.
 
-        Queries are ``[B, H, R, head_dim]`` at ``positions [B, R]``, if given, and rotated by `query_rotary`.
+        With ``positions [B, R]``, the queries are ``[B, H, R, head_dim]`` and rotated by `query_rotary`.
         """
         if positions is None or query_rotary is None:
             query, key, value = map(self.split_heads, self.attn_qkv(normed).chunk(3, dim=-1))
             return rotate(query, *rotary), rotate(key, *rotary), value
-        if not dit_fused.is_plain(self.attn_qkv):  # its weight alone does not tell what it does
+        if not dit_fused.is_plain(self.attn_qkv):  # a hook or adapter changes what it computes, so it must be called
             query, key, value = self.attn_qkv(normed).chunk(3, dim=-1)
             query, key, value = map(self.split_heads, (gather_rows(query, positions), key, value))
             return rotate(query, *query_rotary), rotate(key, *rotary), value
@@ -263,7 +263,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiT:
-        """Move or cast the model; the rotary tables follow the device but stay float32, so they are no buffers.
+        """Move or cast the model. The rotary tables move with it but stay float32, so they cannot be buffers.
 
         Why they are tables: docs/notes/training.md.
         """
@@ -282,8 +282,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """The head's input: ``[B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``. See `Denoiser.hidden`.
 
-        For inference in 16 bits on a GPU by `dit_fused`, the same function in fewer passes over memory; in
-        fewer still with `folds` made of the weights as they are, by `dit_fused.fold`.
+        Inference in 16 bits on a GPU uses `dit_fused`, which computes the same in fewer passes over memory, and in
+        still fewer with `folds`, which `dit_fused.fold` makes from the present weights.
         """
         if not dit_fused.covers(self):
             return self.plain_hidden(input_ids, t, positions, attention_mask)
@@ -306,7 +306,7 @@ class DiT(nn.Module):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """`hidden` by the modules, in PyTorch's own operators: for training, compilation and comparison."""
+        """`hidden` by calling the modules, in PyTorch's own operators: for training, compilation and comparison."""
         condition = self.condition(t)
         cos, sin = self.rotary
         rotary = cos[: input_ids.shape[1]], sin[: input_ids.shape[1]]
@@ -323,7 +323,7 @@ class DiT(nn.Module):
         return F.linear(hidden, self.head_weight) + self.suppressed_bias()
 
     def suppressed_bias(self) -> Tensor:
-        """The head's bias, float32 ``[V]`` with ``-inf`` at ids that may never be produced."""
+        """The head's bias, float32 ``[V]``, with ``-inf`` at ids that must never be drawn."""
         ids = torch.arange(self.head_bias.shape[0], device=self.head_bias.device)
         never = (ids >= self.config.vocab_size) | (ids == self.config.mask_id)
         return self.head_bias.float().masked_fill(never, -math.inf)
@@ -352,12 +352,12 @@ class DiT(nn.Module):
     def flops(self, length: int, rows: int) -> int:
         """Floating-point operations of one sequence's forward pass with the head at `rows` rows.
 
-        Matrix products only (2 per multiply-add), the last block's queries, output and MLP at `rows` rows. Of the
-        modules: what `dit_fused` looks up in a table is counted as the product that the modules do.
+        Only matrix products count (2 for a multiply-add), with the last block's queries, output and MLP at `rows` rows.
+        What `dit_fused` looks up in a table is counted as the product that it replaces.
         """
         width, ratio = self.config.width, self.config.mlp_ratio
         key_value = 2 * length * width * 2 * width
-        per_row = 2 * width * width * (2 + 2 * ratio) + 4 * length * width  # q, out, MLP; scores and their sum over v
+        per_row = 2 * width * width * (2 + 2 * ratio) + 4 * length * width  # q, out, MLP; attention
         blocks = self.config.num_blocks * key_value + ((self.config.num_blocks - 1) * length + rows) * per_row
         conditioning = 0
         if self.config.time_conditioning:
@@ -367,7 +367,8 @@ class DiT(nn.Module):
 
 
 def attention_priority(device: torch.device) -> AbstractContextManager[None]:
-    """Try the SDPA backends in the order of their speed on this card. On CPUs and when compiling: PyTorch's order."""
+    """A context in which SDPA tries its backends in the order of their speed on this card. On CPUs, and when compiling,
+    PyTorch's order stays."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
     return sdpa_kernel(HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:], set_priority=True)

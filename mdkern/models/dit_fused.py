@@ -1,8 +1,9 @@
-"""`DiT.hidden` for inference on a GPU: the same computation in few passes over memory.
+"""`DiT.hidden` for inference on a GPU: the same computation in fewer passes over memory.
 
-Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and what the first
-block makes of each id into a table, once for a call of `sample`. What each part brings, and what was tried and left
-out: docs/notes/backbone.md.
+Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and the first
+block's queries, keys and values of each id into a table, once for each call of `sample`. What each part gains, and what
+was
+tried and left out: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def covers(model: DiT) -> bool:
-    """Whether `hidden` may stand in for the modules as they are now.
+    """Whether `hidden` may be used in place of the modules as they are now.
 
-    It may for 16-bit parameters on a GPU with Triton, without gradients, autocast or a compiler, if all modules are
-    our own: a hook, or a layer put in the place of another (an adapter, a quantised one), would be passed over.
+    This needs 16-bit parameters on a GPU with Triton, no gradients, no autocast, no compiler, and only our own modules:
+    hooks and replaced layers (adapters, quantised layers) would be skipped.
     """
     embedding = model.embedding
     return (
@@ -42,10 +43,11 @@ def covers(model: DiT) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether reading its parameters does what calling it does: a module of ours or PyTorch's, that nothing is put
-    around or in the place of. Hooks (weight and spectral norm are), parametrisations, adapters, another ``forward``
-    and tensors of a subclass (quantised, distributed) make the module's own call the only way. Hooks on all modules at
-    once are taken for observers, as PyTorch's counter of operations is.
+    """Whether a module's parameters tell all that it computes: it is a module of ours or of PyTorch's, unchanged.
+
+    Hooks (weight and spectral norm are hooks), parametrisations, adapters, a replaced ``forward``, and parameters of a
+    subclass of tensors (quantised, distributed) mean that the module must be called. Global hooks, on all modules at
+    once, are assumed only to observe, like PyTorch's counter of operations.
     """
     from mdkern.models import dit  # which imports this module
 
@@ -58,44 +60,44 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does something before or after its class's ``forward``, or something else instead."""
+    """Whether calling the module does anything besides its class's ``forward``, or something else instead."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
 class Folded(NamedTuple):
-    """A layer with the norm before it folded in, see `mdkern.kernels.backbone.folded_norm`. A tuple, so that
-    `mdkern.engine.graphs` sees its addresses."""
+    """A layer with the norm before it folded in, see `mdkern.kernels.backbone.folded_norm`. It is a tuple so that
+    `mdkern.engine.graphs` finds its addresses."""
 
     weight: Tensor
     bias: Tensor
 
 
 class FoldedBlock(NamedTuple):
-    """The two layers of a block that read norms. The first block's first one reads no stream that has sums."""
+    """The two layers of a block whose input is a norm. In the first block the first one is not folded."""
 
     attn_qkv: Folded | None
     mlp_up: Folded
 
 
 class Folds(NamedTuple):
-    """What is computed from the weights once for a call of `sample`."""
+    """What is computed from the weights once for each call of `sample`."""
 
-    qkv: Tensor | None  # [V, 3 D]: queries, keys and values that the first block makes of each id, not yet rotated
+    qkv: Tensor | None  # [V, 3 D]: the first block's queries, keys and values of each id, not rotated
     blocks: tuple[FoldedBlock, ...]
 
 
-LARGEST_TABLE = 1 << 28  # bytes of `Folds.qkv`
-TABLE_PART = 1 << 14  # rows of it that are computed at a time
+LARGEST_TABLE = 1 << 28  # most bytes of `Folds.qkv`
+TABLE_PART = 1 << 14  # rows of `Folds.qkv` that are computed at a time
 
 
 def fold(model: DiT, rows: int) -> Folds | None:
-    """The blocks' folded layers and the first block's table, computed now from the weights as they are.
+    """The blocks' folded layers and the first block's table, computed from the present weights.
 
-    They are always in the same memory, as much as the layers themselves and up to 256 MiB for the table, for as long
-    as the model lives where it is, or until `mdkern.engine.graphs.clear`. (In float16 a product of weight and
-    modulation below 6e-5 loses bits.) None where `hidden` has no use for them: passes of less than 4,096 rows, time
-    conditioning, other cards.
+    They take as much memory as the layers themselves, and up to 256 MiB for the table. It is kept, at the same
+    addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In float16, products of
+    weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for passes of fewer than 4,096
+    rows, with time conditioning, and on other cards than Hopper's.
     """
     if not covers(model):
         PREPARED.pop(model, None)
@@ -105,7 +107,7 @@ def fold(model: DiT, rows: int) -> Folds | None:
     folds: Folds | None = PREPARED.get(model)
     device = model.embedding.device
     if folds is None or folds.blocks[0].mlp_up.weight.device != device or sizes(folds) != sizes(room(model, "meta")):
-        with torch.inference_mode(False):  # it outlasts the call
+        with torch.inference_mode(False):  # later calls may be outside of inference mode
             folds = PREPARED[model] = room(model, device)
     for block, folded in zip(cast("list[Block]", list(model.blocks)), folds.blocks):
         shift1, scale1, _, shift2, scale2, _ = modulation(block.modulation, None)
@@ -119,7 +121,7 @@ def fold(model: DiT, rows: int) -> Folds | None:
 
 
 def room(model: DiT, device: torch.device | str) -> Folds:
-    """Memory for the folds of a model."""
+    """Uninitialised memory for the folds of a model."""
     blocks = cast("list[Block]", list(model.blocks))
     embedding, qkv = model.embedding, blocks[0].attn_qkv.weight
     table = embedding.new_empty((len(embedding), len(qkv)), device="meta")
@@ -154,7 +156,7 @@ def folds_fit(model: DiT, rows: int) -> bool:
 
 
 class Operands(NamedTuple):
-    """What a product reads: normed rows and a layer, or the stream, its sums and the folded layer."""
+    """The operands of a product: normed rows and a layer, or the stream, its sums and a folded layer."""
 
     rows: Tensor
     weight: Tensor
@@ -163,16 +165,16 @@ class Operands(NamedTuple):
 
 
 class Stream:
-    """The residual stream ``[N, D]``; what the last sublayer adds to it may still be waiting for the next norm."""
+    """The residual stream ``[N, D]``. The last sublayer's update may be left to the next norm."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self.sums: Tensor | None = None  # of its rows, if they are known
+        self.sums: Tensor | None = None  # `folded_norm.row_sums` of its rows, if they are known
         self.update: Tensor | None = None
         self.gate: Tensor | None = None
 
     def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False) -> None:
-        """``x += gate * layer(rows)``, now or in the next norm; with the sums of the new rows, if now."""
+        """``x += gate * layer(rows)``, now or in the next norm. If it is done now, `sums` also sums the new rows."""
         self.sums = None
         if products.adds_in_place(rows, layer.weight, gate):
             self.sums = new_sums(self.x) if sums else None
@@ -186,7 +188,7 @@ class Stream:
         return normed
 
     def into(self, layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Tensor, folded: Folded | None) -> Operands:
-        """What the product of `layer` with the norm of the stream reads."""
+        """The operands of the product of `layer` with the norm of the stream."""
         if folded is not None and self.sums is not None:
             return Operands(self.x, *folded, self.sums)
         return Operands(self.norm(norm, shift, scale), layer.weight, layer.bias)
@@ -202,7 +204,7 @@ def hidden(
 ) -> Tensor:
     """`DiT.hidden` with the time embedded: ``condition [B, cond_dim]``, ``key_mask [B, 1, 1, L]`` bool or None.
 
-    `folds`, if there are any, are of the weights as they are: nobody looks whether they still fit.
+    `folds` must have been made from the present weights, which is not checked.
     """
     batch, length = input_ids.shape
     if batch * length < products.FEWEST_ROWS:
@@ -214,7 +216,7 @@ def hidden(
         folded = None if folds is None else folds.blocks[number]
         last = number + 1 == len(blocks)
         pruned = positions is not None and last
-        kinds, rotated = (2, 1) if pruned else (3, 2)  # of queries, keys and values
+        kinds, rotated = (2, 1) if pruned else (3, 2)  # how many of queries, keys and values
         if stream is None:
             stream, qkv = first_qkv(model, block, input_ids, kinds, rotated, shift1, scale1, folds)
         else:
@@ -239,7 +241,7 @@ def hidden(
 
 
 def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ...]:
-    """Its parts as ``[D]``, or ``[B, D]`` with time conditioning."""
+    """The parts of a modulation as ``[D]``, or ``[B, D]`` with time conditioning."""
     return tuple(part.squeeze(1) if part.ndim == 3 else part for part in module(condition))
 
 
@@ -253,7 +255,7 @@ def first_qkv(
     scale: Tensor,
     folds: Folds | None,
 ) -> tuple[Stream, Tensor]:
-    """The stream as it begins, and `qkv_of` the first block: looked up, if there is a table."""
+    """The stream at its beginning, and `qkv_of` the first block, from the table if there is one."""
     ids, length = input_ids.flatten(), input_ids.shape[1]
     if folds is not None and folds.qkv is not None:
         table = folds.qkv[:, -kinds * model.config.width :]
@@ -268,7 +270,7 @@ def first_qkv(
 def qkv_of(
     block: Block, operands: Operands, kinds: int, rotated: int, tables: tuple[Tensor, Tensor], length: int
 ) -> Tensor:
-    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``, the first `rotated` of them rotated."""
+    """The last `kinds` of queries, keys and values, ``[N, kinds * D]``; the first `rotated` of these are rotated."""
     rows, weight, bias, sums = operands
     columns = kinds * rows.shape[1]
     bias = None if bias is None else bias[-columns:]
@@ -284,6 +286,6 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Attention of ``[B, L, H, head_dim]`` each -> ``[B, Lq, H * head_dim]``; strides are read as they are."""
+    """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask).transpose(1, 2).flatten(2)

@@ -1,9 +1,9 @@
-"""`DiT` over a window of its sequences, the rest of them by a KV cache of earlier passes.
+"""A `DiT` over a window of its sequences, with a KV cache of earlier passes for the rest.
 
-What block-wise decoding with a cache runs (Fast-dLLM, Wu et al., 2505.22618). Attention is bidirectional, so keys and
-values of a column change when any other column does: the cached ones are stale, and the result is that of a full pass
-only if nothing else has changed since, or where nothing but the first block's keys and values, which see their own
-column alone, is read.
+Decoding in blocks with a cache runs this (Fast-dLLM, Wu et al., 2505.22618). Attention is bidirectional, so keys and
+values of a column change when any other column does. The cached ones are therefore out of date, and the result equals
+that of a full pass only if nothing else has changed since, or if only keys and values of the first block are read,
+because those depend on their own column alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mdkern.models.dit_fused import Stream, attend, modulation, queries_at
 
 
 def cache_shape(config: DiTConfig, batch: int, length: int) -> tuple[int, ...]:
-    """``[blocks, 2, B, L + 1, H, head_dim]``: each block's rotated keys, and values; column L is scratch."""
+    """``[blocks, 2, B, L + 1, H, head_dim]``: rotated keys, and values, of each block; column L is scratch."""
     return config.num_blocks, 2, batch, length + 1, config.num_heads, config.width // config.num_heads
 
 
@@ -39,7 +39,7 @@ def window_hidden(
 ) -> Tensor:
     """`Denoiser.window_hidden` of a `DiT`: ``[B, R, D]`` at ``positions [B, R]`` of the window ``[B, W]``.
 
-    In the last block only the wanted rows get queries, attention output and MLP, as in `DiT.hidden`.
+    The last block computes queries, attention and MLP at the wanted rows only, as in `DiT.hidden`.
     """
     key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
     run = fused_window_hidden if dit_fused.covers(model) else plain_window_hidden
@@ -56,7 +56,7 @@ def plain_window_hidden(
     condition: Tensor | None,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """By the modules, as `DiT.plain_hidden`."""
+    """`window_hidden` by calling the modules, like `DiT.plain_hidden`."""
     if columns is None:
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     inside = columns.clamp(max=cache.shape[3] - 2)
@@ -86,7 +86,7 @@ def run_block(
     positions: Tensor | None = None,
     wanted_rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`Block.forward` of a window ``[B, W, D]``: its keys and values go to ``cached [2, B, L + 1, H, head_dim]``."""
+    """`Block.forward` of a window ``[B, W, D]``, which writes to ``cached [2, B, L + 1, H, head_dim]``."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition)
     normed = block.norm1(x, shift1, scale1)
     query, key, value = block.heads(normed, rotary, positions, wanted_rotary)
@@ -107,7 +107,7 @@ def fused_window_hidden(
     condition: Tensor | None,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """In few passes over memory, as `dit_fused.hidden`."""
+    """`window_hidden` in fewer passes over memory, like `dit_fused.hidden`."""
     (batch, width), room = input_ids.shape, cache.shape[3]
     first = torch.arange(batch, device=input_ids.device)[:, None]
     wanted = (first * width + positions).flatten()  # [B * R], rows of the window
@@ -143,7 +143,7 @@ def fused_window_hidden(
 def window_qkv(
     block: Block, normed: Tensor, kinds: int, tables: tuple[Tensor, Tensor], batch: int, columns: Tensor | None
 ) -> Tensor:
-    """The last `kinds` of queries, keys and values of a window, all but the values rotated.
+    """The last `kinds` of queries, keys and values of a window; queries and keys are rotated.
 
     Args:
         normed: ``[B * W, D]``.
@@ -165,7 +165,7 @@ def window_qkv(
 def write_cache(cached: Tensor, heads: Tensor, place: Tensor | None) -> None:
     """Write keys and values ``[B, W, 2, H, head_dim]`` into a block's ``cached [2, B, L + 1, H, head_dim]``.
 
-    `place` is the row of each in ``B * (L + 1)``, int64 ``[B * W]``; None: the first L of each sequence.
+    `place`, int64 ``[B * W]``, is the row of each among ``B * (L + 1)``; None: the first L of each sequence.
     """
     if place is None:
         cached[:, :, :-1] = heads.permute(2, 0, 1, 3, 4)

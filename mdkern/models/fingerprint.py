@@ -1,4 +1,4 @@
-"""What a captured graph takes for constant of a model, so that a change of it is noticed."""
+"""Fingerprints of models: a graph captured with a model is used again only while its fingerprint is the same."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mdkern.models.denoiser import Denoiser, Head
 
 
 def fingerprint(model: Any) -> Hashable:
-    """What a captured graph takes for constant of a model: addresses of tensors, settings, which modules.
+    """What a captured graph assumes not to change in a model: addresses of tensors, settings, and its modules.
 
-    A module replaced, an adapter switched on, a parameter assigned anew, a transformers config changed: all change it.
-    Settings inside other objects are not looked into. None for plain functions, which nothing can be told of: their
-    graphs serve one call only.
+    It changes when a module is replaced, an adapter is switched on, a parameter is assigned anew, or a transformers
+    config is changed. Settings inside other objects are not examined. It is None for plain functions, which cannot be
+    examined; their graphs serve one call only.
     """
     if isinstance(model, nn.Module):
-        config = getattr(model, "config", None)  # of transformers: one for all its modules
+        config = getattr(model, "config", None)  # transformers has one for all modules of a model
         settings = repr(vars(config)) if hasattr(config, "to_dict") else None
         modules = tuple((name, type(module), describe(own(module))) for name, module in model.named_modules())
         return settings, modules
@@ -32,7 +32,7 @@ def fingerprint(model: Any) -> Hashable:
 
 
 def own(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes without its submodules."""
+    """A module's attributes, without its submodules."""
     return {name: value for name, value in vars(module).items() if name != "_modules"}
 
 
@@ -40,7 +40,7 @@ def describe(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         try:
             return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse ones, and those of other libraries
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse tensors, and other libraries' ones
             return id(value)
     if isinstance(value, dict):
         return tuple((key, describe(item)) for key, item in value.items())

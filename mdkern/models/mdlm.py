@@ -1,8 +1,8 @@
-"""Checkpoints laid out as MDLM's own (kuleshov-group/mdlm), and those that only look like them.
+"""Reads checkpoints laid out as MDLM's (kuleshov-group/mdlm), and refuses those that only look like them.
 
-BD3-LM, DUO, SEDD and D3PM have the same transformer under the same names, but other attention, another noise or
-another meaning of the output. What tells them apart is their configuration: a ``config.json`` of transformers, or the
-``hyper_parameters`` that Lightning keeps in a checkpoint.
+BD3-LM, DUO, SEDD and D3PM have the same transformer with the same names of weights, but another attention, another
+noise or another meaning of the output. They are distinguished by their configuration: a ``config.json`` of
+transformers, or the ``hyper_parameters`` that Lightning keeps in a checkpoint. See docs/notes/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mdkern.models.dit import DiTConfig, TimeEmbedding
 from mdkern.models.weight_files import Opaque, read_content
 
 log = logging.getLogger(__name__)
-NAMES = {  # theirs, without "backbone." -> ours
+NAMES = {  # MDLM's names, without "backbone." -> ours
     r"vocab_embed\.embedding": "embedding",
     r"sigma_map\.mlp\.0\.": "time_embedding.up.",
     r"sigma_map\.mlp\.2\.": "time_embedding.out.",
@@ -32,7 +32,7 @@ NAMES = {  # theirs, without "backbone." -> ours
     r"output_layer\.norm_final\.": "norm_final.",
     r"output_layer\.linear\.": "head_",
 }
-RUN_SETTINGS = {  # the config.json's name of what a run's configuration calls otherwise; the last that is there counts
+RUN_SETTINGS = {  # places in a run's configuration -> names in config.json; of several the last one counts
     "n_heads": ("model.n_heads",),
     "n_blocks": ("model.n_blocks",),
     "hidden_dim": ("model.hidden_size",),
@@ -99,7 +99,7 @@ def read_mdlm(path: Path, settings: Mapping[str, Any]) -> tuple[DiTConfig, dict[
 
 
 def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError with the reason if the settings are those of another kind of model than MDLM's."""
+    """Raise ValueError with the reason if the settings are those of another kind of model than MDLM."""
 
     def text(name: str) -> str:
         return str(settings.get(name) or "").lower()
@@ -130,7 +130,7 @@ def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def agreed(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given and those of the checkpoint, which may add to each other but not differ."""
+    """The given settings and those of the checkpoint together, refused if they contradict each other."""
     given = {name: value for name, value in given.items() if value is not None}
     if "mask_token_id" in given:
         given.setdefault("mask_index", given.pop("mask_token_id"))
@@ -141,7 +141,7 @@ def agreed(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict
 
 
 def run_settings(path: Path, hyper_parameters: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the ``hyper_parameters`` of a Lightning checkpoint say, under the names of a ``config.json``."""
+    """The ``hyper_parameters`` of a Lightning checkpoint, under the names of a ``config.json``."""
     if not isinstance(hyper_parameters, Mapping):
         return {}
     run = plain(hyper_parameters.get("config"))
@@ -171,7 +171,7 @@ def state_of(value: Any) -> Mapping[str, Any]:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """OmegaConf's containers, as the unpickler leaves them, as dicts and lists; plain values as they are."""
+    """OmegaConf's containers, as the unpickler returns them, as dicts and lists; plain values as they are."""
     if depth > 32:
         return None
     if isinstance(value, Opaque):
@@ -185,7 +185,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def look_up(run: Mapping[str, Any], place: str, depth: int = 0) -> Any:
-    """The value at a dotted place; a reference such as ``${model.length}`` is followed, other ones are unknown."""
+    """The value at a dotted place. References such as ``${model.length}`` are followed; others give None."""
     value: Any = run
     for part in place.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -198,7 +198,7 @@ def look_up(run: Mapping[str, Any], place: str, depth: int = 0) -> Any:
 def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
     """``mask_index`` and ``eos_token_id`` of a pickled tokenizer, as far as they can be read.
 
-    A tokenizer without a mask token has its mask one past its own ids: the last of the model's.
+    For a tokenizer without a mask token, the mask is one past its ids, the last id of the model.
     """
     state = state_of(tokenizer)
     tokens, ids = state.get("_special_tokens_map"), token_ids(state)
@@ -217,7 +217,7 @@ def token_ids(state: Mapping[str, Any]) -> dict[str, int]:
     """Ids by token of a pickled tokenizer: from the JSON of a fast one, or the tables of a slow one."""
     ids: dict[str, int] = {}
     serialised = getattr(state.get("_tokenizer"), "state", None)
-    if isinstance(serialised, Opaque) and serialised.source == "_codecs.encode":  # bytes, as old pickles have them
+    if isinstance(serialised, Opaque) and serialised.source == "_codecs.encode":  # how old pickles store bytes
         serialised = str(serialised.arguments[0]).encode("latin-1")
     tables: list[Any] = [value for value in state.values() if isinstance(value, Mapping)]
     if isinstance(serialised, bytes):
@@ -233,15 +233,15 @@ def token_ids(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def averaged(path: Path, state: dict[str, Tensor], ema: Any) -> dict[str, Tensor]:
-    """The weights, the averaged ones in place of the raw ones where the checkpoint has them.
+    """The weights, with averaged ones (EMA) in place of the raw ones if the checkpoint has them.
 
-    MDLM's EMA is a list in the order of the backbone's parameters; buffers of the state dict have no entry.
+    MDLM's EMA is a list in the order of the backbone's parameters, without buffers of the state dict.
     """
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     if not shadow:
         return state
     names = [name for name in state if name.startswith("backbone.") and not name.endswith("rotary_emb.inv_freq")]
-    shadow = list(shadow)[: len(names)]  # the noise schedule's parameters, if it has any, come after the backbone's
+    shadow = list(shadow)[: len(names)]  # parameters of the noise schedule come after the backbone's
     fits = all(isinstance(new, Tensor) and new.shape == state[name].shape for name, new in zip(names, shadow))
     if len(shadow) < len(names) or not fits:
         raise ValueError(f"{path}: the EMA parameters do not line up with the backbone's parameters")
@@ -287,7 +287,7 @@ def renamed(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]
 
 @torch.no_grad()
 def without_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same function at sigma = 0, with the modulations as constants."""
+    """Weights of the same function at sigma = 0, with constant modulations."""
     prefix = "time_embedding."
     time = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     embedding = TimeEmbedding(time["out.bias"].shape[0])

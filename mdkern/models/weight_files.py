@@ -1,7 +1,7 @@
-"""Reading files of weights and their descriptions that others wrote: no code of theirs runs, and no size is believed.
+"""Reads files of weights, and their descriptions, without trusting them: no code in them runs.
 
-A folder's index may name files of the folder alone; what is no plain file is not opened; a pickle gives tensors and
-plain containers, and everything else in it as `Opaque` objects; shapes are read before any memory is taken for them.
+An index may name files in its own folder only. Nothing but plain files is opened. A pickle gives tensors and plain
+containers; everything else in it becomes `Opaque` objects. Shapes are read and checked before memory is taken for them.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ PathLike = str | os.PathLike[str]
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or shards named by <file>.index.json
 LARGEST_JSON = 1 << 26  # bytes
-WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")  # of torch.compile and data parallelism
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")  # prefixes of torch.compile and data parallelism
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def find_local(name_or_path: PathLike, what: str, single_names: bool = False) -> Path | None:
-    """The file or folder of that name; None if it is not there, but may be a repository of the Hugging Face Hub.
+    """The file or folder of that name; None if it does not exist but may be a repository of the Hugging Face Hub.
 
     Args:
-        what: it should be, for the message.
-        single_names: whether the Hub has such things under one name without an owner, too.
+        what: what it should be, for the message.
+        single_names: whether names without an owner may be on the Hub, too.
 
     Raises:
-        FileNotFoundError: not there, and no name that the Hub could know, or one in a folder that is there.
+        FileNotFoundError: it does not exist and cannot be on the Hub, or its folder exists here.
     """
     path, text = Path(name_or_path), str(name_or_path)
     if path.exists():
@@ -51,7 +51,7 @@ def find_local(name_or_path: PathLike, what: str, single_names: bool = False) ->
 
 
 def download(name: str, what: str, patterns: list[str]) -> Path:
-    """The folder of a repository of the Hugging Face Hub."""
+    """The folder of a repository that is downloaded from the Hugging Face Hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -65,7 +65,7 @@ def download(name: str, what: str, patterns: list[str]) -> Path:
 
 
 def plain_file(file: Path) -> Path:
-    """`file`, refused if it is something else: reading a pipe or a device may never end."""
+    """`file`, refused if it is not a plain file: reading a pipe or a device may never end."""
     try:
         mode = file.stat().st_mode
     except OSError as error:  # a loop of links
@@ -89,7 +89,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What the ``config.json`` of a folder, or beside a file, says; nothing if there is none."""
+    """The ``config.json`` in a folder or beside a file; empty if there is none."""
     file = (path if path.is_dir() else path.parent) / CONFIG_FILE
     return read_json(file) if os.path.lexists(file) else {}
 
@@ -126,7 +126,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of a folder's or file's tensors from the headers alone; None for pickles, which have no headers."""
+    """The shapes of the tensors in a folder or file, from its headers alone; None for pickles, which have none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
         if file.suffix != ".safetensors":
@@ -141,14 +141,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
+    """A parameter's name without the prefixes of wrappers."""
     return WRAPPERS.sub("", name)
 
 
 def read_content(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor of a folder (safetensors preferred) or of a single file, and what a checkpoint holds beside them.
+    """All tensors of a folder (safetensors preferred) or of a single file, and what else a checkpoint holds.
 
-    Names lose the prefixes of `WRAPPERS`; a checkpoint's tensors are those of its ``state_dict``.
+    The prefixes `WRAPPERS` are removed from names. The tensors of a checkpoint are those of its ``state_dict``.
     """
     state: dict[str, Tensor] = {}
     beside: dict[str, Any] = {}
@@ -173,7 +173,8 @@ def read_content(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_stored(tensor: Tensor, name: str, file: Path) -> Tensor:
-    """A dense tensor whose every number is in the file: one number can be given any shape by strides of 0."""
+    """The tensor as a dense one, refused if the file does not hold all its numbers: with strides of 0, one number can
+    have any shape."""
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise ValueError(f"{name} of {file} is no dense tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -182,9 +183,9 @@ def check_stored(tensor: Tensor, name: str, file: Path) -> Tensor:
 
 
 class Opaque:
-    """Stands for any object of a pickle that is neither a tensor nor a plain container: what was in it, as data."""
+    """Stands for an object of a pickle that is neither a tensor nor a plain container, with its content as data."""
 
-    source = ""  # the class or function it stands for
+    source = ""  # the class or function that it stands for
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         self.arguments = arguments
@@ -201,8 +202,8 @@ class Opaque:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers only: a Lightning checkpoint also holds its run's settings and tokenizer,
-    whose classes need not be installed here, and whose unpickling could run any code."""
+    """Rebuilds tensors and plain containers only. A Lightning checkpoint also holds its run's settings and tokenizer,
+    whose classes may not be installed here, and whose unpickling could run any code."""
 
     KNOWN = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 
@@ -213,7 +214,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def load_pickle(file: Path) -> Mapping[str, Any]:
-    """The mapping that `torch.save` wrote to `file`, objects of other classes in it as `Opaque`."""
+    """The mapping that `torch.save` wrote to `file`; objects of other classes in it are `Opaque`."""
 
     def load(stream: BinaryIO, **options: Any) -> Any:
         return TensorUnpickler(stream, **options).load()
