@@ -6,7 +6,7 @@ exported from this package, so that ``mdkern.decoders.Threshold(0.9)`` works.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
@@ -41,7 +41,8 @@ def by_name(name: str) -> Decoder:
     if name not in DECODERS:
         raise ValueError(f"decoder {name!r} is not known: there is {', '.join(sorted(DECODERS))}")
     kind = DECODERS[name]
-    needed = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    parameters = fields(kind) if is_dataclass(kind) else ()
+    needed = [field.name for field in parameters if field.default is MISSING and field.default_factory is MISSING]
     if needed:
         arguments = ", ".join(f"{parameter}=..." for parameter in needed)
         raise ValueError(f"decoder {name!r} has no default for {', '.join(needed)}: give {kind.__name__}({arguments})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields
 from math import inf
 from numbers import Real
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mdkern.decoders.base import Choice, View
+from mdkern.decoders.base import Choice, Decoder, Proposal, View
 from mdkern.kernels.head.arguments import Of
 
 
@@ -39,21 +40,58 @@ def check_of(of: Any) -> None:
     check_choice("of", of, get_args(Of))
 
 
-def check_answers(decoder: Any, view: View, choice: Choice, edited: Tensor | None, remasked: Tensor | None) -> None:
-    """Check the dtypes and shapes of what a decoder returned, which needs no synchronisation.
+def copied(view: View) -> View:
+    """A view for somebody's own decoder, which may write into what it is shown."""
+    return View(**{field.name: getattr(view, field.name).clone() for field in fields(view)})
+
+
+def copied_proposal(proposal: Proposal) -> Proposal:
+    """A proposal for somebody's own decoder."""
+    return Proposal(*(None if values is None else values.clone() for values in proposal))  # type: ignore[arg-type]
+
+
+def check_rows(decoder: Any, view: View, rows: Any) -> Tensor:
+    """`Stepwise.rows` as somebody's own decoder returned it.
 
     Raises:
         ValueError: with the dtype and shape that are needed.
     """
-    wanted: list[tuple[str, Tensor | None, torch.dtype]] = [
-        ("choose's scores", choice.scores, torch.float32),
-        ("choose's candidates", choice.candidates, torch.bool),
-        ("edit", edited, torch.bool),
-        ("remask", remasked, torch.bool),
-    ]
-    for name, answer, dtype in wanted:
-        if answer is not None and (answer.shape != view.ids.shape or answer.dtype != dtype):
-            raise ValueError(
-                f"{type(decoder).__name__}: {name} must be {dtype} {list(view.ids.shape)},"
-                f" not {answer.dtype} {list(answer.shape)}"
-            )
+    check_entries(decoder, "rows", view, rows, torch.bool)
+    checked: Tensor = rows
+    return checked
+
+
+def check_answers(decoder: Any, view: View, choice: Any, edited: Any, remasked: Any) -> None:
+    """Check the types, dtypes and shapes of what a decoder returned, which needs no synchronisation.
+
+    Raises:
+        ValueError: with what is needed.
+    """
+    if not isinstance(choice, Choice):
+        raise ValueError(f"{type(decoder).__name__}: choose must return a Choice, not {type(choice).__name__}")
+    check_entries(decoder, "choose's scores", view, choice.scores, torch.float32)
+    check_entries(decoder, "choose's candidates", view, choice.candidates, torch.bool)
+    for name, answer in (("edit", edited), ("remask", remasked)):
+        if answer is not None:
+            check_entries(decoder, name, view, answer, torch.bool)
+
+
+def check_entries(decoder: Any, name: str, view: View, answer: Any, dtype: torch.dtype) -> None:
+    shape = view.ids.shape
+    if isinstance(answer, Tensor) and answer.shape == shape and answer.dtype == dtype:
+        return
+    given = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+    raise ValueError(f"{type(decoder).__name__}: {name} must be {dtype} {list(shape)}, not {given}")
+
+
+def times_of(decoder: Decoder, steps: int) -> Tensor:
+    """A decoder's `times`, float64 ``[steps + 1]``.
+
+    Raises:
+        ValueError: they are not that many.
+    """
+    times = decoder.times(steps)
+    if not isinstance(times, Tensor) or tuple(times.shape) != (steps + 1,):
+        given = list(times.shape) if isinstance(times, Tensor) else type(times).__name__
+        raise ValueError(f"{type(decoder).__name__}: times must be [{steps + 1}] for {steps} steps, not {given}")
+    return times

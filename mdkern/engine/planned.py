@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.decoders import Canvas, Planned
+from mdkern.decoders.checks import times_of
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Pacer, Workspace
@@ -153,9 +155,12 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
         start = masked.int().argmax(-1, keepdim=True)
         block = torch.where(masked, (column - start) // request.block_length, 0)
     counts = request.blocks[:, None], request.steps[:, None]
-    plan = request.decoder.plan(
+    plan: Any = request.decoder.plan(
         Canvas(masked, block, *counts, state.seed, state.sample[:count], state.text_position[:count])
     )
+    if not isinstance(plan, RevealPlan) or plan.step.dtype != torch.int64:
+        given = f"steps of {plan.step.dtype}" if isinstance(plan, RevealPlan) else type(plan).__name__
+        raise ValueError(f"{type(request.decoder).__name__}: plan must return a RevealPlan of int64, not {given}")
     step, steps = plan.step, request.steps[:, None]
     if step.shape != masked.shape or bool((masked != ((step >= 0) & (step <= steps))).any()):
         raise ValueError(
@@ -171,7 +176,7 @@ def times_of_steps(request: Request, step: Tensor) -> Tensor:
     """float32 ``[N, L]``: the diffusion time of ``step [N, L]`` of each sequence."""
     time = torch.ones_like(step, dtype=torch.float32)
     for steps in request.steps.unique().tolist():
-        times = request.decoder.times(steps).to(step.device, torch.float32)
+        times = times_of(request.decoder, steps).to(step.device, torch.float32)
         rows = (request.steps == steps).nonzero()[:, 0]
         time[rows] = times[step[rows].clamp(min=0)]
     return time

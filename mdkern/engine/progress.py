@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.decoders import DECODERS, Stepwise
+from mdkern import decoders
+from mdkern.decoders import Stepwise
+from mdkern.decoders.checks import times_of
 from mdkern.engine.request import Filters, Request
 from mdkern.engine.state import ALL_REVEALED, RUNNING, SamplerState
 from mdkern.models.fingerprint import describe, fingerprint
@@ -34,7 +36,7 @@ class Settings:
     def of(request: Request) -> Settings:
         decoder, most_passes = request.decoder, None
         assert isinstance(decoder, Stepwise)
-        if type(decoder) not in DECODERS.values():
+        if not type(decoder).__module__.startswith(f"{decoders.__name__}."):  # somebody's own, by name or not
             needed = (
                 (1 + decoder.closing_steps) * request.input_ids.shape[1] if decoder.adaptive else request.most_steps
             )
@@ -164,7 +166,7 @@ class Progress:
         self.pace[:count, 1] = request.steps // request.blocks
         each, self.timetable[:count] = request.steps.unique(return_inverse=True)
         for number, steps in enumerate(each.tolist()):
-            self.times[number, : steps + 1] = request.decoder.times(steps)
+            self.times[number, : steps + 1] = times_of(request.decoder, steps)
         self.idle()
         if settings.block_length is None:
             self.block_masked.copy_(self.total)

@@ -16,6 +16,7 @@ from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
+from mdkern.models.denoiser import listed
 from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
@@ -179,7 +180,10 @@ def check_streamer(streamer: Any, count: int) -> Any:
 def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     if not isinstance(decoder, Decoder):
         raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
-    return decoder.fitted(denoiser.vocab_size, denoiser.device)
+    fitted: Any = decoder.fitted(denoiser.vocab_size, denoiser.device)
+    if not isinstance(fitted, type(decoder)):
+        raise ValueError(f"{type(decoder).__name__}: fitted must return the decoder, not {type(fitted).__name__}")
+    return fitted
 
 
 def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
@@ -346,7 +350,7 @@ def resolve(
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
     pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, cache != "none")
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
-    eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in denoiser.eos_ids))
+    eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in listed(denoiser.eos_ids)))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
     if (stop_at_eos or criteria is not None) and not eos_ids:
         raise ValueError(f"{stops} needs a model with eos_ids: {first.name} has none")

@@ -77,8 +77,9 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
         ids_of(f"model {name}'s eos_ids", denoiser.eos_ids, denoiser.vocab_size, denoiser.mask_id)
         if denoiser.device.type == "meta":
             raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
-        if denoiser.head.weight is not None and not denoiser.head.weight.is_floating_point():
-            raise ValueError(f"model {name} has a head of {denoiser.head.weight.dtype}: a floating dtype is needed")
+        weight = denoiser.head.weight
+        if weight is not None and not (weight.is_floating_point() and weight.element_size() > 1):
+            raise ValueError(f"model {name} has a head of {weight.dtype}: at least 16 floating bits are needed")
         opened = open_ids(denoiser)
         if opened:
             what = "its mask id" if denoiser.mask_id in opened else "an id beyond its vocabulary,"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdkern.decoders.base import Proposal
-from mdkern.decoders.checks import check_answers
+from mdkern.decoders.base import Proposal, View
+from mdkern.decoders.checks import check_answers, check_rows, copied, copied_proposal
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Graph, Workspace
@@ -217,7 +217,7 @@ def decode_tick(
         propose: makes the proposal that the decoder is given, and the tokens to reveal. Default: `propose_drawn`.
     """
     slots = observe(settings, state, progress)
-    rows = settings.decoder.rows(slots.view) & slots.active[:, None]
+    rows = wanted_rows(settings, slots.view) & slots.active[:, None]
     hidden = (forward or whole_sequences)(denoiser, settings, state, progress, slots)
     shown, revealed = (propose or propose_drawn)(head, settings, state, slots, rows, hidden)
     changed, new, failed = decide(settings, state, slots, rows, shown, revealed.token)
@@ -225,6 +225,13 @@ def decode_tick(
     progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
     advance(settings, state, progress, slots, new, changed, failed)
+
+
+def wanted_rows(settings: Settings, view: View) -> Tensor:
+    """Where the decoder wants statistics, bool ``[B, R]``."""
+    if settings.most_passes is None:
+        return settings.decoder.rows(view)
+    return check_rows(settings.decoder, view, settings.decoder.rows(copied(view)))
 
 
 def whole_sequences(
@@ -257,8 +264,11 @@ def decide(
     decoder, view = settings.decoder, slots.view
     failed = (rows & (token < 0)).any(-1)
     state.failed |= failed.any()
-    choice = decoder.choose(view, proposal)
-    edited, remasked = decoder.edit(view, proposal), decoder.remask(view)
+    shown = view
+    if settings.most_passes is not None:
+        shown, proposal = copied(view), copied_proposal(proposal)
+    choice = decoder.choose(shown, proposal)
+    edited, remasked = decoder.edit(shown, proposal), decoder.remask(shown)
     if settings.most_passes is not None:
         check_answers(decoder, view, choice, edited, remasked)
     new = view.ids.clone()

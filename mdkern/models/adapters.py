@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from numbers import Integral
+from os import PathLike
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ def adapt(
         check_same({"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks}, vars(model.config))
         check_placed(model, model.embedding.device, device, shifted)
         return DiTDenoiser(model, name, eos_id, max_length)
+    if isinstance(model, str | PathLike):
+        raise TypeError(f"model must be loaded first: mdkern.load_pretrained({str(model)!r})")
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
     check_evaluating(model)

@@ -144,8 +144,14 @@ CASES = [
     refuse_call(
         "integer head",
         ValueError,
-        "model H has a head of torch.int8: a floating dtype is needed",
+        "model H has a head of torch.int8: at least 16 floating bits are needed",
         lambda m: sample(m.other().with_head(torch.zeros(VOCAB, WIDTH, dtype=torch.int8)), **GOOD),
+    ),
+    refuse_call(
+        "head of 8 bits",
+        ValueError,
+        "model H has a head of torch.float8_e4m3fn: at least 16 floating bits",
+        lambda m: sample(m.other().with_head(torch.zeros(VOCAB, WIDTH).to(torch.float8_e4m3fn)), **GOOD),
     ),
     refuse_call(
         "model in training mode",
@@ -156,7 +162,7 @@ CASES = [
     refuse_call(
         "no model",
         TypeError,
-        "model H: model must be a DiT, a masked language model or a callable, not str",
+        r"model H: model must be loaded first: mdkern\.load_pretrained\('gpt2'\)",
         lambda m: sample("gpt2", **GOOD),
     ),
     refuse_call(

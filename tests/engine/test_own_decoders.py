@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern import adapt, sample
+from mdkern import adapt, decoders, sample
 from mdkern.decoders import Ancestral, Choice, Proposal, Stepwise, View
 from mdkern.plan import GIVEN, RevealPlan
 from tests.references.slow_sampler import PairModel
@@ -87,6 +87,56 @@ class Misshapen(First):
         return view.revealed[:, :1]
 
 
+class Scribbles(First):
+    """Writes into all that it is shown."""
+
+    def rows(self, view: View) -> Tensor:
+        wanted = super().rows(view).clone()
+        view.ids.fill_(2)
+        view.masked.fill_(True)
+        return wanted
+
+    def choose(self, view: View, proposal: Proposal) -> Choice:
+        choice = replace(super().choose(view, proposal), candidates=view.masked.clone())
+        view.ids.fill_(1)
+        view.masked.fill_(True)
+        view.revealed.fill_(True)
+        view.seed.fill_(7)
+        proposal.token.fill_(VOCAB + 3)
+        return choice
+
+
+class NoChoice(First):
+    def choose(self, view: View, proposal: Proposal) -> Any:
+        return proposal.probability, view.masked
+
+
+class NoRows(First):
+    def rows(self, view: View) -> Any:
+        return None
+
+
+class FewTimes(First):
+    def times(self, steps: int) -> Tensor:
+        return torch.linspace(1.0, 0.0, steps)
+
+
+class NoPlan(Ancestral):
+    def plan(self, canvas: Any) -> Any:
+        return super().plan(canvas).step
+
+
+class FloatPlan(Ancestral):
+    def plan(self, canvas: Any) -> RevealPlan:
+        plan = super().plan(canvas)
+        return replace(plan, step=plan.step.float())
+
+
+class Unfitted(First):
+    def fitted(self, vocab_size: int, device: torch.device) -> Any:
+        return None
+
+
 class Leaves(Ancestral):
     def plan(self, canvas: Any) -> RevealPlan:
         plan = super().plan(canvas)
@@ -106,7 +156,7 @@ def test_a_run_without_progress_ends(decoder: Stepwise, block_length: int | None
         draw(decoder, block_length=block_length, steps=None)
 
 
-@pytest.mark.parametrize("decoder", [First(), Greedy(), Edits(), Forgets()])
+@pytest.mark.parametrize("decoder", [First(), Greedy(), Edits(), Forgets(), Scribbles()])
 @pytest.mark.parametrize("block_length", [None, 8])
 def test_only_what_is_wanted_is_written(decoder: Stepwise, block_length: int | None) -> None:
     sequences = draw(decoder, block_length=block_length)
@@ -120,6 +170,12 @@ def test_only_what_is_wanted_is_written(decoder: Stepwise, block_length: int | N
     [
         (Wrong(), r"Wrong: choose's candidates must be torch.bool \[2, 8\], not torch.float32 \[2, 8\]"),
         (Misshapen(), r"Misshapen: edit must be torch.bool \[2, 8\], not torch.bool \[2, 1\]"),
+        (NoChoice(), "NoChoice: choose must return a Choice, not tuple"),
+        (NoRows(), r"NoRows: rows must be torch.bool \[2, 8\], not NoneType"),
+        (FewTimes(), r"FewTimes: times must be \[9\] for 8 steps, not \[8\]"),
+        (NoPlan(), "NoPlan: plan must return a RevealPlan of int64, not Tensor"),
+        (FloatPlan(), "FloatPlan: plan must return a RevealPlan of int64, not steps of torch.float32"),
+        (Unfitted(), "Unfitted: fitted must return the decoder, not NoneType"),
         (Leaves(), "Leaves: plan must give every masked position a step from 0 to 8 and all others -1"),
         (Overwrites(), "Overwrites: plan must give every masked position a step"),
     ],
@@ -127,3 +183,18 @@ def test_only_what_is_wanted_is_written(decoder: Stepwise, block_length: int | N
 def test_answers_that_cannot_be_right_are_refused(decoder: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(decoder)
+
+
+def test_what_a_decoder_writes_into_its_view_does_not_count() -> None:
+    assert torch.equal(draw(Scribbles()), draw(First()))
+
+
+def test_a_run_without_progress_ends_whatever_the_decoder_is_called() -> None:
+    class Called(NothingEver, name="nothing"):
+        """Found by its name, as mdkern's own are."""
+
+    try:
+        with pytest.raises(RuntimeError, match=r"after \d+ passes Called has left \d masks"):
+            draw("nothing", steps=None)
+    finally:
+        del decoders.DECODERS["nothing"]
