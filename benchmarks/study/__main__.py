@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is asked for. The exit code is 1 if something was left out that more time would have given."""
     parser = build_parser()
     asked = parser.parse_args(arguments)
+    budget = Budget(None if asked.minutes is None else 60 * asked.minutes)
     pair = "shipped" if asked.models is None else asked.models.name
     folder = RESULTS if asked.size == "full" else Path("runs")
     path = asked.output or folder / f"study-{pair}.json"
@@ -50,7 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record(path, study)
     except ValueError as error:
         parser.error(str(error))
-    budget = Budget(None if asked.minutes is None else 60 * asked.minutes)
     calibrate(study, budget)
     if asked.list:
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,27 +47,40 @@ class Record:
         self.parts: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         study.search_file = path.with_name(f"{path.stem}-search.jsonl")
-        if path.exists():
-            content = json.loads(path.read_text())
-            differing = [key for key in self.setting if content["setting"].get(key) != self.setting[key]]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take what is in the file by now: several processes may each run some of the parts.
+
+        Raises:
+            ValueError: the file is of another study.
+        """
+        if self.path.exists():
+            content = json.loads(self.path.read_text())
+            known = {key: value for key, value in content["setting"].items() if value is not None}
+            mine = {key: value for key, value in self.setting.items() if value is not None}
+            differing = [key for key in known if key in mine and known[key] != mine[key]]
             if differing:
-                raise ValueError(
-                    f"{path} is of another study (it differs in {', '.join(differing)}): give another file"
-                )
+                where = ", ".join(differing)
+                raise ValueError(f"{self.path} is of another study (it differs in {where}): give another file")
+            self.setting |= known  # text may come later, or not be at hand any more
             self.parts = content["parts"]
-        study.found = {name: part["found"] for name, part in self.parts.items()}
+        self.study.found = {name: part["found"] for name, part in self.parts.items()}
 
     def keep(self, name: str, found: dict[str, Any], took: float, passes: float) -> None:
-        """Write a part, the file whole or not at all."""
-        self.parts[name] = {
-            "environment": self.study.environment(),
-            "seconds": took,
-            "heavy_passes": passes,
-            "found": found,
-        }
-        self.study.found[name] = found
-        content = {"setting": self.setting, "parts": {name: self.parts[name] for name in PARTS if name in self.parts}}
-        write_text_whole(self.path, json.dumps(content, indent=1) + "\n")
+        """Write a part beside those that are there, the file whole or not at all."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.refresh()
+            self.parts[name] = {
+                "environment": self.study.environment(),
+                "seconds": took,
+                "heavy_passes": passes,
+                "found": found,
+            }
+            self.study.found[name] = found
+            parts = {name: self.parts[name] for name in PARTS if name in self.parts}
+            write_text_whole(self.path, json.dumps({"setting": self.setting, "parts": parts}, indent=1) + "\n")
 
 
 class Budget:
@@ -109,6 +123,7 @@ def run_parts(
     study, left_out = record.study, dict[str, str]()
     budget = Budget(None) if budget is None else budget
     for name in in_order(names):
+        record.refresh()
         if name in record.parts and not again:
             say(f"{name}: there already")
             continue

@@ -185,6 +185,23 @@ class TestBudget:
         budget.add(299, 99)
         assert budget.predicted(7) == 7 * 301 / 100
 
+    def test_two_processes_fill_one_file(self, parts: list[str], tmp_path: Path) -> None:
+        """Each with parts of its own, the one that waits for another's after it is there."""
+        one, other = (Record(tmp_path / "s.json", make_study()) for _ in range(2))
+        run_parts(one, ["cheap"], say=lambda _: None)
+        run_parts(other, ["dear"], say=lambda _: None)
+        assert run_parts(one, ["after", "dear"], say=lambda _: None) == {}
+        assert parts == ["cheap", "dear", "after"]
+        assert list(json.loads(one.path.read_text())["parts"]) == ["dear", "after", "cheap"]
+
+    def test_text_may_come_later(self, parts: list[str], tmp_path: Path) -> None:
+        run_parts(Record(tmp_path / "s.json", make_study(text=None)), ["cheap"], say=lambda _: None)
+        record = Record(tmp_path / "s.json", make_study())
+        run_parts(record, ["dear"], say=lambda _: None)
+        assert list(Record(tmp_path / "s.json", make_study(text=None)).setting["text"]) == ["source", "digest"]
+        with pytest.raises(ValueError, match="differs in text"):
+            Record(tmp_path / "s.json", make_study(source="another"))
+
     def test_parts_that_lack_something_say_what(self, tmp_path: Path) -> None:
         study = make_study(text=None)
         study.models = {name: study.models[name] for name in ("1", "3")}
