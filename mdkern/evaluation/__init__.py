@@ -1,1 +1,1 @@
-"""What samples and models are worth: likelihoods, text statistics, and which steps need the heavy model."""
+"""Measures of models and samples: likelihoods, statistics of text, and which steps need the heavy model."""

@@ -1,7 +1,7 @@
-"""The best schedule for a budget, from what each model costs and harms in each segment.
+"""The best schedule for a budget, from the cost and the harm of each model in each segment.
 
-Harms are taken to add up over segments: the assignment that harms least within a budget is then a multiple-choice
-knapsack, solved exactly by keeping the assignments that no other beats in both cost and harm.
+Harms are assumed to add up over segments. The assignment of least harm within a budget is then a multiple-choice
+knapsack problem, which is solved exactly by keeping all assignments that no other beats in both cost and harm.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ def best_schedule(
     cost: Mapping[str, float] | Mapping[str, Sequence[float]],
     budget: float,
 ) -> Schedule:
-    """The schedule of equal segments that harms least at a share `budget` of the dearest one's cost, or less.
+    """The schedule of equal segments with the least harm that costs at most the share `budget` of the most expensive.
 
     Args:
         harm: by model, what it adds to the loss in each of S segments, e.g. its measured influence, or its KL from the
-            heaviest model; that model's own may be all zeros.
-        cost: by model, of a segment: one number, or one for each segment. FLOPs or seconds; only their ratios count.
-        budget: in (0, 1], as a share of running the dearest model everywhere.
+            heaviest model, whose own harm may be all zeros.
+        cost: by model, the cost of a segment: one number, or one for each segment. FLOPs or seconds; only ratios count.
+        budget: in (0, 1], as a share of the cost of running the most expensive model everywhere.
 
     Returns:
-        A schedule of shares; of equally good ones the one that is cheapest, then the one with the fewest segments.
+        A schedule of shares. Of equally good ones it is the cheapest, then the one with the fewest segments.
 
     Raises:
-        ValueError: harms and costs of other models or lengths, numbers that are not finite, a budget that even the
+        ValueError: harms and costs of different models or lengths; numbers that are not finite; a budget that even the
             cheapest model exceeds.
     """
     names = [name.upper() for name in harm]
@@ -56,9 +56,9 @@ def best_schedule(
 
 
 def cheapest(harm: list[list[float]], cost: list[list[float]], most: float) -> list[int]:
-    """Model of each segment: ``harm[s][m]`` summed is least among those whose ``cost[s][m]`` sums to `most` at most."""
+    """The model of each segment: the least sum of ``harm[s][m]`` with a sum of ``cost[s][m]`` of at most `most`."""
     slack = 1e-9 * most
-    rest = [0.0]  # the least that the segments from here on can cost
+    rest = [0.0]  # the least cost of the segments from here on
     for row in reversed(cost):
         rest.append(rest[-1] + min(row))
     rest.reverse()
@@ -73,7 +73,7 @@ def cheapest(harm: list[list[float]], cost: list[list[float]], most: float) -> l
         )
         frontier = []
         for entry in grown:
-            # Sums of equal costs and harms in another order differ by rounding, which must not keep both.
+            # Equal costs and harms summed in another order differ by rounding; only one of the two is kept.
             beaten = frontier and entry[1] >= frontier[-1][1] - 1e-12 * abs(frontier[-1][1])
             if not beaten:
                 frontier.append(entry)

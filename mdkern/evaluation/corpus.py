@@ -1,4 +1,4 @@
-"""Held-out text as windows of tokens: what models are compared on."""
+"""Held-out text as windows of tokens, on which models are compared."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Which times need the heavy model: how far the light one is from it, over the diffusion time t.
+"""At which times the heavy model is needed: how far the light one is from it, over the diffusion time t.
 
-Three measures of Sedykh et al. (2604.02340) and of the sampler itself, each with its standard error:
+There are three measures, two of Sedykh et al. (2604.02340) and one of the sampler itself, each with its standard error:
 
 - *loss difference* (eq. 6): ``E |L_light(z_t) - L_heavy(z_t)|`` on the same corrupted texts, where L is the mean
   cross-entropy of the masked tokens of a text;
-- *KL* (eq. 7): the mean over masked positions of KL(heavy || light), less that between two heavy models of different
+- *KL* (eq. 7): the mean over masked positions of KL(heavy || light), minus the KL between two heavy models of different
   seeds if there is a second one;
 - *path KL*: KL(heavy || light) along texts that the heavy model samples, at the positions that each step reveals.
-  Summed over the steps of a segment it is the KL divergence between the heavy sampler and the one that runs the light
-  model in that segment, over whole reveal paths (chain rule).
+  By the chain rule, its sum over the steps of a segment is the KL divergence, over whole reveal paths, between the
+  heavy sampler and the one that runs the light model in that segment.
 
-All from the fused `divergence` operator, in memory that has no term in rows x vocabulary.
+All use the fused `divergence` operator, which needs no memory of rows x vocabulary.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ImportanceAt:
 
     @property
     def relative_kl(self) -> float:
-        """Eq. 7: the KL less the baseline pair's."""
+        """Eq. 7: the KL minus that of the baseline pair."""
         return self.kl.mean - (self.baseline_kl.mean if self.baseline_kl is not None else 0.0)
 
 
@@ -82,10 +82,10 @@ def importance(
         heavy, light: as for `mdkern.sample`.
         input_ids: int64 ``[N, L]``, whole texts; the paper takes 500.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding.
-        baseline: a second heavy model, of another seed, for the KL that two equally good models have.
-        times: the diffusion times in (0, 1], the shares that are masked; a number n means ``(i + 1/2) / n``.
+        baseline: a second heavy model, trained with another seed, for the KL between two equally good models.
+        times: diffusion times in (0, 1], which are the shares that are masked; a number n means ``(i + 1/2) / n``.
         batch_size: texts in a forward pass.
-        seed: of the masks, which are keyed by it, the text's number, the time's number and the position.
+        seed: keys the masks, together with the number of the text, the number of the time and the position.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
@@ -142,9 +142,9 @@ def bernoulli_mask(seed: Tensor, sample: Tensor, position: Tensor, number: int, 
 def compare(
     denoisers: dict[str, Denoiser], ids: Tensor, masked: Tensor, attention_mask: Tensor | None, t: float
 ) -> dict[str, Tensor]:
-    """Mean over the masked positions of each text, float64 ``[B]``: the losses by name, ``kl`` and ``baseline``.
+    """Means over the masked positions of each text, float64 ``[B]``: the losses by name, ``kl`` and ``baseline``.
 
-    NaN for texts with nothing masked.
+    They are NaN for texts with nothing masked.
     """
     row = masked.flatten().nonzero()[:, 0]
     owner, count = row // ids.shape[1], masked.sum(-1).double()
@@ -203,13 +203,13 @@ def path_importance(
 ) -> list[PathImportanceAt]:
     """KL(heavy || light) along the heavy model's own ancestral samples, by segments of the steps.
 
-    The paths are those of ``sample(heavy, num_samples=..., seed=...)``: a finished sample and the step at which each
-    position was revealed tell every state that it passed through. The pass of each event that reveals something is run
-    by both models.
+    The paths are those of ``sample(heavy, num_samples=..., seed=...)``. A finished sample, with the step at which each
+    position was revealed, determines every state that it passed through. Both models run a pass for each state in which
+    something is revealed.
 
     Args:
         heavy, light, num_samples, length, steps, seed, progress: as for `mdkern.sample`.
-        segments: equal parts of the steps, each of which is one entry of the result.
+        segments: number of equal parts of the steps, each of which gives one entry of the result.
         batch_size: states in a forward pass.
     """
     denoisers, _ = resolve_models({"H": heavy, "L": light}, None, Schedule.from_segments(["H", "L"]))
@@ -238,7 +238,7 @@ def path_importance(
 def path_kl(
     p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, first: int, stop: int, times: Tensor, batch_size: int
 ) -> Tensor:
-    """Sum over the positions revealed at steps ``first <= i < stop`` of KL(p || q) where they were, float64 ``[N]``."""
+    """KL(p || q) summed over the positions revealed at steps ``first <= i < stop``, float64 ``[N]``."""
     inside = (step >= first) & (step < stop)
     event = torch.zeros((len(ids), stop - first), dtype=torch.bool, device=ids.device)
     text, column = inside.nonzero(as_tuple=True)
@@ -264,7 +264,7 @@ def masked_kl(p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, at: int, time
 
 
 def state_kl(p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) at the True entries of ``rows [B, L]`` and their flat indexes, of texts masked where `masked` says."""
+    """KL(p || q) at the True entries of ``rows [B, L]``, and their flat indices, of texts with `masked` masked."""
     row = rows.flatten().nonzero()[:, 0]
     hidden = [
         model.hidden(torch.where(masked, model.mask_id, ids), t.float() if model.time_conditioning else None)

@@ -47,7 +47,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def paired(ours: Tensor, theirs: Tensor) -> Estimate:
-    """The mean of ``ours - theirs``, ``[n]`` each, taken pair by pair: what equal seeds have in common cancels out.
+    """The mean of ``ours - theirs``, ``[n]`` each, pair by pair, so that variation common to a pair cancels out.
 
     Raises:
         ValueError: shapes that differ.
@@ -58,7 +58,7 @@ def paired(ours: Tensor, theirs: Tensor) -> Estimate:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two ``[n]``; equal values share their mean rank."""
+    """Spearman's rank correlation of two tensors ``[n]``; equal values share their mean rank."""
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise ValueError(f"two vectors of the same length, at least 2, are needed: {first.shape} and {second.shape}")
     ranks = torch.stack((mean_ranks(first), mean_ranks(second)))

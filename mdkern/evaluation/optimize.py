@@ -1,7 +1,7 @@
-"""A schedule fitted to the models without a search: which steps each should run for a budget, from importance.
+"""Fits a schedule to models and a budget, without a search over schedules.
 
-The harm of a model in a segment of the steps is measured in one of four ways, and `best_schedule` finds the assignment
-that harms least within the budget.
+The harm of a model in each segment of the steps is measured in one of four ways. `best_schedule` then finds the
+assignment of models to segments with the least harm within the budget.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mdkern.schedule import Schedule
 __all__ = ["optimize_schedule"]
 
 MEASURES = "path_kl", "kl", "loss", "influence"
-COST_PASSES = 5  # timed, after two that warm up
+COST_PASSES = 5  # passes that are timed, after two to warm up
 
 
 def optimize_schedule(
@@ -45,22 +45,22 @@ def optimize_schedule(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Schedule:
-    """The schedule of equal segments that harms least at a share `budget` of the heavy model's cost.
+    """The schedule of equal segments with the least harm at a share `budget` of the heavy model's cost.
 
     Args:
         heavy, light: as for `mdkern.sample`. In a mapping the first model is the heavy one, which the others are
             compared with.
-        budget: in (0, 1]: what may be spent, as a share of running the dearest model at every step.
+        budget: in (0, 1]: what may be spent, as a share of running the most expensive model at every step.
         by: how harm is measured. ``"path_kl"``: KL(heavy || model) of what each segment reveals along the heavy
             model's samples (`path_importance`). ``"kl"``, ``"loss"``: KL or absolute loss difference on held-out text
-            at the segments' times (`importance`). ``"influence"``: what a search has found (`influence`), whose
-            number of segments is taken.
-        segments: equal parts of the steps.
-        cost: of a step by model: ``"flops"`` as the models count them, ``"time"`` measured here for a batch, or numbers
-            by name.
+            at the segments' times (`importance`). ``"influence"``: the results of a search (`influence`), whose number
+            of segments is used.
+        segments: number of equal parts of the steps.
+        cost: cost of a step by model: ``"flops"`` as the models count them, ``"time"`` measured here for a batch, or
+            numbers by name.
         input_ids: int64 ``[N, L]``, held-out text, for ``"kl"`` and ``"loss"``.
         found: schedules and scores of a search, for ``"influence"``.
-        length, num_samples, steps: of the samples of ``"path_kl"``, and `length` of the passes whose cost is taken.
+        length, num_samples, steps: of the samples for ``"path_kl"``; `length` is also that of the passes for the cost.
         batch_size: texts in a forward pass.
 
     Raises:
@@ -94,7 +94,7 @@ def optimize_schedule(
 
 
 def check_inputs(by: str, input_ids: Tensor | None, found: Sequence[Found] | None) -> None:
-    """Each measure with what it needs, and nothing that it would ignore."""
+    """Refuse a measure without what it needs, and inputs that it would ignore."""
     if by not in MEASURES:
         raise ValueError(f"by must be one of {', '.join(map(repr, MEASURES))}, not {by!r}")
     needs = {"input_ids": by in ("kl", "loss"), "found": by == "influence"}
@@ -128,7 +128,7 @@ def harm_by_influence(names: Sequence[str], found: Sequence[Found]) -> dict[str,
 def costs(
     cost: str | Mapping[str, float], denoisers: Mapping[str, Denoiser], length: int | None, batch_size: int
 ) -> dict[str, float]:
-    """Of a step by model."""
+    """The cost of a step by model."""
     if isinstance(cost, Mapping):
         return {name.upper(): float(value) for name, value in cost.items()}
     if cost not in ("flops", "time"):

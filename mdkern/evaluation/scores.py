@@ -20,7 +20,7 @@ def target_log_prob(
 ) -> Tensor:
     """Log-probability of one given token for each row.
 
-    The normaliser comes from the fused projection; the token's own logit is one dot product a row.
+    The normaliser comes from the fused projection; the token's own logit is one dot product for each row.
 
     Args:
         head: the output layer; with ``weight=None`` the rows of `hidden` are logits.

@@ -1,8 +1,8 @@
 """The exhaustive search over schedules (Sedykh et al., 2604.02340, section 4.3): every way to put the light model into
 k of n equal segments, on the same seeds, and what each segment contributes.
 
-Schedules that begin alike share what they have in common (`mdkern.engine.branches`), results are written as they come,
-and a search that was interrupted goes on where it stopped.
+Schedules that begin with the same models share those passes (`mdkern.engine.branches`). Results are written as soon as
+they are there, and an interrupted search continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mdkern.files import write_whole
 
 __all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "search"]
 
-Models = tuple[str, ...]  # of each segment
+Models = tuple[str, ...]  # the model of each segment
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def all_schedules(segments: int, light: int, names: Sequence[str] = ("H", "L")) 
 
 
 def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
-    """Eq. 8, by model and segment: the mean score of the schedules with that model there, less the mean of all.
+    """Eq. 8, by model and segment: the mean score of the schedules with that model there, minus the mean of all.
 
-    Its standard error is over samples, which all schedules have in common.
+    The standard error is over samples, which are the same for all schedules.
 
     Raises:
         ValueError: results of other samples or segments.
@@ -83,7 +83,7 @@ def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
 
 
 def frequencies(found: Sequence[Found], name: str, share: float = 0.1) -> tuple[list[float], list[float]]:
-    """How often segments have a model among the best and the worst schedules, a `share` of all each."""
+    """How often each segment has the model `name` among the best and among the worst `share` of all schedules."""
     ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
     count = max(1, round(share * len(ranked)))
 
@@ -94,13 +94,13 @@ def frequencies(found: Sequence[Found], name: str, share: float = 0.1) -> tuple[
 
 
 class Results:
-    """A search's file: a first line that says what is searched, then a line for each schedule, written as it comes."""
+    """The file of a search: a first line that describes the search, then a line for each schedule as it is finished."""
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
-        """Open a file, or go on with one of the same setting.
+        """Open a new file, or continue one of the same setting.
 
         Raises:
-            ValueError: the file is of another search, or no search's.
+            ValueError: the file belongs to another search, or to none.
         """
         self.path, self.found = path, dict[Models, Found]()
         self.setting = setting | {"digest": digest(setting)}
@@ -167,7 +167,7 @@ def search(
 
     Args:
         run: yields each schedule with its samples int64 ``[N, L]``, as `mdkern.engine.branches.run_schedules` does.
-        score: of samples, float ``[N]``; lower is better.
+        score: gives the scores of samples, float ``[N]``; lower is better.
     """
     left = [models for models in schedules if models not in results.found]
     with tqdm(total=len(schedules), initial=len(schedules) - len(left), unit="schedule",
@@ -183,7 +183,7 @@ def search(
 
 
 def best_and_mean(found: Sequence[Found]) -> tuple[Found, Estimate]:
-    """The best schedule, and by how much it is better than the mean of all, sample by sample."""
+    """The best schedule, and how much better it is than the mean of all, sample by sample."""
     ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
     everything = torch.stack([entry.scores for entry in found]).mean(0)
     return ranked[0], paired(ranked[0].scores, everything)

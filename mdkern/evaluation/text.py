@@ -1,4 +1,4 @@
-"""What generated text is like: its likelihood under a judge, its variety, its repetition."""
+"""Statistics of generated text: its likelihood under a judge, its variety, and its repetition."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST_LOGITS = 1 << 28  # entries of a judge's logits at a time: 1 GiB of float32
 
 @dataclass(frozen=True)
 class JudgedTexts:
-    """Log-likelihood of texts under a judge, the first token of each not counted."""
+    """Log-likelihood of texts under a judge, without the first token of each."""
 
     nats: Tensor  # float64 [N], -log p of all tokens that were judged
-    tokens: Tensor  # int64 [N], how many those are
+    tokens: Tensor  # int64 [N], number of tokens that were judged
 
     def nats_per_token(self) -> Tensor:
         """float64 ``[N]``."""
@@ -38,7 +38,7 @@ def judge(model: Any, sequences: Tensor, lengths: Tensor | None = None, batch_si
     Args:
         model: a causal language model of transformers, in evaluation mode.
         sequences: integer ``[N, L]``, 2 <= L <= the model's positions.
-        lengths: int64 ``[N]``: the first so many tokens of each are judged. Default: all.
+        lengths: int64 ``[N]``: number of tokens of each that are judged, from the first on. Default: all.
         batch_size: sequences in a forward pass, fewer where the vocabulary is large.
 
     Raises:
@@ -92,7 +92,7 @@ def judge_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: in
 
 
 def token_entropy(sequences: Tensor) -> Tensor:
-    """Entropy of the tokens of each sequence ``[N, L]``, nats, float64 ``[N]``: low where it repeats itself."""
+    """Entropy of the tokens of each sequence ``[N, L]``, nats, float64 ``[N]``. It is low for repetitive text."""
     return torch.tensor([entropy_of(row) for row in sequences], dtype=torch.float64)
 
 
@@ -107,7 +107,7 @@ def entropy_of(ids: Tensor) -> float:
 
 
 def distinct(sequences: Sequence[Sequence[int]] | Tensor, n: int) -> float:
-    """Different n-grams over all n-grams of all sequences (Li et al., 1510.03055), from 0 to 1.
+    """Number of different n-grams over the number of all n-grams in all sequences (Li et al., 1510.03055), 0 to 1.
 
     Raises:
         ValueError: no sequence has n tokens.

@@ -1,1 +1,1 @@
-"""Other people's models: cut at their output layer, probed, intercepted, asked for their facts."""
+"""Models of transformers and of code written for it: how they are split at their output layer."""

@@ -1,15 +1,15 @@
-"""Loading models whose own code was written for another version of transformers than the one installed.
+"""Loads models whose own code was written for another version of transformers than the one installed.
 
 The code of LLaDA, LLaDA-MoE, Dream, SDAR and LLaDA 2 comes with the checkpoints (``trust_remote_code=True``) and
-expects the transformers of its time. What newer versions have changed under it is put back while such a model is
-loaded, and only then; once loaded, it runs without. What is put back:
+expects transformers 4. What transformers 5 has changed is restored while such a model is being loaded; once loaded, it
+runs without that. What is restored:
 
-- names that the code imports and that are gone (`GONE`);
+- names that the code imports and that no longer exist (`GONE`);
 - ``ROPE_INIT_FUNCTIONS["default"]``, the plain rotary frequencies;
-- buffers that are no part of the checkpoint, such as those frequencies. transformers 5 builds a model without memory
-  and leaves such buffers as they happen to be unless the code computes them a second time: wrong without a word;
+- buffers that are not in the checkpoint, such as these frequencies. transformers 5 builds a model without memory and
+  leaves such buffers uninitialised, without a warning, unless the code computes them a second time;
 - ``tie_weights()`` and ``GenerationConfig.validate`` without later parameters, ``_tied_weights_keys`` as a list, models
-  that never call ``post_init``, ``config.use_cache``.
+  that never call ``post_init``, and ``config.use_cache``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-# In the order in which a checkpoint may offer its classes: the first that yields logits is wanted.
+# Of the classes that a checkpoint offers, the first of these is taken, as it yields logits.
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
-_lock = threading.RLock()  # what is put back is put back for the whole process
+_lock = threading.RLock()  # because the changes apply to the whole process
 
 
 class LossKwargs(TypedDict, total=False):
-    """Only ever a part of type annotations."""
+    """A stand-in for a class that old code uses in type annotations only."""
 
     num_items_in_batch: int
 
 
 class SlidingWindowCache:
-    """Only ever asked whether something is one."""
+    """A stand-in for a class that old code uses in isinstance checks only."""
 
 
 # By module of transformers. Each is added only where the module lacks it.
@@ -58,12 +58,15 @@ GONE: dict[str, dict[str, Any]] = {
 
 
 def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
-    """A model by the class that its config names, in eval mode; its own code may be older than transformers 5.
+    """Load a Hugging Face model in eval mode, also if its own code was written for transformers 4.
 
     Args:
-        name_or_path: of a model on the Hugging Face hub, or a folder.
-        options: as those of ``AutoModel.from_pretrained``: ``dtype``, ``revision``, ``device_map``, … Code that comes
-            with the checkpoint is run only with ``trust_remote_code=True``.
+        name_or_path: the name of a model on the Hugging Face Hub, or a folder.
+        options: as for ``AutoModel.from_pretrained``: ``dtype``, ``revision``, ``device_map``, … Code that comes with
+            the checkpoint is run only with ``trust_remote_code=True``.
+
+    Returns:
+        The model, of the class that its config names.
     """
     import transformers
 
@@ -92,7 +95,7 @@ def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
 
 @contextmanager
 def old_model_code() -> Iterator[None]:
-    """What code of transformers 4 needs is there inside this context, for the whole process.
+    """Inside this context, the whole process has what code for transformers 4 needs.
 
     ``with old_model_code(): AutoModel.from_pretrained(…, trust_remote_code=True)`` is what `load_pretrained` does.
     """
@@ -120,7 +123,7 @@ def old_model_code() -> Iterator[None]:
 def default_frequencies(
     config: Any = None, device: torch.device | str | None = None, seq_len: int | None = None, **old: Any
 ) -> tuple[Tensor, float]:
-    """Rotary frequencies ``base^(-2i/d)`` float32 ``[d / 2]``, and the factor 1 on cosines and sines.
+    """Rotary frequencies ``base^(-2i/d)``, float32 ``[d / 2]``, and 1, the factor of cosines and sines.
 
     Args:
         config: with ``rope_theta`` or ``rope_parameters``, and ``head_dim`` or ``hidden_size`` and
@@ -137,12 +140,12 @@ def default_frequencies(
 
 
 class Loading:
-    """Methods of `PreTrainedModel` of transformers 5 around its own, for models as transformers 4 had them."""
+    """Wrappers around methods of `PreTrainedModel` of transformers 5, for models written for transformers 4."""
 
     def __init__(self, base: type) -> None:
         self.base = base
-        self.built: list[nn.Module] = []  # models in the order in which their construction begins
-        self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # as constructed, of those no checkpoint holds
+        self.built: list[nn.Module] = []  # models, in the order in which their construction begins
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # constructed buffers that are in no checkpoint
 
     def replacements(self) -> dict[str, Any]:
         own = {name: inspect.getattr_static(self.base, name) for name in ("get_init_context", "from_pretrained")}
@@ -155,7 +158,7 @@ class Loading:
         }
 
     def initialized(self, original: Callable[..., None]) -> Callable[..., None]:
-        """What models that never call `post_init` lack."""
+        """Add what models lack that never call `post_init`."""
 
         @functools.wraps(original)
         def init(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +173,7 @@ class Loading:
         return init
 
     def expanded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Tied weights by a list of their names: each is the input embedding's."""
+        """Accept a list of names of tied weights, each of which is tied to the input embedding."""
 
         def get_expanded_tied_weights_keys(model: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(model._tied_weights_keys, list | tuple | set):
@@ -182,9 +185,9 @@ class Loading:
         return get_expanded_tied_weights_keys
 
     def missing_only(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Modules whose weights have all been read are left as they are.
+        """Do not initialise modules whose weights have all been read.
 
-        Old code initialises all that a module has, and the first versions of transformers 5 let it.
+        Old code initialises everything in a module, and the first versions of transformers 5 call it.
         """
 
         def _initialize_weights(model: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -196,7 +199,7 @@ class Loading:
         return _initialize_weights
 
     def in_memory(self, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        """Built in memory that is not written to before the weights are read, instead of on the meta device."""
+        """Build the model in memory, which is not written to before the weights are read, not on the meta device."""
 
         def get_init_context(cls: type, *args: Any, **kwargs: Any) -> list[Any]:
             from transformers import initialization
@@ -207,7 +210,7 @@ class Loading:
 
     @contextmanager
     def seen(self) -> Iterator[None]:
-        """The construction of a model, whose buffers are kept."""
+        """A context for the construction of a model, which keeps its buffers."""
         self.built.clear()
         yield
         self.buffers = [
@@ -218,7 +221,7 @@ class Loading:
         ]
 
     def with_buffers(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The buffers of the model as they were constructed, where it has been put."""
+        """Give the model its buffers as they were constructed, on its device."""
 
         def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
             loaded = original(cls, *args, **kwargs)
@@ -233,7 +236,7 @@ class Loading:
 
 
 def lenient_configs() -> dict[str, Callable[..., Any]]:
-    """What of `GenerationConfig` calls `validate`, for classes whose `validate` knows fewer parameters."""
+    """Methods of `GenerationConfig` that call `validate`, for classes whose `validate` has fewer parameters."""
     from transformers import GenerationConfig
 
     def lenient(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,7 +251,7 @@ def lenient_configs() -> dict[str, Callable[..., Any]]:
 
 
 def ignore_unknown_arguments(kind: type, name: str) -> None:
-    """Make a method of a class ignore keyword arguments that it does not know."""
+    """Make a method of a class ignore keyword arguments that it does not have."""
     method = getattr(kind, name)
     parameters = inspect.signature(method).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

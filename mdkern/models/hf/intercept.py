@@ -1,9 +1,9 @@
-"""A forward pass of somebody else's model, changed at two places while nothing in the model is.
+"""Runs a model's own forward pass, but replaces its output layer and its attention, without changing the model.
 
-The pass runs under a `TorchFunctionMode`, which sees the calls of PyTorch's functions in its own thread: the output
-layer, known by its weight, hands its input over instead of computing logits, and attention may be computed otherwise:
-with a mask for padding, or from a window of the sequences over keys and values kept from earlier passes. The model's
-modules, weights and hooks stay as they are, so several passes and threads may use it at once, and so may CUDA graphs.
+The pass runs under a `TorchFunctionMode`, which sees all calls of PyTorch's functions in its thread. The output layer,
+recognised by its weight, hands over its input instead of computing logits. Attention may be replaced, either to mask
+padding, or to run a window of the sequences over cached keys and values. The model's modules, weights and hooks are not
+changed, so several passes, threads and CUDA graphs may use the model at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-ID_ROOM = 8  # numbers that have room for an id, an int32, in every floating dtype, and keep rows aligned
+ID_ROOM = 8  # numbers of any floating dtype that hold one id, an int32, and keep rows aligned
 
 
 class AttentionCall(NamedTuple):
@@ -33,14 +33,14 @@ class AttentionCall(NamedTuple):
 
 
 class HeadPass(TorchFunctionMode):
-    """Keeps what the linear layer of `weight` is given; the layer's result has no columns.
+    """Keeps the input of the linear layer with this `weight`, and makes the layer return a result without columns.
 
-    No columns rather than an exception, which would skip hooks that undo something, and rather than the input itself,
-    which models scale in place.
+    It does not raise an exception, because that would skip hooks that undo something, and does not return the input
+    itself, because models scale the result in place.
     """
 
     def __init__(self, weight: Tensor, attention: Callable[[AttentionCall], Tensor] | None = None) -> None:
-        """`attention` takes the place of `scaled_dot_product_attention`."""
+        """`attention` replaces `scaled_dot_product_attention`."""
         super().__init__()
         self.weight, self.attention = weight, attention
         self.calls = 0
@@ -67,10 +67,10 @@ def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 class Layout(NamedTuple):
-    """What is kept of a column: rotated keys and values of every layer. A tuple: graphs are found by its items."""
+    """The layout of a KV cache: rotated keys, and values, of every layer. It is a tuple so that graphs compare it."""
 
     layers: int
-    heads: int  # of keys and values
+    heads: int  # number of heads of keys and values
     head_dim: int
 
     def shape(self, batch: int, length: int, extra: int = 0) -> tuple[int, ...]:
@@ -83,18 +83,18 @@ class Layout(NamedTuple):
 
 
 def kept_ids(cache: Tensor) -> Tensor:
-    """int32 ``[B, L + 1]``: the columns' ids, in what the first layer's keys have of `ID_ROOM` extra numbers."""
+    """int32 ``[B, L + 1]``: the columns' ids, which are stored in `ID_ROOM` extra numbers of the first layer's keys."""
     return cache[0, 0, :, :, -ID_ROOM:].view(torch.int32)[:, :, 0]
 
 
 class WatchedAttention:
-    """Attention as it is, and what can be told of it from the calls of one pass of whole sequences."""
+    """Leaves attention as it is, and records what its calls tell in one pass over whole sequences."""
 
     def __init__(self, kv_heads: int | None) -> None:
-        """`kv_heads`: how many heads of keys and values differ, if fewer may than there are."""
+        """`kv_heads`: number of distinct heads of keys and values, if they may be repeated."""
         self.kv_heads = kv_heads
         self.seen: list[tuple[int, int]] = []  # heads and head_dim of each call
-        self.reason = ""  # why keys and values can't be kept
+        self.reason = ""  # why keys and values can't be cached
         self.masked = False  # whether a call had a mask, though it may hide nothing
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -106,14 +106,14 @@ class WatchedAttention:
         return F.scaled_dot_product_attention(**call._asdict())
 
     def repeats(self, key: Tensor) -> bool:
-        """Whether each head of keys stands there as often as queries need it."""
+        """Whether the heads of keys are repeated to the number of query heads."""
         if self.kv_heads is None or key.shape[1] % self.kv_heads:
             return False
         groups = key.unflatten(1, (self.kv_heads, -1))
         return bool((groups == groups[:, :, :1]).all())
 
     def layout(self) -> Layout | str:
-        """How keys and values can be kept, or why they can't."""
+        """The layout of a cache, or the reason why keys and values can't be cached."""
         if not self.seen:
             return "its attention is not PyTorch's scaled_dot_product_attention (attn_implementation='sdpa')"
         if self.reason:
@@ -124,7 +124,7 @@ class WatchedAttention:
 
 
 def objection(call: AttentionCall) -> str:
-    """Why the keys and values of a call of whole sequences can't be kept; "" if they can."""
+    """Why the keys and values of a call over whole sequences can't be cached; "" if they can."""
     if call.is_causal:
         return "its attention looks to the left only"
     if call.query.shape[2] != call.key.shape[2] or call.key.shape != call.value.shape:
@@ -137,10 +137,10 @@ def objection(call: AttentionCall) -> str:
 
 
 class WholeAttention:
-    """Attention of whole sequences that sees all but padding, whatever mask the model has made for itself.
+    """Attention over whole sequences that sees everything but padding, whatever mask the model makes.
 
-    Without padding, too: some versions of transformers make a mask that hides nothing while a graph is captured
-    (`is_tracing` in their masking_utils), which would keep the graph from the kernels that take none.
+    It replaces the model's mask also if there is no padding: while a graph is captured, some versions of transformers
+    make a mask that hides nothing (`is_tracing` in their masking_utils), with which faster kernels cannot be used.
     """
 
     def __init__(self, attention_mask: Tensor | None) -> None:
@@ -152,9 +152,9 @@ class WholeAttention:
 
 
 class KeptAttention:
-    """Attention of a window's queries over all columns of its sequences; the window's own keys and values are kept.
+    """Attention of a window's queries over all columns, which puts the window's keys and values into the cache.
 
-    One object serves one pass: the calls are the layers in order.
+    An object serves one pass, whose calls are the layers in order.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class KeptAttention:
     ) -> None:
         """
         Args:
-            cache: of `Layout.shape`.
-            columns: int64 ``[B, W]`` in 0..L, where keys and values go; None: W = L, each to its own.
-            attention_mask: bool ``[B, L]``, False at padding; None: there is none.
-            turn: what is missing in the window's positions, for models that take it to begin at 0.
+            cache: a tensor of `Layout.shape`.
+            columns: int64 ``[B, W]`` in 0..L, the columns of the window; None: W = L, all columns.
+            attention_mask: bool ``[B, L]``, False at padding; None: no padding.
+            turn: corrects the positions of the window, for models that count them from 0.
         """
         self.kept, self.columns, self.turn = layout.heads_of(cache), columns, turn
         self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
@@ -191,25 +191,24 @@ class KeptAttention:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq; bool mask ``[B, 1, 1, L]`` or None."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and mask is not None:  # with a mask, grouped queries are left to PyTorch's plain implementation
+    if groups > 1 and mask is not None:  # PyTorch has no fast kernel for grouped queries with a mask
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
 
 
 class Turn:
-    """Rotary positions moved: queries and keys turned as position i become those of another column.
+    """Moves rotary positions: queries and keys that were rotated for position i become those of another column.
 
-    Rotations add up, so this serves models that count a window's positions from 0. In their precision it rounds a
-    second time.
+    Rotations add up, so this corrects models that count a window's positions from 0. It rounds a second time.
     """
 
     def __init__(self, rotary: Callable[[Tensor, Tensor], Any], length: int, head_dim: int, columns: Tensor) -> None:
-        """`rotary` turns queries and keys ``[1, 1, L, head_dim]`` by their index; ``columns [B, W]`` in 0..L-1."""
+        """`rotary` rotates queries and keys ``[1, 1, L, head_dim]`` by their index; ``columns [B, W]`` in 0..L-1."""
         half = head_dim // 2
         unit = torch.zeros(1, 1, length, head_dim, device=columns.device)
         unit[..., :half] = 1.0
-        turned = rotary(unit, unit)[0][0, 0]  # [L, head_dim]: cosines, then sines
+        turned = rotary(unit, unit)[0][0, 0]  # [L, head_dim]: cosines in the first half, sines in the second
         by = columns - torch.arange(columns.shape[1], device=columns.device)
         self.cos = turned[:, :half][by.abs()][:, None]  # [B, 1, W, head_dim / 2]
         self.sin = (turned[:, half:][by.abs()] * by.sign()[..., None])[:, None]

@@ -1,4 +1,4 @@
-"""What people's models tell of themselves: their call's parameters, their configuration, their output layer."""
+"""Reads facts from models: the parameters of their call, their configuration, their output layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdkern.models.denoiser import listed
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:
-    """Names of the parameters that a model's call takes, those included that a wrapper passes on by ``**kwargs``."""
+    """Names of the parameters of a model's call, including those that a wrapper passes on by ``**kwargs``."""
     function = model.forward if isinstance(model, nn.Module) else model
     try:
         parameters = inspect.signature(function).parameters
@@ -26,7 +26,7 @@ def accepted_arguments(model: Callable[..., Any]) -> set[str]:
 
 
 def wrapped_model(model: Any) -> nn.Module | None:
-    """The model inside a wrapper: of PEFT, torch.compile, data parallelism, weight averaging."""
+    """The model inside a wrapper of PEFT, torch.compile, data parallelism or weight averaging; None if it is none."""
     find = getattr(model, "get_base_model", None)
     if isinstance(model, nn.Module) and callable(find):
         inside = find()
@@ -49,7 +49,7 @@ def check_evaluating(model: Any) -> None:
 
 
 def execution_device(model: Any) -> torch.device | None:
-    """Where a module's ids are wanted: where its weights are or, if accelerate keeps them elsewhere, where it runs."""
+    """The device for a module's ids: that of its weights or, if accelerate keeps them elsewhere, that where it runs."""
     if not isinstance(model, nn.Module):
         return None
     for module in model.modules():
@@ -70,13 +70,13 @@ def first_position(model: Any) -> int:
 
 
 def first_setting(model: Any, *names: str) -> Any:
-    """The first of these settings that the model's config has and that is not None."""
+    """The first of these settings of the model's config that is not None."""
     config = getattr(model, "config", None)
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def longest_input(model: Any) -> int | None:
-    """Positions that a Hugging Face model can read."""
+    """The most positions that a Hugging Face model can read; None if its config does not say."""
     positions = first_setting(model, "max_position_embeddings", "max_sequence_length")
     if not isinstance(positions, int) or positions < 1:  # XLNet's -1 says that there is no limit
         return None
@@ -84,20 +84,20 @@ def longest_input(model: Any) -> int | None:
 
 
 def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
-    """The ids for the end of text of the config and the generation config, without those that no logits can give."""
+    """The ends of text of the config and the generation config, without ids that cannot be drawn."""
     configs = getattr(model, "config", None), getattr(model, "generation_config", None)
     told = [item for config in configs for item in listed(getattr(config, "eos_token_id", None))]
     ids = [int(item) for item in told if isinstance(item, Integral) and not isinstance(item, bool)]
     return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size and item != mask_id))
 
 
-# By model_type, models made for a mask that hides the blocks after a position's own.
+# model_type of models that were made for a mask that hides the blocks after a position's own.
 BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2", "llada2_moe", "bd3lm", "fast_dllm_qwen")
 BLOCK_SETTINGS = ("block_size", "bd_size", "block_length")
 
 
 def block_causal(model: Any) -> str:
-    """What in a model's config says that it is made for a block-causal mask; "" if nothing does."""
+    """What in a model's config says that it was made for a block-causal mask; "" if nothing does."""
     kind = str(first_setting(model, "model_type") or "").lower()
     longest = longest_input(model) or 1024
     for name in BLOCK_SETTINGS:
@@ -121,7 +121,7 @@ def output_layer(model: Any) -> OutputLayer | str:
         return "it has no get_output_embeddings"
     try:
         layer = find()
-    except Exception as error:  # somebody's code, e.g. NotImplementedError
+    except Exception as error:  # the model's own code may raise anything, e.g. NotImplementedError
         return f"its get_output_embeddings raised {type(error).__name__}"
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Module) or not isinstance(weight, Tensor) or weight.ndim != 2:

@@ -1,8 +1,8 @@
-"""What can be done with somebody's model, found out by trying: a few passes of a few ids, compared with its own.
+"""Finds out what can be done with a model by trying it: a few passes over a few ids, compared with the model's own.
 
-Nothing is taken on trust from a class or a name. The model is split if its output layer's weight makes its own logits
-of what that layer is given; keys and values are kept if windows over them give what full passes give; padding is taken
-if a padded sequence gives what it gives alone.
+Classes and names are not relied on. A model is split if its own logits are those that its output layer's weight makes
+from the layer's input. It gets a KV cache if windows with a cache give what full passes give. It takes padding if a
+padded sequence gives what it gives alone.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from mdkern.models.hf.split import Anatomy, SplitDenoiser
 
 logger = logging.getLogger(__name__)
 
-SEQUENCES, LENGTH = 2, 10  # of a probe
-SPAN = 32  # of the probe of what a model sees
-ROUNDINGS = 8  # times what a computation changes by rounding alone: no more may come of what must not be seen
-LONG = 1024  # of the probe of models that make a mask for their attention: it may hide what is far away only
-# Largest difference between two ways to compute the same states: its root mean square over that of what is compared.
+SEQUENCES, LENGTH = 2, 10  # of the ids of a probe
+SPAN = 32  # length of the probe that finds out which part of the text a model sees
+ROUNDINGS = 8  # a change is counted if it is more than this many times the change by rounding
+LONG = 1024  # length of the probe of models that make an attention mask, as it may hide only what is far away
+# Largest difference between two ways to compute the same states: its root mean square over that of the states.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-ONE_LAYER = 0.1  # of it, for logits from the same states
+ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
 _examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
 def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.device | str | None = None) -> Anatomy:
-    """A model's anatomy. Found out once for a module as it is, and each time for a function.
+    """Find out a model's anatomy: once for a module while it does not change, and each time for a function.
 
     Args:
-        device: where a function wants its ids.
+        device: the device of a function's ids.
     """
     place = available_device(device or execution_device(model) or "cpu")
     if not isinstance(model, nn.Module):
@@ -86,7 +86,7 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
             raise
         except CannotBeSplitError as error:
             reason = str(error)
-        except Exception as error:  # whatever somebody's code may raise
+        except Exception as error:  # the model's own code may raise anything
             reason = f"a pass without its output layer failed: {first_line(error)}"
     return whole(model, reason, vocab_size, longest, device)
 
@@ -122,11 +122,11 @@ def first_line(error: Exception) -> str:
 
 
 class CannotBeSplitError(Exception):
-    """Why, in words that follow "because"."""
+    """The reason, in words that follow "because"."""
 
 
 class Trial:
-    """Passes of a denoiser over a few ids, whatever its model is."""
+    """Passes over a few ids of any denoiser."""
 
     def __init__(self, model: Any, vocab_size: int, longest: int, device: torch.device) -> None:
         self.vocab_size, self.longest, self.device = vocab_size, longest, device
@@ -134,17 +134,17 @@ class Trial:
         self.length = min(LENGTH, longest)
         shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, shape, generator=generator)
-        pad = first_setting(model, "pad_token_id")  # which RoBERTa counts no position for
+        pad = first_setting(model, "pad_token_id")  # RoBERTa counts no position for it
         self.ids, self.other_ids = torch.where(ids == (-1 if pad is None else pad), (ids + 1) % vocab_size, ids).to(
             device
         )
         self.t = torch.full((SEQUENCES,), 0.5, device=device)
 
     def direction(self, denoiser: Denoiser) -> str:
-        """What a model does not see of a text, in words that follow its name; "" if it sees all, or its own position.
+        """What a model does not see of a text, in words that follow its name; "" if it sees all.
 
-        In one pass over four sequences: one of them with another last id, one with another first id, one the same, so
-        that what changes by rounding alone is known.
+        One pass runs four sequences: the original, one with another last id, one with another first id, and the
+        original again, which shows what changes by rounding.
         """
         length = min(SPAN, self.longest)
         if length < 4 or self.vocab_size < 2:
@@ -157,7 +157,7 @@ class Trial:
         same, last, first, again = states.nan_to_num(posinf=0.0, neginf=0.0)
         rounding = ROUNDINGS * (same - again).abs().max()
         from_last, from_first = ((same - other).abs().amax(-1) > rounding for other in (last, first))
-        left, right = int(from_last[:-1].sum()), int(from_first[1:].sum())  # positions that the change has reached
+        left, right = int(from_last[:-1].sum()), int(from_first[1:].sum())  # number of positions that have changed
         if right < length - 1 or left > (length - 1) // 2:
             return ""
         if not left:
@@ -165,7 +165,7 @@ class Trial:
         return "does not look beyond the block that a position is in"
 
     def padding(self, ways: list[str], denoiser: Callable[[Padding], Denoiser]) -> Padding:
-        """How it can be told of padding: the first of `ways` with which text is what it is alone."""
+        """How padding is passed to the model: the first of `ways` with which padded text gives what it gives alone."""
         places = [None, self.first_position] if "position_ids" in self.accepted else [None]
         one_sided = Padding()
         for way in ways:
@@ -175,7 +175,7 @@ class Trial:
                     sides = self.unseen_padding(denoiser(padding))
                 except torch.OutOfMemoryError:
                     raise
-                except Exception:  # a way that somebody's code does not take
+                except Exception:  # the model does not accept padding in this way
                     continue
                 if sides == (True, True):
                     return padding
@@ -184,10 +184,10 @@ class Trial:
         return one_sided
 
     def unseen_padding(self, denoiser: Denoiser) -> tuple[bool, bool]:
-        """Whether text before padding, and text after it, is what it is alone, whatever the padding holds.
+        """Whether text before padding, and text after it, gives what it gives alone, whatever ids the padding has.
 
-        In all bits, or as far as it changes with the text of another sequence, which rounds differently where tokens
-        are sorted by experts.
+        It must agree in all bits, or up to the change that the text of another sequence makes by rounding, as it does
+        where tokens are sorted by experts.
         """
         text = max(1, self.length - 3)
         column = torch.arange(self.length, device=self.device)
@@ -213,7 +213,7 @@ class Trial:
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, part: float = 1.0) -> bool:
-    """Whether two computations in `dtype` agree to rounding; not where there is a NaN."""
+    """Whether two computations in `dtype` agree up to rounding; they don't if there is a NaN."""
     ours, theirs = ours.double(), theirs.double()
     bound = part * CLOSE.get(dtype, CLOSE[torch.float32])
     return bool((ours - theirs).square().mean().sqrt() <= bound * theirs.square().mean().sqrt())
@@ -246,7 +246,7 @@ class Probe(Trial):
         return not comparable or self.close(lean, plain)
 
     def head(self) -> Anatomy:
-        """With the scale, soft cap and bias that make the model's own logits of its hidden states."""
+        """The anatomy with the scale, soft cap and bias that turn hidden states into the model's own logits."""
         with HeadPass(self.weight) as run:
             self.model(self.ids, **self.arguments)
         hidden, bias = run.hidden, run.bias
@@ -267,7 +267,7 @@ class Probe(Trial):
         raise CannotBeSplitError("its logits are not a linear function of what its output embedding is given")
 
     def shapings(self) -> list[tuple[float, float]]:
-        """Scales and soft caps to try: those of most models, LLaDA, Cohere, Granite and Gemma 2."""
+        """Pairs of scale and soft cap to try: those of most models, and of LLaDA, Cohere, Granite and Gemma 2."""
         settings = (first_setting(self.model, name) for name in ("logit_scale", "logits_scaling", "d_model"))
         multiply, divide, width = (value if isinstance(value, int | float) and value > 0 else 1.0 for value in settings)
         cap = first_setting(self.model, "final_logit_softcapping")
@@ -282,7 +282,7 @@ class Probe(Trial):
         return SplitDenoiser(self.model, anatomy, vocab_size=self.vocab_size, mask_id=0, name="the probe")
 
     def cache(self, anatomy: Anatomy, layout: Layout | str) -> Anatomy:
-        """With how keys and values can be kept, or why they can't."""
+        """The anatomy with the layout of a KV cache, or the reason why there can be none."""
         if isinstance(layout, str):
             return anatomy._replace(no_cache=layout)
         ways = [""] if "position_ids" in self.accepted else []
@@ -317,7 +317,7 @@ class Probe(Trial):
         return watched
 
     def windows_agree(self, denoiser: SplitDenoiser) -> bool:
-        """Fill a cache, run all columns anew with other ids, then some: each time what full passes give must come."""
+        """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give."""
         length, device = self.length, self.weight.device
         everything = torch.arange(length, device=device).expand(SEQUENCES, -1)
         some = torch.tensor([[1], [length - 2]], device=device) + torch.arange(length // 2 - 1, device=device)
@@ -334,5 +334,5 @@ class Probe(Trial):
 
 
 def turns_queries_and_keys(module: nn.Module) -> bool:
-    """Whether it is a rotary embedding as LLaDA's: queries and keys in, the same turned by their index out."""
+    """Whether it is a rotary embedding like LLaDA's, which takes queries and keys and rotates them by their index."""
     return {"q", "k"} <= accepted_arguments(module)

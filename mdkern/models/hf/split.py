@@ -1,8 +1,8 @@
-"""Other people's models in two: the backbone by their own forward, the output layer by mdkern's kernels.
+"""Splits models: the backbone runs by the model's own forward, the output layer by mdkern's kernels.
 
-For Hugging Face models and code loaded with ``trust_remote_code`` (LLaDA, Nie et al., 2502.09992; Dream, Ye et al.,
-2508.15487), without knowing their architecture: a pass under `HeadPass` gives the input of the output layer. What
-else must be known of a model, its `Anatomy`, is found out in `probe`.
+This is for Hugging Face models and code loaded with ``trust_remote_code`` (LLaDA, Nie et al., 2502.09992; Dream, Ye et
+al., 2508.15487). Their architecture need not be known: a pass under `HeadPass` gives the input of the output layer.
+What else must be known about a model, its `Anatomy`, is found out in `probe`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Anatomy(NamedTuple):
 
 
 class SplitDenoiser(AdaptedDenoiser):
-    """Somebody's module, its forward cut at the output layer."""
+    """A module whose forward is cut at its output layer."""
 
     model: nn.Module
 
@@ -47,7 +47,7 @@ class SplitDenoiser(AdaptedDenoiser):
         self.settle(anatomy)
 
     def settle(self, anatomy: Anatomy) -> None:
-        """Run the model as is right for its anatomy."""
+        """Set how the model is run, by its anatomy."""
         self.anatomy = anatomy
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
         self.tell_padding(anatomy.padding)
@@ -57,7 +57,7 @@ class SplitDenoiser(AdaptedDenoiser):
     head = Live(lambda self: self.head_now())
 
     def head_now(self) -> Head:
-        """The output layer as it is now, with what may never be produced suppressed."""
+        """The output layer as it is now, with -inf in the bias for ids that must never be drawn."""
         (weight, own), anatomy = layer_of(self.model), self.anatomy
         bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
         if anatomy.bias and own is None:
@@ -67,7 +67,7 @@ class SplitDenoiser(AdaptedDenoiser):
         return Head(weight.detach(), self.suppress(bias), anatomy.scale, anatomy.soft_cap)
 
     def current(self) -> SplitDenoiser:
-        """As the model is now. What was found out about it is found out anew if it has other modules or tensors."""
+        """The denoiser of the model as it is now. If its modules or tensors have changed, it is examined again."""
         from mdkern.models.hf.probe import examine
 
         check_evaluating(self.model)
@@ -99,7 +99,7 @@ class SplitDenoiser(AdaptedDenoiser):
     ) -> Tensor:
         """The output layer's input, ``[B, W, D]``."""
         weight = layer_of(self.model).weight
-        held = vars(self).get("head")  # of this call of `sample`; addresses alone are compared: no device is asked
+        held = vars(self).get("head")  # the head of this call of `sample`; only addresses are compared
         if held is not None and (weight.data_ptr() != held.weight.data_ptr() or weight.dtype != held.weight.dtype):
             raise RuntimeError(f"{self.name} got another output layer while it was sampled from")
         if self.time_conditioning:
@@ -125,10 +125,10 @@ class SplitDenoiser(AdaptedDenoiser):
         t: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """As `Denoiser.window_hidden`; of a shifted model a window must be one run of columns.
+        """As `Denoiser.window_hidden`. For a shifted model, the columns of a window must be consecutive.
 
-        The state that serves such a window's first column is that of the column before it, which is run with it and
-        attends like the window, but whose own keys and values stay as they were kept. Its id is kept for that.
+        The logits for such a window's first column come from the column before it. That column is run with the window
+        and attends as the window does, but its cached keys and values are not changed. Its id is cached for this.
         """
         layout, rotary = self.anatomy.layout, self.anatomy.rotary
         assert layout is not None
@@ -142,7 +142,7 @@ class SplitDenoiser(AdaptedDenoiser):
         place = columns.clamp(max=last)
         if self.shifted:
             wanted = place.gather(1, positions)
-            positions = positions + (serving(None, wanted, attention_mask) == wanted)  # its own state is one further on
+            positions = positions + (serving(None, wanted, attention_mask) == wanted)  # its own state is the next one
             ids = kept_ids(cache)
             ids.scatter_(1, columns, input_ids.int())
             before = (place[:, :1] - 1).clamp(min=0)
