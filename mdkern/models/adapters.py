@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mdkern.models import dit_fused, dit_window
 from mdkern.models.by_logits import LogitsDenoiser
-from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_of
+from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.introspect import (
     block_causal,
@@ -76,19 +75,18 @@ def adapt(
     """
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        if value is not None and (not is_whole(value) or value < 1):
             raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
     if isinstance(model, Denoiser):
-        own = {what: getattr(model, what) for what in ("vocab_size", "mask_id", "max_length", "num_blocks", "name")}
-        given = {"max_length": max_length, "num_blocks": num_blocks, "name": name}
-        check_same({"vocab_size": vocab_size, "mask_id": mask_id} | given, own)
+        check_same(
+            model, vocab_size=vocab_size, mask_id=mask_id, max_length=max_length, num_blocks=num_blocks, name=name
+        )
         if eos_id is not None:
-            ids = ids_of("eos_id", eos_id, model.vocab_size, model.mask_id)
-            check_same({"eos_id": ids}, {"eos_id": model.eos_ids})
+            check_same(model, eos_ids=ids_of("eos_id", eos_id, model.vocab_size, model.mask_id))
         check_placed(model, model.device, device, shifted)
         return model
     if isinstance(model, DiT):
-        check_same({"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks}, vars(model.config))
+        check_same(model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks)
         check_placed(model, model.embedding.device, device, shifted)
         return DiTDenoiser(model, name, eos_id, max_length)
     if isinstance(model, str | PathLike):
@@ -128,10 +126,11 @@ def without_wrappers(model: Any) -> Any:
     return without_wrappers(inside) if compiled else model
 
 
-def check_same(given: dict[str, Any], own: dict[str, Any]) -> None:
+def check_same(own: Any, **given: Any) -> None:
+    """Refuse arguments that differ from what the model itself tells."""
     for argument, value in given.items():
-        if value is not None and value != own[argument]:
-            raise ValueError(f"{argument}={value} contradicts the model's own {own[argument]}")
+        if value is not None and value != getattr(own, argument):
+            raise ValueError(f"{argument}={value} contradicts the model's own {getattr(own, argument)}")
 
 
 def check_placed(model: Any, own: torch.device, device: torch.device | str | None, shifted: bool | None) -> None:
@@ -162,28 +161,22 @@ def known_ids(model: Any, vocab_size: Any, mask_id: Any) -> tuple[int, int]:
         "vocab_size": vocab_size if vocab_size is not None else first_setting(model, "vocab_size"),
         "mask_id": mask_id if mask_id is not None else first_setting(model, "mask_token_id"),
     }
+    missing = [argument for argument, value in given.items() if value is None]
+    if missing:
+        kind, inside = type(model).__name__, wrapped_model(model)
+        call = f"mdkern.adapt(model, {', '.join(f'{argument}=…' for argument in missing)})"
+        hint = " (tokenizer.mask_token_id, if it has one)" if missing == ["mask_id"] else ""
+        where = "" if inside is None else f"; or adapt the {type(inside).__name__} inside it"
+        raise ValueError(f"{missing[0]} must be given: {kind} does not tell it. Write {call}{hint}{where}")
     for argument, value in given.items():
-        if value is None:
-            missing = ", ".join(f"{name}=…" for name, known in given.items() if known is None)
-            inside = wrapped_model(model)
-            where = "" if inside is None else f"; or adapt the {type(inside).__name__} inside it"
-            kind = type(model).__name__
-            hint = " (tokenizer.mask_token_id, if it has one)" if missing == "mask_id=…" else ""
-            raise ValueError(
-                f"{argument} must be given: {kind} does not tell it. Write mdkern.adapt(model, {missing}){hint}{where}"
-            )
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_whole(value):
             raise ValueError(f"{argument} must be a whole number, not {value!r}")
-    ids = int(given["vocab_size"]), int(given["mask_id"])
-    check_ids(*ids)
-    return ids
-
-
-def check_ids(vocab_size: int, mask_id: int) -> None:
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
-    if not 0 <= mask_id <= vocab_size:
-        raise ValueError(f"mask_id must lie in 0..{vocab_size} for logits of {vocab_size} columns, not {mask_id}")
+    columns, mask = int(given["vocab_size"]), int(given["mask_id"])
+    if columns < 1:
+        raise ValueError(f"vocab_size must be at least 1, not {columns}")
+    if not 0 <= mask <= columns:
+        raise ValueError(f"mask_id must lie in 0..{columns} for logits of {columns} columns, not {mask}")
+    return columns, mask
 
 
 class DiTDenoiser(Denoiser):

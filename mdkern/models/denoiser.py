@@ -38,6 +38,10 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
     """Ids as a tuple without repeats, from one id, several, or None.
 
@@ -46,8 +50,7 @@ def ids_of(name: str, value: Any, vocab_size: int, mask_id: int) -> tuple[int, .
     """
     ids = [item.item() if isinstance(item, Tensor) and item.ndim == 0 else item for item in listed(value)]
     for item in ids:
-        whole = isinstance(item, Integral) and not isinstance(item, bool)
-        if not whole or not 0 <= item < vocab_size or item == mask_id:
+        if not is_whole(item) or not 0 <= item < vocab_size or item == mask_id:
             allowed = f"0..{vocab_size - 1} other than the mask id {mask_id}"
             raise ValueError(f"{name} must be an id in {allowed}, or several, not {value!r}")
     return tuple(dict.fromkeys(map(int, ids)))
@@ -205,12 +208,11 @@ class Denoiser:
             if fits:
                 return states
         dtype = "a floating dtype" if weight is None else str(weight.dtype)
-        given = type(states).__name__
+        given, hint = type(states).__name__, ""
         if isinstance(states, Tensor):
             given = f"{states.dtype} {tuple(states.shape)} on {states.device}"
-        hint = ""
-        if isinstance(states, Tensor) and states.ndim == 3 and states.shape[1] != count:
-            hint = ": of each sequence the states at `positions` are wanted, in their order"
+            if states.ndim == 3 and states.shape[1] != count:
+                hint = ": of each sequence the states at `positions` are wanted, in their order"
         raise ValueError(f"{self.name}.hidden gave {given}, expected {dtype} {wanted} on {bias.device}{hint}")
 
     def logits(self, input_ids: Tensor, t: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -62,24 +62,14 @@ class DiTConfig:
     tie_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "mask_id",
-            "max_length",
-            "num_blocks",
-            "width",
-            "num_heads",
-            "mlp_ratio",
-            "cond_dim",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, not {value!r}")
+            if field.type == "int" and type(value) is not int:
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
-            if value < 1 and name != "mask_id":
+            if field.type == "int" and name != "mask_id" and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name in ("time_conditioning", "tie_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.max_length > MOST_POSITIONS:
             raise ValueError(f"max_length must be at most {MOST_POSITIONS}, not {self.max_length}")
         if max(self.mlp_ratio, self.cond_dim) > LARGEST_SIDE:
@@ -197,18 +187,16 @@ class Block(nn.Module):
 
         With ``positions [B, R]``, the queries are ``[B, H, R, head_dim]`` and rotated by `query_rotary`.
         """
-        if positions is None or query_rotary is None:
-            query, key, value = map(self.split_heads, self.attn_qkv(normed).chunk(3, dim=-1))
-            return rotate(query, *rotary), rotate(key, *rotary), value
-        if not dit_fused.is_plain(self.attn_qkv):  # a hook or adapter changes what it computes, so it must be called
+        if positions is not None and dit_fused.is_plain(self.attn_qkv):
+            width = normed.shape[-1]
+            query_weight, key_value_weight = self.attn_qkv.weight.split([width, 2 * width])
+            query = F.linear(gather_rows(normed, positions), query_weight)
+            key, value = F.linear(normed, key_value_weight).chunk(2, dim=-1)
+        else:  # a hook or adapter changes what it computes, so it must be called
             query, key, value = self.attn_qkv(normed).chunk(3, dim=-1)
-            query, key, value = map(self.split_heads, (gather_rows(query, positions), key, value))
-            return rotate(query, *query_rotary), rotate(key, *rotary), value
-        width = normed.shape[-1]
-        query_weight, key_value_weight = self.attn_qkv.weight.split([width, 2 * width])
-        query = self.split_heads(F.linear(gather_rows(normed, positions), query_weight))
-        key, value = map(self.split_heads, F.linear(normed, key_value_weight).chunk(2, dim=-1))
-        return rotate(query, *query_rotary), rotate(key, *rotary), value
+            query = query if positions is None else gather_rows(query, positions)
+        query, key, value = map(self.split_heads, (query, key, value))
+        return rotate(query, *(query_rotary or rotary)), rotate(key, *rotary), value
 
     def finish(
         self, x: Tensor, attended: Tensor, gate1: Tensor, shift2: Tensor, scale2: Tensor, gate2: Tensor

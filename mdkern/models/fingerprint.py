@@ -21,19 +21,17 @@ def fingerprint(model: Any) -> Hashable:
     if isinstance(model, nn.Module):
         config = getattr(model, "config", None)  # transformers has one for all modules of a model
         settings = repr(vars(config)) if hasattr(config, "to_dict") else None
-        modules = tuple((name, type(module), describe(own(module))) for name, module in model.named_modules())
-        return settings, modules
+        modules = []
+        for name, module in model.named_modules():
+            own = {attribute: value for attribute, value in vars(module).items() if attribute != "_modules"}
+            modules.append((name, type(module), describe(own)))
+        return settings, tuple(modules)
     if isinstance(model, Denoiser):
         parts = (
             fingerprint(value) if isinstance(value, nn.Module) else describe(value) for value in vars(model).values()
         )
         return type(model), tuple(parts)
     return None
-
-
-def own(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, without its submodules."""
-    return {name: value for name, value in vars(module).items() if name != "_modules"}
 
 
 def describe(value: Any) -> Hashable:

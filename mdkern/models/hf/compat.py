@@ -27,6 +27,15 @@ from torch import Tensor, nn
 
 # Of the classes that a checkpoint offers, the first of these is taken, as it yields logits.
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+CONFIG_OPTIONS = (
+    "trust_remote_code",
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "subfolder",
+    "code_revision",
+)
 
 _lock = threading.RLock()  # because the changes apply to the whole process
 
@@ -70,19 +79,9 @@ def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
     """
     import transformers
 
-    of_config = (
-        "trust_remote_code",
-        "revision",
-        "cache_dir",
-        "token",
-        "local_files_only",
-        "subfolder",
-        "code_revision",
-    )
     with old_model_code():
-        config = transformers.AutoConfig.from_pretrained(
-            name_or_path, **{name: options[name] for name in of_config if name in options}
-        )
+        of_config = {name: options[name] for name in CONFIG_OPTIONS if name in options}
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **of_config)
         offered = getattr(config, "auto_map", None) or {}
         architecture = str((getattr(config, "architectures", None) or [""])[0])
         if offered:
@@ -112,11 +111,19 @@ def old_model_code() -> Iterator[None]:
         if "default" not in rotary:
             rotary["default"] = default_frequencies
             changes.callback(rotary.pop, "default")
-            replacements = Loading(PreTrainedModel).replacements()
-            for kind, methods in ((PreTrainedModel, replacements), (GenerationConfig, lenient_configs())):
-                for name, method in methods.items():
-                    changes.callback(setattr, kind, name, inspect.getattr_static(kind, name))
-                    setattr(kind, name, method)
+            loading = Loading()
+            for kind, name, method in (
+                (PreTrainedModel, "__init__", loading.initialize),
+                (PreTrainedModel, "get_expanded_tied_weights_keys", tie_listed_weights),
+                (PreTrainedModel, "_initialize_weights", initialize_missing_weights),
+                (PreTrainedModel, "get_init_context", loading.build_in_memory),
+                (PreTrainedModel, "from_pretrained", loading.restore_buffers),
+                (GenerationConfig, "__init__", validate_leniently),
+                (GenerationConfig, "update", validate_leniently),
+            ):
+                original = inspect.getattr_static(kind, name)
+                changes.callback(setattr, kind, name, original)
+                setattr(kind, name, around(original, method))
         yield
 
 
@@ -139,74 +146,39 @@ def default_frequencies(
     return 1.0 / base**exponent, 1.0
 
 
-class Loading:
-    """Wrappers around methods of `PreTrainedModel` of transformers 5, for models written for transformers 4."""
+def around(original: Any, method: Callable[..., Any]) -> Any:
+    """A replacement for the function or class method `original`: `method`, which gets it as its first argument."""
+    function = original.__func__ if isinstance(original, classmethod) else original
 
-    def __init__(self, base: type) -> None:
-        self.base = base
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return method(function, *args, **kwargs)
+
+    return classmethod(called) if isinstance(original, classmethod) else called
+
+
+class Loading:
+    """Wrappers around methods of `PreTrainedModel` of transformers 5 that keep what a model was constructed with."""
+
+    def __init__(self) -> None:
         self.built: list[nn.Module] = []  # models, in the order in which their construction begins
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # constructed buffers that are in no checkpoint
 
-    def replacements(self) -> dict[str, Any]:
-        own = {name: inspect.getattr_static(self.base, name) for name in ("get_init_context", "from_pretrained")}
-        return {
-            "__init__": self.initialized(self.base.__init__),  # type: ignore[misc]
-            "get_expanded_tied_weights_keys": self.expanded(self.base.get_expanded_tied_weights_keys),  # type: ignore[attr-defined]
-            "_initialize_weights": self.missing_only(self.base._initialize_weights),  # type: ignore[attr-defined]
-            "get_init_context": classmethod(self.in_memory(own["get_init_context"].__func__)),
-            "from_pretrained": classmethod(self.with_buffers(own["from_pretrained"].__func__)),
-        }
-
-    def initialized(self, original: Callable[..., None]) -> Callable[..., None]:
+    def initialize(self, original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
         """Add what models lack that never call `post_init`."""
+        original(model, *args, **kwargs)
+        self.built.append(model)
+        if "all_tied_weights_keys" not in vars(model):
+            model.all_tied_weights_keys = {}
+        if not hasattr(model.config, "use_cache"):
+            model.config.use_cache = False
+        ignore_unknown_arguments(type(model), "tie_weights")
 
-        @functools.wraps(original)
-        def init(model: Any, *args: Any, **kwargs: Any) -> None:
-            original(model, *args, **kwargs)
-            self.built.append(model)
-            if "all_tied_weights_keys" not in vars(model):
-                model.all_tied_weights_keys = {}
-            if not hasattr(model.config, "use_cache"):
-                model.config.use_cache = False
-            ignore_unknown_arguments(type(model), "tie_weights")
-
-        return init
-
-    def expanded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Accept a list of names of tied weights, each of which is tied to the input embedding."""
-
-        def get_expanded_tied_weights_keys(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(model._tied_weights_keys, list | tuple | set):
-                embedding = model.get_input_embeddings().weight
-                source = next(name for name, weight in model.named_parameters() if weight is embedding)
-                model._tied_weights_keys = {name: source for name in model._tied_weights_keys if name != source}
-            return original(model, *args, **kwargs)
-
-        return get_expanded_tied_weights_keys
-
-    def missing_only(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Do not initialise modules whose weights have all been read.
-
-        Old code initialises everything in a module, and the first versions of transformers 5 call it.
-        """
-
-        def _initialize_weights(model: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            if all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
-                module._is_hf_initialized = True  # type: ignore[assignment]
-            else:
-                original(model, module, *args, **kwargs)
-
-        return _initialize_weights
-
-    def in_memory(self, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def build_in_memory(self, original: Callable[..., list[Any]], *args: Any, **kwargs: Any) -> list[Any]:
         """Build the model in memory, which is not written to before the weights are read, not on the meta device."""
+        from transformers import initialization
 
-        def get_init_context(cls: type, *args: Any, **kwargs: Any) -> list[Any]:
-            from transformers import initialization
-
-            return [*original(cls, *args, **kwargs), initialization.no_init_weights(), torch.device("cpu"), self.seen()]
-
-        return get_init_context
+        return [*original(*args, **kwargs), initialization.no_init_weights(), torch.device("cpu"), self.seen()]
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -220,34 +192,43 @@ class Loading:
             if (buffer := module._buffers.get(name)) is not None
         ]
 
-    def with_buffers(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def restore_buffers(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Give the model its buffers as they were constructed, on its device."""
-
-        def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-            loaded = original(cls, *args, **kwargs)
-            for module, name, buffer in self.buffers:
-                place = module._buffers.get(name)
-                if place is not None and place.device.type != "meta":
-                    place.copy_(buffer)
-            self.built, self.buffers = [], []
-            return loaded
-
-        return from_pretrained
+        loaded = original(*args, **kwargs)
+        for module, name, buffer in self.buffers:
+            place = module._buffers.get(name)
+            if place is not None and place.device.type != "meta":
+                place.copy_(buffer)
+        self.built, self.buffers = [], []
+        return loaded
 
 
-def lenient_configs() -> dict[str, Callable[..., Any]]:
-    """Methods of `GenerationConfig` that call `validate`, for classes whose `validate` has fewer parameters."""
-    from transformers import GenerationConfig
+def tie_listed_weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Accept a list of names of tied weights, each of which is tied to the input embedding."""
+    if isinstance(model._tied_weights_keys, list | tuple | set):
+        embedding = model.get_input_embeddings().weight
+        source = next(name for name, weight in model.named_parameters() if weight is embedding)
+        model._tied_weights_keys = {name: source for name in model._tied_weights_keys if name != source}
+    return original(model, *args, **kwargs)
 
-    def lenient(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def called(config: Any, *args: Any, **kwargs: Any) -> Any:
-            ignore_unknown_arguments(type(config), "validate")
-            return original(config, *args, **kwargs)
 
-        return called
+def initialize_missing_weights(
+    original: Callable[..., None], model: Any, module: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    """Do not initialise modules whose weights have all been read.
 
-    return {name: lenient(getattr(GenerationConfig, name)) for name in ("__init__", "update")}
+    Old code initialises everything in a module, and the first versions of transformers 5 call it.
+    """
+    if all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    else:
+        original(model, module, *args, **kwargs)
+
+
+def validate_leniently(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call methods of `GenerationConfig` that call `validate`, though a class's own may have fewer parameters."""
+    ignore_unknown_arguments(type(config), "validate")
+    return original(config, *args, **kwargs)
 
 
 def ignore_unknown_arguments(kind: type, name: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import listed
+from mdkern.models.denoiser import is_whole, listed
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:
@@ -87,7 +86,7 @@ def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
     """The ends of text of the config and the generation config, without ids that cannot be drawn."""
     configs = getattr(model, "config", None), getattr(model, "generation_config", None)
     told = [item for config in configs for item in listed(getattr(config, "eos_token_id", None))]
-    ids = [int(item) for item in told if isinstance(item, Integral) and not isinstance(item, bool)]
+    ids = [int(item) for item in told if is_whole(item)]
     return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size and item != mask_id))
 
 
