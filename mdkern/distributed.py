@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mdkern.digest import digest, model_digest
 from mdkern.engine.groups import Groups
@@ -173,13 +172,7 @@ def sample_distributed(
     light: Any = None,
     schedule: str | Schedule | None = None,
     *,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    num_samples: int | None = None,
-    length: int | None = None,
     seed: int | None = None,
-    generator: torch.Generator | None = None,
-    sample_ids: Sequence[int] | Tensor | None = None,
     return_history: bool = False,
     cuda_graphs: bool = True,
     progress: bool | None = None,
@@ -192,10 +185,10 @@ def sample_distributed(
     samples than ranks.
 
     Args:
-        heavy, light, schedule, options: as in `mdkern.sample`. Hooks (a streamer, stopping criteria) belong to each
-            rank and are called for its share.
-        input_ids, attention_mask, num_samples, length, sample_ids: those of all samples, not of the rank's share.
-        seed, generator: as in `mdkern.sample`; without a seed, rank 0 draws one for all.
+        heavy, light, schedule, options: as in `mdkern.sample`; `input_ids`, `num_samples` and the like are those of all
+            samples, not of the rank's share. Hooks (a streamer, stopping criteria) belong to each rank and are called
+            for its share.
+        seed: as in `mdkern.sample`; without one, rank 0 draws one for all.
         progress: as in `mdkern.sample`, for rank 0's share; the other ranks show none.
         timeout: seconds that a rank waits for the slowest one to begin and to finish its share. Default: half an hour.
 
@@ -214,19 +207,7 @@ def sample_distributed(
     ranks = Ranks(timeout)
     try:
         with ranks.together():
-            request = resolve(
-                heavy,
-                light,
-                schedule,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                num_samples=num_samples,
-                length=length,
-                seed=seed,
-                generator=generator,
-                sample_ids=sample_ids,
-                **options,
-            )
+            request = resolve(heavy, light, schedule, seed=seed, **options)
             ids = request.input_ids
             facts = request_digests(request) | {"seed": digest(seed), "return_history": digest(return_history)}
         calls = ranks.gather((facts, request.seed))

@@ -16,7 +16,7 @@ All use the fused `divergence` operator, which needs no memory of rows x vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from mdkern.engine.resolve import check_count
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.intervals import Estimate, estimate
 from mdkern.evaluation.likelihood import DEFAULT_BATCH_SIZE, resolve_texts
-from mdkern.evaluation.scores import target_log_prob
+from mdkern.evaluation.scores import masked_hidden, sum_by_text, target_log_prob
 from mdkern.kernels import divergence, noise
 from mdkern.models import Denoiser
 from mdkern.sampling import sample
@@ -109,16 +109,9 @@ def importance(
             whole = {name: values[values.isfinite()] for name, values in whole.items()}  # texts with nothing masked
             if not len(whole["kl"]):
                 raise ValueError(f"times={t} masks nothing in any text: give a larger time or more texts")
-            found.append(
-                ImportanceAt(
-                    t,
-                    estimate(whole["H"]),
-                    estimate(whole["L"]),
-                    estimate((whole["L"] - whole["H"]).abs()),
-                    estimate(whole["kl"]),
-                    estimate(whole["baseline"]) if baseline is not None else None,
-                )
-            )
+            difference = estimate((whole["L"] - whole["H"]).abs())
+            at = ImportanceAt(t, estimate(whole["H"]), estimate(whole["L"]), difference, estimate(whole["kl"]))
+            found.append(at if baseline is None else replace(at, baseline_kl=estimate(whole["baseline"])))
     return found
 
 
@@ -147,28 +140,13 @@ def compare(
     They are NaN for texts with nothing masked.
     """
     row = masked.flatten().nonzero()[:, 0]
-    owner, count = row // ids.shape[1], masked.sum(-1).double()
-    hidden = {
-        name: denoiser.hidden(
-            torch.where(masked, denoiser.mask_id, ids),
-            torch.full((len(ids),), t, device=ids.device) if denoiser.time_conditioning else None,
-            None,
-            attention_mask,
-        ).flatten(0, 1)
-        for name, denoiser in denoisers.items()
-    }
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.zeros_like(count).index_add(0, owner, values.double()) / count
-
-    out = {
-        name: mean(-target_log_prob(denoiser.head, hidden[name], row, ids.flatten()[row]))
-        for name, denoiser in denoisers.items()
-    }
+    true, at = ids.flatten()[row], torch.full((len(ids),), t, device=ids.device)
+    hidden = {name: masked_hidden(model, ids, masked, at, attention_mask) for name, model in denoisers.items()}
+    values = {name: -target_log_prob(model.head, hidden[name], row, true) for name, model in denoisers.items()}
     for key, name in (("kl", "L"), ("baseline", "B")):
         if name in denoisers:
-            out[key] = mean(row_kl(denoisers["H"], hidden["H"], denoisers[name], hidden[name], row))
-    return out
+            values[key] = row_kl(denoisers["H"], hidden["H"], denoisers[name], hidden[name], row)
+    return {name: sum_by_text(of_rows, row, ids) / masked.sum(-1) for name, of_rows in values.items()}
 
 
 def row_kl(heavy: Denoiser, hidden: Tensor, light: Denoiser, light_hidden: Tensor, row: Tensor) -> Tensor:
@@ -239,16 +217,12 @@ def path_kl(
     p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, first: int, stop: int, times: Tensor, batch_size: int
 ) -> Tensor:
     """KL(p || q) summed over the positions revealed at steps ``first <= i < stop``, float64 ``[N]``."""
-    inside = (step >= first) & (step < stop)
-    event = torch.zeros((len(ids), stop - first), dtype=torch.bool, device=ids.device)
-    text, column = inside.nonzero(as_tuple=True)
-    event[text, step[text, column] - first] = True
-    owner, offset = event.nonzero(as_tuple=True)
+    owner, column = ((step >= first) & (step < stop)).nonzero(as_tuple=True)
+    events = torch.stack((owner, step[owner, column]), 1).unique(dim=0)
     kl = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-    for text, at in zip(owner.split(batch_size), (offset + first).split(batch_size)):
-        rows = step[text] == at[:, None]
-        values, row = state_kl(p, q, ids[text], step[text] >= at[:, None], rows, times[at])
-        kl.index_add_(0, text[row // ids.shape[1]], values.double())
+    for text, at in (part.unbind(1) for part in events.split(batch_size)):
+        masked, revealed = step[text] >= at[:, None], step[text] == at[:, None]
+        kl.index_add_(0, text, state_kl(p, q, ids[text], masked, revealed, times[at]))
     return kl
 
 
@@ -257,17 +231,12 @@ def masked_kl(p: Denoiser, q: Denoiser, ids: Tensor, step: Tensor, at: int, time
     means = []
     for text in (step >= at).any(-1).nonzero()[:, 0].split(batch_size):
         masked = step[text] >= at
-        values, row = state_kl(p, q, ids[text], masked, masked, times[at].expand(len(text)))
-        total_kl = torch.zeros(len(text), dtype=torch.float64, device=ids.device)
-        means.append(total_kl.index_add(0, row // ids.shape[1], values.double()) / masked.sum(-1))
+        means.append(state_kl(p, q, ids[text], masked, masked, times[at].expand(len(text))) / masked.sum(-1))
     return torch.cat(means)
 
 
-def state_kl(p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) at the True entries of ``rows [B, L]``, and their flat indices, of texts with `masked` masked."""
+def state_kl(p: Denoiser, q: Denoiser, ids: Tensor, masked: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    """KL(p || q) summed over the True entries of ``rows [B, L]``, float64 ``[B]``, of texts with `masked` masked."""
     row = rows.flatten().nonzero()[:, 0]
-    hidden = [
-        model.hidden(torch.where(masked, model.mask_id, ids), t.float() if model.time_conditioning else None)
-        for model in (p, q)
-    ]
-    return row_kl(p, hidden[0].flatten(0, 1), q, hidden[1].flatten(0, 1), row), row
+    hidden, other = (masked_hidden(model, ids, masked, t) for model in (p, q))
+    return sum_by_text(row_kl(p, hidden, q, other, row), row, ids)

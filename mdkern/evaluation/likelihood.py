@@ -18,7 +18,7 @@ from mdkern.engine.checks import check_count
 from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.exact import exact_nats
-from mdkern.evaluation.scores import target_log_prob
+from mdkern.evaluation.scores import masked_hidden, sum_by_text, target_log_prob
 from mdkern.kernels import noise
 from mdkern.models import Denoiser
 from mdkern.plan import positions_in_text
@@ -269,13 +269,7 @@ def choose_masked(texts: Texts, text: Tensor, sample: Tensor, count: Tensor) -> 
 def masked_nats(denoiser: Denoiser, texts: Texts, text: Tensor, masked: Tensor, t: Tensor) -> Tensor:
     """Sum of -log p of the true tokens at the masked positions, float64 ``[B]``, from one forward pass."""
     ids = texts.input_ids[text]
-    hidden = denoiser.hidden(
-        torch.where(masked, denoiser.mask_id, ids),
-        t.float() if denoiser.time_conditioning else None,
-        None,
-        None if texts.attention_mask is None else texts.attention_mask[text],
-    )
+    attended = None if texts.attention_mask is None else texts.attention_mask[text]
+    hidden = masked_hidden(denoiser, ids, masked, t, attended)
     row = masked.flatten().nonzero()[:, 0]
-    log_prob = target_log_prob(denoiser.head, hidden.flatten(0, 1), row, ids.flatten()[row])
-    total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-    return total.index_add(0, row // ids.shape[1], -log_prob.double())
+    return sum_by_text(-target_log_prob(denoiser.head, hidden, row, ids.flatten()[row]), row, ids)

@@ -7,7 +7,6 @@ assignment of models to segments with the least harm within the budget.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from mdkern.evaluation.assignment import best_schedule
 from mdkern.evaluation.importance import importance, path_importance
 from mdkern.evaluation.search import Found, influence
 from mdkern.models import Denoiser
+from mdkern.profiling.profile import timed
 from mdkern.schedule import Schedule
 
 __all__ = ["optimize_schedule"]
@@ -149,14 +149,6 @@ def seconds_of_pass(denoiser: Denoiser, length: int, batch_size: int) -> float:
     ids = torch.full((batch_size, length), denoiser.mask_id, device=denoiser.device)
     t = torch.ones(batch_size, device=denoiser.device) if denoiser.time_conditioning else None
     rows = torch.zeros((batch_size, 1), dtype=torch.int64, device=denoiser.device)
-    seconds = []
     with torch.no_grad():
-        for _ in range(COST_PASSES + 2):
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
-            began = time.perf_counter()
-            denoiser.hidden(ids, t, rows)
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
-            seconds.append(time.perf_counter() - began)
+        seconds = [timed(lambda: denoiser.hidden(ids, t, rows), ids.device)[0] for _ in range(COST_PASSES + 2)]
     return statistics.median(seconds[2:])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
 from mdkern.evaluation.intervals import NORMAL_95, Estimate
-from mdkern.evaluation.search import Found, frequencies, influence
+from mdkern.evaluation.search import Found, frequencies, influence, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,10 +63,10 @@ def plot_search(found: Sequence[Found], heavy: str, target: Path, title: str = "
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
 
-    ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
-    shown = min(shown, len(ranked) // 2) or 1
-    picked = [*ranked[:shown], *ranked[-shown:]]
-    light = next(model for entry in ranked for model in entry.models if model != heavy)
+    ordered = ranked(found)
+    shown = min(shown, len(ordered) // 2) or 1
+    picked = [*ordered[:shown], *ordered[-shown:]]
+    light = next(model for entry in ordered for model in entry.models if model != heavy)
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
     colours = [[to_rgb(HEAVY_COLOUR if m == heavy else LIGHT_COLOUR) for m in entry.models] for entry in picked]
     axes[0].imshow(colours, aspect="auto", interpolation="nearest")

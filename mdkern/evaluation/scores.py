@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens from hidden rows, without rows x vocabulary memory."""
+"""What a model says of masked texts: hidden states, and log-probabilities of given tokens without rows x vocabulary
+memory."""
 
 from __future__ import annotations
 
@@ -7,9 +8,23 @@ from torch import Tensor
 
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.reference import finish_logits
-from mdkern.models.denoiser import Head
+from mdkern.models.denoiser import Denoiser, Head
 
 CHUNK_ENTRIES = 1 << 26  # float32 entries of rows x D held at a time
+
+
+def masked_hidden(
+    denoiser: Denoiser, ids: Tensor, masked: Tensor, t: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Hidden states ``[B * L, D]`` of texts ``[B, L]`` with the mask where `masked` says, at times ``t [B]``."""
+    texts = torch.where(masked, denoiser.mask_id, ids)
+    return denoiser.hidden(texts, t.float() if denoiser.time_conditioning else None, None, attention_mask).flatten(0, 1)
+
+
+def sum_by_text(values: Tensor, row: Tensor, texts: Tensor) -> Tensor:
+    """Sums of ``values [M]`` over each text, float64 ``[B]``; ``row [M]``: where they are in the flat ``[B, L]``."""
+    total = torch.zeros(len(texts), dtype=torch.float64, device=texts.device)
+    return total.index_add(0, row // texts.shape[1], values.double())
 
 
 def target_log_prob(

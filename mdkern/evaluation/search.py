@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.digest import digest
-from mdkern.evaluation.intervals import Estimate, estimate, paired
+from mdkern.evaluation.intervals import Estimate, paired
 from mdkern.files import write_whole
 
 __all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "search"]
@@ -59,6 +59,11 @@ def all_schedules(segments: int, light: int, names: Sequence[str] = ("H", "L")) 
     ]
 
 
+def ranked(found: Iterable[Found]) -> list[Found]:
+    """The best first."""
+    return sorted(found, key=lambda entry: float(entry.scores.mean()))
+
+
 def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
     """Eq. 8, by model and segment: the mean score of the schedules with that model there, minus the mean of all.
 
@@ -84,13 +89,13 @@ def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
 
 def frequencies(found: Sequence[Found], name: str, share: float = 0.1) -> tuple[list[float], list[float]]:
     """How often each segment has the model `name` among the best and among the worst `share` of all schedules."""
-    ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
-    count = max(1, round(share * len(ranked)))
+    ordered = ranked(found)
+    count = max(1, round(share * len(ordered)))
 
     def of(part: Sequence[Found]) -> list[float]:
         return [sum(entry.models[s] == name for entry in part) / len(part) for s in range(len(part[0].models))]
 
-    return of(ranked[:count]), of(ranked[-count:])
+    return of(ordered[:count]), of(ordered[-count:])
 
 
 class Results:
@@ -153,7 +158,7 @@ class Results:
 
     def ranked(self) -> list[Found]:
         """The best first."""
-        return sorted(self.found.values(), key=lambda entry: float(entry.scores.mean()))
+        return ranked(self.found.values())
 
 
 def search(
@@ -184,10 +189,5 @@ def search(
 
 def best_and_mean(found: Sequence[Found]) -> tuple[Found, Estimate]:
     """The best schedule, and how much better it is than the mean of all, sample by sample."""
-    ranked = sorted(found, key=lambda entry: float(entry.scores.mean()))
-    everything = torch.stack([entry.scores for entry in found]).mean(0)
-    return ranked[0], paired(ranked[0].scores, everything)
-
-
-def mean_score(found: Found) -> Estimate:
-    return estimate(found.scores)
+    best, everything = ranked(found)[0], torch.stack([entry.scores for entry in found]).mean(0)
+    return best, paired(best.scores, everything)

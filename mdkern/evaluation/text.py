@@ -93,16 +93,12 @@ def judge_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: in
 
 def token_entropy(sequences: Tensor) -> Tensor:
     """Entropy of the tokens of each sequence ``[N, L]``, nats, float64 ``[N]``. It is low for repetitive text."""
-    return torch.tensor([entropy_of(row) for row in sequences], dtype=torch.float64)
+    return torch.tensor([unigram_entropy(row) for row in sequences], dtype=torch.float64)
 
 
 def unigram_entropy(sequences: Tensor) -> float:
     """Entropy of all tokens of all sequences together, nats."""
-    return entropy_of(sequences)
-
-
-def entropy_of(ids: Tensor) -> float:
-    share = torch.unique(ids, return_counts=True)[1].double() / ids.numel()
+    share = torch.unique(sequences, return_counts=True)[1].double() / sequences.numel()
     return float(-(share * share.log()).sum())
 
 
