@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from mdkern.files import real_path
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from mdkern.evaluation.text import JudgedTexts
     from mdkern.models import DiT
 
 
@@ -222,9 +225,22 @@ def check_tokenizer(tokenizer: Any, name: str, model: DiT) -> None:
         )
 
 
-def load_judge(path: str, tokenizer: str | None, model: DiT) -> tuple[Any, Any]:
-    """A causal language model of transformers on a model's device, and its tokenizer if it has one of its own."""
+def add_judge(group: argparse._ArgumentGroup, required: bool = False) -> None:
+    group.add_argument("--judge", metavar="PATH", required=required, help="a causal language model of transformers")
+    group.add_argument("--judge-tokenizer", metavar="PATH", help="if it has another one than the models")
+
+
+def load_judge(
+    path: str, tokenizer: str | None, model: DiT, model_tokenizer: Any
+) -> tuple[Any, Callable[[Tensor], JudgedTexts]]:
+    """A causal language model of transformers on a model's device, and how it scores that model's samples ``[N, L]``.
+
+    With a tokenizer of its own it reads their texts.
+    """
     from transformers import AutoModelForCausalLM
+
+    from mdkern.evaluation.text import judge as judge_ids
+    from mdkern.evaluation.text import judge_texts
 
     if not Path(path).is_dir():
         raise ValueError(f"--judge {path} is not a folder with a causal language model of transformers")
@@ -234,10 +250,11 @@ def load_judge(path: str, tokenizer: str | None, model: DiT) -> tuple[Any, Any]:
         raise ValueError(f"--judge {path} cannot be loaded: {one_line(error)}") from error
     judge = judge.to(model.embedding.device).eval()
     if tokenizer is not None:
-        return judge, load_tokenizer(tokenizer)
+        own = load_tokenizer(tokenizer)
+        return judge, lambda ids: judge_texts(judge, own, model_tokenizer.batch_decode(ids, skip_special_tokens=True))
     if judge.config.vocab_size < model.config.vocab_size - 1:  # it may do without the mask
         raise ValueError(
             f"--judge has {judge.config.vocab_size} ids, the model {model.config.vocab_size}: "
             "give --judge-tokenizer, with which it reads the texts"
         )
-    return judge, None
+    return judge, lambda ids: judge_ids(judge, ids)

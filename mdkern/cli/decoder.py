@@ -14,6 +14,8 @@ from mdkern.cli.common import one_line, positive
 if TYPE_CHECKING:
     from mdkern.decoders import Decoder
 
+SAMPLE_OPTIONS = ("block_length", "steps_per_block", "cache", "stop_at_eos", "top_k", "top_p", "top_p_rule", "min_p",
+                  "cuda_graphs")  # fmt: skip
 REFERENCE_TEXT = "frequency"  # a decoder's parameter that is read off a text: the option names its file
 EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # of values for parameters without a default
 EXPLAINED = {
@@ -57,23 +59,16 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "--min-p", metavar="P", type=float, default=0.0, help="among those P times as probable as the first only"
     )
     group.add_argument(
-        "--no-cuda-graphs", action="store_true", help="run every pass from Python, as it may be for debugging"
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="run every pass from Python, as it may be for debugging",
     )
 
 
 def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options as `mdkern.sample` takes them, but for the decoder."""
-    return {
-        "block_length": arguments.block_length,
-        "steps_per_block": arguments.steps_per_block,
-        "cache": arguments.cache,
-        "stop_at_eos": arguments.stop_at_eos,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "top_p_rule": arguments.top_p_rule,
-        "min_p": arguments.min_p,
-        "cuda_graphs": not arguments.no_cuda_graphs,
-    }
+    return {name: getattr(arguments, name) for name in SAMPLE_OPTIONS}
 
 
 def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_models, load_judge, load_models, one_line, positive
+from mdkern.cli.common import add_judge, add_models, load_judge, load_models, one_line, positive
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     samples = parser.add_argument_group("samples")
     samples.add_argument("--num-samples", metavar="N", type=int, default=64, help="(default: 64; 0: none)")
     samples.add_argument("--steps", metavar="T", type=positive, help="(default: the schedule's, or one a token)")
-    samples.add_argument("--judge", metavar="PATH", help="a causal language model of transformers, for the perplexity")
-    samples.add_argument(
-        "--judge-tokenizer", metavar="PATH", help="the judge's own tokenizer, if it has another one than the models"
-    )
+    add_judge(samples)
     samples.add_argument("--batch-size", metavar="B", type=positive, default=32, help="(default: 32)")
     samples.add_argument("--seed", type=int, default=0, help="(default: 0)")
     add_decoding(parser)
@@ -147,12 +144,11 @@ def of_samples(
 ) -> dict[str, Any]:
     """Statistics of samples."""
     from mdkern.evaluation.intervals import estimate
-    from mdkern.evaluation.text import distinct, judge, judge_texts, self_bleu, token_entropy, unigram_entropy
+    from mdkern.evaluation.text import distinct, self_bleu, token_entropy, unigram_entropy
     from mdkern.sampling import sample
 
-    causal = causal_tokenizer = None
-    if arguments.judge is not None:
-        causal, causal_tokenizer = load_judge(arguments.judge, arguments.judge_tokenizer, next(iter(models.values())))
+    first = next(iter(models.values()))
+    judge = arguments.judge and load_judge(arguments.judge, arguments.judge_tokenizer, first, tokenizer)[1]
     out = sample(
         models,
         schedule,
@@ -165,8 +161,8 @@ def of_samples(
     ids: Tensor = out.sequences.cpu()  # type: ignore[union-attr]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     found: dict[str, Any] = {"samples": len(ids)}
-    if causal is not None:
-        scored = judge(causal, ids) if causal_tokenizer is None else judge_texts(causal, causal_tokenizer, texts)
+    if judge:
+        scored = judge(ids)
         found["judge, nats a token"] = estimate(scored.nats_per_token()).as_dict()
         found["generative perplexity"] = scored.perplexity()
     found["token entropy, nats"] = estimate(token_entropy(ids)).as_dict()

@@ -13,6 +13,7 @@ from mdkern.cli.common import add_models, check_plot, check_target, load_model, 
 
 if TYPE_CHECKING:
     from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
+    from mdkern.evaluation.intervals import Estimate
 
 
 def add_importance(commands: argparse._SubParsersAction[Any]) -> None:
@@ -85,23 +86,16 @@ def table(found: list[ImportanceAt], path: list[PathImportanceAt]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["measure", "t or steps", "mean", "standard error", "count"])
+    rows: list[tuple[str, str, Estimate | None]] = []
     for at in found:
-        rows = {
-            "heavy loss": at.heavy_loss,
-            "light loss": at.light_loss,
-            "loss difference": at.loss_difference,
-            "KL": at.kl,
-            "baseline KL": at.baseline_kl,
-        }
-        for name, value in rows.items():
-            if value is not None:
-                writer.writerow([name, f"{at.t:.4f}", *numbers(value)])
+        t = f"{at.t:.4f}"
+        rows += [("heavy loss", t, at.heavy_loss), ("light loss", t, at.light_loss)]
+        rows += [("loss difference", t, at.loss_difference), ("KL", t, at.kl), ("baseline KL", t, at.baseline_kl)]
     for part in path:
         steps = f"{part.first}-{part.stop}"
-        writer.writerow(["path KL of what is revealed", steps, *numbers(part.revealed_kl)])
-        writer.writerow(["path KL of what is masked", steps, *numbers(part.masked_kl)])
+        rows.append(("path KL of what is revealed", steps, part.revealed_kl))
+        rows.append(("path KL of what is masked", steps, part.masked_kl))
+    for measure, where, value in rows:
+        if value is not None:
+            writer.writerow([measure, where, f"{value.mean:.6f}", f"{value.standard_error:.6f}", value.count])
     return out.getvalue()
-
-
-def numbers(value: Any) -> list[str]:
-    return [f"{value.mean:.6f}", f"{value.standard_error:.6f}", str(value.count)]

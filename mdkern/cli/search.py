@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_models, check_plot, check_target, load_judge, load_models, positive, seconds
+from mdkern.cli.common import (
+    add_judge,
+    add_models,
+    check_plot,
+    check_target,
+    load_judge,
+    load_models,
+    positive,
+    seconds,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mdkern.distributed import Ranks
     from mdkern.evaluation.search import Found
 
@@ -39,9 +48,7 @@ def add_search(commands: argparse._SubParsersAction[Any]) -> None:
     what.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
     what.add_argument("--batch-size", metavar="B", type=positive, default=64, help="(default: 64)")
     what.add_argument("--seed", type=int, default=0, help="of all schedules (default: 0)")
-    judge = parser.add_argument_group("the judge")
-    judge.add_argument("--judge", metavar="PATH", required=True, help="a causal language model of transformers")
-    judge.add_argument("--judge-tokenizer", metavar="PATH", help="if it has another one than the models")
+    add_judge(parser.add_argument_group("the judge"), required=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSON lines, one for each schedule")
     output.add_argument("--plot", metavar="FILE", type=Path, help="the best and worst, frequencies, influence")
@@ -69,47 +76,42 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
     from mdkern.distributed import share
     from mdkern.engine.branches import run_schedules, share_of_passes
     from mdkern.evaluation.search import Results, all_schedules, search
-    from mdkern.evaluation.text import judge, judge_texts
-
-    models, tokenizer = load_models(arguments)
-    names = list(models)
-    schedules = all_schedules(arguments.segments, arguments.light_segments, names)
-    causal, causal_tokenizer = load_judge(arguments.judge, arguments.judge_tokenizer, models[names[0]])
-    length = arguments.length or min(model.config.max_length for model in models.values())
-
-    def score(sequences: Tensor) -> Tensor:
-        if causal_tokenizer is None:
-            return judge(causal, sequences).nats_per_token()
-        texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return judge_texts(causal, causal_tokenizer, texts).nats_per_token()
 
     number, count = (0, 1) if ranks is None else (ranks.rank, ranks.count)
-    asked = setting(arguments, models, causal, length)
-    results = Results(arguments.output if number == 0 else part(arguments.output, number), asked)
-    results.absorb([arguments.output, *sorted(arguments.output.parent.glob(f"{arguments.output.name}.rank*"))])
-    left = [models for models in schedules if models not in results.found]
+    own = arguments.output if number == 0 else arguments.output.with_name(f"{arguments.output.name}.rank{number}")
+    left: list[tuple[str, ...]] = []
+    with ranks.together() if ranks else nullcontext():
+        models, tokenizer = load_models(arguments)
+        names = list(models)
+        schedules = all_schedules(arguments.segments, arguments.light_segments, names)
+        causal, judge = load_judge(arguments.judge, arguments.judge_tokenizer, models[names[0]], tokenizer)
+        length = arguments.length or min(model.config.max_length for model in models.values())
+        asked = setting(arguments, models, causal, length)
+        if number == 0:
+            results = Results(own, asked)
+            results.absorb(parts(arguments.output))  # of a run that was interrupted
+            left = [models for models in schedules if models not in results.found]
     if ranks is not None:
-        left = ranks.gather(left)[0]  # as the first process sees it: all take their shares of one list
+        left = ranks.gather(left)[0]
+    if number:
+        results = Results(own, asked)
     left = left[share(len(left), number, count)]
     if left and number == 0:
         print(f"mdkern: {len(schedules)} schedules, {share_of_passes(left):.0%} of the passes that they take apart",
               file=sys.stderr)  # fmt: skip
     options = {name: getattr(arguments, name) for name in ("num_samples", "steps", "temperature", "batch_size", "seed")}
     run = partial(run_schedules, models, length=length, **options)
-    search(run, score, left, results, progress=None if number == 0 else False)
+    search(run, lambda ids: judge(ids).nats_per_token(), left, results, progress=None if number == 0 else False)
     if ranks is not None:
         ranks.gather(None)  # all parts are written
-    parts = [part(arguments.output, other) for other in range(1, count)]
-    results.absorb(parts, keep=number == 0)
     if number == 0:
-        for path in parts:
-            path.unlink(missing_ok=True)
+        results.absorb(parts(arguments.output))
     return results.ranked(), names[0]
 
 
-def part(path: Path, rank: int) -> Path:
-    """Where a process keeps its results until all are done."""
-    return path.with_name(f"{path.name}.rank{rank}")
+def parts(path: Path) -> list[Path]:
+    """The files in which other processes keep their results until all are done."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*"))
 
 
 def setting(arguments: argparse.Namespace, models: dict[str, Any], judge: Any, length: int) -> dict[str, Any]:

@@ -116,16 +116,14 @@ class Results:
         else:
             self.append(self.setting)
 
-    def absorb(self, paths: Sequence[Path], keep: bool = False) -> None:
-        """Take what the files of other processes have; with `keep`, into this one's file, too."""
+    def absorb(self, paths: Iterable[Path]) -> None:
+        """Take over what other processes have written, and remove their files."""
         for path in paths:
-            if path == self.path or not path.exists():
-                continue
-            for models, entry in self.read(path)[0].items():
+            theirs = self.read(path)[0] if path.stat().st_size else {}
+            for models, entry in theirs.items():
                 if models not in self.found:
-                    if keep:
-                        self.add(models, entry.scores)
-                    self.found[models] = entry
+                    self.add(models, entry.scores)
+            path.unlink()
 
     def read(self, path: Path) -> tuple[dict[Models, Found], str | None]:
         """A file's results, and its text without its last line if that was cut off."""

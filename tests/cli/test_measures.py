@@ -76,6 +76,32 @@ def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys:
     assert (tmp_path / "importance.png").stat().st_size > 1000
 
 
+def test_a_search_goes_on_and_takes_over_what_other_processes_left(
+    judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, part = tmp_path / "search.jsonl", tmp_path / "search.jsonl.rank1"
+    line = f"search --judge {judge} --segments 2 --light-segments 1 --num-samples 2 --length 8 --steps 4 --top 1"
+    command = [*line.split(), "--output", str(output)]
+    assert cli.main(command) == 0
+    printed, told = capsys.readouterr()
+    assert printed.startswith("2 schedules, 2 samples each")
+    assert "mdkern: 2 schedules" in told
+    setting, first, second = output.read_text().splitlines(keepends=True)
+    output.write_text(setting + first)
+    part.write_text(setting + second)  # as an interrupted run of two processes leaves them
+    assert cli.main(command) == 0
+    again, told = capsys.readouterr()
+    assert again == printed
+    assert "mdkern: 2 schedules" not in told  # nothing was run
+    assert not part.exists()
+    assert {json.loads(line)["models"][0] for line in output.read_text().splitlines()[1:]} == {"H", "L"}
+    part.write_text("")  # as a process leaves it that was killed at once
+    assert cli.main(command) == 0
+    part.write_text(setting.replace('"seed": 0', '"seed": 1').replace('"digest": "', '"digest": "0') + second)
+    assert cli.main(command) == 2
+    assert "search.jsonl.rank1 is of another search (it differs in seed)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
