@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.models import dit_fused, dit_window
-from mdkern.models.by_logits import LogitsDenoiser
-from mdkern.models.denoiser import Denoiser, Head, Live, available_device, ids_of, is_whole
+from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
+from mdkern.models.hf.adapted import LogitsDenoiser
 from mdkern.models.hf.introspect import (
     block_causal,
     check_evaluating,
@@ -219,9 +219,7 @@ class DiTDenoiser(Denoiser):
         for part in self.model.modules():
             if isinstance(part, nn.Dropout):  # of an adapter: a DiT has none, and may be in training mode
                 check_evaluating(part)
-        now = copy.copy(self)
-        now.head = self.head
-        return now
+        return cast(DiTDenoiser, held(self))
 
     def description(self) -> str:
         return "runs by mdkern's own passes"

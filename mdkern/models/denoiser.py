@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -86,6 +87,14 @@ class Live:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else self.make(instance)
+
+
+def held(denoiser: Any) -> Any:
+    """A copy of a denoiser whose live attributes keep the values that they have now."""
+    now = copy(denoiser)
+    for name in ("head", "device", "dtype"):
+        setattr(now, name, getattr(type(now), name).make(now))
+    return now
 
 
 class Denoiser:

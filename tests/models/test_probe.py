@@ -162,6 +162,13 @@ class TestSnapshots:
         model.double()
         assert (kept.dtype, kept.head.weight.dtype) == (torch.float64, torch.float64)
 
+    def test_of_a_scale_that_was_switched_on(self) -> None:
+        model = llada()
+        kept = adapted(model)
+        assert kept.head.scale == 1.0
+        model.config.scale_logits = True
+        assert kept.current().head.scale == model.config.d_model**-0.5
+
     def test_a_head_that_has_got_a_hook_is_noticed(self) -> None:
         model = llama()
         kept = adapted(model)

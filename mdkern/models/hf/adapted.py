@@ -1,16 +1,21 @@
-"""What all denoisers of other people's models have in common, whether they are split or run by their logits."""
+"""Other people's models as denoisers: what all of them have in common, and those that run by their logits.
+
+Any callable from ids to logits will do. It is exact, but every pass computes the logits of all positions.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import Denoiser
+from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import gather_rows
-from mdkern.models.hf.introspect import accepted_arguments
+from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, execution_device, output_layer
 
 
 class Padding(NamedTuple):
@@ -100,3 +105,89 @@ def serving(input_ids: Tensor | None, positions: Tensor | None, attention_mask: 
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     before = (positions - 1).clamp(min=0)
     return before if attention_mask is None else torch.where(attention_mask.gather(1, before), before, positions)
+
+
+class LogitsDenoiser(AdaptedDenoiser):
+    """A module or function, run as it is."""
+
+    no_cache_reason = "it runs by its logits"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        reason: str,
+        padding: Padding,
+        device: torch.device | str | None = None,
+        **facts: Any,
+    ) -> None:
+        """
+        Args:
+            reason: why it can't be split; "" if nobody could expect it to be.
+            padding: how it is told of padding.
+            device: where a function wants its ids.
+            facts: the arguments of `AdaptedDenoiser`.
+        """
+        super().__init__(model, **facts)
+        self.reason = reason
+        self.tell_padding(padding)
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.dtype = parameter.dtype if parameter is not None else torch.float32
+        layer = output_layer(model)
+        rows = 0 if isinstance(layer, str) else len(layer.weight)  # tables may be padded
+        chosen = available_device(device or execution_device(model) or "cpu")
+        self.head = Head(None, self.suppress(torch.zeros(max(self.columns, rows), device=chosen, dtype=torch.float32)))
+        self.device = self.head.bias.device  # with its index, so that it compares equal to those of other tensors there
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn that it is slower than it could be."""
+        what = "the output layer is computed at every position of every forward pass"
+        warnings.warn(f"{self.name} {self.description()}: {what}", stacklevel=stacklevel + 1)
+
+    def current(self) -> LogitsDenoiser:
+        """As the model is now, which may have moved."""
+        check_evaluating(self.model)
+        now = copy(self)
+        bias = self.head.bias.to(execution_device(self.model) or self.device)
+        now.device, now.head = bias.device, Head(None, bias)
+        return now
+
+    def description(self) -> str:
+        return "runs by its logits" + (f" because {self.reason}" if self.reason else "")
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        t: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits in place of hidden states: ``[B, L, V]`` or ``[B, R, V]``."""
+        output = self.run(input_ids, {"t": t} if self.time_conditioning else {}, attention_mask)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        columns = len(self.head.bias)
+        expected = (*input_ids.shape, columns)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"{self.name} gave a {type(output).__name__}, expected floating logits {expected}")
+        if tuple(logits.shape) != expected or not logits.is_floating_point():
+            extra, hint = logits.shape[-1] - columns if logits.ndim == 3 else 0, ""
+            if extra > 0 and logits.is_floating_point():
+                hint = f": if its last {extra} columns are padding, leave them off (logits[..., :{columns}])"
+            given = f"{logits.dtype} {tuple(logits.shape)}"
+            raise ValueError(f"{self.name} gave {given}, expected floating logits {expected}{hint}")
+        return self.wanted(logits, input_ids, positions, attention_mask)
+
+    def run(self, input_ids: Tensor, arguments: dict[str, Any], attention_mask: Tensor | None) -> Any:
+        """The model's output. A mask that nobody has tried is bool or, if the model raises an error of that, int64."""
+
+        def call(padding: Padding) -> Any:
+            return self.model(input_ids, **arguments, **padding.arguments(input_ids, attention_mask))
+
+        if attention_mask is None or self.padding.way != "untried":
+            return call(self.padding)
+        try:
+            output, way = call(Padding("bool")), "bool"
+        except (TypeError, RuntimeError):  # such as the one that 1 - mask raises for bools
+            output, way = call(Padding("int64")), "int64"
+        self.padding = Padding(way)
+        return output

@@ -100,17 +100,11 @@ class WatchedAttention:
     def __call__(self, call: AttentionCall) -> Tensor:
         self.reason = self.reason or objection(call)
         self.masked = self.masked or call.attn_mask is not None
-        key = call.key
-        distinct = key[:, :: key.shape[1] // self.kv_heads] if self.repeats(key) and self.kv_heads else key
-        self.seen.append((distinct.shape[1], key.shape[3]))
+        heads, own = call.key.shape[1], self.kv_heads
+        groups = call.key.unflatten(1, (own if own and heads % own == 0 else heads, -1))
+        repeated = bool((groups == groups[:, :, :1]).all())  # to the number of query heads
+        self.seen.append((groups.shape[1] if repeated else heads, call.key.shape[3]))
         return F.scaled_dot_product_attention(**call._asdict())
-
-    def repeats(self, key: Tensor) -> bool:
-        """Whether the heads of keys are repeated to the number of query heads."""
-        if self.kv_heads is None or key.shape[1] % self.kv_heads:
-            return False
-        groups = key.unflatten(1, (self.kv_heads, -1))
-        return bool((groups == groups[:, :, :1]).all())
 
     def layout(self) -> Layout | str:
         """The layout of a cache, or the reason why keys and values can't be cached."""
@@ -136,19 +130,14 @@ def objection(call: AttentionCall) -> str:
     return "" if bool(open_to_all) else "its attention has a mask or a bias of its own"
 
 
-class WholeAttention:
+def whole_attention(attention_mask: Tensor | None) -> Callable[[AttentionCall], Tensor]:
     """Attention over whole sequences that sees everything but padding, whatever mask the model makes.
 
     It replaces the model's mask also if there is no padding: while a graph is captured, some versions of transformers
     make a mask that hides nothing (`is_tracing` in their masking_utils), with which faster kernels cannot be used.
+    `attention_mask` is bool ``[B, L]``, False at padding; None: there is none.
     """
-
-    def __init__(self, attention_mask: Tensor | None) -> None:
-        """`attention_mask`: bool ``[B, L]``, False at padding; None: there is none."""
-        self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        return attend(call.query, call.key, call.value, self.key_mask, call.scale)
+    return lambda call: attend(call.query, call.key, call.value, attention_mask, call.scale)
 
 
 class KeptAttention:
@@ -168,7 +157,7 @@ class KeptAttention:
             turn: corrects the positions of the window, for models that count them from 0.
         """
         self.kept, self.columns, self.turn = layout.heads_of(cache), columns, turn
-        self.key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        self.attention_mask = attention_mask
         self.sequence = torch.arange(cache.shape[2], device=cache.device)[:, None]
         self.layer = 0
 
@@ -185,12 +174,13 @@ class KeptAttention:
             else:
                 old[self.sequence, self.columns] = once
         keys, values = kept[:, :, :-1].transpose(2, 3).to(query.dtype)
-        return attend(query, keys, values, self.key_mask, call.scale)
+        return attend(query, keys, values, self.attention_mask, call.scale)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq; bool mask ``[B, 1, 1, L]`` or None."""
+def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float | None) -> Tensor:
+    """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq; the mask is bool ``[B, L]`` or None."""
     groups = query.shape[1] // key.shape[1]
+    mask = None if attention_mask is None else attention_mask[:, None, None, :]
     if groups > 1 and mask is not None:  # PyTorch has no fast kernel for grouped queries with a mask
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1

@@ -15,10 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.by_logits import LogitsDenoiser
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.fingerprint import fingerprint
-from mdkern.models.hf.adapted import Padding
+from mdkern.models.hf.adapted import LogitsDenoiser, Padding
 from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention
 from mdkern.models.hf.introspect import (
     OutputLayer,

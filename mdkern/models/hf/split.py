@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models.denoiser import Head, Live
+from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
 from mdkern.models.hf.adapted import AdaptedDenoiser, Padding, serving
-from mdkern.models.hf.intercept import ID_ROOM, HeadPass, KeptAttention, Layout, Turn, WholeAttention, kept_ids
+from mdkern.models.hf.intercept import ID_ROOM, HeadPass, KeptAttention, Layout, Turn, kept_ids, whole_attention
 from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_layer
 
 
@@ -54,9 +54,9 @@ class SplitDenoiser(AdaptedDenoiser):
 
     device = Live(lambda self: layer_of(self.model).weight.device)
     dtype = Live(lambda self: next(self.model.parameters()).dtype)
-    head = Live(lambda self: self.head_now())
 
-    def head_now(self) -> Head:
+    @Live
+    def head(self) -> Head:
         """The output layer as it is now, with -inf in the bias for ids that must never be drawn."""
         (weight, own), anatomy = layer_of(self.model), self.anatomy
         bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
@@ -75,10 +75,8 @@ class SplitDenoiser(AdaptedDenoiser):
         if anatomy.reason:
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
         now = copy(self)
-        if anatomy != self.anatomy:
-            now.settle(anatomy)
-        now.head, now.device, now.dtype = self.head, self.device, self.dtype
-        return now
+        now.settle(anatomy)
+        return cast(SplitDenoiser, held(now))
 
     def description(self) -> str:
         return "split at its output layer"
@@ -90,7 +88,7 @@ class SplitDenoiser(AdaptedDenoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        attention = WholeAttention(attention_mask) if self.padding.way == "attention" else None
+        attention = whole_attention(attention_mask) if self.padding.way == "attention" else None
         hidden = self.run(input_ids, t, attention, **self.padding.arguments(input_ids, attention_mask))
         return self.wanted(hidden, input_ids, positions, attention_mask)
 
