@@ -216,6 +216,17 @@ def cheapest_for(light: float, costs: Mapping[str, float]) -> float:
     return 1.0 - light * (1.0 - costs["L"])
 
 
+def fit(harm: Sequence[float], light: float, costs: Mapping[str, float]) -> Models:
+    """The schedule that harms least of those that cost what a share `light` of light steps does, in `GRID` segments.
+
+    A measured harm may be below 0 by chance. So that all schedules of a budget cost the same, each is raised by as much
+    as makes the least of them positive, which changes no order.
+    """
+    raised = [value - min(harm) + (max(harm) - min(harm) or 1.0) for value in harm]
+    chosen = best_schedule({"H": [0.0] * len(harm), "L": raised}, costs, cheapest_for(light, costs))
+    return segments_of(chosen, GRID)
+
+
 def fitted(study: Study) -> dict[str, Any]:
     """Schedules fitted by each measure against the sandwich of the same FLOPs, on seeds that none of them has seen."""
     costs = study.cost(study.pair)
@@ -227,8 +238,7 @@ def fitted(study: Study) -> dict[str, Any]:
     for share in BUDGETS:
         plans[share] = {"sandwich": sandwich(share), ALL_HEAVY: sandwich(0.0)}
         for name, values in harm.items():
-            chosen = best_schedule({"H": [0.0] * len(values), "L": values}, costs, cheapest_for(share, costs))
-            plans[share][name] = segments_of(chosen, GRID)
+            plans[share][name] = fit(values, share, costs)
         if share == searched["light_segments"] / searched["segments"]:
             plans[share]["best of the search"] = spread(tuple(searched["best"]), GRID)
     return held_out(study, plans)

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import study_figures, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
-from benchmarks.study.fitted import additive_harm, harms, resample
+from benchmarks.study.fitted import additive_harm, fit, harms, resample
 from benchmarks.study.quality import HAND_MADE
 from benchmarks.study.runner import ORDER, PARTS, Budget, Record, run_parts
 from benchmarks.study.setting import SIZES, Part, Study, events, passes, sandwich, segments_of, spread
@@ -117,7 +117,7 @@ class TestRun:
     def test_fitted_schedules_cost_what_the_sandwich_costs(self, whole: Record) -> None:
         for row in whole.parts["fitted"]["found"]["rows"]:
             for label, point in row["points"].items():
-                if label in ("sandwich", "loss", "path_kl"):  # their harms above 0, so that no light step is given away
+                if label != "all heavy":
                     assert point["light_share"] == pytest.approx(row["light"]), label
 
     def test_only_what_was_written_is_judged(self) -> None:
@@ -263,6 +263,15 @@ class TestArithmetic:
         mean = sum(float(entry.scores.mean()) for entry in found) / len(found)
         assert min(values) < 0
         assert additive_harm(values, 2, mean - 5) == pytest.approx(harm, abs=1e-6)
+
+    def test_harm_below_zero_gives_no_light_steps_away(self) -> None:
+        harm = [-0.3, 0.1, -0.1, -0.2]
+        fitted = {share: fit(harm, share, {"H": 1.0, "L": 0.5}) for share in (0.25, 0.5, 0.75)}
+        assert fitted == {
+            0.25: spread(tuple("LHHH"), 40),
+            0.5: spread(tuple("LHHL"), 40),
+            0.75: spread(tuple("LHLL"), 40),
+        }
 
     def test_influence_in_halves_gives_the_same_schedule(self) -> None:
         """A quarter of ten segments is two and a half: the half of a segment that is next best."""
