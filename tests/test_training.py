@@ -769,3 +769,19 @@ def test_the_judges_likelihood_is_the_chain_rule(token_file):
     for bad in (sequences[0], torch.zeros(2, 17, dtype=torch.int64), sequences + VOCAB):
         with pytest.raises(ValueError, match=r"must be \[N, L\]|must hold ids in"):
             score(model, bad)
+
+
+def test_only_the_commands_own_news_are_shown(caplog, monkeypatch):
+    """Libraries' news, such as where a model was written for the moment, are not: only their warnings."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
+
+    def work(*_):
+        for name in ("training.loop", "/lib/huggingface_hub/serialization/_torch.py"):
+            logging.getLogger(name).info("news of %s", name)
+            logging.getLogger(name).warning("warning of %s", name)
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(device="cpu")
+    assert options.run_command(parser, [], lambda args: None, work) == 0
+    shown = [record.message.split("/")[0] for record in caplog.records]
+    assert shown == ["news of training.loop", "warning of training.loop", "warning of "]

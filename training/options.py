@@ -111,15 +111,15 @@ def run_command(
     """
     started = time.monotonic()
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    set_level(logging.INFO)
     try:
         check_arguments(args)
         check(args)
         torch.set_float32_matmul_precision("high")
         with joined_world(args.device) as world:
             if world.rank:
-                logging.getLogger().setLevel(logging.WARNING)
+                set_level(logging.WARNING)
             work(args, world, started)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -127,3 +127,9 @@ def run_command(
         logging.getLogger(__name__).error("%s", error)
         return 1
     return 0
+
+
+def set_level(level: int) -> None:
+    """Of what the commands themselves log; of libraries only warnings are shown."""
+    for name in ("training", "__main__"):
+        logging.getLogger(name).setLevel(level)

@@ -238,12 +238,14 @@ def load_judge(
     With a tokenizer of its own it reads their texts.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from mdkern.evaluation.text import judge as judge_ids
     from mdkern.evaluation.text import judge_texts
 
     if not Path(path).is_dir():
         raise ValueError(f"--judge {path} is not a folder with a causal language model of transformers")
+    disable_progress_bar()  # of the weights: it flashes past, terminal or not
     try:
         judge: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above

@@ -15,16 +15,31 @@ if TYPE_CHECKING:
 
     from mdkern.schedule import Schedule
 
+EXAMPLES = """\
+examples:
+  mdkern evaluate --data held-out.txt --texts 8 --masks 4 --num-samples 4 --length 64 --judge judge/
+      schedule: H:100%
+      length: 64
+      held-out text, windows: 8
+      bound, nats a token: 4.7165 (95 % of 4.0523 to 5.3808, n = 8)
+      perplexity bound: 111.7801
+      samples: 4
+      judge, nats a token: 4.6370 (95 % of 4.0603 to 5.2138, n = 4)
+      ...
+  mdkern evaluate --num-samples 16 --schedule "L64 H128 L64"   samples alone, under a schedule
+  mdkern evaluate --data held-out.txt --num-samples 16 --decoder margin --exact
+"""
+
 
 def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure likelihood and samples",
-        description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of fixed "
-        "sizes; with --exact also that of the sampler itself), and samples: generative perplexity under a judge, "
-        "entropies, distinct n-grams, self-BLEU.",
-        epilog="example: mdkern evaluate --data held-out.txt --texts 32 --masks 16 --num-samples 16 "
-        "--decoder margin --exact",
+        description="Measure a model or a schedule: the likelihood of held-out text (a bound, by masks of\n"
+        "fixed sizes; with --exact also that of the sampler itself), and samples: generative\n"
+        "perplexity under a judge, entropies, distinct n-grams, self-BLEU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_evaluate)
@@ -48,7 +63,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     samples.add_argument("--steps", metavar="T", type=positive, help="(default: the schedule's, or one a token)")
     add_judge(samples)
     samples.add_argument("--batch-size", metavar="B", type=positive, default=32, help="(default: 32)")
-    samples.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    samples.add_argument("--seed", metavar="S", type=int, default=0, help="(default: 0)")
     add_decoding(parser)
     parser.add_argument("--length", metavar="L", type=positive, help="tokens of windows and samples")
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")

@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mdkern", description="Sampling from masked diffusion language models.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"mdkern {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"mdkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_sample(commands)
     add_profile(commands)

@@ -25,16 +25,26 @@ if TYPE_CHECKING:
     from mdkern.distributed import Ranks
     from mdkern.evaluation.search import Found
 
+EXAMPLES = """\
+examples:
+  mdkern search --judge judge/ --segments 4 --light-segments 2 --num-samples 4 --length 32 --output s.jsonl
+      6 schedules, 4 samples each; judge, nats a token (95 % interval)
+        best  HLHL  4.6317 ± 0.5552
+        best  LHLH  4.7291 ± 0.8514
+        ...
+  torchrun --nproc-per-node 2 -m mdkern search --judge judge/ --output s.jsonl   schedules shared out over two GPUs
+"""
+
 
 def add_search(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "search",
         help="try every schedule of n segments",
-        description="Sample with every schedule that has a light model in k of n equal segments, on the same seeds, "
-        "and rank them by a judge (Sedykh et al., 2604.02340: 10 segments, 4 light, 210 schedules, 160 samples each). "
-        "Schedules that begin alike share those passes. Results are kept as they come; the same command goes on.",
-        epilog="example: mdkern search --judge PATH --segments 4 --light-segments 2 --num-samples 16 --output s.jsonl. "
-        "Under torchrun the schedules are shared out over the processes.",
+        description="Sample with every schedule that has a light model in k of n equal segments, on the same\nseeds, "
+        "and rank them by a judge (Sedykh et al., 2604.02340: 10 segments, 4 light, 210\nschedules, 160 samples each). "
+        "Schedules that begin alike share those passes. Results are\nkept as they come; the same command goes on.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_search)
@@ -45,9 +55,9 @@ def add_search(commands: argparse._SubParsersAction[Any]) -> None:
     what.add_argument("--num-samples", metavar="N", type=positive, default=160, help="a schedule (default: 160)")
     what.add_argument("--steps", metavar="T", type=positive, help="(default: one a token)")
     what.add_argument("--length", metavar="L", type=positive, help="in tokens (default: the models' longest)")
-    what.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
+    what.add_argument("--temperature", metavar="X", type=float, default=1.0, help="(default: 1)")
     what.add_argument("--batch-size", metavar="B", type=positive, default=64, help="(default: 64)")
-    what.add_argument("--seed", type=int, default=0, help="of all schedules (default: 0)")
+    what.add_argument("--seed", metavar="S", type=int, default=0, help="of all schedules (default: 0)")
     add_judge(parser.add_argument_group("the judge"), required=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSON lines, one for each schedule")
@@ -97,8 +107,9 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
         results = Results(own, asked)
     left = left[share(len(left), number, count)]
     if left and number == 0:
-        print(f"mdkern: {len(schedules)} schedules, {share_of_passes(left):.0%} of the passes that they take apart",
-              file=sys.stderr)  # fmt: skip
+        done = f", {len(results.found)} of them done" if results.found else ""
+        print(f"mdkern: {len(schedules)} schedules{done}; what they have in common is run once: "
+              f"{share_of_passes(left):.0%} of the passes", file=sys.stderr)  # fmt: skip
     options = {name: getattr(arguments, name) for name in ("num_samples", "steps", "temperature", "batch_size", "seed")}
     run = partial(run_schedules, models, length=length, **options)
     search(run, lambda ids: judge(ids).nats_per_token(), left, results, progress=None if number == 0 else False)

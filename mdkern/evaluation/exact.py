@@ -36,6 +36,7 @@ def exact_nats(
     schedule: Schedule,
     decoder: Any,
     by: str | None,
+    disable: bool | None = True,
     *,
     input_ids: Tensor,
     wanted: Tensor,
@@ -47,6 +48,7 @@ def exact_nats(
     Args:
         denoisers, schedule: as `mdkern.engine.resolve_models` gives them.
         decoder, by: see `mdkern.likelihood`.
+        disable: of the progress bar, as tqdm takes it.
         input_ids, wanted, attention_mask: int64, bool, bool or None, ``[N, L]`` each: whole texts.
         options: further arguments of `mdkern.sample`.
 
@@ -71,7 +73,7 @@ def exact_nats(
     state, drafts = SamplerState.of(request), Drafts(None, request.input_ids, ~request.masked)
     drafts.begin(0, state.input_ids)
     decode = partial(stepwise.decode_stretch, propose=true.propose)
-    with torch.no_grad(), device_of(request), tqdm(disable=True) as bar:
+    with torch.no_grad(), device_of(request), tqdm(unit="pass", desc="likelihood", leave=False, disable=disable) as bar:
         request = prepared(request, len(input_ids))
         try:
             outcome = stepwise.run(request, state, None, bar, drafts, Timings(perf_counter()), decode)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from mdkern.engine.checks import check_count
+from mdkern.engine.checks import check_count, check_flag
 from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.exact import exact_nats
@@ -75,6 +76,7 @@ def likelihood(
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int | None = 0,
     sample_ids: Any = None,
+    progress: bool | None = None,
 ) -> Likelihood:
     """The negative log-likelihood of texts: a bound on a denoiser's or schedule's, or exactly that of a sampler.
 
@@ -104,6 +106,7 @@ def likelihood(
         batch_size: texts in a forward pass, masked or partly revealed.
         seed: of the masks; None takes one from PyTorch's default generator.
         sample_ids: N numbers that key the masks. Default 0..N-1.
+        progress: show a progress bar; None: only on a terminal.
 
     Raises:
         ValueError, TypeError: arguments that do not fit or that the method does not read, before any forward pass; a
@@ -115,6 +118,7 @@ def likelihood(
     of_counts = {"samples": samples, "seed": seed or None, "sample_ids": sample_ids}
     check_method(method, of_counts, {"decoder": decoder, "by": by} | of_decoder)
     batch_size = check_count("batch_size", batch_size)
+    disable = None if progress is None else not check_flag("progress", progress)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     texts = resolve_texts(denoisers, input_ids, wanted, attention_mask, seed, sample_ids)
     tokens = texts.wanted.sum(-1)
@@ -124,22 +128,28 @@ def likelihood(
             "wanted": texts.wanted,
             "attention_mask": texts.attention_mask,
         }
-        nats, nfe = exact_nats(denoisers, schedule, decoder, by, **whole, batch_size=batch_size, **of_decoder)
+        nats, nfe = exact_nats(denoisers, schedule, decoder, by, disable, **whole, batch_size=batch_size, **of_decoder)
         return Likelihood(nats, torch.zeros_like(nats), tokens, nfe)
     samples = check_count("samples", DEFAULT_SAMPLES if samples is None else samples)
-    return fixed_count(denoisers, schedule, texts, samples, batch_size)
+    return fixed_count(denoisers, schedule, texts, samples, batch_size, disable)
 
 
 def fixed_count(
-    denoisers: dict[str, Denoiser], schedule: Schedule, texts: Texts, samples: int, batch_size: int
+    denoisers: dict[str, Denoiser],
+    schedule: Schedule,
+    texts: Texts,
+    samples: int,
+    batch_size: int,
+    disable: bool | None,
 ) -> Likelihood:
-    """The bound, from `samples` masks for each text."""
+    """The bound, from `samples` masks for each text, with a progress bar as tqdm's `disable` says."""
     tokens = texts.wanted.sum(-1)
     counts = mask_sizes(texts, tokens, samples)
     model = model_by_share(schedule, list(denoisers), 1.0 - counts.double() / tokens[:, None])
     nats = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
     nfe = {}
-    with torch.no_grad():
+    bar = tqdm(total=counts.numel(), desc="likelihood", unit="mask", leave=False, disable=disable)
+    with torch.no_grad(), bar:
         for number, (name, denoiser) in enumerate(denoisers.items()):
             mine = model == number
             nfe[name] = mine.sum(-1)
@@ -147,6 +157,7 @@ def fixed_count(
                 masked = choose_masked(texts, text, sample, counts[text, sample])
                 loss = masked_nats(denoiser, texts, text, masked, counts[text, sample] / tokens[text])
                 nats[text, sample] = loss * tokens[text] / counts[text, sample]
+                bar.update(len(text))
     if bool(nats.isnan().any()):
         raise FloatingPointError("a model gave NaN or infinite logits, so the texts have no likelihood")
     error = nats.std(-1) / samples**0.5 if samples > 1 else torch.full_like(nats[:, 0], torch.nan)

@@ -173,15 +173,21 @@ def search(
         score: gives the scores of samples, float ``[N]``; lower is better.
     """
     left = [models for models in schedules if models not in results.found]
-    with tqdm(total=len(schedules), initial=len(schedules) - len(left), unit="schedule",
-              disable=None if progress is None else not progress) as bar:  # fmt: skip
-        for models, sequences in run(left):
-            scores = score(sequences)
-            if not bool(scores.isfinite().all()):
-                raise FloatingPointError(f"schedule {''.join(models)}: a score is not finite")
-            results.add(models, scores)
-            bar.update()
-            bar.set_postfix(best="".join(results.ranked()[0].models))
+    try:
+        with tqdm(total=len(schedules), initial=len(schedules) - len(left), unit="schedule",
+                  disable=None if progress is None else not progress) as bar:  # fmt: skip
+            for models, sequences in run(left):
+                scores = score(sequences)
+                if not bool(scores.isfinite().all()):
+                    raise FloatingPointError(f"schedule {''.join(models)}: a score is not finite")
+                results.add(models, scores)
+                bar.update()
+                bar.set_postfix(best="".join(results.ranked()[0].models))
+    except BaseException as error:
+        if results.found:
+            count = f"{len(results.found)} schedule{'s are' if len(results.found) > 1 else ' is'}"
+            error.add_note(f"{count} done and kept in {results.path}: the same search goes on from there")
+        raise
     return results.ranked()
 
 

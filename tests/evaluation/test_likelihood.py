@@ -165,6 +165,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             likelihood(two_tokens.denoiser(), **arguments)  # type: ignore[arg-type]
 
+    def test_progress_is_shown_where_it_is_asked_for(self, model: DiT, capsys: pytest.CaptureFixture[str]) -> None:
+        ids = torch.zeros((3, 4), dtype=torch.int64)
+        for method, options, expected in (
+            ("fixed_count", {"samples": 5}, "| 0/15 ["),
+            ("decoder", {"decoder": "margin"}, "likelihood:"),
+        ):
+            likelihood(model, input_ids=ids, method=method, progress=True, **options)  # type: ignore[arg-type]
+            assert expected in capsys.readouterr().err
+            likelihood(model, input_ids=ids, method=method, **options)  # type: ignore[arg-type]
+            assert not capsys.readouterr().err  # no terminal
+
     def test_nan_is_an_error(self) -> None:
         def broken(input_ids: Tensor) -> Tensor:
             return torch.full((*input_ids.shape, 2), torch.nan)

@@ -77,8 +77,11 @@ class TestResults:
 
     def test_an_interrupted_search_goes_on_where_it_stopped(self, tmp_path: Path) -> None:
         path, asked, schedules = tmp_path / "search.jsonl", list[Models](), all_schedules(4, 2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             search(self.runner(asked, stop_after=4), self.score, schedules, Results(path, SETTING), progress=False)  # type: ignore[arg-type]
+        assert caught.value.__notes__ == [
+            f"4 schedules are done and kept in {path}: the same search goes on from there"
+        ]
         assert len(path.read_text().splitlines()) == 1 + 4
         with path.open("a") as file:
             file.write('{"models": ["H"')  # as a process that is killed leaves it
