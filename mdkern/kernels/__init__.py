@@ -1,4 +1,4 @@
-"""The operators: one per file, contract first; `reference` holds each of them in plain PyTorch."""
+"""The operators. Each has a file with its contract and reference; the kernels that run it are chosen by the device."""
 
 from mdkern.kernels.head.divergence import RowDivergence, divergence
 from mdkern.kernels.head.vocab_projection import RowStatistics, vocab_projection

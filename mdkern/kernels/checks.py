@@ -1,4 +1,4 @@
-"""What operators ask of the tensors that they are given; nothing here looks at their values."""
+"""Checks of the tensors that operators are given. Their values are not read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def check_tensor(
     dtypes: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """Refuse what is not such a tensor, with a ValueError that says what was expected; None is let through.
+    """Raise a ValueError that says what was expected, if a tensor is not of this kind. None is accepted.
 
     Args:
-        dtypes: the first is the one that the message recommends.
-        device: where all tensors of the call must be. Meta tensors, which hold no values, are refused.
+        dtypes: the dtypes that are accepted; the message recommends the first.
+        device: the device of all tensors of the call. Meta tensors, which hold no values, are refused.
     """
     if tensor is None:
         return
@@ -34,13 +34,13 @@ def check_tensor(
 
 
 def check_rows_apart(name: str, tensor: Tensor) -> None:
-    """Refuse what is written in place, row by row, where rows overlap: views that were expanded, for one."""
+    """Refuse a tensor that is written in place row by row and whose rows overlap, such as an expanded view."""
     if tensor.shape[0] > 1 and tensor.stride(0) < tensor[0].numel():
         raise ValueError(f"{name} is written in place and its rows overlap, of strides {tensor.stride()}: give a clone")
 
 
 def check_written(name: str, tensor: Tensor) -> None:
-    """Refuse what cannot be written in place: tensors whose elements overlap, or lie apart."""
+    """Refuse a tensor that is written in place and is not contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} is written in place and must be contiguous, not of strides {tensor.stride()}: "

@@ -1,4 +1,4 @@
-"""What the operators ask of a device, each question in one place. Importing this does not import Triton."""
+"""All questions that the operators have about a device. Importing this module does not import Triton."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def capability(device: torch.device) -> int:
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: it is installed and the GPU is of compute capability 8 or later."""
+    """Whether Triton's kernels run there: Triton is installed, and the GPU has compute capability 8 or later."""
     return device.type == "cuda" and find_spec("triton") is not None and capability(device) >= 8
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the kernels written for Hopper run there: its matrix instructions are of compute capability 9 alone."""
+    """Whether the kernels for Hopper run there; their matrix instructions exist in compute capability 9 only."""
     return has_triton(device) and capability(device) == 9
 
 
@@ -35,12 +35,12 @@ def launches_early(device: torch.device) -> bool:
 
 @cache
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors; 4 on a CPU, for the interpreter."""
+    """Number of streaming multiprocessors; 4 on a CPU, for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def copies_in_bulk(matrix: Tensor) -> bool:
-    """Whether the bulk-copy engine (TMA) reads it: compute capability 9 or later, each row contiguous and 16-byte
-    aligned."""
+    """Whether the bulk-copy engine (TMA) can read a matrix: compute capability 9 or later, and each row contiguous and
+    aligned to 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return capability(matrix.device) >= 9 and matrix.stride(1) == 1 and aligned

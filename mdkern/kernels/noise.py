@@ -1,7 +1,8 @@
 """Keyed random numbers: every draw is a function of (seed, sample, position, step, index) by Philox 4x32-10.
 
-So a sample does not depend on batch size, batch order, tile sizes or who else is in the batch (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", 2011). Plain PyTorch, exact in int64; the kernels draw the same numbers.
+So a sample does not depend on batch size, batch order, tile sizes or the rest of the batch (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", 2011). This is plain PyTorch, exact in int64; `triton_noise` draws the same
+numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 DOMAIN_SHIFT = 28  # the last counter word is (index >> 1) | domain << 28: vocabularies up to 2^29 ids
 
-# What a number is drawn for. Draws of different domains never share a counter.
+# The domain says what a number is drawn for. Draws of different domains never share a counter.
 GROUP, TOKEN, PLAN, POSITION, TRANSITION, MASK_SIZE, MASK_PLACE = range(7)
 
 
@@ -32,7 +33,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     c0, c1, c2, c3 = torch.broadcast_tensors(*(word & WORD for word in counter))
     key0, key1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps past 2^63, the bits stay right
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # may wrap past 2^63, which keeps the bits right
         c0, c1, c2, c3 = (
             ((product1 >> 32) & WORD) ^ c1 ^ key0,
             product1 & WORD,
@@ -60,14 +61,14 @@ def uniform(high: Tensor, low: Tensor) -> Tensor:
 def gumbel_from_bits(high: Tensor, low: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, from 64 bits: ``-log(-log1p(-u))``.
 
-    ``u`` in (0, 1) is finest near 0, the end that produces large noise: its smallest value is 2^-65 (noise 45), where
-    ``-log(-log(u))`` with a 24-bit float ``u`` near 1 stops at 16.6 and quietly lowers the temperature (Zheng et al.,
-    2409.02908). Only multiplications, one division and logarithms, so that every path computes the same.
+    ``u`` in (0, 1) is finest near 0, the end that gives large noise: its smallest value is 2^-65 (noise 45). The usual
+    ``-log(-log(u))`` with a 24-bit float ``u`` stops at 16.6, which in effect lowers the temperature (Zheng et al.,
+    2409.02908). Only multiplications, one division and logarithms are used, so that every implementation agrees.
     """
     u = high.float() * 2.0**-32 + (low.float() + 0.5) * 2.0**-64
     u = u.clamp(max=1.0 - 2.0**-24)
     rest = 1.0 - u
-    # log1p(-u) = log(rest) * u / (1 - rest): the division undoes the rounding of rest.
+    # log1p(-u) = log(rest) * u / (1 - rest), where the division undoes the rounding of rest.
     exponential = torch.where(rest == 1.0, u, -torch.log(rest) * (u / (1.0 - rest)))
     return -torch.log(exponential)
 

@@ -1,4 +1,4 @@
-"""Registration of an operator with `torch.library`: its schema is written once, as its reference's signature."""
+"""Registers operators with `torch.library`. The schema is written once, as the signature of the reference."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def operator(
     mutates: Collection[str] = (),
     name: str = "",
 ) -> Any:
-    """Register ``mdkern::name`` and return what calls it, by position.
+    """Register ``mdkern::name`` and return the function that calls it, with positional arguments.
 
-    `torch.library` knows flat lists of arguments only. A parameter of `reference` that is a NamedTuple stands for its
-    fields: the caller unpacks it (``op(hidden, *head)``), and all three implementations are given it whole. They are
-    called with the same arguments.
+    `torch.library` only has flat lists of arguments. A parameter of `reference` that is a NamedTuple stands for its
+    fields: the caller unpacks it (``op(hidden, *head)``), and the three implementations are given the NamedTuple. All
+    are called with the same arguments.
 
     Args:
         reference: the operator in plain PyTorch. Its annotations and defaults are the schema. It runs on the CPU and
-            on GPUs without Triton; the first argument, a tensor, says where.
-        fake: empty outputs of the right shapes and dtypes, for `torch.compile` and `torch.export`.
-        kernels: ``"module:function"``, its launcher on a GPU, imported when it is first needed: it imports Triton.
-        mutates: arguments written in place, and fields of NamedTuples.
-        name: default: the reference's.
+            on GPUs without Triton. The device is that of the first argument, a tensor.
+        fake: returns empty outputs of the right shapes and dtypes, for `torch.compile` and `torch.export`.
+        kernels: ``"module:function"``, the launcher on a GPU. It is imported when first needed, as it imports Triton.
+        mutates: names of arguments, or of fields of NamedTuples, that are written in place.
+        name: the operator's name; default: that of the reference.
     """
     bundles, parameters = expand(reference)
     defaults = tuple(parameter.default for parameter in parameters)
 
     def whole(flat: tuple[Any, ...]) -> list[Any]:
-        """The arguments as `reference` takes them. PyTorch leaves out trailing ones that are the defaults."""
+        """The arguments as `reference` takes them. PyTorch leaves out trailing arguments that equal their defaults."""
         rest = iter(flat + defaults[len(flat) :])
         return [next(rest) if fields is None else fields(*(next(rest) for _ in fields._fields)) for fields in bundles]
 
@@ -61,10 +61,10 @@ def operator(
 
 
 def expand(function: Callable[..., Any]) -> tuple[list[Any], list[inspect.Parameter]]:
-    """The NamedTuple of each parameter of `function`, or None; and its parameters, the fields of those in their place.
+    """The NamedTuple of each parameter of `function`, or None; and the parameters with NamedTuples replaced by fields.
 
-    A field whose name is taken is prefixed by the parameter's: of ``other: Head`` comes ``other_weight``. Defaults are
-    kept as far as a flat signature can have them: those that nothing without a default comes after.
+    A field whose name is taken already gets the parameter's name as a prefix, so that ``other: Head`` gives
+    ``other_weight``. Defaults are kept where no later parameter is without one, as a flat signature requires.
     """
     bundles: list[Any] = []
     flat: list[inspect.Parameter] = []

@@ -1,6 +1,6 @@
-"""What Triton kernels of the output layer share: a tile of logits; ordering, merging and splitting of values.
+"""Shared by the Triton kernels of the output layer: tiles of logits; ordering, merging and splitting of values.
 
-Gluon kernels call these functions too, where no layout has to be named.
+Gluon kernels call these functions, too, where no layout has to be named.
 """
 
 # mypy: ignore-errors
@@ -9,19 +9,20 @@ Gluon kernels call these functions too, where no layout has to be named.
 import triton
 import triton.language as tl
 
-GROUP_SIZE = tl.constexpr(64)  # ids that share a draw, see `head.reference.sample_token`
+GROUP_SIZE = tl.constexpr(64)  # ids of a group, see `head.reference.sample_token`
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for -inf, and is finite: neither differences with it nor 0 * it are NaN. -2^100: its product with LOG2E is
-# exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, however it is compiled.
+# A finite number in place of -inf, so that neither differences with it nor its product with 0 are NaN. It is -2^100, as
+# its product with LOG2E is exact, so that x * LOG2E - top * LOG2E is 0 in a tile of nothing else, however it is
+# compiled.
 LOWEST = tl.constexpr(-1.2676506002282294e30)
-IMPOSSIBLE = tl.constexpr(-5.0e29)  # anything at or below it counts as -inf
-NOWHERE = tl.constexpr(2147483647)  # above every id
+IMPOSSIBLE = tl.constexpr(-5.0e29)  # logits at or below it count as -inf
+NOWHERE = tl.constexpr(2147483647)  # larger than every id
 
 
 @triton.jit
 def load_row_count(row_count, capacity):
-    """How many of the rows are used, int32: `row_count` on the device, or all of them."""
+    """Number of rows that are used, int32: `row_count`, which lies on the device, or all of them."""
     count = capacity
     if row_count is not None:
         count = tl.minimum(tl.load(row_count).to(tl.int32), capacity)
@@ -36,21 +37,21 @@ def halves(x):
 
 @triton.jit
 def flip_order(bits):
-    """The bits of floats as int32 of the same order, and back. (NaNs go to the ends.)"""
+    """Convert the bits of floats to int32 of the same order, or back. NaNs go to the ends."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def merge_top_two(a1, a2, b1, b2):
-    """Largest and second largest of two pairs of them."""
+    """The largest and second largest of two pairs of such numbers."""
     return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
 
 
 @triton.jit
 def largest_two(x):
-    """Largest and second largest of each row of ``[BM, BN]``, the same number twice if it occurs twice.
+    """Largest and second largest of each row of ``[BM, BN]``; they are equal if the largest occurs twice.
 
-    In pairs first: three comparisons a logit, where inserting one at a time costs four.
+    Comparing in pairs first takes three comparisons for each logit; inserting one at a time takes four.
     """
     left, right = halves(x)
     return tl.reduce((tl.maximum(left, right), tl.minimum(left, right)), 1, merge_top_two)
@@ -58,7 +59,7 @@ def largest_two(x):
 
 @triton.jit
 def load_keys(keys, rows, valid):
-    """Sample, position and step of rows, uint32: what their draws are keyed by."""
+    """Sample, position and step of rows, uint32, which key their draws."""
     at = keys + rows.to(tl.int64) * 3
     sample = tl.load(at, mask=valid, other=0).to(tl.uint32)
     position = tl.load(at + 1, mask=valid, other=0).to(tl.uint32)
@@ -93,9 +94,9 @@ def tile_product(
     FROM_LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``hidden[index] @ weight.T`` of ids ``tile * BN ...``, float32 ``[BM, BN]``; past V anything.
+    """``hidden[index] @ weight.T`` for ids from ``tile * BN`` on, float32 ``[BM, BN]``; undefined past V.
 
-    With FROM_LOGITS the logits themselves, LOWEST for -inf and past V.
+    With FROM_LOGITS it is the logits themselves, with LOWEST for -inf and past V.
     """
     ids = tile * BN + tl.arange(0, BN)
     if FROM_LOGITS:
@@ -127,7 +128,7 @@ def tile_product(
 
 @triton.jit
 def finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Scale, soft cap and bias of a tile's product; with a bias LOWEST past V, and at least LOWEST."""
+    """Apply scale, soft cap and bias to a tile's product. With a bias it is at least LOWEST, and LOWEST past V."""
     if HAS_SCALE:
         x = x * scale
     if HAS_CAP:
@@ -163,7 +164,7 @@ def tile_logits(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scaled, capped and biased logits ``[BM, BN]`` of ids ``tile * BN ...``, float32; LOWEST for -inf and past V."""
+    """The logits ``[BM, BN]`` of ids from ``tile * BN`` on, float32; LOWEST for -inf and past V."""
     ids = tile * BN + tl.arange(0, BN)
     x = tile_product(
         hidden, weight, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, BM, BN, BK, EVEN_K,

@@ -26,11 +26,11 @@ def random_words(seed, sample, position, step, pair, DOMAIN: tl.constexpr):
 
 @triton.jit
 def inverse_exponential(high, low):
-    """``1 / -log1p(-u)``: the winner of the race ``weight * inverse_exponential`` is the winner of Gumbel-max."""
+    """``1 / -log1p(-u)``: the largest ``weight * inverse_exponential`` has the index that Gumbel-max would choose."""
     u = high.to(tl.float32) * 2.0**-32 + (low.to(tl.float32) + 0.5) * 2.0**-64
     u = tl.minimum(u, 1.0 - 2.0**-24)
     rest = 1.0 - u
-    # log1p(-u) = log(rest) * u / (1 - rest): the division undoes the rounding of rest.
+    # log1p(-u) = log(rest) * u / (1 - rest), where the division undoes the rounding of rest.
     whole = rest == 1.0
     return tl.where(whole, 1.0, 1.0 - rest) / tl.where(whole, u, -LN2 * tl.log2(rest) * u)
 

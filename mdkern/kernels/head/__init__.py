@@ -1,1 +1,1 @@
-"""The output layer: hidden rows to tokens and statistics."""
+"""The output layer: from rows of hidden states to tokens and statistics."""

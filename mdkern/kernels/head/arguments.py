@@ -1,4 +1,4 @@
-"""What the operators of the output layer are given, in the bundles that travel together."""
+"""The arguments of the output layer's operators, in NamedTuples of those that belong together."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Head(NamedTuple):
     weight: Tensor | None  # [V, D]; None: the rows of `hidden` are the logits (D = V)
     bias: Tensor | None  # float32 [V]
     scale: float
-    soft_cap: float  # c; 0: none
+    soft_cap: float  # c; 0: no cap
 
     def vocab(self, hidden: Tensor) -> int:
-        """V."""
+        """The size of the vocabulary, V."""
         return hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
 
 class Rows(NamedTuple):
-    """Which rows of `hidden`, and how a token is drawn for each. All tensors are on its device."""
+    """Which rows of `hidden` to use, and how to draw a token for each. All tensors are on the device of `hidden`."""
 
     row_index: Tensor  # int32 or int64 [M]
-    row_count: Tensor | None  # int32 or int64 []: only the first so many are computed; None: all
+    row_count: Tensor | None  # int32 or int64 []: number of rows that are computed, the first ones; None: all
     temperature: Tensor | None  # float32 [M]; None: `uniform_temperature` for all
     uniform_temperature: float
     seed: Tensor  # int64 []
@@ -53,15 +53,15 @@ class Rows(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which statistics are returned."""
+    """Which statistics to return."""
 
     want_top: bool
     want_entropy: bool
-    of: str = "model"  # whose distribution they are of, see `vocab_projection`
+    of: str = "model"  # the distribution that they describe, see `vocab_projection`
 
 
 class Filters(NamedTuple):
-    """Which ids a token is drawn from, see `vocab_projection`."""
+    """The ids from which a token is drawn, see `vocab_projection`."""
 
     top_k: int = 0
     top_p: float = 1.0
@@ -72,7 +72,7 @@ class Filters(NamedTuple):
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     def check(self) -> None:
-        """Raise ValueError unless each of them means something."""
+        """Raise ValueError if one of them is out of range."""
         if self.top_k < 0 or not 0.0 < self.top_p <= 1.0 or not 0.0 <= self.min_p <= 1.0:
             raise ValueError(
                 "top_k must be at least 0, top_p in (0, 1] and min_p in [0, 1], "
@@ -87,7 +87,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log_pr
 
 
 def empty_outputs(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filters: Filters | None = None) -> Outputs:
-    """What `vocab_projection` fills in, on `hidden`'s device; what is not wanted has no elements."""
+    """Uninitialised outputs of `vocab_projection` on the device of `hidden`. Those that are not wanted are empty."""
     capacity = rows.row_index.shape[0]
 
     def statistic(wanted: bool = True) -> Tensor:

@@ -1,7 +1,7 @@
-"""`divergence`: how far one output layer's distribution is from another's, row by row, in bounded memory.
+"""`divergence`: KL divergence and cross-entropy of two output layers' distributions, row by row, in bounded memory.
 
-For the importance of a step: KL(heavy || light) over 50k-wide rows. The contract; `reference` has it in plain PyTorch,
-`triton_divergence` runs it on a GPU, both heads in one pass.
+It measures at which steps the heavy model is needed (`mdkern.evaluation.importance`). This file has the contract;
+`reference` has it in plain PyTorch, and `triton_divergence` is the GPU kernel, which runs both heads in one pass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def divergence(
     other_scale: float = 1.0,
     other_soft_cap: float = 0.0,
 ) -> RowDivergence:
-    """KL divergence and cross-entropy of the second head's distribution q from the first head's p, at some rows.
+    """KL(p || q) and cross-entropy of the first head's distribution p and the second head's q, at some rows.
 
     Args:
         hidden, weight, bias, scale, soft_cap: the head of p, as in `vocab_projection`.
@@ -56,8 +56,8 @@ def divergence(
         row_index: int32 or int64 ``[M]``, rows of both `hidden` and `other_hidden`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, vocabularies that differ; on a CPU also rows that are not
-            there.
+        ValueError: shapes, dtypes or devices that do not fit; different vocabularies; on a CPU also rows outside of
+            `hidden`.
     """
     head, other = Head(weight, bias, scale, soft_cap), Head(other_weight, other_bias, other_scale, other_soft_cap)
     check_head(hidden, head)

@@ -1,6 +1,6 @@
-"""Folding a tile of logits into its rows' state, in Gluon: `triton_projection._absorb` with its layouts written out.
+"""Folds a tile of logits into the state of its rows, in Gluon: `triton_projection._absorb` with explicit layouts.
 
-The noise is drawn once per row and group, and the sums over a group's 64 ids are exchanged among four lanes only.
+The noise is drawn once for each row and group, and sums over a group's 64 ids are exchanged among four lanes only.
 """
 
 # mypy: ignore-errors
@@ -14,13 +14,13 @@ from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.head.triton_projection import GREEDY
 from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, halves, merge_top_two
 
-ROWS = gl.constexpr(64)  # of a warpgroup
+ROWS = gl.constexpr(64)  # rows of a warpgroup
 
-# A row's values in the lanes of its quad, and a [64, 64] group of logits as the tensor cores leave it.
+# The layout of one value for each row, in the lanes of its quad, and that of a [64, 64] group in a tensor-core result.
 TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 ROW = gl.constexpr(gl.SliceLayout(1, TILE.value))
 COLUMN = gl.constexpr(gl.SliceLayout(0, TILE.value))
-# [64, 2] with each row in the lanes that hold it in `ROW`.
+# The layout of [64, 2] with each row in the lanes that hold it in `ROW`.
 ROW_PAIR = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[8, 0], [0, 1]],
@@ -34,7 +34,7 @@ ROW_PAIR = gl.constexpr(
 
 @constexpr_function
 def _pairs(groups):
-    """One Philox call per lane: 16 rows of a warp by two pairs of groups (or by one pair, twice over)."""
+    """The layout with one Philox call in each lane: 16 rows of a warp by two pairs of groups (or one pair, twice)."""
     pairs = groups // 2
     return gl.DistributedLinearLayout(
         reg_bases=[],
@@ -47,7 +47,7 @@ def _pairs(groups):
 
 @gluon.jit
 def _logit_groups(x, GROUPS: gl.constexpr):
-    """``[64, 64 * GROUPS]`` as a tuple of ``[64, 64]`` in `TILE`: no register moves."""
+    """Split ``[64, 64 * GROUPS]`` into a tuple of ``[64, 64]`` in `TILE`, without moving a register."""
     if GROUPS == 2:
         a, b = halves(x)
         return (gl.convert_layout(a, TILE, True), gl.convert_layout(b, TILE, True))
@@ -65,7 +65,7 @@ def _logit_groups(x, GROUPS: gl.constexpr):
 
 @gluon.jit
 def _races(tile, seed, sample, position, step, GROUPS: gl.constexpr):
-    """``1 / exponential`` of each row and group of the tile: a tuple of ``[64]`` in `ROW`."""
+    """``1 / exponential`` for each row and group of the tile: a tuple of ``[64]`` in `ROW`."""
     layout: gl.constexpr = _pairs(GROUPS)
     pair = gl.arange(0, GROUPS // 2, layout=gl.SliceLayout(0, layout)) + tile * (GROUPS // 2)
     w0, w1, w2, w3 = noise.random_words(
@@ -104,10 +104,10 @@ def _absorb(
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
 ):
-    """`triton_projection._absorb`, group by group."""
+    """`triton_projection._absorb`, one group after another."""
     top, total, moment, second, best, best_group, leader = state
     group_tops = ()
-    if MODE == GREEDY:  # the second within the leading group is found at the end
+    if MODE == GREEDY:  # the second largest within the leading group is found at the end
         tile_top = gl.max(x[0], 1)
         tile_second = gl.full_like(tile_top, LOWEST)
         group_tops = group_tops + (tile_top,)
@@ -153,7 +153,7 @@ def _absorb(
     if WANT_ENTROPY:
         moment += gl.sum(first_moments, 1)
 
-    # The branches are of whole tiles and hold few values over them: inside the loops they would spill registers.
+    # These branches are taken for whole tiles, across which few values live. Inside the loops they spill registers.
     if MODE == GREEDY:
         scores = group_tops
     else:
@@ -198,7 +198,7 @@ def _greedy_scores(x, scores, greedy, GROUPS: gl.constexpr):
 
 @gluon.jit
 def _shifted(x, shift, GROUPS: gl.constexpr):
-    """Add the bias, ``[64 * GROUPS]`` in the columns' layout, to every group."""
+    """Add the bias ``[64 * GROUPS]``, in the layout of columns, to all groups."""
     if GROUPS == 2:
         a, b = shift.reshape(2, GROUP_SIZE).permute(1, 0).split()
         shifts = (a, b)
@@ -215,7 +215,7 @@ def _shifted(x, shift, GROUPS: gl.constexpr):
 
 @gluon.jit
 def _cut(x, left, column, GROUPS: gl.constexpr):
-    """The tile with what lies past its first `left` columns taken out."""
+    """The tile with everything past its first `left` columns excluded."""
     cut = ()
     for g in gl.static_range(GROUPS):
         cut = cut + (gl.where((column < left - g * GROUP_SIZE)[None, :], x[g], LOWEST),)

@@ -1,7 +1,7 @@
-"""`vocab_projection_kernel` for Hopper in Gluon: a producer warp copies, one or two consumer warpgroups multiply.
+"""`vocab_projection_kernel` for Hopper, in Gluon: a producer warp copies, and one or two consumer warpgroups multiply.
 
-The producer runs ahead through a ring of tiles, across the ends of vocabulary tiles, so that memory never waits for
-arithmetic. With two consumers, one folds its logits (`hopper_fold`) while the other has the tensor cores.
+The producer fills a ring of tiles and runs ahead past the end of a vocabulary tile, so that copying never waits for
+arithmetic. With two consumers, one folds its logits (`hopper_fold`) while the other uses the tensor cores.
 """
 
 # mypy: ignore-errors
@@ -38,13 +38,14 @@ from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, l
 
 @gluon.jit
 def _position(item, program, schedule, PROGRAMS: gl.constexpr):
-    """A program's item: row tile; first and last of its vocabulary tiles and their distance; partial of the results."""
+    """An item of a program's work: its row tile; the first and last of its vocabulary tiles and their distance; and the
+    number of its partial result."""
     whole, _, chunk, splits, _, vocab_tiles = schedule
     row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
     first = part
     last = vocab_tiles
     stride = program * 0 + 1
-    if row_tile >= whole:  # neighbours' tiles are neighbours
+    if row_tile >= whole:  # neighbouring programs take neighbouring tiles
         last = gl.minimum(splits * chunk, vocab_tiles)
         stride = splits
         if part == splits:
@@ -71,8 +72,8 @@ def _produce(
 ):
     """The producer warp: fill the ring.
 
-    Full rings in all programs are 15 MB in flight, and any other load waits behind them. So after `HEAD_START` copies
-    the producer lets the consumers load what they begin with.
+    Full rings in all programs are 15 MB of copies in flight, and any other load waits behind them. So after
+    `HEAD_START` copies the producer lets the consumers load their first operands.
     """
     hidden_ring, weight_ring, full, empty, asked = rings
     program, items, schedule = work
@@ -100,7 +101,7 @@ def _consume(
     rings,
     work,
     K_TILES: gl.constexpr,
-    HALF: gl.constexpr,  # which 64 of the tile's rows
+    HALF: gl.constexpr,  # number of the consumer, which has 64 of the tile's rows
     PROGRAMS: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
@@ -114,7 +115,7 @@ def _consume(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    """A consumer warpgroup: its 64 rows times every tile, each folded into the rows' state."""
+    """A consumer warpgroup: multiplies its 64 rows by every tile, and folds each result into the state of the rows."""
     hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
     count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
     hidden_ring, weight_ring, full, empty, asked = rings
@@ -131,7 +132,7 @@ def _consume(
     phase = program * 0
     for item in range(items):
         row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS)
-        if STATIONARY:  # before all else, or these loads wait behind the weights' copies
+        if STATIONARY:  # first of all, as otherwise these loads wait behind the copies of the weights
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index, _ = load_row_index(row_index, gathered, gathered < count, hidden_rows)
             inner = gl.arange(0, BK, layout=gl.SliceLayout(0, chunk_layout))
@@ -186,7 +187,7 @@ def _consume(
             else:
                 races = _races(tile, seed_value, sample, position, step, GROUPS)
             product = gl.zeros([ROWS, BN], gl.float32, layout=wide)
-            previous = stage + 0  # plain `stage` the compiler would take for invariant in the loop
+            previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
             for k in range(K_TILES):
                 mbarrier.wait(full.index(stage), phase)
                 if STATIONARY:
@@ -290,13 +291,13 @@ def vocab_projection_hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    if STATIONARY:  # launched before the kernel before it ends
+    if STATIONARY:  # it may be launched before the previous kernel has ended
         gdc_wait()
-    gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
+    gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = gl.program_id(0)
     count = load_row_count(row_count, capacity)
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
-    # Constants lose their constancy in a variable, so the constant arguments are spelt out in each call.
+    # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
     rings = (hidden_ring, weight_ring, full, empty, asked)
     work = (program, count_items(program, schedule, PROGRAMS), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)

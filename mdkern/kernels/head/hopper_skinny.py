@@ -1,10 +1,11 @@
-"""`vocab_projection` for at most 16 rows on Hopper ("skinny"), in Gluon: hardly slower than reading the weights once.
+"""`vocab_projection` for at most 16 rows ("skinny") on Hopper, in Gluon: hardly slower than reading the weights once.
 
-The tensor cores multiply a group, 64 ids of the vocabulary, by 8 or 16 rows, so that hardly any of their width is
-wasted and a program's work comes in small pieces. One producer warp copies the output layer through a ring, four
-producer warps draw the noise of the groups to come, four consumer warps multiply and fold. The rows stay in shared
-memory. A program leaves 32 bytes per row, with its candidate for the token, and `hopper_skinny_reduce` merges the
-programs'. Times, and what was tried: docs/notes/output-layer.md.
+The tensor cores multiply a group, which is 64 ids of the vocabulary, by 8 or 16 rows. So little of their width is
+wasted, and a program's work comes in small pieces. One producer warp copies the output layer through a ring, four
+producer warps draw the noise of the next groups, and four consumer warps multiply and fold. The rows stay in shared
+memory. Each program writes a record of 32 bytes for each row, with its candidate for the token, and
+`hopper_skinny_reduce` merges these.
+Times, and what was tried: docs/notes/output-layer.md.
 """
 
 # mypy: ignore-errors
@@ -37,20 +38,20 @@ from mdkern.kernels.triton_common import (
     merge_top_two,
 )
 
-NOISE_STAGES = gl.constexpr(2)  # groups whose noise is drawn ahead
+NOISE_STAGES = gl.constexpr(2)  # number of groups whose noise is drawn ahead
 
 
 @constexpr_function
 def _tile(rows):
-    """A group's logits, [64, rows], as the tensor cores leave them."""
+    """The layout of a group's logits, [64, rows], in a tensor-core result."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, rows, 16])
 
 
 @gluon.jit
 def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr):
-    """The producer warp: fill the ring, and after `HEAD_START` copies let the consumers load what they begin with.
+    """The producer warp: fill the ring, and after `HEAD_START` copies let the consumers load their first operands.
 
-    Full rings in all programs are 17 MB in flight, and any other load waits behind them.
+    Full rings in all programs are 17 MB of copies in flight, and any other load waits behind them.
     """
     hidden_tiles, weight_ring, full, empty, asked = rings
     BK: gl.constexpr = weight_ring.shape[2]
@@ -68,7 +69,7 @@ def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START:
 
 @gluon.jit
 def _group_race(seed, keys, group):
-    """``1 / exponential`` of a group, per row."""
+    """``1 / exponential`` of a group for each row."""
     sample, position, step = keys
     w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, (sample * 0) + (group >> 1), noise.GROUP)
     odd = (group & 1) == 1
@@ -77,7 +78,7 @@ def _group_race(seed, keys, group):
 
 @gluon.jit
 def _token_noise(seed, keys, pair):
-    """The Gumbel noise of pairs of ids, ``[32]``, for all rows: ``[64, ROWS]``."""
+    """The Gumbel noise of ``[32]`` pairs of ids for all rows: ``[64, ROWS]``."""
     sample, position, step = keys
     w0, w1, w2, w3 = noise.random_words(
         seed, sample[None, :], position[None, :], step[None, :], gl.expand_dims(pair, 1), noise.TOKEN
@@ -88,11 +89,11 @@ def _token_noise(seed, keys, pair):
 
 @gluon.jit
 def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.constexpr, MODE: gl.constexpr):
-    """The noise's producer warps: each group's race and the noise of its ids, for all rows."""
+    """The producer warps of noise: for all rows, the race of each group and the noise of its ids."""
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
     by_row: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    pairs: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])  # by rows: a Philox call serves two ids
+    pairs: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])  # pairs of ids, which a Philox call serves
     if MODE == MIXED:
         seed_value = gl.load(seed)
         count = load_row_count(row_count, capacity)
@@ -115,7 +116,7 @@ def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROG
 
 @gluon.jit
 def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, hidden_tiles):
-    """Have the rows copied to shared memory, zeros behind them."""
+    """Start copying the rows to shared memory, with zeros after them."""
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     BK: gl.constexpr = hidden_tiles.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BK, BK // 8], [4, 1], [1, 0])
@@ -131,11 +132,11 @@ def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stri
 
 @gluon.jit
 def _product(rings, stage, phase):
-    """The next group by all rows, [64, ROWS]; the ring's next place."""
+    """The product of the next group with all rows, [64, ROWS], and the next stage of the ring."""
     hidden_tiles, weight_ring, full, empty, _ = rings
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     x = gl.zeros([GROUP_SIZE, ROWS], gl.float32, layout=_tile(ROWS))
-    previous = stage + 0  # plain `stage` the compiler would take for invariant in the loop
+    previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
     for k in range(hidden_tiles.shape[0]):
         mbarrier.wait(full.index(stage), phase)
         h = hidden_tiles.index(k).permute((1, 0))
@@ -156,7 +157,7 @@ def _add(a, b, c, a_, b_, c_):
 
 @gluon.jit
 def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr):
-    """Fold a group's logits, [64, ROWS], into the rows' state."""
+    """Fold a group's logits, [64, ROWS], into the state of the rows."""
     top, total, moment, second, best, best_group, leader, leader_value = state
     group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, merge_top_two)
     second = gl.maximum(gl.maximum(second, group_second), gl.minimum(top, group_top))
@@ -190,7 +191,7 @@ def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.conste
 
 @gluon.jit
 def _lead(value, token, logit, value_, token_, logit_):
-    """Largest value, lowest id among equals, and its logit."""
+    """The largest value, the lowest id that has it, and the logit of that id."""
     other = (value_ > value) | ((value_ == value) & (token_ < token))
     return gl.where(other, value_, value), gl.where(other, token_, token), gl.where(other, logit_, logit)
 
@@ -208,7 +209,7 @@ def _consume(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    """The consumer warps: this program's groups times all rows, then a record per row."""
+    """The consumer warps: multiply this program's groups by all rows, then write a record for each row."""
     hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
     capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
     races, noises, drawn, used = draws
@@ -244,7 +245,7 @@ def _consume(
     noise_phase = program * 0
     for group in range(program, groups, PROGRAMS):
         ids = group * GROUP_SIZE + id_in_group
-        if bias is not None:  # a group ahead: behind full rings a load takes as long as a group
+        if bias is not None:  # loaded one group ahead, as a load behind full rings takes as long as a group
             shift = next_shift
             next_ids = ids + PROGRAMS * GROUP_SIZE
             next_shift = gl.load(bias + next_ids, mask=next_ids < vocab, other=LOWEST)
@@ -323,8 +324,8 @@ def vocab_projection_skinny_kernel(
         mbarrier.init(drawn.index(noise_stage), count=1)
         mbarrier.init(used.index(noise_stage), count=1)
     fence_async_shared()
-    gdc_wait()  # for the kernel before it, which may not have ended
-    gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
+    gdc_wait()  # the previous kernel may not have ended
+    gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = gl.program_id(0)
     groups = gl.cdiv(vocab, GROUP_SIZE)
     rings = (hidden_tiles, weight_ring, full, empty, asked)

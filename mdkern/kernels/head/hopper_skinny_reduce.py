@@ -1,4 +1,4 @@
-"""The second kernel of `hopper_skinny`: merges the programs' records of each row and writes what was asked for."""
+"""The second kernel of `hopper_skinny`: merges the programs' records of each row and writes the outputs."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -11,20 +11,21 @@ from mdkern.kernels.head.triton_projection import MIXED
 from mdkern.kernels.head.triton_reduce import write_outputs
 from mdkern.kernels.triton_common import LOG2E, LOWEST, NOWHERE, flip_order, halves, load_row_count
 
-# Numbers per row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as bits),
-# the token's logit, and one to fill 32 bytes: memory that is written in part is read anew from outside the cache.
+# Numbers for each row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as
+# bits), the token's logit, and one that fills 32 bytes, because a sector of memory that is only partly written has to
+# be read first.
 RECORD = gl.constexpr(8)
 
 
 @gluon.jit
 def _largest(x):
-    """Of a vector; as integers, for which a warp has an instruction of its own."""
+    """The largest number of a vector, found as integers, for which a warp has an instruction."""
     return flip_order(gl.max(flip_order(x.to(gl.int32, bitcast=True)), 0)).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _numbers(records):
-    """``[SPLITS, RECORD]`` as vectors: no register moves."""
+    """Split ``[SPLITS, RECORD]`` into vectors, without moving a register."""
     left, right = halves(records)
     a, b = halves(left)
     c, d = halves(right)
@@ -54,7 +55,7 @@ def vocab_projection_skinny_reduce_kernel(
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
 ):
-    """A row per warp, whose lanes read whole records: `triton_reduce._merge` for one row, without a token to pick."""
+    """Each warp has one row, and its lanes read whole records: `triton_reduce._merge` for one row without a token."""
     row = gl.program_id(0)
     count = load_row_count(row_count, capacity)
     value = uniform_temperature

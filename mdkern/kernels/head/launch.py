@@ -1,4 +1,4 @@
-"""Launches the vocabulary projection's kernels: chooses tiles, allocates the partial results, runs two kernels."""
+"""Launches the vocabulary projection's kernels: chooses tiles, allocates partial results, and runs two kernels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
-GATHERED = 32 << 20  # bytes: the most that rows gathered for bulk copies may take
+GATHERED = 32 << 20  # most bytes of rows that are gathered for bulk copies
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a Triton kernel cuts its product. With `gather` rows are copied together first, for bulk copies to read."""
+    """How a Triton kernel divides its product. With `gather`, rows are first copied to one matrix for bulk copies."""
 
     rows: int
     vocab: int
@@ -41,12 +41,12 @@ class Tiling:
 
 @cache
 def hopper_launcher(device: torch.device) -> ModuleType | None:
-    """`launch_hopper` where its kernel runs: on compute capability 9, with Gluon in the Triton package."""
+    """`launch_hopper` if its kernels run here, which needs compute capability 9, and Gluon in Triton; else None."""
     if not is_hopper(device):
         return None
     try:
         from mdkern.kernels.head import launch_hopper
-    except (ImportError, AttributeError):  # Gluon is experimental: another Triton may lack it or name things otherwise
+    except (ImportError, AttributeError):  # Gluon is experimental; other versions of Triton may lack it or differ
         return None
     return launch_hopper
 
@@ -54,11 +54,11 @@ def hopper_launcher(device: torch.device) -> ModuleType | None:
 def choose_tiling(
     rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool
 ) -> Tiling | HopperTiling | SkinnyTiling:
-    """Tiles for at most `rows` rows: Gluon's on Hopper where they win, else Triton's.
+    """Tiles for at most `rows` rows: for Gluon on Hopper where it is faster, else for Triton.
 
-    Few rows wait for memory: two programs on a multiprocessor hide each other's tile ends. Many rows wait for the
-    tensor cores: 128 x 256 is the largest tile that leaves registers for the rows' state, and the rows, gathered first,
-    come by bulk copy. Times: docs/notes/output-layer.md.
+    With few rows, memory is the limit, and two programs on a multiprocessor hide the ends of each other's tiles. With
+    many rows, the tensor cores are the limit: 128 x 256 is the largest tile that leaves registers for the state of the
+    rows, which are gathered first and then read by bulk copies. Times: docs/notes/output-layer.md.
     """
     hopper = hopper_launcher(hidden.device) if bulk_copy else None
     tiling: HopperTiling | SkinnyTiling | None = None if hopper is None else hopper.choose_hopper_tiling(rows, hidden)
@@ -112,7 +112,7 @@ def vocab_projection(
 
 
 def parts(capacity: int, hidden: Tensor, gather: bool) -> list[slice]:
-    """The rows, or where they are gathered first, so many at a time that their copy is at most `GATHERED` bytes."""
+    """Slices of the rows: all at once, or, if they are gathered first, of at most `GATHERED` bytes each."""
     held = capacity * hidden.shape[1] * hidden.element_size()
     if not gather or held <= GATHERED:
         return [slice(0, capacity)]
@@ -129,7 +129,7 @@ def project_part(
     constants: dict[str, Any],
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Both kernels, for some rows."""
+    """Run both kernels for some rows."""
     device, capacity, programs = hidden.device, rows.row_index.shape[0], constants["PROGRAMS"]
     hopper = None if isinstance(tiling, Tiling) else hopper_launcher(device)
     if hopper is not None and isinstance(tiling, hopper.SkinnyTiling):
@@ -145,9 +145,9 @@ def project_part(
         assert hopper is not None
         hopper.project_on_hopper(hidden, head, rows, (statistics, leaders), tiling, constants)
 
-    split_rows = row_tiles % programs  # row tiles whose vocabulary is split, when all of the capacity is used
+    split_rows = row_tiles % programs  # number of row tiles whose vocabulary is split, if all rows are used
     full_splits = programs // split_rows if split_rows else 1
-    # Few rows have many splits: a warp per row, which reads them all at once. Three shapes only, to compile no more.
+    # Few rows have many splits: one warp for each row reads them all at once. There are only three shapes.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     early = launches_early(device)
     token, log_prob, top1, top2, entropy, logsumexp = outputs
@@ -183,7 +183,7 @@ def project(
     bulk_copy: bool,
     constants: dict[str, Any],
 ) -> None:
-    """The first kernel: statistics and leaders of each part of the vocabulary."""
+    """Run the first kernel: statistics and leading groups of each part of the vocabulary."""
     source, table, flags = operands(hidden, head, rows.row_index, tiling, bulk_copy)
     kernels.vocab_projection_kernel[(constants["PROGRAMS"],)](
         source,
@@ -211,7 +211,7 @@ def project(
 def operands(
     hidden: Tensor, head: Head, row_index: Tensor, tiling: Any, bulk_copy: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """What `triton_common.tile_logits` multiplies, rows and weight, and the constants that say how it reads them."""
+    """The rows and the weight for `triton_common.tile_logits`, and the constants that say how it reads them."""
     gather = tiling.gather and bulk_copy
     source: Any = hidden
     if gather:
@@ -236,7 +236,7 @@ def operands(
 
 
 def with_unit_strides(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """The same with unit stride along rows, copied if need be; a weight is too large to copy, so it is refused."""
+    """The tensors with unit stride within rows, copied if needed. A weight is large, so it is refused instead."""
     if head.weight is not None and head.weight.stride(1) != 1:
         raise ValueError(f"weight must have unit stride along its rows, not strides {head.weight.stride()}")
     bias = None if head.bias is None else head.bias.contiguous()

@@ -1,4 +1,4 @@
-"""Launches `divergence`'s kernels: chooses tiles, splits the vocabulary so that the card is full, runs two kernels."""
+"""Launches the kernels of `divergence`: chooses tiles, splits the vocabulary to fill the card, and runs two kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mdkern.kernels.head.arguments import Head
 from mdkern.kernels.head.launch import Tiling, operands, with_unit_strides
 
 PARTS = kernels.PARTS.value
-MOST_SPLITS = 512  # of the vocabulary: what the second kernel reads of a row
+MOST_SPLITS = 512  # most parts of the vocabulary, which the second kernel reads for each row
 
 
 def choose_tiling(rows: int, heads: tuple[tuple[Tensor, Head], ...], bulk_copy: bool) -> Tiling:
@@ -62,7 +62,7 @@ def divergence(
         chunk,
         BM=tiling.rows,
         BN=tiling.vocab,
-        EXCLUDES=heads[1][1].bias is not None or heads[1][1].weight is None,  # an id may be impossible
+        EXCLUDES=heads[1][1].bias is not None or heads[1][1].weight is None,  # q may be 0 at some ids
         **flags,
         **{f"OTHER_{name}": value for name, value in other_flags.items()},
         num_warps=tiling.warps,
@@ -76,7 +76,7 @@ def divergence(
 
 
 def splits_for(row_tiles: int, programs: int) -> int:
-    """Into how many parts the vocabulary is cut, such that the last of the waves of programs is nearly full."""
+    """The number of parts of the vocabulary with which the last wave of programs is nearly full."""
     if 8 * row_tiles <= programs:
         return min(programs // row_tiles, MOST_SPLITS)
 
@@ -92,7 +92,7 @@ def reads_in_bulk(head: Head) -> bool:
 
 
 def arguments(hidden: Tensor, head: Head, row_index: Tensor, tiling: Tiling) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Of one head: the kernel's arguments and its constants."""
+    """The kernel's arguments and constants for one head."""
     source, table, flags = operands(hidden, head, row_index, tiling, reads_in_bulk(head))
     strides = (hidden.stride(0), 0 if head.weight is None else head.weight.stride(0))
     return (source, table, head.bias, hidden.shape[1], *strides, head.scale, head.soft_cap), flags

@@ -1,5 +1,5 @@
-"""Launches the kernels of `vocab_projection` that have a row's logits at hand, for filters and for statistics of the
-sampler's distribution: a bounded number of logits at a time, two kernels each."""
+"""Launches the kernels of `vocab_projection` that keep a row's logits in memory, which filters and statistics of the
+sampler's distribution need. They take a bounded number of logits at a time, with two kernels for each chunk."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mdkern.kernels.head.triton_filter_search import PER_LANE
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
-CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB of float32
+CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB of float32
 
 
 @dataclass(frozen=True)
 class Search:
-    """A program's shape in the second kernel: logits held at a time are ``rows * 128 * warps``."""
+    """The shape of a program in the second kernel, which holds ``rows * 128 * warps`` logits at a time."""
 
     rows: int = 2
     warps: int = 16
 
 
-REGISTERS = 64  # of a thread of the second kernel
+REGISTERS = 64  # registers of a thread of the second kernel
 
 
 def choose_tiling(rows: int, dtype: torch.dtype, bulk_copy: bool, from_logits: bool) -> Tiling:
@@ -99,7 +99,7 @@ def write_logits(
     bulk_copy: bool,
     constants: dict[str, Any],
 ) -> None:
-    """The first kernel, for rows `first` to ``first + chunk``."""
+    """Run the first kernel for rows `first` to ``first + chunk``."""
     vocab = head.vocab(hidden)
     source, table, flags = operands(hidden, head, rows.row_index[first : first + chunk], tiling, bulk_copy)
     kernels.filtered_logits_kernel[(triton.cdiv(chunk, tiling.rows) * triton.cdiv(vocab, tiling.vocab),)](
@@ -140,7 +140,7 @@ def draw(
     search: Search,
     constants: dict[str, Any],
 ) -> None:
-    """The second kernel, for rows `first` to ``first + chunk``."""
+    """Run the second kernel for rows `first` to ``first + chunk``."""
     token, log_prob, top1, top2, entropy, logsumexp = outputs
     width = scaled.shape[1]
     kernels.filtered_draw_kernel[(chunk,)](

@@ -1,4 +1,4 @@
-"""Launches `hopper_projection`: chooses its tiles and describes the matrices to the bulk-copy engine."""
+"""Launches `hopper_projection`: chooses its tiles and makes descriptors for the bulk-copy engine (TMA)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, SkinnyTiling, cho
 __all__ = ["ELEMENT", "HopperTiling", "SkinnyTiling", "choose_hopper_tiling", "project_on_hopper", "project_skinny"]
 
 HIDDEN_DIM = 64  # elements of a copied tile's rows: 128 bytes, the width of the shared-memory swizzle
-HEAD_START = 2  # copies before the consumers have asked for their rows
-CONSUMER_REGISTERS = 224  # of a thread of the second consumer; the first has as many, the producer 24
+HEAD_START = 2  # copies that the producer starts before the consumers load their rows
+CONSUMER_REGISTERS = 224  # registers of a thread of each consumer; the producer has 24
 
 
 @dataclass(frozen=True)
 class HopperTiling:
-    """How `hopper_projection` cuts its work: 64 rows for each consumer warpgroup."""
+    """How `hopper_projection` divides its work, with 64 rows for each consumer warpgroup."""
 
     programs_per_sm: ClassVar[int] = 1
 
     consumers: int
     vocab: int
     stages: int
-    # The rows stay in shared memory and need not be gathered first, so the kernel may be launched before the one before
-    # it has ended.
+    # The rows stay in shared memory and need not be gathered first, so the kernel may be launched before the previous
+    # one has ended.
     stationary: bool = False
 
     @property
@@ -41,17 +41,17 @@ class HopperTiling:
 
     @property
     def gather(self) -> bool:
-        """Whether the rows are copied together first."""
+        """Whether the rows are first copied to one matrix."""
         return not self.stationary
 
     @property
     def registers(self) -> int:
-        """Of a thread at launch. Some are left over, so that the reduce kernel can start before this one ends."""
+        """Registers of a thread at launch. Some are left, so that the reduce kernel can start before this one ends."""
         return 128 if self.consumers == 1 else 160
 
 
 def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | SkinnyTiling | None:
-    """Tiles for at most `rows` rows; None where `triton_projection` is to serve. Times: docs/notes/output-layer.md."""
+    """Tiles for at most `rows` rows; None if `triton_projection` should be used. Times: docs/notes/output-layer.md."""
     hidden_dim, size = hidden.shape[1], hidden.element_size()
     if hidden.dtype not in ELEMENT or hidden_dim % 8:  # bulk copies want rows of a multiple of 16 bytes
         return None
@@ -59,7 +59,7 @@ def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | SkinnyTili
     if skinny is not None:
         return skinny
     stages = (SHARED - triton.cdiv(hidden_dim, HIDDEN_DIM) * 64 * HIDDEN_DIM * size) // (128 * HIDDEN_DIM * size)
-    shallow = stages >= 5  # 64 rows fit beside a ring
+    shallow = stages >= 5  # 64 rows fit into shared memory beside a ring
     aligned = hidden_dim % 16 == 0 and hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
     if rows <= 256 and shallow and aligned:
         return HopperTiling(1, 128, min(stages, 7), stationary=True)
@@ -78,7 +78,7 @@ def project_on_hopper(
     tiling: HopperTiling,
     constants: dict[str, Any],
 ) -> None:
-    """The first kernel: statistics and leaders of each part of the vocabulary."""
+    """Run the first kernel: statistics and leading groups of each part of the vocabulary."""
 
     def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[matrix.dtype])
@@ -111,7 +111,7 @@ def project_on_hopper(
 
 
 def gather_rows(hidden: Tensor, row_index: Tensor, tile: int) -> Tensor:
-    """The rows in a matrix of whole tiles, so that no copy reaches over its end; what is behind them is not used."""
+    """Copy the rows to a matrix of whole tiles, so that no bulk copy reads past its end. Added rows are not used."""
     count = row_index.shape[0]
     gathered = hidden.new_empty((triton.cdiv(count, tile) * tile, hidden.shape[1]))
     torch.index_select(hidden, 0, row_index, out=gathered[:count])
@@ -119,7 +119,7 @@ def gather_rows(hidden: Tensor, row_index: Tensor, tile: int) -> Tensor:
 
 
 def tiling_constants(tiling: HopperTiling, hidden_dim: int) -> dict[str, Any]:
-    """What the kernel is compiled for, besides what is wanted of it."""
+    """The constants that depend on the tiling."""
     return {
         "K_TILES": triton.cdiv(hidden_dim, HIDDEN_DIM),
         "CONSUMERS": tiling.consumers,

@@ -1,4 +1,4 @@
-"""Launches `hopper_skinny`, a program per multiprocessor, and `hopper_skinny_reduce`, a warp per row."""
+"""Launches `hopper_skinny`, a program on each multiprocessor, and `hopper_skinny_reduce`, a warp for each row."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mdkern.kernels.head.arguments import Head, Rows
 
 GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
 RECORD = hopper_skinny_reduce.RECORD.value
-SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchanges between lanes
+SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchange between lanes
 RING = 128 * 1024  # bytes in flight; more is slower, see docs/notes/output-layer.md
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-REGISTERS = 128  # of a thread at launch: some are left over, so that the reduce kernel can start before this one ends
+REGISTERS = 128  # of a thread at launch; some are left, so that the reduce kernel can start before this one ends
 
 
 @dataclass(frozen=True)
 class SkinnyTiling:
-    """How `hopper_skinny` cuts its work: groups of 64 ids by `rows` rows, all of which stay in shared memory."""
+    """How `hopper_skinny` divides its work: groups of 64 ids by `rows` rows, all of which stay in shared memory."""
 
     programs_per_sm: ClassVar[int] = 1
     gather: ClassVar[bool] = False
@@ -32,17 +32,17 @@ class SkinnyTiling:
 
     rows: int
     stages: int
-    hidden_dim: int  # of a copied tile
+    hidden_dim: int  # columns of a copied tile
 
     @property
     def head_start(self) -> int:
-        """Copies, 32 KiB of them, before the consumers have asked for their rows."""
+        """Number of copies, 32 KiB in all, that start before the consumers load their rows."""
         return 256 // self.hidden_dim
 
 
 def choose_skinny_tiling(rows: int, hidden: Tensor) -> SkinnyTiling | None:
-    """Tiles for at most `rows` rows; None above 16 rows, where `hopper_projection` is faster, and where the rows and
-    four copied tiles do not fit."""
+    """Tiles for at most `rows` rows. None above 16 rows, where `hopper_projection` is faster, and if the rows and four
+    copied tiles do not fit into shared memory."""
     hidden_dim, aligned = hidden.shape[1], hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
     if rows > 16 or hidden.dtype not in ELEMENT or hidden_dim % 16 or not aligned:
         return None
@@ -55,7 +55,7 @@ def choose_skinny_tiling(rows: int, hidden: Tensor) -> SkinnyTiling | None:
 
 
 def held_bytes(rows: int, copied: int, hidden_dim: int) -> int:
-    """Shared memory that is not the ring's: the rows, and the noise of two groups."""
+    """Bytes of shared memory besides the ring: the rows, and the noise of two groups."""
     noise = hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
     return triton.cdiv(hidden_dim, copied) * copied * rows * 2 + noise
 
@@ -68,7 +68,7 @@ def project_skinny(
     constants: dict[str, Any],
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Both kernels."""
+    """Run both kernels."""
     assert head.weight is not None
     capacity, vocab = rows.row_index.shape[0], head.vocab(hidden)
     programs = min(constants["PROGRAMS"], triton.cdiv(vocab, GROUP_SIZE))
@@ -118,7 +118,7 @@ def project_skinny(
 
 
 def tiling_constants(tiling: SkinnyTiling, hidden_dim: int) -> dict[str, Any]:
-    """What `hopper_skinny` is compiled for, besides what is wanted of it."""
+    """The constants that depend on the tiling."""
     return {
         "K_TILES": triton.cdiv(hidden_dim, tiling.hidden_dim),
         "ROWS": tiling.rows,

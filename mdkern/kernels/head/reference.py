@@ -1,4 +1,4 @@
-"""The operators of the output layer in plain PyTorch: the CPU path, and what the tests hold the kernels against."""
+"""The operators of the output layer in plain PyTorch. They run on CPUs, and the tests compare the kernels with them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from mdkern.kernels import noise
 from mdkern.kernels.head.arguments import NO_FILTERS, Filters, Head, Outputs, Rows, Wanted
 
-GROUP_SIZE = 64  # vocabulary ids that share one group draw, see `vocab_projection`
-CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MiB of float32
+GROUP_SIZE = 64  # ids of a group, see `sample_token`
+CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time: 128 MiB of float32
 
 
 def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filters: Filters) -> Outputs:
     """`mdkern.kernels.vocab_projection` with the logits in memory, `CHUNK_ELEMENTS` of them at a time.
 
     Raises:
-        ValueError: on the CPU, where looking costs nothing: values that mean nothing.
+        ValueError: values out of range; on the CPU only, as reading them on a GPU would synchronise.
     """
     row_index, row_count, temperature, uniform, seed, keys = rows
     capacity, device = row_index.shape[0], hidden.device
     count = capacity
-    if device.type == "cpu":  # on a GPU reading it would be a synchronisation
+    if device.type == "cpu":  # on a GPU, reading it would synchronise
         count = capacity if row_count is None else min(capacity, int(row_count))
         check_values(row_index[:count], None if temperature is None else temperature[:count], hidden.shape[0])
     if temperature is None:
@@ -41,7 +41,7 @@ def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, fil
     if row_count is not None and count == capacity:
         past = torch.arange(capacity, device=device) >= row_count
         token, statistics = token.masked_fill(past, -1), statistics.masked_fill(past, torch.nan)
-    log_prob, top1, top2, entropy, logsumexp = (statistic.clone() for statistic in statistics)  # no shared storage
+    log_prob, top1, top2, entropy, logsumexp = (statistic.clone() for statistic in statistics)  # outputs must not alias
     if not wanted.want_top:
         top1, top2 = top1.new_empty(0), top2.new_empty(0)
     if not wanted.want_entropy:
@@ -70,7 +70,7 @@ def divergence(
 
 
 def check_values(row_index: Tensor, temperature: Tensor | None, hidden_rows: int) -> None:
-    """Refuse rows that are not there and temperatures below 0 or NaN."""
+    """Refuse rows outside of `hidden`, and temperatures that are negative or NaN."""
     outside = (row_index < 0) | (row_index >= hidden_rows)
     if bool(outside.any()):
         raise ValueError(
@@ -116,8 +116,9 @@ def row_statistics(
     """Token and statistics of rows of float32 logits ``[M, V]``.
 
     Returns:
-        token int64 ``[M]``, -1 where the logits hold a NaN, a +inf or nothing above -inf; and float32 ``[5, M]``, NaN
-        there: log-probability of the token, largest and second largest probability, entropy (nats), logsumexp.
+        token int64 ``[M]``, which is -1 if the logits hold a NaN or +inf, or are all -inf; and float32 ``[5, M]``,
+        which
+        is NaN then: log-probability of the token, largest and second largest probability, entropy (nats), logsumexp.
     """
     bad = ~logits.logsumexp(-1).isfinite()
     greedy = lowest_argmax(logits)
@@ -149,7 +150,7 @@ def keep_most_probable(logits: Tensor, top_k: int, top_p: float, min_p: float, t
         place = (before < goal[:, None]).sum(-1, keepdim=True).clamp(min=1) - 1
 
         def fewest(above: Tensor, equal: Tensor) -> Tensor:
-            """How many of the equals are kept: ``goal - (what is above)``, in units of one of them."""
+            """How many of the equal logits are kept: the mass that is missing to the goal, in units of one of them."""
             left = goal - weight.masked_fill(~above, 0.0).sum(-1)
             number = left / weight.masked_fill(~equal, 0.0).amax(-1)
             return number.floor() if top_p_rule == "within" else number.ceil().clamp(min=1)
@@ -161,10 +162,12 @@ def keep_most_probable(logits: Tensor, top_k: int, top_p: float, min_p: float, t
 
 
 def keep_first(logits: Tensor, least: Tensor, fewest: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The logits above `least` ``[M, 1]`` and the first few of those equal to it, never none; -inf elsewhere.
+    """Keep the logits above ``least [M, 1]`` and the first few that are equal to it, at least one in all; others are
+    -inf.
 
     Args:
-        fewest: from bool ``[M, V]``, which are above and which are equal, how many of the equals are kept, ``[M]``.
+        fewest: gives the number of equal logits that are kept, ``[M]``, from which are above and which are equal, bool
+            ``[M, V]`` each.
     """
     above, equal = logits > least, logits == least
     number = fewest(above, equal)
@@ -174,12 +177,12 @@ def keep_first(logits: Tensor, least: Tensor, fewest: Callable[[Tensor, Tensor],
 
 
 def sample_token(scaled: Tensor, seed: Tensor, keys: Tensor) -> Tensor:
-    """An exact draw from ``softmax(scaled)`` per row, int64 ``[M]``.
+    """An exact draw from ``softmax(scaled)`` for each row, int64 ``[M]``.
 
-    Gumbel-max over a partition: each group of `GROUP_SIZE` consecutive ids gets one Gumbel on top of its logsumexp,
-    which picks the group; then one Gumbel per id of that group picks the token. The maximum over a group of
-    ``logit + Gumbel`` is distributed as ``logsumexp + Gumbel`` and is independent of where it is attained, so this is
-    Gumbel-max itself at 1/64 of its noise.
+    Gumbel-max in two stages: each group of `GROUP_SIZE` consecutive ids gets one Gumbel number added to its logsumexp,
+    and the largest sum picks the group; then a Gumbel number for each id of that group picks the token. The maximum of
+    ``logit + Gumbel`` over a group has the distribution of ``logsumexp + Gumbel`` and is independent of the id that
+    attains it. So the token has the distribution of Gumbel-max, with 1/64 of its random numbers.
     """
     rows, columns = scaled.shape
     size = min(GROUP_SIZE, columns)  # a vocabulary smaller than a group is one group
@@ -197,7 +200,7 @@ def sample_token(scaled: Tensor, seed: Tensor, keys: Tensor) -> Tensor:
 
 
 def lowest_argmax(values: Tensor) -> Tensor:
-    """Argmax over the last dimension, lowest index on ties (`torch.argmax` promises none)."""
+    """Argmax over the last dimension, with the lowest index on ties, which `torch.argmax` does not promise."""
     columns = torch.arange(values.shape[-1], device=values.device)
     at_maximum = values == values.amax(-1, keepdim=True)
     return torch.where(at_maximum, columns, values.shape[-1] - 1).amin(-1)

@@ -1,10 +1,10 @@
 """`divergence` in Triton: one pass over both output layers that never writes a logit to memory.
 
-Each program multiplies the same tile of rows and ids with both heads and keeps a few numbers per row. With x a logit
-of p and m the largest so far, y and n those of q, they are the sums of exp(x - m), of exp(y - n), of
-exp(x - m) * ((x - m) - (y - n)) and of exp(x - m) * (y - n). The last two are the moments under p that KL divergence
-and cross-entropy need, up to the logarithms of the first two; where the heads are nearly equal, their differences are
-summed as differences. A second kernel combines the vocabulary splits of each row.
+Each program computes the same tile of rows and ids with both heads and keeps a few numbers for each row. With x a logit
+of p and m the largest so far, and y and n those of q, they are the sums of exp(x - m), of exp(y - n), of
+exp(x - m) * ((x - m) - (y - n)) and of exp(x - m) * (y - n). The last two give the KL divergence and the cross-entropy,
+up to the logarithms of the first two. Summing differences keeps precision where the heads are nearly equal. A second
+kernel combines the parts of the vocabulary for each row.
 """
 
 # mypy: ignore-errors
@@ -15,12 +15,12 @@ import triton.language as tl
 
 from mdkern.kernels.triton_common import IMPOSSIBLE, LN2, LOG2E, LOWEST, load_row_index, tile_logits
 
-PARTS = tl.constexpr(7)  # floats per row and split
+PARTS = tl.constexpr(7)  # floats for each row and part of the vocabulary
 
 
 @triton.jit
 def _advance(state, top, other_top):
-    """The same sums relative to new maxima."""
+    """Convert the sums to new maxima."""
     old_top, total, old_other, other_total, gap, cross, escaped = state
     shift, other_shift = old_top - top, old_other - other_top
     rescale = tl.exp2(shift * LOG2E)
@@ -38,7 +38,7 @@ def _absorb(x, y, state, EXCLUDES: tl.constexpr):
     e = tl.exp2(a * LOG2E)
     total += tl.sum(e, 1)
     other_total += tl.sum(tl.exp2(b * LOG2E), 1)
-    if EXCLUDES:  # ids that q rules out are kept apart: KL is infinite if p gives the likeliest of them anything
+    if EXCLUDES:  # ids with q = 0 are treated apart: KL is infinite if p is above 0 at the most probable of them
         out = y == LOWEST
         escaped = tl.maximum(escaped, tl.max(tl.where(out, x, LOWEST), 1))
         b = tl.where(out, 0.0, b)
@@ -70,7 +70,7 @@ def divergence_kernel(
     count,
     vocab,
     hidden_rows,  # N
-    chunk,  # vocabulary tiles of a program
+    chunk,  # number of vocabulary tiles of a program
     BM: tl.constexpr,
     BN: tl.constexpr,
     EXCLUDES: tl.constexpr,
@@ -138,7 +138,7 @@ def divergence_reduce_kernel(parts, kl, cross_entropy, count, splits, ROWS: tl.c
     log_total, log_other = tl.log2(total) * LN2, tl.log2(tl.sum(other_totals, 1)) * LN2
     kl_value = tl.sum(gaps, 1) / total - log_total + log_other
     cross_value = log_other - tl.sum(crosses, 1) / total
-    # NaN in either head stays; so do rows in which a head makes nothing possible.
+    # A NaN in either head stays NaN, and so do rows in which a head excludes every id.
     excluded = (escaped > IMPOSSIBLE) & (tl.exp2((escaped - top - log_total) * LOG2E) > 0.0) & (kl_value == kl_value)
     good = (top > IMPOSSIBLE) & (other_top > IMPOSSIBLE)
     kl_value = tl.where(good, tl.where(excluded, float("inf"), kl_value), float("nan"))

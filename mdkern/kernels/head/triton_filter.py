@@ -1,9 +1,9 @@
 """`vocab_projection` with `top_k`, `top_p` and `min_p` in Triton: two kernels for each chunk of rows.
 
-The first writes the chunk's logits, divided by the temperature, and statistics of each tile of them. The second has a
-program per row: it finds the value at or above which the filters keep logits (`triton_filter_search`), and draws among
-these as `reference.sample_token` does. Statistics are of the model's distribution, from the first kernel, or of the one
-that is drawn from, from the second.
+The first writes the chunk's logits, divided by the temperature, and statistics of each tile. The second has a program
+for each row, which finds the smallest logit that the filters keep (`triton_filter_search`) and draws from the kept ones
+as `reference.sample_token` does. Statistics of the model's distribution come from the first kernel, those of the
+sampler's distribution from the second.
 """
 
 # mypy: ignore-errors
@@ -27,7 +27,7 @@ from mdkern.kernels.triton_common import (
     tile_logits,
 )
 
-STATISTICS = tl.constexpr(4)  # maximum, sum of exponentials, their first moment, second maximum: of a row in a tile
+STATISTICS = tl.constexpr(4)  # of a row in a tile: maximum, sum of exponentials, their first moment, second maximum
 
 
 @triton.jit(do_not_specialize=["first_row", "chunk", "capacity", "vocab", "hidden_rows"])
@@ -39,10 +39,10 @@ def filtered_logits_kernel(
     row_count,  # [] or None
     temperature,  # [M], or None: `uniform_temperature` everywhere
     uniform_temperature,
-    scaled,  # [chunk, width]: logits / temperature (by nothing where it is 0), LOWEST for -inf and past V
+    scaled,  # [chunk, width]: logits / temperature (logits where that is 0), LOWEST for -inf and past V
     statistics,  # [chunk, STATISTICS, tiles], of the logits
     first_row,
-    chunk,  # rows from `first_row` on
+    chunk,  # number of rows from `first_row` on
     capacity,
     vocab,
     hidden_rows,  # N
@@ -66,7 +66,7 @@ def filtered_logits_kernel(
     WANT_ENTROPY: tl.constexpr,
     OF_SAMPLER: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(chunk, BM)  # row tiles of one vocabulary tile side by side: they share its weights in the cache
+    row_tiles = tl.cdiv(chunk, BM)  # row tiles of a vocabulary tile run side by side and share its weights in the cache
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
     local = row_tile * BM + tl.arange(0, BM)
@@ -100,7 +100,7 @@ def filtered_logits_kernel(
     if temperature is not None:
         divisor = tl.load(temperature + rows, mask=valid, other=1.0)
     divisor = tl.where(divisor == 0.0, 1.0, divisor)
-    if tl.max((divisor != 1.0).to(tl.int32), 0) == 1:  # divided as the reference divides, so that ties are its ties
+    if tl.max((divisor != 1.0).to(tl.int32), 0) == 1:  # a division, as in the reference, so that ties are the same
         x = tl.where(x == LOWEST, x, tl.div_rn(x, tl.broadcast_to(divisor[:, None], [BM, BN])))
         x = tl.where(x < IMPOSSIBLE, LOWEST, x)
     ids = tile * BN + tl.arange(0, BN)
@@ -109,7 +109,7 @@ def filtered_logits_kernel(
 
 @triton.jit
 def _is_kept(x, ids, least, last):
-    """Whether the filters keep logits: above `least`, or equal to it up to id `last`."""
+    """Whether the filters keep logits: those above `least`, and those equal to it with ids up to `last`."""
     return (x > least) | ((x == least) & (ids <= last))
 
 
@@ -127,10 +127,10 @@ def _weigh(
     OF_SAMPLER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of exponentials over each group's kept logits (over its maxima if `greedy`).
+    """Write the sums of exponentials over each group's kept logits (over the row's maxima if `greedy`).
 
     Returns:
-        The last id that is kept of those equal to `least`. With OF_SAMPLER, of all that is kept: the sum of
+        The last id that is kept of those equal to `least`. With OF_SAMPLER also, over all kept logits: the sum of
         exponentials, their first moment (base 2) and the second largest logit.
     """
     GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
@@ -156,11 +156,11 @@ def _weigh(
                 tops += tl.sum((x == top).to(tl.int32), 1)
                 seconds = tl.maximum(seconds, tl.max(tl.where((x >= least) & (x < top), x, LOWEST), 1))
         tl.store(weights + start + in_block, total, mask=start + in_block < groups)
-    tl.debug_barrier()  # the weights are read by other threads than wrote them
+    tl.debug_barrier()  # the weights are read by other threads than those that wrote them
 
     last = tl.full([], NOWHERE, tl.int32)
     left_out = tl.sum(equals, 0).to(tl.float32) - kept_equals
-    if left_out > 0.0:  # hardly ever: the last that is kept has equals that are not
+    if left_out > 0.0:  # rare: some logits equal to the last kept one are not kept
         before = tl.zeros([], tl.int32)
         last = tl.full([], -1, tl.int32)
         for start in range(0, groups, GROUPS):
@@ -194,7 +194,7 @@ def _weigh(
 
 @triton.jit
 def _draw(row, weights, width, least, last, greedy, seed, sample, position, step, RACERS: tl.constexpr):
-    """A draw from the softmax of the kept logits (the lowest of the maxima if `greedy`), and its logit."""
+    """A draw from the softmax of the kept logits (the lowest id of the maxima if `greedy`), and its logit."""
     lane = tl.arange(0, GROUP_SIZE)
     groups = tl.cdiv(width, GROUP_SIZE)
     best, best_group = tl.full([], -1.0, tl.float32), tl.zeros([], tl.int32)
@@ -236,7 +236,7 @@ def _least_kept(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The least logit that the filters keep, and how many of its equals they keep (float32, infinity for all)."""
+    """The least logit that the filters keep, and how many logits equal to it they keep (float32, infinity for all)."""
     infinity = tl.full([], float("inf"), tl.float32)
     least, expected, kept_equals = tl.full([], IMPOSSIBLE, tl.float32), infinity, infinity
     left_out = tl.zeros([], tl.float32)
@@ -256,7 +256,7 @@ def _least_kept(
         kept_equals = (goal - above) / tl.exp2((least - top) * LOG2E)
         if WITHIN:
             kept_equals = tl.floor(kept_equals)
-            none = (kept_equals < 1.0) & (least < top)  # of the equals, then: all that is above
+            none = (kept_equals < 1.0) & (least < top)  # none of the equal ones, but all above them
             least, kept_equals = tl.where(none, next_float(least), least), tl.where(none, infinity, kept_equals)
         else:
             kept_equals = tl.ceil(kept_equals)
@@ -280,7 +280,7 @@ def _merge(top, total, moment, second, other_top, other_total, other_moment, oth
 
 @triton.jit
 def _combine(statistics, tiles, WANT_TOP: tl.constexpr, WANT_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum, sum of exponentials, their first moment (base 2) and second maximum of a row, from its tiles'."""
+    """Maximum, sum of exponentials, their first moment (base 2) and second maximum of a row, from its tiles."""
     lowest, nothing = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
     top, total, moment, second = lowest, nothing, nothing, lowest
     for start in range(0, tiles, BLOCK):

@@ -1,11 +1,11 @@
-"""Which logits of a row the filters keep: those at or above one value, found without a sort.
+"""Which logits of a row the filters keep: those at or above one value, the threshold, which is found without sorting.
 
-`top_k` asks for the largest value that so many logits reach, `top_p` for the largest value such that the logits that
-reach it hold so much of the probability: one search with two measures. The value is known to lie between two others.
-Each survey of the row measures what lies at or above eight values between them, most of them close to where
-interpolation expects the answer. After one or two surveys only a few thousand logits are in question. They are
-collected, some by each thread, and the search goes on among them, collecting what is left each time, until all that are
-left are equal.
+The threshold of `top_k` is the largest value such that k logits are at or above it; that of `top_p` is the largest
+value such that the logits at or above it hold p of the probability. It is one search with two measures, a number or a
+mass. An interval is known that holds the threshold. Each survey of the row measures the logits at or above eight values
+of this interval, most of them close to where interpolation expects the threshold. After one or two surveys only a few
+thousand logits are left in the interval. They are collected, some by each thread, and the search continues among them,
+collecting what is left each time, until all that are left are equal.
 """
 
 # mypy: ignore-errors
@@ -18,7 +18,7 @@ from mdkern.kernels.triton_common import LOG2E, LOWEST, flip_order
 
 PIVOTS = tl.constexpr(8)
 PER_LANE = tl.constexpr(32)  # places of each lane for collected logits
-FILL = tl.constexpr(12)  # how many of them are used on average, at most, so that hardly ever a lane of 512 has too few
+FILL = tl.constexpr(12)  # most places used on average, so that it is rare for one of 512 lanes to have too few
 
 
 @triton.jit
@@ -39,28 +39,28 @@ def next_float(value):
 
 @triton.jit
 def _halfway(low, high):
-    """Between them by ordered bits: halves any interval of floats at last, whatever their values."""
+    """The middle of two floats by their ordered bits, with which bisection ends whatever their values are."""
     low_key, high_key = _ordered(low).to(tl.int64), _ordered(high).to(tl.int64)
     return _unordered(((low_key + high_key) >> 1).to(tl.int32))
 
 
 @triton.jit
 def _first_pivots(low, top):
-    """`low` itself, for the measure of the whole; then distances from the top, in nats, that suit text and noise."""
+    """`low` itself, to measure the whole row; then values at distances from the top, in nats, for text and noise."""
     return (low, top - 0.5, top - 1.5, top - 3.0, top - 5.0, top - 7.5, top - 11.0, top - 16.0)
 
 
 @triton.jit
 def _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS: tl.constexpr):
-    """Values between `low` and `high`, neither of them: halfway, and around the interpolated place of `goal`."""
+    """Values strictly between `low` and `high`: the middle, and values around the interpolated place of `goal`."""
     if BY_MASS:
         part = (measure_low - goal) / (measure_low - measure_high)
-    else:  # how many lie above a value falls off about exponentially with it
+    else:  # the number of logits above a value falls about exponentially with the value
         log_low, log_high = tl.log2(measure_low), tl.log2(tl.maximum(measure_high, 0.5))
         part = (log_low - tl.log2(goal)) / (log_low - log_high)
     part = tl.where((part >= 0.0) & (part <= 1.0), part, 0.5)
     span = high - low
-    far = span > 64.0  # only suppressed ids are so improbable: look near the upper end, at growing distances
+    far = span > 64.0  # only suppressed ids are so improbable, so look near the upper end, at growing distances
     middle = tl.where(far, high - 4.0, low + span * part)
     pivots = (_halfway(low, high), middle)
     step, distance = span, 4.0 + 0.0 * span
@@ -78,7 +78,7 @@ def _next_pivots(low, high, measure_low, measure_high, goal, BY_MASS: tl.constex
 
 @triton.jit
 def _narrow(pivots, measures, goal, low, high, measure_low, measure_high):
-    """The highest of the values that reach the goal, the lowest of those that do not."""
+    """Narrow the interval to the highest value that reaches the goal and the lowest one that does not."""
     for j in tl.static_range(PIVOTS):
         rise = (measures[j] >= goal) & (pivots[j] > low)
         fall = (measures[j] < goal) & (pivots[j] < high)
@@ -99,7 +99,7 @@ def _least_and_most(a_least, a_most, b_least, b_most):
 
 @triton.jit
 def _quarters(x):
-    """``[4 * n]`` as four ``[n]``, without moving a register: each thread holds four neighbours."""
+    """Split ``[4 * n]`` into four of ``[n]`` without moving a register, as each thread holds four neighbours."""
     left, right = x.reshape(x.shape[0] // 4, 2, 2).split()
     a, b = left.split()
     c, d = right.split()
@@ -116,7 +116,7 @@ def _weight(x, top, BY_MASS: tl.constexpr):
 
 @triton.jit
 def _survey(row, width, top, pivots, BY_MASS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The measure of what lies at or above each pivot. Sums are in one order, whichever pivot they are of."""
+    """The measure of the logits at or above each pivot. The order of the sums does not depend on the pivots."""
     measures = ()
     for _ in tl.static_range(PIVOTS):
         measures = measures + (tl.zeros([LANES], tl.float32),)
@@ -127,14 +127,14 @@ def _survey(row, width, top, pivots, BY_MASS: tl.constexpr, ROWS: tl.constexpr, 
         more = ()
         for j in tl.static_range(PIVOTS):
             part = tl.where(x >= pivots[j], weight, 0.0).reshape(ROWS, LANES, 4)
-            more = more + (measures[j] + tl.sum(tl.sum(part, 2), 0),)  # within threads: each holds four neighbours
+            more = more + (measures[j] + tl.sum(tl.sum(part, 2), 0),)  # within threads, which hold four neighbours
         measures = more
     return tl.reduce(measures, 0, _add_eight)
 
 
 @triton.jit
 def _append(x, collected, lane, low, high, state, LANES: tl.constexpr):
-    """Put the logits in ``[low, high)`` into their lanes' next places, while there are any."""
+    """Put the logits in ``[low, high)`` into the next places of their lanes, as long as there are any."""
     taken, least, most = state
     inside = (x >= low) & (x < high)
     tl.store(collected + taken * LANES + lane, x, mask=inside & (taken < PER_LANE))
@@ -151,8 +151,8 @@ def _empty(LANES: tl.constexpr):
 
 @triton.jit
 def _collect(row, collected, width, low, high, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Collect the row's logits in ``[low, high)``. How many places each lane has used, or would have; and the least and
-    the largest of the logits."""
+    """Collect the row's logits in ``[low, high)``. Returns the number of places that each lane has used, or would have
+    needed, and the least and the largest of these logits."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
     within = tl.arange(0, 4 * LANES)
@@ -163,7 +163,7 @@ def _collect(row, collected, width, low, high, ROWS: tl.constexpr, LANES: tl.con
             parts = parts + _quarters(tl.load(row + offset, mask=offset < width, other=LOWEST))
         for i in tl.static_range(4 * ROWS):
             state = _append(parts[i], collected, lane, low, high, state, LANES)
-    tl.debug_barrier()  # what is collected may be read by other threads than wrote it
+    tl.debug_barrier()  # collected logits may be read by other threads than those that wrote them
     least, most = tl.reduce((state[1], state[2]), 0, _least_and_most)
     return state[0], least, most
 
@@ -179,12 +179,12 @@ def _collected_at(collected, r, taken, LANES: tl.constexpr):
 
 @triton.jit
 def _collect_again(collected, taken, used, low, high, LANES: tl.constexpr):
-    """Keep, in the first places, what is in ``[low, high)`` of the collected logits."""
+    """Keep the collected logits that are in ``[low, high)``, in the first places."""
     lane = tl.arange(0, LANES)
     state = _empty(LANES)
     for r in range(0, used, 4):
         parts = _collected_at(collected, r, taken, LANES)
-        tl.debug_barrier()  # what is written now has been read
+        tl.debug_barrier()  # everything that is overwritten now has been read
         for i in tl.static_range(4):
             state = _append(parts[i], collected, lane, low, high, state, LANES)
     tl.debug_barrier()
@@ -223,10 +223,10 @@ def _search_collected(
     BY_MASS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The search among the collected logits, which are all there are in ``[low, high)``."""
+    """The search among the collected logits, which are all logits in ``[low, high)``."""
     used = tl.max(taken, 0)
-    if goal < 0.0:  # nothing has been measured before
-        if high == next_float(low):  # all are equal, and perhaps more than there are places
+    if goal < 0.0:  # nothing has been measured yet
+        if high == next_float(low):  # all are equal, and there may be more of them than places
             measure_low = tl.sum(taken, 0).to(tl.float32) * tl.exp2((low - top) * LOG2E)
         else:
             measure_low, _, _, _, _, _, _, _ = _survey_collected(
@@ -254,31 +254,32 @@ def find_threshold(
     width,
     top,
     low,  # a value that is low enough
-    expected,  # about how many logits are at or above it, in float32
-    goal,  # BY_MASS: the share of the mass of those; else the number of them
-    left_out,  # BY_MASS: what of that mass does not count
+    expected,  # about how many logits are at or above `low`, in float32
+    goal,  # BY_MASS: a share of the mass of the logits at or above `low`; else a number of logits
+    left_out,  # BY_MASS: part of that mass that does not count
     BY_MASS: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The largest logit such that those at or above it reach `goal`, `low` if they never do.
+    """The largest logit such that the logits at or above it reach `goal`; `low` if they never do.
 
     Returns:
-        That logit; the measure of what is at or above it, and of what is above it; the goal as a measure.
+        That logit; the measure of the logits at or above it, and of those above it; the goal as a measure.
 
-    It lies in ``[low, high)``: what is at or above `low` reaches the goal, what is at or above `high` does not.
+    During the search it lies in ``[low, high)``: logits at or above `low` reach the goal, those at or above `high`
+    don't.
     """
     high = next_float(top)
     measure_low, measure_high = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     share = goal + measure_low
     aim = share
     if BY_MASS:
-        aim = measure_low - 1.0  # not known
+        aim = measure_low - 1.0  # not known yet
     surveys = tl.zeros([], tl.int32)
     searching = True
     while searching:
-        survey = not (expected <= FILL * LANES)  # NaN is not
-        if (not survey) | (surveys % 3 == 2):  # now and then although they may be too many: all may be equal
+        survey = not (expected <= FILL * LANES)  # written so that NaN means a survey
+        if (not survey) | (surveys % 3 == 2):  # now and then even if they may be too many, as all may be equal
             taken, least, most = _collect(row, collected, width, low, high, ROWS, LANES)
             low, high = least, next_float(most)
             survey = (tl.max(taken, 0) > PER_LANE) & (least < most)
@@ -300,7 +301,7 @@ def find_threshold(
             low, high, measure_low, measure_high = _narrow(pivots, measures, aim, low, high, measure_low, measure_high)
             surveys += 1
             expected = measure_low - measure_high
-            if BY_MASS:  # the fewer the wider the interval, for then many have more than the least possible
+            if BY_MASS:  # fewer in a wider interval, where many logits have more than the least possible mass
                 expected = expected / (tl.exp2((low - top) * LOG2E) * (1.0 + 0.5 * (high - low)))
             searching = (measure_low >= aim) & (high > next_float(low))
     return low, measure_low, measure_high, aim

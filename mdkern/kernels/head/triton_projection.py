@@ -1,9 +1,10 @@
 """`vocab_projection` in Triton: one pass over the output layer that never writes the logits to memory.
 
-The kernel multiplies tiles and folds each of them into a few numbers per row: maximum, sum of exponentials, their first
-moment, second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus one
-Gumbel draw (for greedy rows, its maximum). It is kept as an exponential race, ``sum / exponential``, which needs no
-logarithm. `triton_reduce` combines the vocabulary splits of each row and picks the token among the winner's 64 logits.
+The kernel multiplies tiles and folds each of them into a few numbers for each row: maximum, sum of exponentials, their
+first moment, second maximum, and the best *group* of 64 ids with its 64 logits. A group's score is its logsumexp plus
+one Gumbel number (for greedy rows, its maximum). It is kept in the form of an exponential race, ``sum / exponential``,
+which needs no logarithm. `triton_reduce` combines the parts of the vocabulary and picks the token from the best 64
+logits.
 """
 
 # mypy: ignore-errors
@@ -28,20 +29,20 @@ from mdkern.kernels.triton_common import (
 )
 
 GREEDY = tl.constexpr(0)
-MIXED = tl.constexpr(1)  # a temperature per row, 0 among them
-# Floats per row of a partial result, besides the 64 logits: 6, and 2 that complete a sector of 32 bytes, because one
-# that is written in part is first read from memory.
+MIXED = tl.constexpr(1)  # each row has its temperature, which may be 0
+# Floats for each row of a partial result, besides the 64 logits: 6, and 2 that complete a sector of 32 bytes, because a
+# sector that is only partly written has to be read first.
 STATISTICS = tl.constexpr(8)
 
 
 @triton.jit
 def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
-    """How the work is shared, computed on the device from the number of rows, so that every program has some.
+    """How the work is divided among programs, computed on the device from the number of rows.
 
-    Row tiles that make up whole waves take one program each, over the whole vocabulary. Each remaining row tile is
-    split among `splits` programs of `chunk` vocabulary tiles. The programs that are still left take the end of the
-    vocabulary, several row tiles each; `chunk` is such that they finish with the others, if each row tile costs them
-    the time of one more tile.
+    Row tiles that fill whole waves get one program each, for the whole vocabulary. Each remaining row tile is split
+    among `splits` programs of `chunk` vocabulary tiles each. The programs that are still left take the end of the
+    vocabulary, for several row tiles each; `chunk` is chosen such that they finish with the others, if each row tile
+    costs them the time of one more tile.
     """
     row_tiles = tl.cdiv(count, BM)
     vocab_tiles = tl.cdiv(vocab, BN)
@@ -49,7 +50,7 @@ def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: t
     rest = row_tiles - whole
     splits = tl.minimum(PROGRAMS // tl.maximum(rest, 1), vocab_tiles)
     left = PROGRAMS - rest * splits
-    turns = tl.cdiv(rest, tl.maximum(left, 1))  # row tiles of a program that is left
+    turns = tl.cdiv(rest, tl.maximum(left, 1))  # number of row tiles of each program that is left
     shared = tl.cdiv((vocab_tiles + 1) * turns, splits * turns + 1)
     chunk = tl.maximum(tl.where(left > 0, shared, tl.cdiv(vocab_tiles, splits)), 1)
     splits = tl.minimum(splits, tl.cdiv(vocab_tiles, chunk))
@@ -59,7 +60,7 @@ def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: t
 
 @triton.jit
 def count_items(program, schedule, PROGRAMS: tl.constexpr):
-    """How many row tiles a program works on."""
+    """Number of row tiles that a program works on."""
     whole, rest, _, splits, parts, _ = schedule
     left = PROGRAMS - rest * splits
     turns = tl.cdiv(tl.maximum(PROGRAMS - left + rest - program, 0), tl.maximum(left, 1))
@@ -68,8 +69,8 @@ def count_items(program, schedule, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def locate_item(item, program, schedule, PROGRAMS: tl.constexpr):
-    """A program's item: its row tile, its part of the vocabulary (`splits`: the end that the others leave), and where
-    its partial result goes."""
+    """An item of a program's work: its row tile, its part of the vocabulary (number `splits` is the end that the others
+    leave), and the place of its partial result."""
     whole, rest, _, splits, parts, _ = schedule
     row_tile = item * PROGRAMS + program
     part = program * 0
@@ -96,7 +97,7 @@ def load_temperatures(temperature, uniform_temperature, rows, valid, ROWS: tl.co
 
 @triton.jit
 def _groups(x, GROUPS: tl.constexpr):
-    """``[BM, GROUPS * n]`` as a tuple of ``[BM, n]``, without moving a register."""
+    """Split ``[BM, GROUPS * n]`` into a tuple of ``[BM, n]``, without moving a register."""
     if GROUPS == 1:
         return (x,)
     elif GROUPS == 2:
@@ -120,7 +121,7 @@ def _group_sums(x, GROUPS: tl.constexpr):
 
 @triton.jit
 def _group_races(tile, seed, sample, position, step, GROUPS: tl.constexpr):
-    """``1 / exponential`` of each row and group of a tile, ``[BM, GROUPS]`` (a pair at least: Philox serves two)."""
+    """``1 / exponential`` of each row and group of a tile, ``[BM, GROUPS]``; two at least, as Philox serves two."""
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     pair = (tl.arange(0, PAIRS) + tile * GROUPS // 2)[None, :]
     w0, w1, w2, w3 = noise.random_words(seed, sample[:, None], position[:, None], step[:, None], pair, noise.GROUP)
@@ -151,7 +152,7 @@ def _absorb(
     GROUPS: tl.constexpr = BN // GROUP_SIZE
 
     logits = _groups(x, GROUPS)
-    if MODE == GREEDY:  # the second within the leading group is found at the end
+    if MODE == GREEDY:  # the second largest within the leading group is found at the end
         tile_top, tile_second = tl.max(logits[0], 1), tl.full([BM], LOWEST, tl.float32)
         group_tops = (tile_top,)
         for g in tl.static_range(1, GROUPS):
@@ -161,7 +162,7 @@ def _absorb(
             group_tops = group_tops + (group_top,)
     elif WANT_TOP:
         tile_top, tile_second = largest_two(x)
-    else:  # in pairs: with `tl.max(x, 1)` the compiler repeats the noise in every lane of a row
+    else:  # in pairs, as with `tl.max(x, 1)` the compiler repeats the noise in every lane of a row
         left, right = halves(x)
         tile_top = tl.max(tl.maximum(left, right), 1)
     if WANT_TOP:
@@ -170,8 +171,8 @@ def _absorb(
     old_top = top
     top = tl.maximum(top, tile_top)
     offset = top * LOG2E
-    # One product, which is 0 where nothing has changed: a difference of two products is fused and rounded once, which
-    # is not 0, and over hundreds of tiles the sum is off by 1e-4.
+    # A single product, which is 0 where nothing has changed. A difference of products would be fused and rounded once,
+    # so it would not be 0, and over hundreds of tiles the sum would be off by 1e-4.
     shift = (old_top - top) * LOG2E
     rescale = tl.exp2(shift)
     d = x * LOG2E - offset[:, None]
@@ -183,7 +184,7 @@ def _absorb(
     for g in tl.static_range(GROUPS):
         total += weights[g]
 
-    # These branches are of whole tiles and keep few values alive: inside the loops they would spill registers.
+    # These branches are taken for whole tiles, across which few values live. Inside the loops they spill registers.
     if MODE == GREEDY:
         scores = group_tops
     else:
@@ -209,7 +210,7 @@ def _race_scores(weights, races, tile, GROUPS: tl.constexpr):
     column = tl.arange(0, races.shape[1])[None, :]
     scores = ()
     for g in tl.static_range(GROUPS):
-        # A sum picks the column, so that the compiler does not recompute the noise in a layout that repeats it.
+        # The column is picked by a sum, so that the compiler does not recompute the noise in a layout that repeats it.
         own = g if GROUPS > 1 else tile & 1
         scores = scores + (weights[g] * tl.sum(tl.where(column == own, races, 0.0), 1),)
     return scores
@@ -261,7 +262,7 @@ def vocab_projection_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_launch_dependents()  # the reduce kernel may start, and waits for this one's results
+        gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = tl.program_id(0)
     count = load_row_count(row_count, capacity)
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
@@ -278,7 +279,7 @@ def vocab_projection_kernel(
         valid = rows < count
         sample, position, step = load_keys(keys, rows, valid)
         inv_temperature = tl.full([BM], 1.0, tl.float32)
-        any_greedy, all_unit = False, True  # of this row tile: branches on them spare work that few tiles need
+        any_greedy, all_unit = False, True  # in this row tile; branches on them save work that few tiles need
         if MODE == MIXED:
             value = load_temperatures(temperature, uniform_temperature, rows, valid, BM)
             any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1

@@ -1,4 +1,4 @@
-"""The second kernel of `vocab_projection`: combines the vocabulary splits of each row and picks its token."""
+"""The second kernel of `vocab_projection`: combines the parts of the vocabulary of each row and picks its token."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -23,7 +23,7 @@ from mdkern.kernels.triton_common import (
 
 @triton.jit
 def _largest(x):
-    """Over the last dimension; as integers, for which a warp has an instruction of its own."""
+    """The largest over the last dimension, found as integers, for which a warp has an instruction."""
     return flip_order(tl.max(flip_order(x.to(tl.int32, bitcast=True)), 1)).to(tl.float32, bitcast=True)
 
 
@@ -83,7 +83,7 @@ def _merge(
         moment += tl.sum((part_moment + part_total * part_shift) * part_rescale, 1)
     total = total * rescale + tl.sum(part_total * part_rescale, 1)
     if WANT_TOP:
-        # The largest of the parts' other maxima: the peak's own place is taken out once.
+        # The largest of the maxima of the other parts, that is, without one occurrence of the maximum.
         place = tl.min(tl.where(part_top == peak[:, None], split[None, :], NOWHERE), 1)
         others = tl.where(split[None, :] == place[:, None], LOWEST, part_top)
         second = tl.maximum(second, _largest(tl.maximum(part_second, others)))
@@ -95,7 +95,7 @@ def _merge(
 def write_outputs(
     rows,
     inside,
-    valid,  # rows that are there; the others get -1 and NaN
+    valid,  # which rows exist; the others get -1 and NaN
     winner,
     winner_logit,
     top,
@@ -111,7 +111,7 @@ def write_outputs(
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
 ):
-    """The outputs of rows from their merged state."""
+    """Write the outputs of rows from their merged state."""
     offset = top * LOG2E
     log2_total = tl.log2(total)
     sum_log = (offset + log2_total) * LN2
@@ -173,7 +173,7 @@ def vocab_projection_reduce_kernel(
     nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
     no_group = tl.full([ROWS], NOWHERE, tl.int32)
     state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0
-    if SPLITS >= PROGRAMS:  # all at once, and straight on: the winner's logits come while the sums are added up
+    if SPLITS >= PROGRAMS:  # all at once: the best group's logits are loaded while the sums are added up
         state = _merge(
             statistics, 0, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE, WANT_TOP,
             WANT_ENTROPY,
@@ -201,7 +201,7 @@ def vocab_projection_reduce_kernel(
         value = tl.where((inv_temperature == 0.0)[:, None], leader, sampled)
     winner = tl.min(tl.where(value == _largest(value)[:, None], ids, NOWHERE), 1)
     winner_logit = _largest(tl.where(ids == winner[:, None], leader, -float("inf")))
-    if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second as well
+    if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second largest as well
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
     write_outputs(

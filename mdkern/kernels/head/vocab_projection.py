@@ -1,7 +1,7 @@
-"""`vocab_projection`: the output layer of a denoiser, from hidden rows to tokens and statistics, no logits kept.
+"""`vocab_projection`: the output layer of a denoiser, from rows of hidden states to tokens and statistics.
 
-The contract that every implementation meets. Callers use this one function; the operator chooses the implementation by
-device: `reference` in plain PyTorch, on a GPU `launch`.
+This file has the contract that every implementation meets. Callers use this one function. The operator chooses the
+implementation by the device: `reference` is plain PyTorch, `launch` runs the GPU kernels, which keep no logits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mdkern.kernels.operator import operator
 
 
 class RowStatistics(NamedTuple):
-    """Per row; the fields not asked for are None.
+    """Token and statistics of each row; statistics that were not asked for are None.
 
-    A row whose logits hold a NaN or +inf, or nothing above -inf, has token -1 and NaN in every other field, and so have
-    the rows at and past ``row_count``.
+    A row whose logits hold a NaN or +inf, or are all -inf, has token -1 and NaN in every other field, and so have the
+    rows from ``row_count`` on.
     """
 
     token: Tensor  # int64 [M]
@@ -63,33 +63,33 @@ def vocab_projection(
         hidden: floating ``[N, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
         weight: same dtype, ``[V, D]``.
         bias: float32 ``[V]``; ``-inf`` at ids that must never be produced (mask, padding, a user's list).
-        row_index: int32 or int64 ``[M]``, rows of `hidden`. On a GPU nobody looks at them beforehand: one that is not
-            there gives token -1 and NaN, or PyTorch's device assertion where rows are gathered.
-        temperature: float32 ``[M]``: 0 takes the argmax (lowest id on ties), else the token is an exact draw from
-            ``softmax(logits / temperature)``. A number is the temperature of every row.
+        row_index: int32 or int64 ``[M]``, rows of `hidden`. On a GPU they are not checked beforehand: a row outside of
+            `hidden` gives token -1 and NaN, or PyTorch's device assertion where rows are gathered.
+        temperature: float32 ``[M]``. 0 takes the argmax (lowest id on ties); otherwise the token is an exact draw from
+            ``softmax(logits / temperature)``. A number is the temperature of all rows.
         seed: int64 scalar tensor.
         keys: int64 ``[M, 3]``: sample number, position and step of each row. The draw is a function of (seed, key, id).
         row_count: int32 or int64 scalar tensor on the device: only the first `row_count` rows are computed. None: all.
-        scale, soft_cap: see the formula; ``soft_cap=0`` is none.
-        want_top, want_entropy: whether to return ``top1`` and ``top2``, ``entropy``.
-        of: whose distribution all statistics are of. ``"model"``: ``softmax(logits)``, whatever the temperature and the
+        scale, soft_cap: see the formula; ``soft_cap=0`` is no cap.
+        want_top, want_entropy: whether to return ``top1`` and ``top2``, and ``entropy``.
+        of: the distribution that all statistics describe. ``"model"``: ``softmax(logits)``, without temperature and
             filters. ``"sampler"``: the one that the token is drawn from, after temperature and filters; where the
-            temperature is 0, the filtered distribution at temperature 1 (as Dream's code ranks greedy tokens). It costs
-            what filters cost.
-        top_k, top_p, min_p: draw only among the `top_k` most probable ids, of these the fewest whose probabilities sum
-            to `top_p`, of these the ones at least `min_p` times as probable as the first; 0, 1 and 0 are none. They
-            apply in this order, after the temperature. Of ids that are equally probable `top_k` and `top_p` keep the
-            lowest. They need the rows' logits at hand: on a GPU 64 MiB of float32 at a time and as much at most to
-            search in, no sort, no synchronisation. `top_p` sums float32 probabilities: an id where the sum is within
-            rounding of it (some 1e-6) may be kept on one device and not on another, but whether it is does not depend
-            on the other rows, given the row's logits.
+            temperature is 0, the filtered distribution at temperature 1 (as Dream's code ranks greedy tokens). It takes
+            as long as filters do.
+        top_k, top_p, min_p: draw only from the `top_k` most probable ids; of these from the fewest whose probabilities
+            sum to `top_p`; of these from the ones that are at least `min_p` times as probable as the most probable. 0,
+            1 and 0 leave a filter out. They apply in this order, after the temperature. Of equally probable ids `top_k`
+            and `top_p` keep the lowest. Filters need the logits of rows in memory: on a GPU 64 MiB of float32 at a
+            time, and at most as much to search in, without sorting or synchronising. `top_p` sums float32
+            probabilities. An id at which the sum is within rounding (some 1e-6) of `top_p` may be kept on one device
+            and not on another, but this depends only on the row's own logits.
         top_p_rule: ``"reach"``: the fewest ids whose probabilities sum to at least `top_p`. ``"within"``: the most that
-            sum to at most `top_p`, never none, which leaves out the id that crosses it: the nucleus of the published
-            code of ReMDM (2503.00307) and BD3-LM (2503.09573), which their values of `top_p` go with.
+            sum to at most `top_p`, and at least one, which leaves out the id that crosses it. This is the nucleus of
+            the published code of ReMDM (2503.00307) and BD3-LM (2503.09573), whose values of `top_p` are meant so.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, numbers that mean nothing; on a CPU also values of
-            `row_index` and `temperature`.
+        ValueError: shapes, dtypes or devices that do not fit; numbers out of range; on a CPU also values of `row_index`
+            and `temperature` that are.
     """
     head, filters = Head(weight, bias, scale, soft_cap), Filters(top_k, top_p, min_p, top_p_rule)
     per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
@@ -115,7 +115,7 @@ def vocab_projection(
 
 
 def check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
-    """Refuse an output layer that does not fit its hidden rows; `prefix` is of the arguments' names."""
+    """Refuse an output layer that does not fit its hidden rows. `prefix` is put before the arguments' names."""
     weight, bias, scale, soft_cap = head
     if not hidden.is_floating_point() or hidden.ndim != 2 or hidden.is_meta:
         raise ValueError(f"{prefix}hidden must be floating [N, D] with values, not {describe(hidden)}")
@@ -134,7 +134,7 @@ def check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
 
 
 def check_rows(hidden: Tensor, rows: Rows) -> None:
-    """Refuse rows whose tensors do not fit. Their values are not read: on a GPU that would be a synchronisation."""
+    """Refuse rows whose tensors do not fit. Their values are not read, as that would synchronise on a GPU."""
     whole, device = (torch.int32, torch.int64), hidden.device
     capacity = (rows.row_index.shape[0],) if rows.row_index.ndim == 1 else ("M",)
     check_tensor("row_index", rows.row_index, whole, capacity, device)
@@ -153,7 +153,7 @@ def check_tensor(
     shape: tuple[int | str, ...],
     device: torch.device,
 ) -> None:
-    """Refuse a tensor of another dtype, shape or device; None is none."""
+    """Refuse a tensor of another dtype, shape or device. None is accepted."""
     if tensor is None or (tensor.dtype in dtypes and tuple(tensor.shape) == shape and tensor.device == device):
         return
     wanted = f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {list(shape)} on {device}"
