@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
@@ -69,3 +70,19 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[Any]]:
+    """A text file in UTF-8, plain or ``.xz``, open for reading with its line ends as they are.
+
+    Raises:
+        ValueError: what is read is not text in UTF-8, or the ``.xz`` is damaged.
+    """
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield file
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error

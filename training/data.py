@@ -25,12 +25,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from mdkern.files import replacing, write_whole
+from mdkern.files import open_text, replacing, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class TokenFileInfo:
 def paragraphs(source: str) -> Iterator[str | None]:
     """Yield the paragraphs of a source, without line ends, and None after each document.
 
-    Raises FileNotFoundError if the source is neither a file nor a known data set, ImportError without `datasets`.
+    Raises FileNotFoundError if the source is neither a file nor a known data set, ImportError without `datasets`, and
+    ValueError on a line of more than `LONGEST_LINE` characters and on a damaged file.
     """
     name, _, split = source.partition(":")
     if name in DATASETS and not Path(source).exists():
@@ -73,10 +74,12 @@ def paragraphs(source: str) -> Iterator[str | None]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no such text file: {source} (known data sets: {', '.join(DATASETS)})")
-    opener = lzma.open if path.suffix == ".xz" else open
     open_document = False
-    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        for paragraph in lines_of(file, path):
+    with open_text(path) as file:
+        while line := str(file.readline(LONGEST_LINE + 1)):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path} has a line of more than {LONGEST_LINE} characters: break it (fold -s)")
+            paragraph = line.removesuffix("\n")
             if paragraph != END_OF_TEXT:
                 open_document = True
                 yield paragraph
@@ -85,22 +88,6 @@ def paragraphs(source: str) -> Iterator[str | None]:
                 yield None
     if open_document:
         yield None
-
-
-def lines_of(file: IO[Any], path: Path) -> Iterator[str]:
-    """The lines of a text without their ends, in bounded memory.
-
-    Raises ValueError on a line of more than `LONGEST_LINE` characters and on a damaged or truncated file.
-    """
-    try:
-        while line := str(file.readline(LONGEST_LINE + 1)):
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"{path} has a line of more than {LONGEST_LINE} characters: break it (fold -s)")
-            yield line.removesuffix("\n")
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def _dataset_paragraphs(name: str, split: str) -> Iterator[str | None]:
@@ -113,10 +100,10 @@ def _dataset_paragraphs(name: str, split: str) -> Iterator[str | None]:
         yield None
 
 
-def documents_text(items: Iterator[str | None]) -> Iterator[str | None]:
-    """Join paragraphs by newlines: every paragraph but a document's first gets a leading newline."""
+def documents_text(sources: Sequence[str]) -> Iterator[str | None]:
+    """The paragraphs of all sources, every one but a document's first with a leading newline; None ends a document."""
     first = True
-    for item in items:
+    for item in itertools.chain.from_iterable(map(paragraphs, sources)):
         yield item if item is None or first else "\n" + item
         first = item is None
 
@@ -169,7 +156,7 @@ def train_bpe(sources: Sequence[str], vocab_size: int, out: Path, sample_every: 
 
 def _every_nth_megabyte(sources: Sequence[str], every: int) -> Iterator[str]:
     chars = 0
-    for text in documents_text(itertools.chain.from_iterable(paragraphs(source) for source in sources)):
+    for text in documents_text(sources):
         if text is not None:
             if chars // SAMPLE_CHARS % every == 0:
                 yield text
@@ -233,7 +220,7 @@ def tokenize(sources: Sequence[str], tokenizer: Path, out: Path, max_tokens: int
     digest, count, text_bytes = hashlib.sha256(), 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file, tqdm(unit="tok", unit_scale=True, disable=None) as bar:
-        for items in _batches(documents_text(itertools.chain.from_iterable(map(paragraphs, sources)))):
+        for items in _batches(documents_text(sources)):
             encoded = np.array(encoder.encode(items), dtype=dtype)
             ids = encoded if max_tokens is None else encoded[: max_tokens - count]
             file.write(ids.data)

@@ -37,21 +37,13 @@ class World:
     size: int
     device: torch.device
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Per flag, whether it is set in any process."""
+    def largest(self, *numbers: int) -> list[int]:
+        """Of each number or flag the largest that a process has."""
         if self.size == 1:
-            return list(flags)
-        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(counts)
-        return [bool(count) for count in counts.tolist()]
-
-    def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        if self.size == 1:
-            return number
-        found = torch.tensor(number, device=self.device)
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on CUDA, nothing on the CPU."""
@@ -193,17 +185,17 @@ class Trainer:
                     break
                 finished = self.step == options.total_steps
                 read = finished or self.step % options.log_every == 0
-                stop = due = False
+                stop = due = 0
                 if read or world.size == 1:  # several processes agree at readings only
                     now = time.monotonic()
                     late = options.deadline is not None and now >= options.deadline
-                    stop, due = world.any(stop_asked() or late, now - last_save >= options.checkpoint_every)
+                    stop, due = world.largest(stop_asked() or late, now - last_save >= options.checkpoint_every)
                 if read or stop or due:
                     report.flush()
                 if finished or stop or due:
                     self.save()
                     last_save = time.monotonic()
-                if stop and not finished:
+                if stop:
                     break
         report.close()
         return self.step >= options.total_steps

@@ -124,7 +124,7 @@ def fit_memory(args: argparse.Namespace, config: DiTConfig, world: World) -> Non
             f"training would take about {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: choose a smaller"
             " --preset, --width, --blocks or --length" + (", or a larger --grad-accum" if args.grad_accum else "")
         )
-    args.grad_accum = split = world.largest(split)
+    args.grad_accum = split = world.largest(split)[0]
     log.info(
         "about %.1f GB of memory%s, %d micro-batches of %d sequences a step",
         needed / 1e9,

@@ -96,7 +96,7 @@ def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
     for key, value in options.items():
         takes_numbers = "Tensor" in str(parameters[key].type) and key != REFERENCE_TEXT
         if takes_numbers and isinstance(value, str):
-            options[key] = read_numbers(text, Path(value))
+            options[key] = numbers_of(text, value, read_text(text, Path(value)))
     if isinstance(options.get(REFERENCE_TEXT), str):
         return with_frequencies(text, kind, options)
     decoder = build(text, kind, **options)
@@ -127,7 +127,7 @@ def literal(decoder: str, text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.startswith("["):
-        return numbers_of(decoder, text, text[1:].removesuffix("]").replace(",", " "))
+        return numbers_of(decoder, text, text[1:].removesuffix("]"))
     for kind in (int, float):
         try:
             return kind(text)
@@ -136,14 +136,10 @@ def literal(decoder: str, text: str) -> Any:
     return text
 
 
-def read_numbers(decoder: str, path: Path) -> list[float]:
-    """The numbers in a file, between which there is white space or a comma."""
-    return numbers_of(decoder, str(path), read_text(decoder, path).replace(",", " "))
-
-
 def numbers_of(decoder: str, where: str, text: str) -> list[float]:
+    """The numbers in a text, between which there is white space or a comma."""
     try:
-        return [float(part) for part in text.split()]
+        return [float(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
         raise ValueError(f"--decoder {decoder}: {where} must hold numbers: {one_line(error)}") from None
 

@@ -34,7 +34,6 @@ class SampleFile:
         """
         self.target = real_path(target)
         self.path = partial_path(target)
-        self.seed = seed
         self.places: dict[int, tuple[int, int]] = {}  # by sample number, where its line begins and ends
         there = self.path.exists()
         self.file: BinaryIO = self.path.open("r+b") if there else create(self.path, self.target)

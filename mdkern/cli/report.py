@@ -99,16 +99,6 @@ def without_texts(output: SampleOutput) -> SampleOutput:
     return replace(output, sequences=None, lengths=None, prompt_lengths=None, stop_reason=None, history=None)
 
 
-def joined(outputs: Sequence[SampleOutput]) -> SampleOutput:
-    """The outputs of groups as one, but for `flops_saved`, which is the first's."""
-    import torch
-
-    from mdkern import output
-
-    whole: SampleOutput = output.joined(outputs, torch.cat, sum) if len(outputs) > 1 else outputs[0]
-    return whole
-
-
 def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str:
     """What was run, how many forward passes it took, how long, and what the schedule saved.
 

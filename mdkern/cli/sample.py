@@ -14,7 +14,7 @@ from mdkern.cli.common import add_models, check_target, load_models, positive, s
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
 from mdkern.cli.records import SampleFile, holds_samples, partial_path
-from mdkern.cli.report import Job, Printer, decode_texts, joined, sample_records, summary, without_texts
+from mdkern.cli.report import Job, Printer, decode_texts, sample_records, summary, without_texts
 
 if TYPE_CHECKING:
     from mdkern.distributed import Ranks
@@ -254,11 +254,15 @@ class Receiver:
 
     def finish(self, processes: int) -> None:
         """Put the files in place and sum up."""
+        import torch
+
+        from mdkern.output import joined
+
         arguments, job = self.arguments, self.job
         if self.file is not None:
             self.file.finish(range(arguments.num_samples))
         if self.outputs:
-            output = joined(self.outputs)
+            output = joined(self.outputs, torch.cat, sum)  # `flops_saved` is the first's
             if arguments.trace is not None:
                 write_page(arguments, job, output)
             if not arguments.quiet:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import lzma
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mdkern.files import open_text
 
 __all__ = ["windows"]
 
@@ -38,9 +39,6 @@ def read_text(path: Path) -> str:
     """The beginning of a text file, `MOST_CHARACTERS` at most: a small ``.xz`` may hold any amount."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-            text: str = file.read(MOST_CHARACTERS)
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    with open_text(path) as file:
+        text: str = file.read(MOST_CHARACTERS)
     return text

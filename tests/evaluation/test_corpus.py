@@ -36,6 +36,11 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     latin.write_bytes(b"caf\xe9")
     damaged.write_bytes(lzma.compress(b"text " * 1000)[:-20])
     short.write_text("ab")
-    for path, message in ((latin, "UTF-8"), (damaged, "UTF-8"), (short, "less than one window"), (tmp_path, "a file")):
+    for path, message in (
+        (latin, "UTF-8"),
+        (damaged, "cut short"),
+        (short, "less than one window"),
+        (tmp_path, "a file"),
+    ):
         with pytest.raises(ValueError, match=message):
             windows(path, Letters(), 3, 1)
