@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any, cast
@@ -113,7 +114,8 @@ def adapt(
         return SplitDenoiser(model, anatomy, **described)
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # nobody expects a function to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
-    denoiser.warn(stacklevel=2)
+    slow = "the output layer is computed at every position of every forward pass"
+    warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=2)
     return denoiser
 
 
@@ -182,6 +184,7 @@ def known_ids(model: Any, vocab_size: Any, mask_id: Any) -> tuple[int, int]:
 class DiTDenoiser(Denoiser):
     """A `DiT` as a denoiser. Its last block runs only at the wanted rows."""
 
+    description = "runs by mdkern's own passes"
     takes_cache = True
     folds: dit_fused.Folds | None = None
 
@@ -220,9 +223,6 @@ class DiTDenoiser(Denoiser):
             if isinstance(part, nn.Dropout):  # of an adapter: a DiT has none, and may be in training mode
                 check_evaluating(part)
         return cast(DiTDenoiser, held(self))
-
-    def description(self) -> str:
-        return "runs by mdkern's own passes"
 
     def hidden(
         self,

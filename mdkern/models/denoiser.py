@@ -104,6 +104,7 @@ class Denoiser:
     """
 
     name: str = "denoiser"
+    description: str = "a Denoiser"  # how its model is run, for `repr`
     vocab_size: int  # ids in 0..vocab_size-1, the mask id included if it lies there
     mask_id: int
     eos_ids: tuple[int, ...] = ()  # ids that end a text; the first fills what comes after
@@ -142,16 +143,12 @@ class Denoiser:
         """The denoiser with its model's present state, for one call of `sample`: itself, or a copy."""
         return self
 
-    def description(self) -> str:
-        """How the model is run, for `repr`."""
-        return "a Denoiser"
-
     def __repr__(self) -> str:
         facts = [f"{getattr(self, 'vocab_size', '?')} ids, mask id {getattr(self, 'mask_id', '?')}"]
         facts += [f"ends of text {', '.join(map(str, self.eos_ids))}"] if self.eos_ids else []
         facts += [f"at most {self.max_length} positions"] if self.max_length is not None else []
         facts += ["conditioned on the time"] if self.time_conditioning else []
-        facts += [self.description()]
+        facts += [self.description]
         without = f" because {self.no_cache_reason}" if self.no_cache_reason else ""
         facts += ["keeps keys and values" if self.takes_cache else f"keeps no keys and values{without}"]
         side = " after the text" if self.right_padding_only else ""

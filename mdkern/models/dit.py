@@ -167,12 +167,11 @@ class Block(nn.Module):
         """``[B, L, D] -> [B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``; ``key_mask [B, 1, 1, L]`` bool."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         normed = self.norm1(x, shift1, scale1)
-        if positions is None:
-            query, key, value = self.heads(normed, rotary)
-        else:
+        at_positions = None
+        if positions is not None:
             x = gather_rows(x, positions)
             at_positions = rotary[0][positions][:, None], rotary[1][positions][:, None]
-            query, key, value = self.heads(normed, rotary, positions, at_positions)
+        query, key, value = self.heads(normed, rotary, positions, at_positions)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
         return self.finish(x, attended, gate1, shift2, scale2, gate2)
 

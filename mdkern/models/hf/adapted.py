@@ -5,7 +5,6 @@ Any callable from ids to logits will do. It is exact, but every pass computes th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ class LogitsDenoiser(AdaptedDenoiser):
             facts: the arguments of `AdaptedDenoiser`.
         """
         super().__init__(model, **facts)
-        self.reason = reason
+        self.description = "runs by its logits" + (f" because {reason}" if reason else "")
         self.tell_padding(padding)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.dtype = parameter.dtype if parameter is not None else torch.float32
@@ -139,11 +138,6 @@ class LogitsDenoiser(AdaptedDenoiser):
         self.head = Head(None, self.suppress(torch.zeros(max(self.columns, rows), device=chosen, dtype=torch.float32)))
         self.device = self.head.bias.device  # with its index, so that it compares equal to those of other tensors there
 
-    def warn(self, stacklevel: int) -> None:
-        """Warn that it is slower than it could be."""
-        what = "the output layer is computed at every position of every forward pass"
-        warnings.warn(f"{self.name} {self.description()}: {what}", stacklevel=stacklevel + 1)
-
     def current(self) -> LogitsDenoiser:
         """As the model is now, which may have moved."""
         check_evaluating(self.model)
@@ -151,9 +145,6 @@ class LogitsDenoiser(AdaptedDenoiser):
         bias = self.head.bias.to(execution_device(self.model) or self.device)
         now.device, now.head = bias.device, Head(None, bias)
         return now
-
-    def description(self) -> str:
-        return "runs by its logits" + (f" because {self.reason}" if self.reason else "")
 
     def hidden(
         self,

@@ -230,8 +230,8 @@ class Probe(Trial):
         lean = "use_cache" in self.accepted and self.runs_lean()
         if lean:
             self.arguments["use_cache"] = False
-        layout = self.layout()
-        anatomy = self.cache(self.head()._replace(lean=lean), layout)
+        head, layout = self.head()._replace(lean=lean), self.layout()
+        anatomy = self.cache(head, layout)
         ways = ["attention"] if isinstance(layout, Layout) else []
         ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
         padding = self.padding(ways, lambda padding: self.denoiser(anatomy._replace(padding=padding)))

@@ -40,6 +40,7 @@ class SplitDenoiser(AdaptedDenoiser):
     """A module whose forward is cut at its output layer."""
 
     model: nn.Module
+    description = "split at its output layer"
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, **facts: Any) -> None:
         """`facts`: the arguments of `AdaptedDenoiser`."""
@@ -77,9 +78,6 @@ class SplitDenoiser(AdaptedDenoiser):
         now = copy(self)
         now.settle(anatomy)
         return cast(SplitDenoiser, held(now))
-
-    def description(self) -> str:
-        return "split at its output layer"
 
     def hidden(
         self,
