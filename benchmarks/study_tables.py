@@ -50,6 +50,9 @@ class Shown(NamedTuple):
         return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(blocks)} blocks"
 
 
+REPETITIVE = 1.0  # nats of token entropy less than the ancestral sampler's: repetition that a judge likes
+
+
 def listed(values: Any) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} and {last}" if most else last
@@ -354,25 +357,35 @@ def three_models(shown: Shown) -> str:
 
 def decoders(shown: Shown) -> str:
     rows, verdicts = [], []
+    usual = min(entropies(shown.found["decoders"]["ancestral"]))
     for name, points in shown.found["decoders"].items():
+        least, most = min(entropies(points)), max(entropies(points))
         line = [name, score(points["all heavy"]["score"])]
         line += [difference(point["over"]["all heavy"]) for label, point in points.items() if label != "all heavy"]
-        rows.append([*line, f"{sum(points['all heavy']['passes'].values()):.0f}"])
+        rows.append([*line, f"{least:.2f}–{most:.2f}", f"{sum(points['all heavy']['passes'].values()):.0f}"])
         quarters = [label for label in points if label.startswith("25 %")]
         best = min(quarters, key=lambda label: points[label]["score"]["mean"])
         gap = points[best]["over"]["25 % sandwich"]
-        if best == "25 % sandwich":
-            verdicts.append(f"{name}: the sandwich is best")
+        if least < usual - REPETITIVE:
+            verdicts.append(f"{name}: its texts repeat themselves, so that a lower score is no better text")
+        elif best != "25 % sandwich" and sure(gap):
+            verdicts.append(f"{name}: {best} is better than the sandwich ({difference(gap)})")
         else:
-            word = "better than" if sure(gap) else "not to be told from"
-            verdicts.append(f"{name}: {best} is {word} the sandwich ({difference(gap)})")
+            others = {label: points[label]["over"]["25 % sandwich"] for label in quarters if label != "25 % sandwich"}
+            alike = [f"{label} ({difference(value)})" for label, value in others.items() if not sure(value)]
+            known = f"not to be told from {' and '.join(alike)}" if alike else "the best"
+            verdicts.append(f"{name}: the sandwich is {known}")
     labels = [label for label in next(iter(shown.found["decoders"].values())) if label != "all heavy"]
     caption = (
         f"{shown.caption}; {shown.found['num_samples']:,} samples a point, temperature 1. Judge, nats a token, and "
-        "over all heavy.\n\n"
+        "over all heavy; entropy of a sample's tokens, nats.\n\n"
     )
-    header = ["decoder", "all heavy", *labels, "passes, all heavy"]
+    header = ["decoder", "all heavy", *labels, "token entropy", "passes, all heavy"]
     return caption + markdown(header, rows) + "\n" + "; ".join(verdicts) + ".\n"
+
+
+def entropies(points: dict[str, Any]) -> list[float]:
+    return [point["token_entropy"]["mean"] for point in points.values()]
 
 
 def prompted(shown: Shown) -> str:
