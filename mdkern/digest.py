@@ -28,11 +28,12 @@ def digest(value: Any) -> str:
     """
     sha = hashlib.sha256()
     for part in canonical(value, ()):
-        sha.update(len(part).to_bytes(8, "little") + part)
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
     return sha.hexdigest()
 
 
-def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
+def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes | memoryview]:
     """The bytes of a value, in pieces. `inside`: ids of the objects around it, so that circular references end."""
     yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
     if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
@@ -47,7 +48,7 @@ def canonical(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
     inside = (*inside, id(value))
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         return
     for part in parts_of(value):
         yield from canonical(part, inside)

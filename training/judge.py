@@ -81,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, world: World, started: float) -> bool:
-    """Train the judge, save it and write its held-out likelihood. Returns whether it was finished."""
+def train(args: argparse.Namespace, world: World, started: float) -> None:
+    """Train the judge; once it is finished, save it and write its held-out likelihood."""
     (tokens, info), (valid, valid_info) = open_pair(args.data, args.valid)
     own = own_shards(args.batch_size, world.rank, world.size, args.grad_accum)
 
@@ -97,8 +97,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
     trainer = make_trainer(args, objective, settings, world, started)
     if not trainer.run(batches) and not (args.minutes and time.monotonic() >= started + 60 * args.minutes):
         log.info("stopped at step %d; the same command goes on from there", trainer.step)
-        return False
-    if world.rank == 0:
+    elif world.rank == 0:
         final = copy.deepcopy(model)
         trainer.average.copy_to(final)
         final.bfloat16().eval().save_pretrained(args.out / "final")
@@ -115,7 +114,6 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
         }
         write_whole(args.out / "eval.json", json.dumps(result, indent=2))
         log.info("held-out %.4f nats a token", judged.mean)
-    return True
 
 
 def check(args: argparse.Namespace) -> None:

@@ -126,5 +126,6 @@ class WeightAverage:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the parameters of a model of the same architecture with the averages."""
+        averages = self.state_dict()
         for name, parameter in model.named_parameters():
-            parameter.copy_(self.state_dict()[name])
+            parameter.copy_(averages[name])

@@ -18,6 +18,14 @@ from training.optim import WeightAverage, lr_schedule, make_optimizers
 SETTINGS = ("length", "batch_size", "grad_accum", "seed", "optimizer", "lr", "muon_lr", "weight_decay", "schedule",
             "lr_floor", "warmup", "clip", "ema_decay")  # fmt: skip
 
+BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
+    ("blocks width heads mlp_ratio length tokens batch_size grad_accum workers log_every lr muon_lr clip eval_samples "
+     "eval_batch_size stop_after", lambda value: value > 0, "be greater than 0"),
+    ("eps", lambda value: 0 < value < 0.5, "lie between 0 and 0.5"),
+    ("lr_floor ema_decay", lambda value: 0 <= value < 1, "lie between 0 and 1"),
+    ("warmup weight_decay checkpoint_every seed", lambda value: value >= 0, "not be negative"),
+]  # fmt: skip
+
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
@@ -45,20 +53,11 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError on the first argument that cannot work, before any file is read or written."""
-    positive = ["blocks", "width", "heads", "mlp_ratio", "length", "tokens", "batch_size", "grad_accum", "workers",
-                "log_every", "lr", "muon_lr", "clip", "eval_samples", "eval_batch_size", "stop_after"]  # fmt: skip
-    for name in positive:
-        value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    for name, low, high in (("eps", 0.0, 0.5), ("lr_floor", -1e-9, 1.0), ("ema_decay", -1e-9, 1.0)):
-        value = getattr(args, name, None)
-        if value is not None and not low < value < high:
-            raise ValueError(f"--{name.replace('_', '-')} must lie between {max(low, 0):g} and {high:g}, got {value}")
-    for name in ("warmup", "weight_decay", "checkpoint_every", "seed"):
-        value = getattr(args, name, None)
-        if value is not None and not value >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    for names, holds, wanted in BOUNDS:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must {wanted}, got {value}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: no CUDA device here")
 
@@ -103,7 +102,7 @@ def run_command(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     check: Callable[[argparse.Namespace], None],
-    work: Callable[[argparse.Namespace, World, float], Any],
+    work: Callable[[argparse.Namespace, World, float], None],
 ) -> int:
     """Parse and check a command line, join the other processes and work. Returns the exit code.
 

@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, world: World, started: float) -> bool:
-    """Train, and save and evaluate the averaged weights once the run is complete. Returns whether it is."""
+def train(args: argparse.Namespace, world: World, started: float) -> None:
+    """Train, and save and evaluate the averaged weights once the run is complete."""
     prepare(args, world)
     (tokens, info), (valid_tokens, _) = open_pair(args.data, args.valid)
     choose_sizes(args, len(tokens), len(valid_tokens))
@@ -115,15 +115,13 @@ def train(args: argparse.Namespace, world: World, started: float) -> bool:
     )
     if not trainer.run(batches):
         log.info("stopped at step %d; the same command goes on from there", trainer.step)
-        return False
-    if world.rank == 0:
+    elif world.rank == 0:
         final = copy.deepcopy(model)
         trainer.average.copy_to(final)
         save_dit(final, args.out / "final")
         evaluate(final, args, world, trainer.step)
         save_dit(final.bfloat16(), args.out / "final-bf16")
         log.info("sample from it:\n    %s", sampling_command(args))
-    return True
 
 
 def prepare(args: argparse.Namespace, world: World) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mdkern.models import DiT
     from mdkern.schedule import Schedule
 
 EXAMPLES = """\
@@ -88,19 +91,31 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     schedule = Schedule.constant(next(iter(models))) if arguments.schedule is None else Schedule(arguments.schedule)
     length = arguments.length or min(models[name].config.max_length for name in schedule.models if name in models)
     found: dict[str, Any] = {"schedule": str(schedule), "length": length}
-    options = sample_options(arguments) | {
-        "steps": arguments.steps,
-        "decoder": decoder(tokenizer, next(iter(models.values())).config.vocab_size),
-    }
+    first = next(iter(models.values()))
+    sampler = sample_options(arguments) | {"steps": arguments.steps}
+    sampler["decoder"] = decoder(tokenizer, first.config.vocab_size)
+    subject = Subject(models, first, tokenizer, schedule, length, sampler)
     if arguments.data is not None:
-        found |= held_out(arguments, models, schedule, tokenizer, length, options)
+        found |= held_out(arguments, subject)
     if arguments.num_samples:
-        found |= of_samples(arguments, models, schedule, tokenizer, length, options)
+        found |= of_samples(arguments, subject)
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
         for name, value in found.items():
             print(f"{name}: {shown(value)}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    models: dict[str, DiT]
+    first: DiT
+    tokenizer: Any
+    schedule: Schedule
+    length: int
+    sampler: dict[str, Any]  # options of `mdkern.sample`
 
 
 def check_exact(arguments: argparse.Namespace) -> None:
@@ -114,27 +129,20 @@ def check_exact(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--exact is the likelihood of samples without --{option}: leave that out")
 
 
-def held_out(
-    arguments: argparse.Namespace,
-    models: dict[str, Any],
-    schedule: Schedule,
-    tokenizer: Any,
-    length: int,
-    options: dict[str, Any],
-) -> dict[str, Any]:
+def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     """The bound on the negative log-likelihood of windows of held-out text; if asked for, a sampler's likelihood."""
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.likelihood import likelihood
 
-    device = next(iter(models.values())).embedding.device
-    ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
-    common: dict[str, Any] = {"input_ids": ids, "batch_size": arguments.batch_size}
+    ids = windows(arguments.data, subject.tokenizer, subject.length, arguments.texts)
+    ids = ids.to(subject.first.embedding.device)
+    nats = partial(likelihood, subject.models, subject.schedule, input_ids=ids, batch_size=arguments.batch_size)
     exact = None
     if arguments.exact:  # first: a decoder that it is not for is told of at once
-        sampler = {name: options[name] for name in ("decoder", "steps", "block_length", "steps_per_block")}
-        exact = likelihood(models, schedule, method="decoder", by=arguments.by, **sampler, **common)
-    bound = likelihood(models, schedule, samples=arguments.masks, seed=arguments.seed, **common)
+        sampler = {name: subject.sampler[name] for name in ("decoder", "steps", "block_length", "steps_per_block")}
+        exact = nats(method="decoder", by=arguments.by, **sampler)
+    bound = nats(samples=arguments.masks, seed=arguments.seed)
     found = {
         "held-out text, windows": len(ids),
         "bound, nats a token": estimate(bound.nats / bound.tokens).as_dict(),
@@ -149,40 +157,27 @@ def held_out(
     }
 
 
-def of_samples(
-    arguments: argparse.Namespace,
-    models: dict[str, Any],
-    schedule: Schedule,
-    tokenizer: Any,
-    length: int,
-    options: dict[str, Any],
-) -> dict[str, Any]:
+def of_samples(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     """Statistics of samples."""
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.text import distinct, self_bleu, token_entropy, unigram_entropy
     from mdkern.sampling import sample
 
-    first = next(iter(models.values()))
-    judge = arguments.judge and load_judge(arguments.judge, arguments.judge_tokenizer, first, tokenizer)[1]
-    out = sample(
-        models,
-        schedule,
-        num_samples=arguments.num_samples,
-        length=length,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        **options,
-    )
+    judge = None
+    if arguments.judge is not None:
+        _, judge = load_judge(arguments.judge, arguments.judge_tokenizer, subject.first, subject.tokenizer)
+    run = {name: getattr(arguments, name) for name in ("num_samples", "batch_size", "seed")}
+    out = sample(subject.models, subject.schedule, length=subject.length, **run, **subject.sampler)
     ids: Tensor = out.sequences.cpu()  # type: ignore[union-attr]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = subject.tokenizer.batch_decode(ids, skip_special_tokens=True)
     found: dict[str, Any] = {"samples": len(ids)}
-    if judge:
+    if judge is not None:
         scored = judge(ids)
         found["judge, nats a token"] = estimate(scored.nats_per_token()).as_dict()
         found["generative perplexity"] = scored.perplexity()
     found["token entropy, nats"] = estimate(token_entropy(ids)).as_dict()
     found["unigram entropy, nats"] = unigram_entropy(ids)
-    found |= {f"distinct-{n}": distinct(ids, n) for n in (1, 2, 3) if n <= length}
+    found |= {f"distinct-{n}": distinct(ids, n) for n in (1, 2, 3) if n <= subject.length}
     if len(texts) > 1:
         try:
             found["self-BLEU"] = self_bleu(texts)

@@ -103,11 +103,8 @@ def table(found: list[ImportanceAt], path: list[PathImportanceAt]) -> str:
     for at in found:
         t = f"{at.t:.4f}"
         rows += [("heavy loss", t, at.heavy_loss), ("light loss", t, at.light_loss)]
-        rows += [
-            ("absolute loss difference", t, at.loss_difference),
-            ("KL", t, at.kl),
-            ("baseline KL", t, at.baseline_kl),
-        ]
+        rows += [("absolute loss difference", t, at.loss_difference)]
+        rows += [("KL", t, at.kl), ("baseline KL", t, at.baseline_kl)]
     for part in path:
         steps = f"{part.first}-{part.stop}"
         rows.append(("path KL of what is revealed", steps, part.revealed_kl))

@@ -145,9 +145,9 @@ class Results:
             found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
         return found, "".join(f"{line}\n" for line in lines[:-1]) if len(entries) < len(lines) else None
 
-    def add(self, models: Models, scores: Tensor, **more: Any) -> None:
+    def add(self, models: Models, scores: Tensor) -> None:
         rounded = [round(value, 6) for value in scores.tolist()]
-        self.append({"models": list(models), "mean": round(float(scores.mean()), 6), "scores": rounded} | more)
+        self.append({"models": list(models), "mean": round(float(scores.mean()), 6), "scores": rounded})
         self.found[models] = Found(models, torch.tensor(rounded, dtype=torch.float64))
 
     def append(self, entry: dict[str, Any]) -> None:
