@@ -158,15 +158,15 @@ class LogitsDenoiser(AdaptedDenoiser):
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         columns = len(self.head.bias)
         expected = (*input_ids.shape, columns)
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"{self.name} gave a {type(output).__name__}, expected floating logits {expected}")
-        if tuple(logits.shape) != expected or not logits.is_floating_point():
-            extra, hint = logits.shape[-1] - columns if logits.ndim == 3 else 0, ""
-            if extra > 0 and logits.is_floating_point():
-                hint = f": if its last {extra} columns are padding, leave them off (logits[..., :{columns}])"
+        given, hint = f"a {type(output).__name__}", ""
+        if isinstance(logits, Tensor):
+            if tuple(logits.shape) == expected and logits.is_floating_point():
+                return self.wanted(logits, input_ids, positions, attention_mask)
             given = f"{logits.dtype} {tuple(logits.shape)}"
-            raise ValueError(f"{self.name} gave {given}, expected floating logits {expected}{hint}")
-        return self.wanted(logits, input_ids, positions, attention_mask)
+            extra = logits.shape[-1] - columns if logits.ndim == 3 and logits.is_floating_point() else 0
+            if extra > 0:
+                hint = f": if its last {extra} columns are padding, leave them off (logits[..., :{columns}])"
+        raise ValueError(f"{self.name} gave {given}, expected floating logits {expected}{hint}")
 
     def run(self, input_ids: Tensor, arguments: dict[str, Any], attention_mask: Tensor | None) -> Any:
         """The model's output. A mask that nobody has tried is bool or, if the model raises an error of that, int64."""

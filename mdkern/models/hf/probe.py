@@ -134,9 +134,8 @@ class Trial:
         shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, shape, generator=generator)
         pad = first_setting(model, "pad_token_id")  # RoBERTa counts no position for it
-        self.ids, self.other_ids = torch.where(ids == (-1 if pad is None else pad), (ids + 1) % vocab_size, ids).to(
-            device
-        )
+        ids = torch.where(ids == (-1 if pad is None else pad), (ids + 1) % vocab_size, ids)
+        self.ids, self.other_ids = ids.to(device)
         self.t = torch.full((SEQUENCES,), 0.5, device=device)
 
     def direction(self, denoiser: Denoiser) -> str:
@@ -151,8 +150,7 @@ class Trial:
         ids = torch.randint(self.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
         rows = ids.repeat(4, 1)
         rows[1, -1], rows[2, 0] = (rows[1, -1] + 1) % self.vocab_size, (rows[2, 0] + 1) % self.vocab_size
-        t = torch.full((4,), 0.5, device=self.device) if denoiser.time_conditioning else None
-        states = denoiser.hidden(rows.to(self.device), t).double()
+        states = denoiser.hidden(rows.to(self.device), torch.full((4,), 0.5, device=self.device)).double()
         same, last, first, again = states.nan_to_num(posinf=0.0, neginf=0.0)
         rounding = ROUNDINGS * (same - again).abs().max()
         from_last, from_first = ((same - other).abs().amax(-1) > rounding for other in (last, first))
@@ -191,16 +189,15 @@ class Trial:
         text = max(1, self.length - 3)
         column = torch.arange(self.length, device=self.device)
         mask = torch.stack((column < text, column >= self.length - text))
-        t = self.t if denoiser.time_conditioning else None
 
         def states(texts: Tensor, padding: Tensor) -> Tensor:
             ids = padding.masked_scatter(mask, texts)
-            hidden = denoiser.hidden(ids, t, None, mask)
+            hidden = denoiser.hidden(ids, self.t, None, mask)
             return hidden[mask].view(SEQUENCES, text, -1).nan_to_num(posinf=0.0, neginf=0.0)
 
         texts, others = self.ids[:, :text], self.other_ids[:, :text]
         first, second = states(texts, self.ids), states(texts, self.other_ids)
-        alone = denoiser.hidden(texts, t).nan_to_num(posinf=0.0, neginf=0.0)
+        alone = denoiser.hidden(texts, self.t).nan_to_num(posinf=0.0, neginf=0.0)
         rounding = torch.zeros(SEQUENCES, device=self.device, dtype=torch.float64)
         if not first.equal(second):
             company = (torch.stack((texts[0], others[1])), torch.stack((others[0], texts[1])))

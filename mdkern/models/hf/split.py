@@ -61,9 +61,9 @@ class SplitDenoiser(AdaptedDenoiser):
         """The output layer as it is now, with -inf in the bias for ids that must never be drawn."""
         (weight, own), anatomy = layer_of(self.model), self.anatomy
         bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
-        if anatomy.bias and own is None:
-            raise RuntimeError(f"{self.name} has no bias in its output layer, as it had when it was adapted")
-        if anatomy.bias and own is not None:
+        if anatomy.bias:
+            if own is None:
+                raise RuntimeError(f"{self.name} has no bias in its output layer, as it had when it was adapted")
             bias += anatomy.scale * own.detach().float()
         return Head(weight.detach(), self.suppress(bias), anatomy.scale, anatomy.soft_cap)
 
