@@ -27,7 +27,7 @@ from mdkern.engine.hooks import Drafts, guided_hidden
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots, attended
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import Stretch, decode_tick, run_steps, watcher
+from mdkern.engine.stepwise import SegmentRun, decode_tick, run_steps, watcher
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
@@ -40,13 +40,13 @@ class KVCache:
     waiting: Tensor  # int64 [B], the sequence with which each slot continues in the next round; N: none
 
 
-def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -> None:
+def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, *, dual: bool) -> None:
     """Run a segment's steps, round after round. The host synchronises once a round."""
-    progress, settings = stretch.progress, stretch.settings
+    progress, settings = segment.progress, segment.settings
     assert settings.block_length is not None
-    length = stretch.state.input_ids.shape[1]
-    kv_cache = prepare(stretch)
-    progress.begin_segment(stretch.state, settings, stretch.stop)
+    length = segment.state.input_ids.shape[1]
+    kv_cache = prepare(segment)
+    progress.begin_segment(segment.state, settings, segment.stop)
     wait_all(progress, kv_cache)
     progress.report.copy_(progress.status)
     watch = watcher(progress, int(progress.status[1]), bar, drafts)
@@ -56,7 +56,7 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -
             return
         window = settings.block_length if dual else window_length(length - first, settings.block_length, length)
         # Graphs are captured before the slots have sequences, because capturing runs steps with idle slots.
-        (refresh, refresh_step), (graph, step) = steps_of(stretch, kv_cache, None), steps_of(stretch, kv_cache, window)
+        (refresh, refresh_step), (graph, step) = steps_of(segment, kv_cache, None), steps_of(segment, kv_cache, window)
         progress.slot.copy_(kv_cache.waiting)
         (refresh_step if refresh is None else refresh.captured.replay)()
         if progress.status.is_cuda or int(progress.status[0]):  # on a GPU, an idle step is cheaper than asking
@@ -64,43 +64,43 @@ def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, *, dual: bool) -
         watch()
 
 
-def prepare(stretch: Stretch) -> KVCache:
+def prepare(segment: SegmentRun) -> KVCache:
     """Memory for the segment's keys and values.
 
     With a workspace it belongs to the workspace, at the addresses that its graphs use, and is kept for later calls. For
     a DiT it is ``2 * blocks * B * (L + 1) * width`` numbers, shared by denoisers of one shape.
     """
-    denoiser, progress = stretch.denoiser, stretch.progress
-    slots, length = len(progress.slot), stretch.state.input_ids.shape[1]
-    shape = denoiser.cache_shape(slots * (2 if stretch.settings.guidance_scale else 1), length)
+    denoiser, progress = segment.denoiser, segment.progress
+    slots, length = len(progress.slot), segment.state.input_ids.shape[1]
+    shape = denoiser.cache_shape(slots * (2 if segment.settings.guidance_scale else 1), length)
 
     def allocate() -> KVCache:
         cache = torch.zeros(shape, dtype=denoiser.dtype, device=denoiser.device)
         return KVCache(cache, torch.full_like(progress.slot, len(progress.start) - 1))
 
-    if stretch.workspace is None:
+    if segment.workspace is None:
         return allocate()
-    return stretch.workspace.part(("keys and values", shape, denoiser.dtype, slots), allocate)
+    return segment.workspace.part(("keys and values", shape, denoiser.dtype, slots), allocate)
 
 
-def steps_of(stretch: Stretch, kv_cache: KVCache, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
+def steps_of(segment: SegmentRun, kv_cache: KVCache, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
     """A step, and its graph or None. A refresh (`window` None) is run once; the graph of another step is looped."""
-    denoiser, progress, settings = stretch.denoiser, stretch.progress, stretch.settings
+    denoiser, progress, settings = segment.denoiser, segment.progress, segment.settings
     step = partial(
         cached_tick,
         denoiser,
         settings=settings,
-        state=stretch.state,
+        state=segment.state,
         progress=progress,
-        model=stretch.model,
+        model=segment.model,
         kv_cache=kv_cache,
         window=window,
     )
     graph = None
-    if stretch.workspace is not None:
-        key = "cached", window, settings.key(), progress.key(), stretch.model
+    if segment.workspace is not None:
+        key = "cached", window, settings.key(), progress.key(), segment.model
         looped = None if window is None else progress.status
-        graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=looped)
+        graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=looped)
     return graph, partial(step, denoiser.head)
 
 

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 RUNS: dict[str, Callable[..., Outcome]] = {
     "none": stepwise.run,
-    "prefix": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=False)),
-    "dual": partial(stepwise.run, decode=partial(cached.decode_stretch, dual=True)),
+    "prefix": partial(stepwise.run, decode=partial(cached.decode_segment, dual=False)),
+    "dual": partial(stepwise.run, decode=partial(cached.decode_segment, dual=True)),
 }  # of decoders that look at the model, by `cache`
 
 MOST_GROWTH = 1.02  # largest number of passes of all groups, over that of one run

@@ -1,4 +1,4 @@
-"""What the decoder of a step is shown, and what is revealed where it says so: tokens drawn from the output layer."""
+"""Runs the output layer for a step: what the decoder is given, and the tokens to reveal where it says so."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mdkern.kernels.head.vocab_projection import RowStatistics
 from mdkern.kernels.loop.compact import compact
 from mdkern.models.denoiser import Head
 
-# From the slots' hidden states ``[B, R, D]`` and where they are wanted, bool ``[B, R]``: what the decoder is shown, and
-# what is revealed where it says so, of which the token and its probability are read.
+# From the slots' hidden states ``[B, R, D]`` and where they are wanted, bool ``[B, R]``: the proposal that the decoder
+# is given, and the one whose tokens and probabilities are used where it reveals something.
 Propose = Callable[[Head, Settings, SamplerState, Slots, Tensor, Tensor], tuple[Proposal, Proposal]]
 
 
 def propose_drawn(
     head: Head, settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, hidden: Tensor
 ) -> tuple[Proposal, Proposal]:
-    """Drawn tokens and their statistics: what the decoder is shown is what is revealed."""
+    """Draw tokens. The decoder is given the tokens that are revealed, with their statistics."""
     _, place, statistics = project(head, settings, state, slots, rows, hidden)
     proposal = arranged(statistics, place, rows.shape)
     return proposal, proposal
@@ -33,7 +33,7 @@ def propose_drawn(
 def project(
     head: Head, settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, RowStatistics]:
-    """The output layer of hidden states ``[B, R, D]``, run where ``rows [B, R]`` says.
+    """Run the output layer for hidden states ``[B, R, D]`` where ``rows [B, R]`` is True.
 
     Returns:
         The flat rows, wanted ones first, int64 ``[B * R]``; the place of each, for `spread`; and their statistics.
@@ -55,20 +55,20 @@ def project(
         of=decoder.of,
         **settings.filters._asdict(),
     )
-    # What is past `row_count` goes to a place of its own after all others.
+    # Rows past `row_count` go to an extra place after all others.
     place = torch.where(torch.arange(len(row), device=row.device) < row_count, row, len(row))
     return row, place, statistics
 
 
 def spread(values: Tensor, place: Tensor, shape: torch.Size, missing: float) -> Tensor:
-    """Row statistics in their places, ``[B, R]``, and `missing` elsewhere."""
+    """Row statistics at their places, ``[B, R]``, and `missing` elsewhere."""
     spread_out = values.new_full((len(place) + 1,), missing)
     spread_out[place] = values
     return spread_out[:-1].view(shape)
 
 
 def arranged(statistics: RowStatistics, place: Tensor, shape: torch.Size) -> Proposal:
-    """Row statistics as the decoder is shown them."""
+    """Row statistics as the `Proposal` for a decoder."""
 
     def spread_if_wanted(values: Tensor | None) -> Tensor | None:
         return None if values is None else spread(values, place, shape, torch.nan)

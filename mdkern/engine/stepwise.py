@@ -45,7 +45,7 @@ LAG = 2  # replays between a step and the host's reading of its flag, so that th
 
 
 @dataclass(frozen=True)
-class Stretch:
+class SegmentRun:
     """A segment of a run, with all that the loop over its steps needs."""
 
     denoiser: Denoiser
@@ -64,9 +64,9 @@ def run(
     bar: tqdm,
     drafts: Drafts,
     timings: Timings,
-    decode: Callable[[Stretch, tqdm, Drafts], None] | None = None,
+    decode: Callable[[SegmentRun, tqdm, Drafts], None] | None = None,
 ) -> Outcome:
-    """Run a request, segment after segment. `decode` runs the steps of one; default `decode_stretch`."""
+    """Run a request, segment after segment. `decode` runs the steps of one; default `decode_segment`."""
     settings = Settings.of(request)
     progress = prepare(request, settings, state, workspace)
     count = len(request.input_ids)
@@ -91,8 +91,8 @@ def run(
             if not bool((stop > first).any()):  # with few steps, a share may be none
                 continue
             denoiser, number = request.denoisers[name], list(request.denoisers).index(name)
-            stretch = Stretch(denoiser, number, stop, settings, state, progress, workspace)
-            (decode or decode_stretch)(stretch, bar, drafts)
+            segment = SegmentRun(denoiser, number, stop, settings, state, progress, workspace)
+            (decode or decode_segment)(segment, bar, drafts)
             if has_failed(state):
                 failure = failure or explain_first(request, name, settings, state, progress)
             timings.lap(name)
@@ -133,24 +133,24 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
     return progress
 
 
-def decode_stretch(stretch: Stretch, bar: tqdm, drafts: Drafts, propose: Propose | None = None) -> None:
+def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, propose: Propose | None = None) -> None:
     """Run a segment's steps, each a pass over whole sequences. `propose`: see `decode_tick`; only without graphs."""
-    assert propose is None or stretch.workspace is None
-    denoiser, settings, state, progress = stretch.denoiser, stretch.settings, stretch.state, stretch.progress
+    assert propose is None or segment.workspace is None
+    denoiser, settings, state, progress = segment.denoiser, segment.settings, segment.state, segment.progress
     step = partial(
         decode_tick,
         denoiser,
         settings=settings,
         state=state,
         progress=progress,
-        model=stretch.model,
+        model=segment.model,
         propose=propose,
     )
     graph = None
-    if stretch.workspace is not None:
-        key = "decode", settings.key(), progress.key(), stretch.model
-        graph = stretch.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
-    progress.begin_segment(state, settings, stretch.stop)
+    if segment.workspace is not None:
+        key = "decode", settings.key(), progress.key(), segment.model
+        graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
+    progress.begin_segment(state, settings, segment.stop)
     running, left = progress.status.tolist()
     if running:
         progress.report.copy_(progress.status)

@@ -72,7 +72,7 @@ def exact_nats(
     true = TrueTokens.of(input_ids)
     state, drafts = SamplerState.of(request), Drafts(None, request.input_ids, ~request.masked)
     drafts.begin(0, state.input_ids)
-    decode = partial(stepwise.decode_stretch, propose=true.propose)
+    decode = partial(stepwise.decode_segment, propose=true.propose)
     with torch.no_grad(), device_of(request), tqdm(unit="pass", desc="likelihood", leave=False, disable=disable) as bar:
         request = prepared(request, len(input_ids))
         try:

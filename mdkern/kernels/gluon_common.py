@@ -1,4 +1,4 @@
-"""What the Gluon kernels of all rooms share."""
+"""Shared by the Gluon kernels of all folders."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -11,7 +11,7 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # 
 
 @gluon.jit
 def ring_advance(stage, phase, STAGES: gl.constexpr):
-    """The next place of a ring, and the phase of its barriers there."""
+    """The next stage of a ring, and the phase of its barriers there."""
     stage += 1
     if stage == STAGES:
         stage = stage * 0

@@ -68,7 +68,7 @@ def load_keys(keys, rows, valid):
 
 @triton.jit
 def load_row_index(row_index, rows, valid, hidden_rows):
-    """Rows of `hidden`, int64, row 0 for one that is not there; and, to add to sums, NaN for that one, 0 for others."""
+    """Rows of `hidden`, int64, with 0 for rows outside of it; and what to add to sums: NaN for such rows, else 0."""
     index = tl.load(row_index + rows, mask=valid, other=0).to(tl.int64)
     there = (index >= 0) & (index < hidden_rows)
     return tl.where(there, index, 0), tl.where(there, 0.0, float("nan"))

@@ -437,7 +437,7 @@ class TestGpu:
         state, settings = SamplerState.of(request), stepwise.Settings.of(request)
         progress = stepwise.prepare(request, settings, state, None)
         denoiser = request.denoisers["H"]
-        kept = cached.prepare(stepwise.Stretch(denoiser, 0, 8, settings, state, progress, None))
+        kept = cached.prepare(stepwise.SegmentRun(denoiser, 0, 8, settings, state, progress, None))
         with torch.no_grad():
             for turn in range(3):
                 if turn == 1:  # kernels are compiled

@@ -18,14 +18,14 @@ from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, ex
 
 
 class Padding(NamedTuple):
-    """How a model is told of padding. A tuple: graphs are found by its items."""
+    """How padding is passed to a model. It is a tuple so that graphs compare it."""
 
-    way: str = ""  # in its "attention", to the call as a mask of dtype "bool" or "int64", "untried", or not at all
-    first_position: int | None = None  # position ids are told, too, this one at a text's first token
-    right_only: bool = False  # what comes before a text would change it all the same
+    way: str = ""  # "attention": attention is replaced; "bool", "int64": a mask of the call; "untried"; "": not at all
+    first_position: int | None = None  # not None: position ids are passed, too, with this one at a text's first token
+    right_only: bool = False  # whether padding before a text would change it
 
     def arguments(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-        """Of the model's call, for a mask bool ``[B, L]``, False at padding; none without a mask."""
+        """Arguments of the model's call for a mask, bool ``[B, L]``, False at padding; none without a mask."""
         if attention_mask is None:
             return {}
         told = {} if self.first_position is None else {"position_ids": self.positions(input_ids, attention_mask)}
@@ -34,9 +34,9 @@ class Padding(NamedTuple):
         return told
 
     def positions(self, input_ids: Tensor | None, attention_mask: Tensor) -> Tensor:
-        """int64 ``[B, L]``: of each token in its text; padding before it has the position of its first token.
+        """int64 ``[B, L]``: position of each token in its text; padding before it has that of the first token.
 
-        Where positions begin beyond 0, the id before the first one is the padding's, wherever it stands (RoBERTa).
+        Where positions begin above 0, the padding id has the position before the first one, wherever it is (RoBERTa).
         """
         if not self.first_position:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -47,7 +47,7 @@ class Padding(NamedTuple):
 
 
 class AdaptedDenoiser(Denoiser):
-    """Somebody's model, run by its own forward."""
+    """A model that is run by its own forward."""
 
     def __init__(
         self,
@@ -61,20 +61,20 @@ class AdaptedDenoiser(Denoiser):
         num_blocks: int | None = None,
         shifted: bool = False,
     ) -> None:
-        """`vocab_size`: how many columns of its logits are ids; the other arguments as in `adapt`."""
+        """`vocab_size`: number of columns of its logits that are ids. The other arguments are as in `adapt`."""
         self.model, self.name, self.shifted = model, name, shifted
-        # A mask id one past the logits is as common as one inside: the vocabulary then has one id more than columns.
+        # The mask id may be one past the logits, which is common; the vocabulary then has one id more than columns.
         self.columns, self.vocab_size, self.mask_id = vocab_size, max(vocab_size, mask_id + 1), mask_id
         self.eos_ids, self.max_length, self.num_blocks = eos_ids, max_length, num_blocks
         self.time_conditioning = "t" in accepted_arguments(model)
 
     def tell_padding(self, padding: Padding) -> None:
-        """Tell the model of padding in this way from now on."""
+        """Pass padding to the model in this way from now on."""
         self.padding = padding
         self.takes_attention_mask, self.right_padding_only = bool(padding.way), padding.right_only
 
     def suppress(self, bias: Tensor) -> Tensor:
-        """``bias [V]`` of the output layer, made ``-inf`` where nothing may ever be produced."""
+        """``bias [V]`` of the output layer, set to ``-inf`` for ids that must never be drawn."""
         bias[self.columns :] = -torch.inf
         if self.mask_id < len(bias):
             bias[self.mask_id] = -torch.inf
@@ -83,7 +83,7 @@ class AdaptedDenoiser(Denoiser):
     def wanted(
         self, states: Tensor, input_ids: Tensor, positions: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """``states [B, L, D]`` that serve `positions`, ``[B, R, D]``, or those of all positions."""
+        """The states of ``states [B, L, D]`` that give the logits of `positions` (None: all), ``[B, R, D]``."""
         if self.shifted:
             positions = serving(input_ids, positions, attention_mask)
         return states if positions is None else gather_rows(states, positions)
@@ -94,10 +94,10 @@ class AdaptedDenoiser(Denoiser):
 
 
 def serving(input_ids: Tensor | None, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Where a model whose logits are those of the next position has the state of `positions`, all of them for None.
+    """The positions of the states that give the logits of `positions` (None: all) in a shifted model.
 
-    One before; at the start of a text, after nothing or after padding, the position's own, as Dream's generation has
-    it at position 0.
+    It is the position before, or at the start of a text (with nothing or padding before it) the position itself, as in
+    Dream's generation at position 0.
     """
     if positions is None:
         assert input_ids is not None

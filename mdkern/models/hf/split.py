@@ -22,15 +22,15 @@ from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_la
 
 
 class Anatomy(NamedTuple):
-    """What was found out about a model. A tuple: graphs are found by its items."""
+    """What was found out about a model. It is a tuple so that graphs compare it."""
 
-    reason: str = ""  # why it can't be split; then the next four are empty
+    reason: str = ""  # why it can't be split; the next four are then empty
     scale: float = 1.0
     soft_cap: float = 0.0
-    bias: bool = False  # whether the output layer has one
-    layout: Layout | None = None  # of kept keys and values; None: they can't be kept
-    rotary: str = ""  # name of the module that turns queries and keys from 0 on; "": the call takes position_ids
-    no_cache: str = "nobody has tried"  # why keys and values can't be kept
+    bias: bool = False  # whether the output layer has a bias
+    layout: Layout | None = None  # layout of a KV cache; None: it can't have one
+    rotary: str = ""  # name of the module that rotates queries and keys from 0 on; "": the call takes position_ids
+    no_cache: str = "nobody has tried"  # why it can't have a KV cache
     lean: bool = False  # whether it is called with use_cache=False
     direction: str = ""  # what it does not see of a text
     padding: Padding = Padding()
