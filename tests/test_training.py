@@ -623,6 +623,7 @@ def test_any_text_trains_and_the_printed_line_samples(tmp_path, caplog, capsys):
     both = [int(token) for tokens in (train_tokens, valid_tokens) for token in tokens]
     assert backend.decode(both[:-1]).strip() == text.read_text().strip()
     assert info.vocab_size <= 512
+    assert (info.vocab_size, info.mask_id) == (backend.get_vocab_size(), backend.get_vocab_size() - 1)
     before = (folder / "train.bin").stat().st_mtime_ns
     assert train.main(command) == 0  # finished: nothing is made again
     assert (folder / "train.bin").stat().st_mtime_ns == before

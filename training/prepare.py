@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = 0.05
 SOURCE_FILE = "source.json"
-VOCAB_SIZES = (4096, 2048, 1024, 512, 384, 320, 288, 272, 264, 260, 258)
 
 
 def prepare_text(text: Path, out: Path, tokenizer: Path | None = None) -> tuple[Path, Path, Path]:
@@ -56,17 +55,11 @@ def prepare_text(text: Path, out: Path, tokenizer: Path | None = None) -> tuple[
 
 
 def train_fitting_bpe(text: Path, folder: Path) -> None:
-    """Train a BPE of at most one id for 200 bytes, and of as many as the text yields."""
+    """Train a BPE of about one id for 200 bytes, a power of two from 512 to 4096, or fewer if the text yields fewer."""
     size = text.stat().st_size * (4 if text.suffix == ".xz" else 1)
-    sizes = [number for number in VOCAB_SIZES if number <= max(size // 200, 512)]
-    for number in sizes:
-        try:
-            train_bpe([str(text)], number, folder, sample_every=max(1, size // (64 << 20)))
-            return
-        except ValueError as error:
-            if "entries only" not in str(error) or number == sizes[-1]:
-                raise
-            log.debug("%s", error)
+    ids = min(max(size // 200, 512), 4096)
+    rounded = 1 << (ids.bit_length() - 1)
+    train_bpe([str(text)], rounded, folder, sample_every=max(1, size // (64 << 20)), at_most=True)
 
 
 def write_part(path: Path, tokens: np.ndarray, info: TokenFileInfo) -> None:

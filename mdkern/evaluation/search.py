@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from mdkern.digest import digest
 from mdkern.evaluation.intervals import Estimate, paired
-from mdkern.files import write_whole
 
 __all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "search"]
 
@@ -109,41 +109,42 @@ class Results:
         """
         self.path, self.found = path, dict[Models, Found]()
         self.setting = setting | {"digest": digest(setting)}
-        if path.exists() and path.stat().st_size:
-            self.found, whole = self.read(path)
-            if whole is not None:
-                write_whole(path, whole)
+        self.found, size = self.read(path)
+        if size:
+            os.truncate(path, size)
         else:
             self.append(self.setting)
 
     def absorb(self, paths: Iterable[Path]) -> None:
         """Take over what other processes have written, and remove their files."""
         for path in paths:
-            theirs = self.read(path)[0] if path.stat().st_size else {}
-            for models, entry in theirs.items():
+            for models, entry in self.read(path)[0].items():
                 if models not in self.found:
                     self.add(models, entry.scores)
             path.unlink()
 
-    def read(self, path: Path) -> tuple[dict[Models, Found], str | None]:
-        """A file's results, and its text without its last line if that was cut off."""
-        lines = path.read_text().splitlines()
-        entries = []
-        for number, line in enumerate(lines):
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number + 1 < len(lines) or number == 0:  # else the last line, cut off when a process was killed
-                    raise ValueError(f"{path}, line {number + 1}: not a search's results ({error})") from error
-        header = entries[0] if isinstance(entries[0], dict) else {}
-        if header.get("digest") != self.setting["digest"]:
-            differing = [key for key, value in self.setting.items() if key != "digest" and header.get(key) != value]
+    def read(self, path: Path) -> tuple[dict[Models, Found], int]:
+        """A file's results, and its bytes up to the end of the last whole line; none and 0 of an empty or missing one.
+
+        A last line without its end was cut off when a process was killed.
+        """
+        text = path.read_text() if path.exists() else ""
+        if not text:
+            return {}, 0
+        whole = text[: text.rfind("\n") + 1] or text
+        try:
+            header, *entries = map(json.loads, whole.splitlines())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} does not hold a search's results ({error})") from error
+        asked = header if isinstance(header, dict) else {}
+        if asked.get("digest") != self.setting["digest"]:
+            differing = [key for key, value in self.setting.items() if key != "digest" and asked.get(key) != value]
             raise ValueError(f"{path} is of another search (it differs in {', '.join(differing)}): choose another file")
         found = dict[Models, Found]()
-        for entry in entries[1:]:
+        for entry in entries:
             models = tuple(entry["models"])
             found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
-        return found, "".join(f"{line}\n" for line in lines[:-1]) if len(entries) < len(lines) else None
+        return found, len(whole.encode())
 
     def add(self, models: Models, scores: Tensor) -> None:
         rounded = [round(value, 6) for value in scores.tolist()]

@@ -75,7 +75,8 @@ class TestResults:
     def score(sequences: Tensor) -> Tensor:
         return (sequences * 2.0 ** torch.arange(sequences.shape[1])).sum(-1)
 
-    def test_an_interrupted_search_goes_on_where_it_stopped(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("cut", ['{"models": ["H"', '{"models": ["L", "L", "H", "H"], "scores": [0.0]}'])
+    def test_an_interrupted_search_goes_on_where_it_stopped(self, tmp_path: Path, cut: str) -> None:
         path, asked, schedules = tmp_path / "search.jsonl", list[Models](), all_schedules(4, 2)
         with pytest.raises(KeyboardInterrupt) as caught:
             search(self.runner(asked, stop_after=4), self.score, schedules, Results(path, SETTING), progress=False)  # type: ignore[arg-type]
@@ -84,7 +85,7 @@ class TestResults:
         ]
         assert len(path.read_text().splitlines()) == 1 + 4
         with path.open("a") as file:
-            file.write('{"models": ["H"')  # as a process that is killed leaves it
+            file.write(cut)  # as a process that is killed leaves it
         ranked = search(self.runner(asked), self.score, schedules, Results(path, SETTING), progress=False)  # type: ignore[arg-type]
         assert asked == schedules  # none twice
         assert [entry.name for entry in ranked[:2]] == ["LLHH", "LHLH"]
