@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, targets of files, devices, models and their tokenizer."""
+"""Shared by the commands: types of arguments, output files, devices, models and their tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST = 2**31 - 1
 
 
 def one_line(error: Exception) -> str:
-    """An error's message; a system error's as file and reason."""
+    """An error's message in one line; for a system error, file and reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -54,7 +54,7 @@ def seconds(text: str) -> float:
 
 
 def unicode_text(text: str) -> str:
-    """A text as it is; refused if the terminal gave bytes that are none, as those of Latin-1 where UTF-8 is spoken."""
+    """The text, refused if the terminal gave bytes that are no text, such as Latin-1 where UTF-8 is expected."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -73,7 +73,7 @@ def named_path(text: str) -> tuple[str, str]:
 
 
 def check_target(option: str, path: Path) -> None:
-    """Refuse, before any work, a file that could not be written or that is not a plain file."""
+    """Refuse, before any work, an output file that could not be written or is not a plain file."""
     try:
         target = real_path(path)
         there = os.path.lexists(target)
@@ -90,15 +90,15 @@ def check_target(option: str, path: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, by links or by its hard links, or would if it were there."""
+    """Whether two paths lead to the same file, links and hard links included, or would if it existed."""
     if one.exists() and other.exists():
         return one.samefile(other)
     return real_path(one) == real_path(other)
 
 
 def discard_stdout() -> None:
-    """Send what is still to be written to standard output nowhere, so that leaving Python does not fail on it."""
-    with suppress(OSError, ValueError):  # a stand-in for standard output may have no number
+    """Discard what is still buffered for standard output, so that Python does not fail on it at exit."""
+    with suppress(OSError, ValueError):  # a replacement of standard output may have no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -186,12 +186,12 @@ def load_model(name: str, path: str, dtype: torch.dtype, device: torch.device) -
 
     try:
         return DiT.from_pretrained(path, dtype, device)
-    except Exception as error:  # a foreign file fails in a dozen ways: KeyError, SafetensorError, UnpicklingError, …
+    except Exception as error:  # a foreign file may raise anything: KeyError, SafetensorError, UnpicklingError, …
         raise ValueError(f"model {name} cannot be loaded from {path}: {one_line(error)}") from error
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a file, a folder or a repository. None of its code is run, and nothing is asked."""
+    """The tokenizer of a file, a folder or a repository. No code of it is run, and the user is not asked."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from mdkern.models.weight_files import find_local, plain_file, read_json
@@ -254,7 +254,7 @@ def load_judge(
     if tokenizer is not None:
         own = load_tokenizer(tokenizer)
         return judge, lambda ids: judge_texts(judge, own, model_tokenizer.batch_decode(ids, skip_special_tokens=True))
-    if judge.config.vocab_size < model.config.vocab_size - 1:  # it may do without the mask
+    if judge.config.vocab_size < model.config.vocab_size - 1:  # it may lack the mask
         raise ValueError(
             f"--judge has {judge.config.vocab_size} ids, the model {model.config.vocab_size}: "
             "give --judge-tokenizer, with which it reads the texts"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SAMPLE_OPTIONS = ("block_length", "steps_per_block", "cache", "stop_at_eos", "top_k", "top_p", "top_p_rule", "min_p",
                   "cuda_graphs")  # fmt: skip
-REFERENCE_TEXT = "frequency"  # a decoder's parameter that is read off a text: the option names its file
-EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # of values for parameters without a default
+REFERENCE_TEXT = "frequency"  # the parameter that is computed from a text, whose file the option names
+EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # examples of values for parameters without a default
 EXPLAINED = {
     REFERENCE_TEXT: "the tokens' frequencies are counted in that text",
     "exponents": "it may be a number, a list such as [2,1,0.5], or a file of numbers, one per position",
@@ -67,14 +67,14 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options as `mdkern.sample` takes them, but for the decoder."""
+    """The options as arguments of `mdkern.sample`, without the decoder."""
     return {name: getattr(arguments, name) for name in SAMPLE_OPTIONS}
 
 
 def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
-    """The decoder that a text names, as a function of the tokenizer and its number of ids.
+    """The decoder that a text describes, as a function of the tokenizer and its number of ids.
 
-    All that can be told without them is checked at once.
+    Everything that does not depend on these is checked at once.
 
     Raises:
         ValueError: an unknown name or parameter, or a value that cannot be right.
@@ -83,7 +83,7 @@ def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
 
     name, _, rest = text.partition(":")
     if name not in DECODERS:
-        by_name(name)  # says so, and what there is
+        by_name(name)  # raises the error that lists all names
     kind = DECODERS[name]
     parameters = {field.name: field for field in fields(kind)}
     options = parse_options(text, name, rest, list(parameters))
@@ -106,7 +106,7 @@ def parse_decoder(text: str) -> Callable[[Any, int], Decoder]:
 def parse_options(text: str, name: str, rest: str, known: list[str]) -> dict[str, Any]:
     """A decoder's parameters from ``KEY=VALUE,KEY=VALUE``."""
     options: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", rest) if rest else []:  # commas, but for those in brackets
+    for part in re.split(r",(?![^\[]*\])", rest) if rest else []:  # commas outside of brackets
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise ValueError(f"--decoder {text}: {part!r} must be KEY=VALUE, as in threshold:threshold=0.9")
@@ -122,7 +122,7 @@ def parse_options(text: str, name: str, rest: str, known: list[str]) -> dict[str
 def literal(decoder: str, text: str) -> Any:
     """A whole number, a number, a list of numbers in brackets, true, false, or else the text itself.
 
-    The decoders refuse what is not for them.
+    The decoders refuse values that they cannot use.
     """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -160,13 +160,13 @@ def build(text: str, make: Callable[..., Any], *arguments: Any, **options: Any) 
 
 
 def with_frequencies(text: str, kind: type[Any], options: dict[str, Any]) -> Callable[[Any, int], Decoder]:
-    """A decoder that wants the tokens' frequencies, which the file in its place has."""
+    """A decoder that needs the tokens' frequencies, which are counted in the file that the option names."""
     import torch
 
     from mdkern.decoders import reference_frequencies
 
     path = Path(str(options.pop(REFERENCE_TEXT)))
-    build(text, kind, torch.ones(1), **options)  # the other parameters are right
+    build(text, kind, torch.ones(1), **options)  # checks the other parameters
     content = read_text(text, path)
 
     def make(tokenizer: Any, vocab_size: int) -> Decoder:

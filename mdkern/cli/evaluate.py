@@ -188,7 +188,7 @@ def of_samples(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any
 
 
 def shown(value: Any) -> str:
-    """A figure as a person reads it."""
+    """A figure in the form in which it is printed."""
     if isinstance(value, dict) and "interval_95" in value:
         low, high = value["interval_95"]
         return f"{value['mean']:.4f} (95 % of {low:.4f} to {high:.4f}, n = {value['count']})"

@@ -1,6 +1,6 @@
 """The command line: ``mdkern sample``, ``profile``, ``evaluate``, ``importance``, ``search``.
 
-Results go to standard output, all else to standard error.
+Results go to standard output, everything else to standard error.
 
 A command is a module with a function that adds its parser and one that runs it. PyTorch is imported when a command
 runs, not before.
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"mdkern: interrupted{notes(error)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of standard output has left: nothing to say
+    except BrokenPipeError:  # the reader of standard output has gone, so there is nobody to tell
         discard_stdout()
         return EXIT_FAILED
     except (FloatingPointError, TimeoutError, MemoryError) as error:
         return fail(error, EXIT_FAILED)
     except OSError as error:
-        discard_stdout()  # whose disk may be the full one
+        discard_stdout()  # its disk may be the full one
         return fail(error, EXIT_FAILED)
     except ValueError as error:
         return fail(error, EXIT_BAD_INPUT)
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_streams() -> None:
-    """Make sure that there are standard streams, be it to nowhere, and that writing a text to one cannot fail."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one's number would go to the next file opened
+    """Make sure that standard streams exist, if only to discard what is written, and that every text can be written."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the next file opened would get the number of a closed one
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
@@ -64,18 +64,18 @@ def open_streams() -> None:
 
 
 def fail(error: Exception, code: int) -> int:
-    if first_process() or isinstance(error, TimeoutError):  # every process knows an error, but for one that is lost
+    if first_process() or isinstance(error, TimeoutError):  # all processes have the error, except lost ones
         print(f"mdkern: error: {one_line(error)}{notes(error)}", file=sys.stderr)
     return code
 
 
 def notes(error: BaseException) -> str:
-    """What was added to an error on its way, such as what became of finished samples."""
+    """Notes that were added to an error, such as where finished samples are."""
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def first_process() -> bool:
-    """Whether this process is the one that speaks: not one of ``torchrun``'s further ones."""
+    """Whether this process is the one that prints: the first one under ``torchrun``, or the only one."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 

@@ -100,7 +100,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
 
 
 def choose_models(arguments: argparse.Namespace, device: torch.device) -> dict[str, DiT]:
-    """Float32 models by what the table calls them."""
+    """Float32 models by their names in the table."""
     import torch
 
     from mdkern.pretrained import load_pair

@@ -27,7 +27,7 @@ def read_prompt(text: str | None, file: Path | None) -> str:
     if text is not None:
         raise ValueError("--prompt and --prompt-file must not both be given")
     try:
-        return file.read_bytes().decode("utf-8-sig")  # without the mark that some editors put first
+        return file.read_bytes().decode("utf-8-sig")  # removes the byte-order mark that some editors write
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--prompt-file {file} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): convert it "

@@ -1,6 +1,6 @@
-"""``--output``: samples as JSON lines, kept in ``FILE.partial`` while they are made, in place as ``FILE`` at the end.
+"""``--output``: samples as JSON lines, which are written to ``FILE.partial`` and moved to ``FILE`` at the end.
 
-The partial file's first line is what was asked for, so that ``--resume`` goes on with nothing else. Then comes a line
+The first line of the partial file describes the request, so that ``--resume`` continues no other one. Then comes a line
 for each sample in the order in which they were finished.
 """
 
@@ -22,19 +22,19 @@ class SampleFile:
     """The samples of one request, some of which may have been finished by an earlier run."""
 
     def __init__(self, target: Path, request: Mapping[str, Any], seed: int) -> None:
-        """Begin a file, or go on with what an interrupted run has left.
+        """Begin a file, or continue with what an interrupted run has left.
 
         Args:
             target: the file to be written in the end.
-            request: all that the samples depend on but the seed, as JSON can hold it.
-            seed: of a new run; one that is resumed keeps its own.
+            request: everything that the samples depend on, except the seed, as values for JSON.
+            seed: seed of a new run; a resumed run keeps its own.
 
         Raises:
-            ValueError: what is left is of another request, or is not ours.
+            ValueError: the partial file belongs to another request, or is not ours.
         """
         self.target = real_path(target)
         self.path = partial_path(target)
-        self.places: dict[int, tuple[int, int]] = {}  # by sample number, where its line begins and ends
+        self.places: dict[int, tuple[int, int]] = {}  # beginning and end of each sample's line, by sample number
         there = self.path.exists()
         self.file: BinaryIO = self.path.open("r+b") if there else create(self.path, self.target)
         self.lock()
@@ -54,7 +54,7 @@ class SampleFile:
             raise ValueError(f"{self.path} is being written by another process") from None
 
     def go_on(self, request: Mapping[str, Any]) -> None:
-        """Read what is finished; a last line that was cut off in the middle is dropped."""
+        """Read the finished samples. A last line that was cut off is dropped."""
         try:
             lines = iter(self.file)
             first = next(lines)
@@ -83,7 +83,7 @@ class SampleFile:
         self.file.truncate()
 
     def append(self, *values: Mapping[str, Any]) -> None:
-        """Write lines, and see to it that they are on the disk."""
+        """Write lines, and make sure that they are on the disk."""
         with named_errors(self.path):
             end, places = self.file.tell(), {}
             for value in values:
@@ -96,7 +96,7 @@ class SampleFile:
         self.places |= {number: place for number, place in places.items() if number is not None}
 
     def finish(self, numbers: Iterable[int]) -> None:
-        """Put the file in place: the samples of these numbers, in their order."""
+        """Write the final file with the samples of these numbers, in order."""
         with replacing(self.target) as whole:
             for number in numbers:
                 begin, end = self.places[number]
@@ -109,10 +109,10 @@ class SampleFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """After an error, leave what is finished and add to the error where it is; leave no empty file."""
+        """After an error, keep the finished samples and add a note to the error that says where; keep no empty file."""
         if error is None:
             return
-        with suppress(OSError):  # what could not be written is what the error is about
+        with suppress(OSError):  # this may be the error that is being handled
             self.file.close()
         count = len(self.places)
         if count:
@@ -128,7 +128,7 @@ def partial_path(target: Path) -> Path:
 
 
 def holds_samples(partial: Path) -> bool:
-    """Whether anything follows the first line of a partial file."""
+    """Whether a partial file has more than its first line."""
     if not partial.exists():
         return False
     with partial.open("rb") as file:

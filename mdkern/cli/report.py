@@ -1,4 +1,4 @@
-"""What ``mdkern sample`` tells of its samples: texts on standard output, JSON records, and the summary."""
+"""The output of ``mdkern sample``: texts on standard output, JSON records, and the summary."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What the options come to."""
+    """What is to be sampled, as the options say."""
 
     models: dict[str, DiT]
     tokenizer: Any
     schedule: Schedule
-    ids: Tensor  # int64 [1, L], what each sample begins as
+    ids: Tensor  # int64 [1, L], the start of each sample, with masks
     decoder: Decoder
     seed: int
 
 
 def decode_texts(output: SampleOutput, tokenizer: Any, cut: bool) -> list[str]:
-    """The samples' texts as they are, special tokens included; `cut`: up to their end of text."""
+    """The samples' texts, special tokens included; with `cut`, only up to their end of text."""
     from mdkern.trace import decode
 
     assert output.sequences is not None
@@ -64,10 +64,11 @@ def sample_records(
 
 
 class Printer:
-    """Standard output, as the samples finish."""
+    """Prints texts to standard output as the samples finish."""
 
     def __init__(self, headed: bool, essential: bool) -> None:
-        """`headed`: say which sample a text is. `essential`: the texts go nowhere else, so its loss ends the run."""
+        """`headed`: print the sample number before a text. `essential`: the texts go nowhere else, so that a failure to
+        print them ends the run."""
         self.headed, self.essential = headed, essential
         self.printed = 0
         self.failure: OSError | None = None
@@ -76,7 +77,7 @@ class Printer:
         """Print texts with their samples' numbers.
 
         Raises:
-            OSError: the texts could not be written and go nowhere else. Otherwise it is kept as `failure`.
+            OSError: the texts could not be written and are `essential`. Otherwise the error is kept as `failure`.
         """
         from tqdm import tqdm
 
@@ -84,7 +85,7 @@ class Printer:
             for number, text in zip(numbers, texts):
                 if self.failure is None:
                     header = f"{'' if self.printed == 0 else chr(10)}--- sample {number} ---\n" if self.headed else ""
-                    tqdm.write(f"{header}{text}", file=sys.stdout)  # the progress bar makes room
+                    tqdm.write(f"{header}{text}", file=sys.stdout)  # does not disturb the progress bar
                     self.printed += 1
             sys.stdout.flush()
         except OSError as error:
@@ -95,14 +96,14 @@ class Printer:
 
 
 def without_texts(output: SampleOutput) -> SampleOutput:
-    """What the summary needs of an output."""
+    """The part of an output that the summary needs."""
     return replace(output, sequences=None, lengths=None, prompt_lengths=None, stop_reason=None, history=None)
 
 
 def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str:
     """What was run, how many forward passes it took, how long, and what the schedule saved.
 
-    `processes`: that shared the work.
+    `processes`: number of processes that shared the work.
     """
     from mdkern.models import adapt
     from mdkern.output import counted_saving

@@ -97,7 +97,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    """Load, sample, hand over the samples as they finish, then the page and the summary."""
+    """Load the models, sample, write the samples as they finish, then the page and the summary."""
     check_options(arguments)
 
     from mdkern.distributed import TIMEOUT, torchrun_ranks
@@ -124,7 +124,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def receive(groups: Generator[SampleOutput], receiver: Receiver | None) -> None:
-    """Hand over every group, and of one that fails what was finished."""
+    """Hand over every group and, if one fails, what was finished of it."""
     try:
         with closing(groups):
             for output in groups:
@@ -172,7 +172,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> Job:
-    """Load the models, and check all that depends on them."""
+    """Load the models, and check everything that depends on them."""
     from mdkern.engine.resolve import resolve_pace, resolve_seed
 
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
@@ -190,7 +190,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
 
 
 def request_of(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """All that the samples depend on but a seed of their own, by option: a value, or a digest of it."""
+    """Everything that the samples depend on except the seed, by option: its value, or a digest of it."""
     from mdkern.digest import digest, model_digest
     from mdkern.models import adapt
 
@@ -205,14 +205,14 @@ def request_of(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options as `mdkern.sample` takes them, but for the decoder and what is speed alone."""
+    """The options as arguments of `mdkern.sample`, without the decoder and those that only change the speed."""
     return sample_options(arguments) | {"temperature": arguments.temperature}
 
 
 def run_groups(
     arguments: argparse.Namespace, job: Job, ranks: Ranks | None, seed: int, numbers: list[int]
 ) -> Generator[SampleOutput]:
-    """The samples of these numbers, group by group; of several processes all at once."""
+    """The samples of these numbers, group by group; with several processes, all at once."""
     from mdkern.distributed import sample_distributed
     from mdkern.sampling import sample_groups
 
@@ -236,7 +236,7 @@ def run_groups(
 
 
 class Receiver:
-    """Takes the samples as they finish: prints their texts, writes their records, keeps what the end needs."""
+    """Takes the samples as they finish: prints their texts, writes their records, keeps what is needed later."""
 
     def __init__(self, arguments: argparse.Namespace, job: Job, file: SampleFile | None) -> None:
         self.arguments, self.job, self.file = arguments, job, file
@@ -253,7 +253,7 @@ class Receiver:
         self.outputs.append(output if self.arguments.trace is not None else without_texts(output))
 
     def finish(self, processes: int) -> None:
-        """Put the files in place and sum up."""
+        """Move the files into place and print the summary."""
         import torch
 
         from mdkern.output import joined

@@ -1,8 +1,8 @@
-"""The exact likelihood of a sampler that reveals positions in an order of its own (DUEL, 2603.01367).
+"""The exact likelihood of a sampler with a deterministic order (DUEL, 2603.01367).
 
-Where the positions that a pass reveals are a function of the text before it, each text is reached in one way only. So
-the sampler is run with the true tokens put in the place of the drawn ones, and a text's likelihood is the product of
-the probabilities that its tokens have in the passes that reveal them.
+If the positions that a pass reveals are a function of the text before it, each text can be reached in one way only. So
+the sampler is run with the true tokens in place of the drawn ones. The likelihood of a text is the product of the
+probabilities that its tokens have in the passes that reveal them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How likely a text is: the any-order bound of a denoiser or a schedule, or the likelihood of a sampler.
+"""The likelihood of texts: the any-order bound of a denoiser or a schedule, or the exact likelihood of a sampler.
 
-A masked diffusion model's negative log-likelihood of a text of n wanted tokens is at most
-``E_k E_{S, |S| = k} (n / k) sum_{i in S} -log p(x_i | x without S)`` with k uniform on 1..n: the bound of Nie et al.
-(LLaDA, 2502.09992, eq. 6), whose variance is lower than that of masking each token with probability t.
+A masked diffusion model's negative log-likelihood of a text with n wanted tokens is at most ``E_k E_{S, |S| = k} (n /
+k) sum_{i in S} -log p(x_i | x without S)`` with k uniform on 1..n. This is the bound of Nie et al. (LLaDA, 2502.09992,
+eq. 6). Its estimates vary less than with masking each token with probability t.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Likelihood:
     nfe: dict[str, Tensor]  # int64 [N] each, forward passes by model
 
     def perplexity_bound(self) -> float:
-        """``exp`` of the nats a token over all texts; where these are exact, the perplexity itself."""
+        """``exp`` of the nats per token over all texts. It is the perplexity itself if the nats are exact."""
         return float((self.nats.sum() / self.tokens.sum()).exp())
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Checked input."""
+    """The checked input."""
 
     input_ids: Tensor  # int64 [N, L]
     attention_mask: Tensor | None  # bool [N, L]
@@ -78,20 +78,20 @@ def likelihood(
     sample_ids: Any = None,
     progress: bool | None = None,
 ) -> Likelihood:
-    """The negative log-likelihood of texts: a bound on a denoiser's or schedule's, or exactly that of a sampler.
+    """The negative log-likelihood of texts: a bound for a denoiser or a schedule, or the exact one of a sampler.
 
     ``method="fixed_count"`` is the bound. For each text `samples` masks are drawn. Their sizes lie on an even grid over
-    1..n with a random start (LLaDA's estimator), their places are keyed by (seed, sample id, mask, position), so that a
-    result does not depend on the batch. Under a schedule, the model of a mask of k of n tokens is the one that runs
+    1..n with a random start (LLaDA's estimator); their places are keyed by (seed, sample id, mask, position), so that a
+    result does not depend on the batch. Under a schedule, a mask of k of n tokens is evaluated by the model that runs
     when a share ``1 - k / n`` of the steps is done.
 
-    ``method="decoder"`` is exact (DUEL, 2603.01367): of ``sample(..., decoder=decoder, temperature=1.0)`` with the same
-    steps, blocks and schedule, for decoders whose reveals are a function of the text before them. That leaves out those
-    that draw their order or change what they have revealed. `TopProbability`, `Threshold`, `Factor` and `PositionAware`
-    score the token that they draw; with ``by="top1"`` they are shown the most probable token and its probability
-    instead, as they are at temperature 0: their order is then that of temperature 0, while the tokens are drawn at
-    temperature 1. A decoder of one's own must not draw anything itself; where it looks at neither the drawn token nor
-    its probability, ``scores_draw = False`` says so.
+    ``method="decoder"`` is exact (DUEL, 2603.01367). It is the likelihood under ``sample(..., decoder=decoder,
+    temperature=1.0)`` with the same steps, blocks and schedule, for decoders whose reveals are a function of the text
+    before them. Decoders that draw their order, or change what they have revealed, are refused. `TopProbability`,
+    `Threshold`, `Factor` and `PositionAware` score the token that was drawn. With ``by="top1"`` they are given the most
+    probable token and its probability instead, as at temperature 0; their order is then that of temperature 0, while
+    the tokens are drawn at temperature 1. A decoder of your own must not draw anything itself. If it reads neither the
+    drawn token nor its probability, it should say so by ``scores_draw = False``.
 
     Args:
         heavy, light, schedule: as for `mdkern.sample`.
@@ -100,11 +100,11 @@ def likelihood(
             attended to.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding.
         method: ``"fixed_count"`` or ``"decoder"``.
-        samples: masks for each text, default 128. A text of one wanted token needs one only, which is exact.
+        samples: number of masks for each text, default 128. A text of one wanted token needs only one, which is exact.
         decoder, block_length, steps, steps_per_block: as for `mdkern.sample`; for ``method="decoder"``.
         by: None or ``"top1"``, see above.
         batch_size: texts in a forward pass, masked or partly revealed.
-        seed: of the masks; None takes one from PyTorch's default generator.
+        seed: seed of the masks; None takes one from PyTorch's default generator.
         sample_ids: N numbers that key the masks. Default 0..N-1.
         progress: show a progress bar; None: only on a terminal.
 
@@ -142,7 +142,7 @@ def fixed_count(
     batch_size: int,
     disable: bool | None,
 ) -> Likelihood:
-    """The bound, from `samples` masks for each text, with a progress bar as tqdm's `disable` says."""
+    """The bound, from `samples` masks for each text. `disable` is tqdm's, for the progress bar."""
     tokens = texts.wanted.sum(-1)
     counts = mask_sizes(texts, tokens, samples)
     model = model_by_share(schedule, list(denoisers), 1.0 - counts.double() / tokens[:, None])
@@ -165,7 +165,7 @@ def fixed_count(
 
 
 def check_method(method: str, of_counts: Mapping[str, Any], of_decoder: Mapping[str, Any]) -> None:
-    """Refuse an unknown method, one that lacks its decoder, and arguments of the other one."""
+    """Refuse an unknown method, a missing decoder, and arguments of the other method."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
     unread = of_counts if method == "decoder" else of_decoder
@@ -222,7 +222,7 @@ def resolve_texts(
 
 
 def check_possible(denoisers: dict[str, Denoiser], input_ids: Tensor, wanted: Tensor) -> None:
-    """Refuse wanted tokens that a model never produces, the mask for one: the text would be impossible."""
+    """Refuse wanted tokens that a model never draws, such as the mask, as the text would be impossible."""
     for name, denoiser in denoisers.items():
         bias = denoiser.head.bias
         known = input_ids.clamp(max=len(bias) - 1)
@@ -238,7 +238,7 @@ def check_possible(denoisers: dict[str, Denoiser], input_ids: Tensor, wanted: Te
 def mask_sizes(texts: Texts, tokens: Tensor, samples: int) -> Tensor:
     """Sizes of the masks, int64 ``[N, samples]`` in 1..n, by LLaDA's even grid.
 
-    ``k`` is uniform on 1..n; the sizes are ``k + j n / samples`` rounded (half to even), counted round the clock.
+    ``k`` is uniform on 1..n; the sizes are ``k + j n / samples``, rounded (half to even) and taken modulo n.
     """
     zero = torch.zeros_like(texts.sample_ids)
     bits = noise.random_bits(texts.seed, texts.sample_ids, zero, zero, zero, noise.MASK_SIZE)
@@ -249,7 +249,7 @@ def mask_sizes(texts: Texts, tokens: Tensor, samples: int) -> Tensor:
 
 
 def model_by_share(schedule: Schedule, names: list[str], done: Tensor) -> Tensor:
-    """Number in `names` of the model that runs when a share `done` of the steps, in [0, 1), is behind it."""
+    """Index in `names` of the model that runs when a share `done` of the steps, in [0, 1), has been run."""
     edges, owner, total = [], [], sum(share for _, share in schedule.parts)
     reached = total * 0
     for name, share in schedule.parts:
@@ -261,13 +261,13 @@ def model_by_share(schedule: Schedule, names: list[str], done: Tensor) -> Tensor
 
 
 def batches(mine: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Text and mask number, int64 ``[B]`` each, of the True entries of ``mine [N, samples]``."""
+    """Batches of the True entries of ``mine [N, samples]``: number of the text and of the mask, int64 ``[B]`` each."""
     text, sample = mine.nonzero(as_tuple=True)
     yield from zip(text.split(batch_size), sample.split(batch_size))
 
 
 def choose_masked(texts: Texts, text: Tensor, sample: Tensor, count: Tensor) -> Tensor:
-    """bool ``[B, L]``: `count` wanted positions of each text, uniformly."""
+    """bool ``[B, L]``: `count` wanted positions of each text, uniformly chosen."""
     zero = torch.zeros_like(texts.position[text])
     bits = noise.random_bits(
         texts.seed, texts.sample_ids[text, None], texts.position[text], sample[:, None] + zero, zero, noise.MASK_PLACE
