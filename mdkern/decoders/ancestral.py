@@ -58,7 +58,7 @@ class Ancestral(Planned, name="ancestral"):
     grid: str = "linear"
 
     def __post_init__(self) -> None:
-        check_number("eps", self.eps, 0.0, 1.0, below=True)
+        check_number(self, "eps", 0.0, 1.0, below=True)
         check_choice("grid", self.grid, GRIDS)
         if not callable(self.alpha):
             check_choice("alpha", self.alpha, ALPHAS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
@@ -16,17 +16,29 @@ from mdkern.kernels.head.arguments import Of
 
 
 def check_number(
-    name: str, value: Any, low: float, high: float = inf, *, above: bool = False, below: bool = False
+    decoder: Any, name: str, low: float, high: float = inf, *, above: bool = False, below: bool = False
 ) -> None:
-    """Refuse a value that is not a number from `low` to `high`; `above` and `below` exclude these two.
+    """Refuse a parameter that is not a number from `low` to `high`; `above` and `below` exclude these two.
+
+    One of NumPy, or a fraction, becomes a float.
 
     Raises:
         ValueError: with the interval and the value.
     """
+    value = getattr(decoder, name)
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not low <= value <= high or (above and value == low) or (below and value == high):
         interval = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
         raise ValueError(f"{name} must lie in {interval}, not {value!r}")
+    object.__setattr__(decoder, name, float(value))
+
+
+def check_whole(decoder: Any, name: str, least: int) -> None:
+    """Refuse a parameter that is not a whole number of at least `least`; one of NumPy becomes an int."""
+    value = getattr(decoder, name)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    object.__setattr__(decoder, name, int(value))
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

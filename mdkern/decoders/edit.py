@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number, check_of
+from mdkern.decoders.checks import check_number, check_of, check_whole
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,9 @@ class Edit(Stepwise, name="edit"):
 
     def __post_init__(self) -> None:
         check_of(self.of)
-        check_number("mask_threshold", self.mask_threshold, 0.0, 1.0)
-        check_number("edit_threshold", self.edit_threshold, 0.0, 1.0)
-        if isinstance(self.closing_steps, bool) or not isinstance(self.closing_steps, int) or self.closing_steps < 0:
-            raise ValueError(f"closing_steps must be a whole number of at least 0, not {self.closing_steps!r}")
+        check_number(self, "mask_threshold", 0.0, 1.0)
+        check_number(self, "edit_threshold", 0.0, 1.0)
+        check_whole(self, "closing_steps", 0)
 
     def rows(self, view: View) -> Tensor:
         return view.masked | view.revealed

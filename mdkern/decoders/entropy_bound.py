@@ -25,7 +25,7 @@ class EntropyBound(Stepwise, name="entropy_bound"):
 
     def __post_init__(self) -> None:
         check_of(self.of)
-        check_number("gamma", self.gamma, 0.0)
+        check_number(self, "gamma", 0.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
         assert proposal.entropy is not None

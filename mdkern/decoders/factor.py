@@ -20,7 +20,7 @@ class Factor(Stepwise, name="factor"):
 
     def __post_init__(self) -> None:
         check_of(self.of)
-        check_number("factor", self.factor, 0.0)
+        check_number(self, "factor", 0.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
         return Choice(proposal.probability, view.masked, "factor", bound=self.factor)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Canvas, Planned
-from mdkern.decoders.checks import check_choice
+from mdkern.decoders.checks import check_choice, check_whole
 from mdkern.decoders.draws import by_block_steps, masked_blocks, ranks, steps_of_run, uniforms
 from mdkern.plan import RevealPlan
 
@@ -63,8 +63,8 @@ class Hyperschedule(Planned, name="hyperschedule"):
         needs = self.kind in WITH_WIDTH if isinstance(self.kind, str) else False
         if needs != (self.width is not None):
             raise ValueError(f"width goes with kind {' or '.join(map(repr, WITH_WIDTH))}, and only with it")
-        if needs and (isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1):
-            raise ValueError(f"width must be a whole number of at least 1, not {self.width!r}")
+        if needs:
+            check_whole(self, "width", 1)
 
     @property
     def level(self) -> Level:

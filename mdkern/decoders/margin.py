@@ -28,7 +28,7 @@ class Margin(Stepwise, name="margin"):
     of: str = "model"
 
     def __post_init__(self) -> None:
-        check_quota(self.quota, self.position_temperature)
+        check_quota(self)
         check_of(self.of)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:

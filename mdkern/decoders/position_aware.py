@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
-from mdkern.decoders.checks import check_number, check_of
-from mdkern.decoders.quotas import by_quota, check_quota
+from mdkern.decoders.checks import check_choice, check_number, check_of
+from mdkern.decoders.quotas import QUOTAS, by_quota
 
 FLOOR = 1e-9  # added to a frequency before its logarithm
 
@@ -53,9 +53,9 @@ class PositionAware(Stepwise, name="position_aware"):
     of: str = "model"
 
     def __post_init__(self) -> None:
-        check_number("lam", self.lam, 0.0, below=True)
-        check_number("alpha", self.alpha, 0.0, above=True)
-        check_quota(self.quota, 0.0)
+        check_number(self, "lam", 0.0, below=True)
+        check_number(self, "alpha", 0.0, above=True)
+        check_choice("quota", self.quota, QUOTAS)
         check_of(self.of)
         frequency = torch.as_tensor(self.frequency)
         if frequency.ndim != 1 or not frequency.is_floating_point() or frequency.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ def dream_quota(view: View) -> Tensor:
 QUOTAS: dict[str, Callable[[View], Tensor]] = {"even": even_quota, "dream": dream_quota}
 
 
-def check_quota(quota: str, position_temperature: float) -> None:
+def check_quota(decoder: Any) -> None:
     """Refuse options that `by_quota` cannot take."""
-    check_choice("quota", quota, QUOTAS)
-    check_number("position_temperature", position_temperature, 0.0, below=True)
+    check_choice("quota", decoder.quota, QUOTAS)
+    check_number(decoder, "position_temperature", 0.0, below=True)
 
 
 def by_quota(view: View, scores: Tensor, quota: str, position_temperature: float = 0.0) -> Choice:

@@ -51,10 +51,10 @@ class ReMDM(Stepwise, name="remdm"):
                 raise ValueError(f"eta must be None with kind 'conf', which has none, not {self.eta!r}")
         else:
             object.__setattr__(self, "eta", PUBLISHED_ETA[self.kind] if self.eta is None else self.eta)
-            check_number("eta", self.eta, 0.0, 1.0)
-        check_number("t_on", self.t_on, 0.0, 1.0, above=True, below=True)
-        check_number("t_off", self.t_off, 0.0, self.t_on, above=True, below=True)
-        check_number("alpha_on", self.alpha_on, 0.0, 1.0, above=True, below=True)
+            check_number(self, "eta", 0.0, 1.0)
+        check_number(self, "t_on", 0.0, 1.0, above=True, below=True)
+        check_number(self, "t_off", 0.0, self.t_on, above=True, below=True)
+        check_number(self, "alpha_on", 0.0, 1.0, above=True, below=True)
 
     def alpha(self, times: Tensor) -> Tensor:
         """Probability that a position is revealed at time t, float64."""

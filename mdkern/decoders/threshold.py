@@ -20,7 +20,7 @@ class Threshold(Stepwise, name="threshold"):
 
     def __post_init__(self) -> None:
         check_of(self.of)
-        check_number("threshold", self.threshold, 0.0, 1.0)
+        check_number(self, "threshold", 0.0, 1.0)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:
         return Choice(proposal.probability, view.masked, "threshold", bound=self.threshold)

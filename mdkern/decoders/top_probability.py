@@ -24,7 +24,7 @@ class TopProbability(Stepwise, name="top_probability"):
     of: str = "model"
 
     def __post_init__(self) -> None:
-        check_quota(self.quota, self.position_temperature)
+        check_quota(self)
         check_of(self.of)
 
     def choose(self, view: View, proposal: Proposal) -> Choice:

@@ -6,12 +6,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import mdkern
 from mdkern import decoders
 from mdkern.decoders import (
     DECODERS,
@@ -333,3 +336,23 @@ def test_reference_frequencies_are_shares() -> None:
     assert frequency.tolist() == [0.0, 0.5, 0.25, 0.0, 0.0, 0.25, 0.0]
     fitted = PositionAware(frequency).fitted(7, torch.device("cpu"))
     assert torch.equal(fitted.frequency, frequency)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (decoders.Ancestral(0.125), decoders.Ancestral(Fraction(1, 8))),
+        (decoders.Edit(0.5, 0.25, 2), decoders.Edit(Fraction(1, 2), np.float32(0.25), np.int64(2))),
+        (decoders.Hyperschedule("block", 4), decoders.Hyperschedule("block", np.int64(4))),
+        (
+            decoders.ReMDM("loop", 0.25, 0.5, 0.125, 0.75),
+            decoders.ReMDM("loop", *map(Fraction, (0.25, 0.5, 0.125, 0.75))),
+        ),
+        (decoders.TopProbability(0.5), decoders.TopProbability(Fraction(1, 2))),
+    ],
+    ids=lambda decoder: type(decoder).__name__,
+)
+def test_numbers_of_every_kind_are_numbers(ours: Any, theirs: Any, make_dit: Callable[..., mdkern.DiT]) -> None:
+    one, other = (mdkern.sample(make_dit(), length=8, seed=0, decoder=decoder).sequences for decoder in (ours, theirs))
+    assert ours == theirs
+    assert one.equal(other)
