@@ -1,7 +1,7 @@
-"""What keeping keys and values does to the text: the shipped heavy model with and without a block-wise cache.
+"""The effect of a KV cache on the text: the shipped heavy model with and without a cache, in blocks.
 
-A part of `benchmarks.bench_decoders`. Once a token differs from the run without a cache, what follows is another text:
-the share of tokens that differ is large even where the text is no worse, which the model's own loss on it tells.
+A part of `benchmarks.bench_decoders`. Once one token differs from the run without a cache, the rest is another text. So
+the share of tokens that differ is large even if the text is no worse; the model's own loss on the text tells that.
 """
 
 from __future__ import annotations

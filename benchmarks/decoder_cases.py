@@ -1,4 +1,4 @@
-"""A decoder beside the plain loop that it is held against, and the bounds for models with random weights."""
+"""A decoder and the plain loop that it is compared with, and bounds for models with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdkern.decoders import Decoder
 
 @dataclass(frozen=True)
 class Gauge:
-    """The bounds of the decoders that reveal what they trust; by default as published."""
+    """The bounds of the decoders that have one: threshold, factor and entropy bound; by default as published."""
 
     threshold: float = 0.9
     factor: float = 1.0

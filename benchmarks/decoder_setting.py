@@ -1,11 +1,11 @@
 """Every decoder beside the loop that its public code runs: what is measured, part by part.
 
-Parts are lists of rows, each a function that measures it; `benchmarks.bench_decoders` runs them and keeps every row as
-soon as it is there, `benchmarks.decoder_tables` shows them. mdkern is timed over whole runs. Of a plain loop at a large
-size some steps are timed halfway, where half of the text is masked, and a run is their median times the method's number
-of steps. Random weights stand in for trained ones: they don't change the clock. They do change how sure a model is, so
-that they are drawn larger than for training (`make_model`), and the bounds of the decoders that reveal what they trust
-are set to what the model gives (`decoder_cases.Gauge`).
+A part is a list of rows, each with a function that measures it. `benchmarks.bench_decoders` runs them and keeps every
+row as soon as it is measured; `benchmarks.decoder_tables` shows them. mdkern is timed over whole runs. For a plain loop
+at a large size, some steps are timed halfway, where half of the text is masked, and a run is counted as their median
+times the method's number of steps. Random weights take the time of trained ones, but give other probabilities. So they
+are drawn larger than for training (`make_model`), and the bounds of threshold, factor and entropy bound are set to
+suit the model (`decoder_cases.Gauge`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from mdkern.profiling.profile import Clock, Setting, Unpadded, time_steps
 
 JUDGE = Path(__file__).parent / "judge"
 WARM_STEPS = 2
-ENOUGH_SECONDS = 2.0  # of whole runs: after so long no further one is begun
+ENOUGH_SECONDS = 2.0  # after so many seconds of whole runs, no further one is begun
 SPREAD = {"query": 3.0, "residual": 4.0, "logit": 7.0}  # see `make_model`
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model with random weights, and of the run."""
+    """The shape of a model with random weights, and of a run."""
 
     blocks: int
     width: int
@@ -51,14 +51,14 @@ class Shape:
     vocab_size: int
     mask_id: int
     length: int
-    prompt: int  # tokens of it that are given
-    steps: int  # T of the decoders that have a number of steps
-    block_length: int = 32  # of those that are published in blocks
+    prompt: int  # number of tokens that are given
+    steps: int  # T of decoders that have a number of steps
+    block_length: int = 32  # block length of decoders that are published with blocks
 
 
 @dataclass(frozen=True)
 class Size:
-    """All that a test makes smaller."""
+    """All sizes, which tests make smaller."""
 
     paper: Shape = Shape(12, 768, 12, 50_258, 50_257, length=1024, prompt=64, steps=120)
     batch: int = 8
@@ -119,7 +119,7 @@ def measure_gauge(peer: Unpadded, ids: Tensor, block_length: int) -> Gauge:
 
 @dataclass
 class Bench:
-    """What the parts share, made when it is first needed."""
+    """Models shared by the parts, made when first needed."""
 
     size: Size
     device: torch.device
@@ -170,7 +170,7 @@ def run_plain(
 
 
 def time_plain_steps(peer: Unpadded, case: Case, ids: Tensor, steps: int, count: int) -> list[float]:
-    """Seconds of each of `count` steps, after some others; a loop that ends before is begun again."""
+    """Seconds of each of `count` steps, after some to warm up. A loop that ends earlier is begun again."""
     if case.plain is None:
         return time_steps(ddpm, peer, Setting(ids.shape[0], ids.shape[1], steps), count, WARM_STEPS).steps()
     times: list[float] = []
@@ -186,7 +186,7 @@ def time_plain_steps(peer: Unpadded, case: Case, ids: Tensor, steps: int, count:
 def steps_of_plain(case: Case, steps: int, passes: float) -> float:
     """How many steps the plain loop takes: T, one more for `ddpm`, or as many as ours needed.
 
-    A batch of theirs goes on until its last sequence is done, so that this is in favour of the plain loop.
+    A batch of the plain loop runs until its last sequence is finished, so this favours the plain loop.
     """
     if case.plain is None:
         return steps + 1
@@ -292,7 +292,7 @@ def llada_rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def with_peak(bench: Bench, run: Callable[[], Any]) -> tuple[Any, Row]:
-    """What it returns, and the GiB that were allocated at most meanwhile, weights among them; graphs captured anew."""
+    """The result of a run, and its peak of allocated memory in GiB, weights included; graphs are captured anew."""
     if bench.device.type != "cuda":
         return run(), {}
     graphs.clear()

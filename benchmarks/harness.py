@@ -1,6 +1,6 @@
-"""Timing, the same for every contender, interleaved; and the files that results are kept in.
+"""Timing that is the same for every contender, in turns, and the files of results.
 
-GPU work is timed in graph replays with the L2 cache emptied.
+Work on a GPU is timed in replays of CUDA graphs, with an empty L2 cache.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Timing:
 class GpuTimer:
     """Times functions inside CUDA graphs.
 
-    A graph holds a few turns of (empty the L2 cache, run); a second one holds the emptying alone, and the difference of
-    their times is the run's. The cache is emptied by reading: lines left dirty by writing would be written back during
-    the run and slow it by a third.
+    One graph has a few turns of emptying the L2 cache and running; a second one has the emptying alone. The difference
+    of their times is that of the runs. The cache is emptied by reading, because dirty lines would be written back
+    during a run and slow it by a third.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class GpuTimer:
     def compare(
         self, contenders: Mapping[str, Callable[[], object]], turns: int = 8, rounds: int = 21
     ) -> dict[str, Timing]:
-        """Time every contender in each round, so that a drift of the clock meets them all alike."""
+        """Time every contender in each round, so that a drift of the clock affects them all alike."""
         graphs = {name: self.graph(run, turns) for name, run in contenders.items()}
         nothing = self.graph(lambda: None, turns)
         times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -114,7 +114,7 @@ def compare_on_host(contenders: Mapping[str, Callable[[], object]], rounds: int)
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Device and versions, to be kept beside every number."""
+    """Device and versions, to be kept with all results."""
     known: dict[str, Any] = {
         name: version(name) for name in ("torch", "triton", *packages) if importlib.util.find_spec(name)
     }

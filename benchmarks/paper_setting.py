@@ -1,9 +1,9 @@
 """The paper's setting (Sedykh et al., 2604.02340) on a GPU: what is measured, part by part.
 
-16 sequences of 1,024 tokens in 1,000 steps, V = 50,258, width 768, 12 and 4 blocks, bfloat16. Weights are random: they
-don't change the clock. `mdkern.sample` is timed over whole runs. The two baselines run every step alike, so some of
-their steps are timed, and a run is that many times the median step and the closing pass. Each part is a function from
-the `Bench` to what goes into the JSON; `benchmarks.bench_paper_setting` runs them, `benchmarks.paper_tables` shows
+16 sequences of 1,024 tokens in 1,000 steps, V = 50,258, width 768, 12 and 4 blocks, bfloat16, with random weights,
+which take the time of trained ones. `mdkern.sample` is timed over whole runs. All steps of the two baselines are alike,
+so some of them are timed, and a run is counted as so many median steps and the closing pass. Each part is a function
+from the `Bench` to a value for the JSON; `benchmarks.bench_paper_setting` runs them, `benchmarks.paper_tables` shows
 them.
 """
 
@@ -42,7 +42,7 @@ from mdkern.profiling.profile import (
 HEAVY, LIGHT = "H", "L"  # a model alone is "H"
 PAPER = Setting(batch_size=16, length=1024, steps=1000)
 SHARES = tuple(tenth / 10 for tenth in range(11))
-PRODUCT = 8192  # side of the product whose rate is the card's
+PRODUCT = 8192  # size of the square product whose rate is taken as that of the card
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def timed_runs(model: Any, setting: Setting, count: int) -> dict[str, Any]:
 
 
 def baseline(times: StepTimes, steps: int) -> dict[str, Any]:
-    """What is kept of a baseline: quartiles of its step and its parts, and the seconds of a run of `steps` steps."""
+    """The results of a baseline: quartiles of a step and of its parts, and the seconds of a run of `steps` steps."""
     quartiles = dict(zip(("lower", "step", "upper"), statistics.quantiles(times.steps(), n=4)))
     parts = {"backbone": statistics.median(times.backbone), "head": statistics.median(times.head)}
     return {
@@ -135,7 +135,7 @@ def compiled(bench: Bench) -> dict[str, Any]:
 
 
 def inside(bench: Bench) -> dict[str, Any]:
-    """What a step of ours is made of, beside the arithmetic at the rate of a large product; and the peak memory."""
+    """The parts of a step of ours, with its arithmetic at the rate of a large product; the peak memory."""
     found: dict[str, Any] = {"product_tflops": product_rate(bench.device)}
     setting = bench.size.setting
     for name, model in bench.half.items():
@@ -152,7 +152,7 @@ def inside(bench: Bench) -> dict[str, Any]:
 
 
 def looked_up(model: DiT, setting: Setting) -> int:
-    """FLOPs of a sequence's pass that are read from a table instead of being done."""
+    """FLOPs of a sequence's pass that are saved by reading a table."""
     folds = DiTDenoiser(model).prepared(setting.batch_size * setting.length).folds
     return 0 if folds is None or folds.qkv is None else 2 * setting.length * model.config.width * folds.qkv.shape[1]
 
@@ -175,7 +175,7 @@ def product_rate(device: torch.device) -> float:
 
 
 def peak_memory(bench: Bench, name: str) -> dict[str, float]:
-    """MiB that a run takes beyond what lies in memory before it, weights among it; graphs captured anew."""
+    """MiB that a run takes beyond what is in memory before it, such as weights; graphs are captured anew."""
     graphs.clear()
     torch.cuda.synchronize(bench.device)
     torch.cuda.empty_cache()
@@ -190,7 +190,7 @@ def peak_memory(bench: Bench, name: str) -> dict[str, float]:
 
 
 def savings(bench: Bench) -> dict[str, Any]:
-    """Runs at 0, 10, ..., 100 % light steps in a sandwich; the first one again at the end, against a drifting clock.
+    """Runs at 0, 10, ..., 100 % light steps in a sandwich; the first is repeated at the end, to see the clock drift.
 
     Each schedule is run once before, so that its graphs are captured. A point is the median of several runs.
     """
@@ -211,7 +211,7 @@ def savings(bench: Bench) -> dict[str, Any]:
 
 
 def flops_saved(bench: Bench, output: SampleOutput) -> float | None:
-    """`SampleOutput.flops_saved`, also where no step was heavy, which by itself knows of no heavy model."""
+    """`SampleOutput.flops_saved`, also for runs without heavy steps, whose output does not know the heavy model."""
     assert output.nfe is not None
     assert output.tokens_per_forward is not None
     passes = dict.fromkeys(bench.half, torch.zeros_like(next(iter(output.nfe.values())))) | output.nfe
@@ -272,7 +272,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def keep(path: Path, part: str, content: dict[str, Any], seconds: float) -> None:
-    """Put a part into the file; what another card or another PyTorch measured is dropped."""
+    """Put a part into the file; parts that another card or version of PyTorch measured are dropped."""
     known = environment()
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if record.get("environment") != known:

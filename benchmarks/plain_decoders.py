@@ -1,11 +1,11 @@
 """The decoders as their public code runs them: every step the model at every position, every logit in memory.
 
-Peers for `benchmarks.bench_decoders` and its tests, written from the rules. Each keeps what makes its own code cost
-what it costs: LLaDA's, Fast-dLLM's and PC-Sampler's float64 softmax over all positions, the rows taken one after
-another with a word to the host each; Dream's softmax over the masked positions, sorted whole for its margin; the
-categorical over the whole vocabulary of MDLM and, in float64 and after a nucleus filter, of ReMDM. Where a public
-version asks the host once per position (Fast-dLLM's first), ours here asks once per row. The ancestral sampler itself
-is `mdkern.profiling.eager.ddpm`.
+Peers for `benchmarks.bench_decoders` and its tests, written from the rules. Each keeps what determines the speed of the
+public code: the float64 softmax over all positions of LLaDA, Fast-dLLM and PC-Sampler, and their loop over rows, with a
+synchronisation for each; Dream's softmax over the masked positions, sorted completely for its margin; the categorical
+over the whole vocabulary of MDLM and, in float64 and after a nucleus filter, of ReMDM. Where a public version
+synchronises once per position (Fast-dLLM's first one), this code does so once per row. The ancestral sampler itself is
+`mdkern.profiling.eager.ddpm`.
 """
 
 from __future__ import annotations

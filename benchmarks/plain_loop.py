@@ -16,14 +16,14 @@ LogitsOf = Callable[[Tensor], Tensor]  # ids int64 [B, L] -> logits floating [B,
 
 @dataclass(frozen=True)
 class Step:
-    """What a rule is shown: B sequences at one step of a block."""
+    """What a rule is given: B sequences at one step of a block."""
 
     logits: Tensor  # [B, L, V]
     ids: Tensor  # int64 [B, L]
     masked: Tensor  # bool [B, L], the masks of the block
-    wanted: Tensor  # bool [B, L], what of the block was masked at first
-    number: int  # of the step within the block
-    steps: int  # of the block
+    wanted: Tensor  # bool [B, L], the positions of the block that were masked at first
+    number: int  # number of the step within the block
+    steps: int  # number of steps of the block
     quota: Tensor  # int64 [B, steps], see `even_quotas`
     mask_id: int
     temperature: float
@@ -35,7 +35,7 @@ Rule = Callable[[Step], Tensor]  # the ids after the step
 
 @dataclass(frozen=True)
 class Plain:
-    """A decoder: its rule, and when a block of it is over."""
+    """A decoder: its rule, and when a block ends."""
 
     rule: Rule
     adaptive: bool = False  # over when nothing is masked, not after its steps

@@ -23,7 +23,7 @@ from torch import Tensor
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
-ROW_MULTIPLE = 2048  # of large batches: few distinct row counts, hence few compilations
+ROW_MULTIPLE = 2048  # for large batches, so that there are few row counts and few compilations
 
 
 class MaskedBatch(NamedTuple):
@@ -73,8 +73,8 @@ def even_windows(tokens: Array, count: int, length: int) -> Array:
 def masked_batch(windows: Array, t: Floats, uniforms: Floats, mask_id: int) -> MaskedBatch:
     """Mask each position of ``windows [B, L]`` where its ``uniforms [B, L]`` is below its sequence's ``t [B]``.
 
-    The rows are padded to what a batch of stratified times needs but once in 10⁹ batches, so that nearly all batches
-    have one shape, and beyond that to a multiple of `ROW_MULTIPLE` (1/32 of a small batch).
+    The rows are padded to a number that a batch of stratified times exceeds only once in 10⁹ batches, so that nearly
+    all batches have one shape; larger ones are padded to a multiple of `ROW_MULTIPLE` (1/32 of a small batch).
     """
     batch_size, length = windows.shape
     masked = uniforms < t[:, None]
@@ -83,7 +83,7 @@ def masked_batch(windows: Array, t: Floats, uniforms: Floats, mask_id: int) -> M
     usual = batch_size * length / 2 + length / 2 + 6 * math.sqrt(batch_size * length / 6)
     multiple = min(ROW_MULTIPLE, max(1, batch_size * length // 32))
     capacity = math.ceil(max(usual, len(rows)) / multiple) * multiple
-    row_index = np.arange(capacity, dtype=np.int64) % (batch_size * length)  # spread: no contention in backward
+    row_index = np.arange(capacity, dtype=np.int64) % (batch_size * length)  # distinct rows: no contention in backward
     row_index[: len(rows)] = rows
     targets = np.zeros(capacity, dtype=np.int64)
     targets[: len(rows)] = windows.reshape(-1)[rows]

@@ -20,9 +20,9 @@ CHECKSUM = "sha256"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the folder's checkpoint, keeping the one before. A crash at any point leaves a usable one.
+    """Write `state` as the folder's checkpoint, keeping the previous one. A crash at any point leaves a usable one.
 
-    With it goes a checksum of all that it holds, under the name `CHECKSUM`.
+    It includes a checksum of its content, under the name `CHECKSUM`.
     """
     with replacing(folder / CURRENT) as file:
         torch.save(state | {CHECKSUM: digest(state)}, file)
@@ -39,9 +39,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The folder's checkpoint on the CPU, or the one before if it is damaged, or None if there is none.
+    """The folder's checkpoint on the CPU, or the previous one if it is damaged, or None if there is none.
 
-    Raises ValueError if there are checkpoints and all are damaged.
+    Raises ValueError if there are checkpoints but all are damaged.
     """
     paths = [folder / name for name in (CURRENT, PREVIOUS) if os.path.lexists(folder / name)]
     for path in paths:
@@ -50,7 +50,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             if state.pop(CHECKSUM, None) != digest(state):
                 raise ValueError("its checksum is not that of what it holds")
             return state
-        except Exception as error:  # a damaged file fails in a dozen ways
+        except Exception as error:  # a damaged file may raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.warning("%s cannot be read (%s)", path, reason)
     if paths:
@@ -62,7 +62,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     """The settings of the folder's checkpoint without its weights; none if there is no readable one."""
     try:
         config = torch.load(folder / CURRENT, map_location="cpu", weights_only=True, mmap=True)["config"]
-    except Exception:  # what is wrong with it is said where the checkpoint is loaded
+    except Exception:  # the error is reported when the checkpoint is loaded
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -76,7 +76,7 @@ def check_same_config(saved: dict[str, Any], wanted: dict[str, Any], folder: Pat
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a log that hold a step and its loss, and what they hold; lines cut short or spoilt are left out."""
+    """The lines of a log that have a step and its loss, and their content; damaged lines are left out."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:

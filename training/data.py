@@ -45,7 +45,7 @@ LONGEST_LINE = 1 << 24  # characters
 
 @dataclass(frozen=True)
 class TokenFileInfo:
-    """What is known of a token file; NAME.json beside NAME.bin."""
+    """The description of a token file, which is NAME.json beside NAME.bin."""
 
     dtype: str
     count: int
@@ -185,7 +185,7 @@ class TextEncoder:
             raise FileNotFoundError(f"{folder} has no tokenizer.json: save the fast tokenizer with save_pretrained")
         content = path.read_text(encoding="utf-8")
         backend = Tokenizer.from_str(content)
-        backend.encode_special_tokens = True  # a special's name inside a text is plain text
+        backend.encode_special_tokens = True  # the name of a special token inside a text is plain text
         config_path = folder / "tokenizer_config.json"
         config = json.loads(config_path.read_text()) if config_path.is_file() else {}
         ids = {key: backend.token_to_id(_token_text(config.get(key)) or name)
@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done = pool.map(pack if args.command == "pack" else unpack, args.files, [args.out] * len(args.files))
                 for path in done:
                     log.info("%s (%d bytes)", path, path.stat().st_size)
-    except (ValueError, OSError, ImportError) as error:  # OSError: a full disk, a loop of links
+    except (ValueError, OSError, ImportError) as error:  # OSError: a full disk or a circle of links
         parser.error(str(error))
 
 

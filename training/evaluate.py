@@ -71,7 +71,7 @@ def held_out_nelbo(
         chosen = np.arange(number * batch_size, (number + 1) * batch_size) % len(windows)
         t = stratified_times(batch_size, eps, generator)
         uniforms = generator.random((batch_size, length), dtype=np.float32)
-        # Times come in ascending order but for a rotation: shuffled, so that no window always gets the large ones.
+        # Times ascend up to a rotation. They are shuffled, or one window would always get the large ones.
         batch = masked_batch(windows[chosen], generator.permutation(t), uniforms, model.config.mask_id)
         with world.autocast():
             losses = row_losses(model, *(x.to(world.device) for x in batch[:4])).cpu().double()

@@ -69,9 +69,10 @@ def joined_world(device: str) -> Iterator[World]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGINT into a question: has one arrived? A second SIGINT interrupts at once.
+    """A context that gives a function which says whether SIGTERM or SIGINT has arrived. A second SIGINT interrupts at
+    once.
 
-    The old handlers are put back at the end.
+    The old handlers are restored at the end.
     """
     received: list[int] = []
 
@@ -94,14 +95,14 @@ class LoopOptions:
 
     Attributes:
         out: folder of the checkpoint and the log.
-        total_steps: length of the whole run, whatever pieces it is done in.
-        tokens_per_step: of all processes together.
+        total_steps: length of the whole run, in however many pieces it is run.
+        tokens_per_step: tokens of all processes together.
         schedule: step -> fraction of the peak learning rate.
         clip: largest gradient norm.
         checkpoint_every: seconds between checkpoints.
-        log_every: steps between two readings of the losses, each of which waits for the device.
+        log_every: steps between two readings of the losses, which wait for the device.
         deadline: `time.monotonic()` at which to checkpoint and stop, or None.
-        resume: "auto" goes on from a checkpoint if there is one, "must" fails without, "never" starts again.
+        resume: "auto" continues from a checkpoint if there is one, "must" fails without one, "never" starts anew.
         workers: threads that prepare batches.
     """
 
@@ -119,7 +120,7 @@ class LoopOptions:
 
 @dataclass
 class Trainer:
-    """A model in training. ``run`` does the steps that are left.
+    """A model in training. ``run`` runs the remaining steps.
 
     `objective` maps a batch's tensors to a loss whose sum over micro-batches, averaged over processes, is the step's
     loss; `model` holds the parameters that are saved.
@@ -129,7 +130,7 @@ class Trainer:
     objective: nn.Module
     optimizers: Sequence[Optimizer]
     average: WeightAverage
-    config: dict[str, Any]  # what must not change between the pieces of a run
+    config: dict[str, Any]  # settings that must not change between the pieces of a run
     options: LoopOptions
     world: World
     step: int = 0
@@ -186,7 +187,7 @@ class Trainer:
                 finished = self.step == options.total_steps
                 read = finished or self.step % options.log_every == 0
                 stop = due = 0
-                if read or world.size == 1:  # several processes agree at readings only
+                if read or world.size == 1:  # with several processes, they agree only when losses are read
                     now = time.monotonic()
                     late = options.deadline is not None and now >= options.deadline
                     stop, due = world.largest(stop_asked() or late, now - last_save >= options.checkpoint_every)
@@ -203,8 +204,8 @@ class Trainer:
     def train_step(
         self, objective: nn.Module, micro_batches: list[tuple[Tensor, ...]], stop_asked: Callable[[], bool]
     ) -> bool:
-        """One step. Returns whether it was given up: by a signal, between two micro-batches of a single process. It is
-        done anew when the run goes on."""
+        """Run one step. Returns whether a signal stopped it between two micro-batches, which only happens with a single
+        process. The step is then run again when the run continues."""
         set_lr(self.optimizers, self.options.schedule(self.step))
         loss = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(micro_batches, start=1):
@@ -231,7 +232,7 @@ class Trainer:
 
 
 class Report:
-    """Fetches the losses now and then, and shows them: a progress bar, log lines and a file."""
+    """Reads the losses now and then and reports them: in a progress bar, as log lines and in a file."""
 
     def __init__(self, trainer: Trainer, records: JsonLines | None) -> None:
         self.trainer, self.records = trainer, records

@@ -1,4 +1,4 @@
-"""A text file made ready for training: a tokenizer of its own, and its tokens with the last part held out."""
+"""Prepares a text file for training: trains a tokenizer on it, and tokenizes it with the last part held out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prepare_text(text: Path, out: Path, tokenizer: Path | None = None) -> tuple[
         text: a text file, plain or .xz, as `training.data` reads it.
         tokenizer: a tokenizer's folder; None: one is trained on the text.
 
-    What an earlier call made of the same text is used again.
+    Files that an earlier call made from the same text are used again.
     """
     if not text.is_file():
         raise FileNotFoundError(f"no such file: {text}")

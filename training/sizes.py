@@ -1,4 +1,4 @@
-"""Sizes of a training run: presets, what suits the data and the machine, and how much memory it takes."""
+"""Sizes of a training run: presets, the choice by data and machine, and the memory that training takes."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_samples": 8192,
     },
 }  # fmt: skip
-MOST_EPOCHS = 100  # passes over the data, each time under other masks, that a preset's number of tokens may come to
+MOST_EPOCHS = 100  # most passes over the data, each with other masks, that a preset's number of tokens may amount to
 ENOUGH_FOR_MDLM = 200_000_000  # tokens of data
-SHARE_OF_MEMORY = 0.7  # that a run may fill of what is free
+SHARE_OF_MEMORY = 0.7  # share of the free memory that a run may use
 PROCESS = 500 << 20  # bytes of the interpreter and its libraries
 
 
 def choose_sizes(args: argparse.Namespace, data_tokens: int, valid_tokens: int) -> None:
-    """Fill in what the arguments leave open, from the preset; ``auto`` takes it by the device and the data."""
+    """Fill in the settings that were not given, from the preset, which ``auto`` chooses by the device and the data."""
     preset = args.preset
     if preset == "auto":
         on_gpu = torch.device(args.device).type == "cuda"
@@ -65,11 +65,11 @@ def parameter_count(config: DiTConfig) -> int:
 
 
 def training_bytes(config: DiTConfig, length: int, sequences: int, device: str) -> int:
-    """About the most memory that training takes with so many sequences in a micro-batch.
+    """An estimate of the most memory that training takes with so many sequences in a micro-batch.
 
-    Weights, gradients, both moments, the average and its copy at the end are six float32 numbers a parameter. What a
-    block keeps of a token for its backward pass are ``16 + 2 mlp_ratio`` numbers for each of its width; half of the
-    tokens, those that are masked, have logits, their softmax and its gradient.
+    Weights, gradients, both moments, the average and its copy at the end are six float32 numbers for each parameter.
+    For the backward pass, a block keeps ``16 + 2 mlp_ratio`` numbers for each token and unit of width. Half of the
+    tokens, the masked ones, have logits, their softmax and its gradient.
     """
     half = torch.device(device).type == "cuda"
     number = 2 if half else 4
@@ -80,7 +80,7 @@ def training_bytes(config: DiTConfig, length: int, sequences: int, device: str) 
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device: for a CPU what the system and the process's control group leave."""
+    """Free memory of the device; on a CPU, what the system and the process's control group leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -104,10 +104,10 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def fit_memory(args: argparse.Namespace, config: DiTConfig, world: World) -> None:
-    """Split the batch into as many micro-batches as the memory needs, or refuse what cannot fit.
+    """Split the batch into as many micro-batches as the memory requires.
 
     Raises:
-        ValueError: not even one sequence at a time fits, or not the number of micro-batches that was asked for.
+        ValueError: not even one sequence at a time fits, or the given number of micro-batches is too small.
     """
     device, processes = world.device, world.size
     free = available_bytes(device)

@@ -96,7 +96,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> None:
         time_conditioning=args.time_conditioning,
         tie_head=not args.untied_head,
     )
-    if args.grad_accum is None and args.resume != "never":  # a run that goes on keeps its number
+    if args.grad_accum is None and args.resume != "never":  # a resumed run keeps its number of micro-batches
         args.grad_accum = saved_config(args.out).get("grad_accum")
     fit_memory(args, config, world)
     batches = MaskedBatches(
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> None:
 
 
 def prepare(args: argparse.Namespace, world: World) -> None:
-    """Put token files in the place of a text."""
+    """Replace a text file in the arguments by token files made from it."""
     if args.data.suffix == ".bin":
         if args.valid is None:
             raise ValueError("--valid is needed with a token file: a text has its own last part held out")
