@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +67,13 @@ class DiTConfig:
             name, value = field.name, getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, not {value!r}")
-            if field.type == "int" and type(value) is not int:
+            if field.type != "int":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
-            if field.type == "int" and name != "mask_id" and value < 1:
+            if name != "mask_id" and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+            object.__setattr__(self, name, int(value))  # JSON takes none of NumPy's
         if self.max_length > MOST_POSITIONS:
             raise ValueError(f"max_length must be at most {MOST_POSITIONS}, not {self.max_length}")
         if max(self.mlp_ratio, self.cond_dim) > LARGEST_SIDE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -200,3 +201,9 @@ def test_rotary_tables_stay_float32_and_follow_the_device(make_dit: MakeDiT) -> 
 def test_impossible_shapes_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiTConfig(**({"vocab_size": 11, "mask_id": 10, "width": 16, "num_heads": 2} | changes))
+
+
+def test_numpys_whole_numbers_are_whole_numbers() -> None:
+    config = DiTConfig(vocab_size=np.int64(11), mask_id=np.int32(10), width=16, num_heads=2)
+    assert config == DiTConfig(vocab_size=11, mask_id=10, width=16, num_heads=2)
+    assert type(config.vocab_size) is int
