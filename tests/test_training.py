@@ -27,8 +27,8 @@ from mdkern.evaluation.text import judge as score
 from mdkern.models import DiT, DiTConfig, load_dit
 from training import checkpoint, data, judge, loop, options, sizes, train
 from training.batches import MaskedBatches, Prefetched, masked_batch, step_generator, stratified_times
-from training.evaluate import MaskedLoss, held_out_nelbo
-from training.loop import World
+from training.evaluate import held_out_nelbo, weighted_losses
+from training.loop import Objective, World
 from training.optim import Muon, lr_schedule, make_optimizers
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +244,7 @@ def test_the_loss_is_an_unbiased_estimate_of_the_bound():
             probability = times**count * (1 - times) ** (length - count)
             exact += float((node_weights * probability / times).sum()) * nll / length
     batch_size = 64
-    objective = MaskedLoss(model, 1 / (batch_size * length))
+    objective = Objective(model, weighted_losses, 1 / (batch_size * length))
     windows = window.numpy()[None].repeat(batch_size, 0)
     estimates = []
     for step in range(1000):
@@ -273,7 +273,7 @@ def test_an_untrained_head_costs_the_log_of_the_vocabulary(token_file):
 def test_time_conditioning_reaches_the_model(token_file):
     model = toy_denoiser(vocab_size=VOCAB, mask_id=MASK, max_length=16, time_conditioning=True)
     batch = batches_of(token_file)(0)[0]
-    objective = MaskedLoss(model, 1.0)
+    objective = Objective(model, weighted_losses, 1.0)
     assert not torch.equal(objective(*batch), objective(*batch._replace(t=batch.t.flip(0))))
 
 
@@ -681,15 +681,15 @@ def test_a_signal_acts_between_two_micro_batches(tmp_path, token_file):
     command = arguments(token_file, tmp_path / "cut", 6, grad_accum=4)
     calls = []
 
-    def forward(self: MaskedLoss, *batch: Any) -> Any:
+    def forward(self: Objective, *batch: Any) -> Any:
         calls.append(1)
         if len(calls) == 4 * 2 + 2:  # the second micro-batch of the third step
             os.kill(os.getpid(), signal.SIGTERM)
-        return MaskedLoss.plain_forward(self, *batch)
+        return Objective.plain_forward(self, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskedLoss, "plain_forward", MaskedLoss.forward, raising=False)
-        patch.setattr(MaskedLoss, "forward", forward)
+        patch.setattr(Objective, "plain_forward", Objective.forward, raising=False)
+        patch.setattr(Objective, "forward", forward)
         assert train.main(command) == 0
     assert len(calls) == 4 * 2 + 2
     assert number(checkpoint.load_checkpoint(tmp_path / "cut")) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdkern.evaluation.intervals import estimate
 from mdkern.models import DiT
@@ -25,20 +25,11 @@ def row_losses(model: DiT, input_ids: Tensor, t: Tensor, row_index: Tensor, targ
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-class MaskedLoss(nn.Module):
-    """The NELBO in nats a token: ``scale * sum over masked rows of weight * -log p``.
-
-    `scale` is processes / (tokens of the global batch), so that the sum over micro-batches, averaged over processes,
-    is the mean over the global batch.
-    """
-
-    def __init__(self, model: DiT, scale: float) -> None:
-        super().__init__()
-        self.model = model
-        self.scale = scale
-
-    def forward(self, input_ids: Tensor, t: Tensor, row_index: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return (row_losses(self.model, input_ids, t, row_index, targets) * weights).sum() * self.scale
+def weighted_losses(
+    model: DiT, input_ids: Tensor, t: Tensor, row_index: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
+    """`row_losses` times their weights, whose sum over a batch is its part of the NELBO, nats, float32 ``[M]``."""
+    return row_losses(model, input_ids, t, row_index, targets) * weights
 
 
 @torch.inference_mode()

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdkern.evaluation.intervals import estimate
 from mdkern.evaluation.text import judge, next_token_losses
 from mdkern.files import write_whole
 from training.batches import even_windows, own_shards, random_windows, step_generator
 from training.data import TokenFileInfo, open_pair
-from training.loop import World
+from training.loop import Objective, World
 from training.options import add_loop_arguments, add_optimizer_arguments, make_trainer, run_command
 
 if TYPE_CHECKING:
@@ -46,18 +46,6 @@ def make_judge(info: TokenFileInfo, layers: int, width: int, heads: int, length:
         use_cache=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
-
-
-class NextTokenLoss(nn.Module):
-    """``scale * sum of -log p``; see `training.evaluate.MaskedLoss` for the scale."""
-
-    def __init__(self, model: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.model = model
-        self.scale = scale
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return next_token_losses(self.model, input_ids).sum() * self.scale
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +80,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> None:
 
     torch.manual_seed(args.seed)
     model = make_judge(info, args.layers, args.width, args.heads, args.length).to(world.device)  # type: ignore[arg-type]
-    objective = NextTokenLoss(model, world.size / (args.batch_size * (args.length - 1)))
+    objective = Objective(model, next_token_losses, world.size / (args.batch_size * (args.length - 1)))
     settings = {name: getattr(args, name) for name in ("layers", "width", "heads")} | {"data_sha256": info.sha256}
     trainer = make_trainer(args, objective, settings, world, started)
     if not trainer.run(batches) and not (args.minutes and time.monotonic() >= started + 60 * args.minutes):

@@ -118,16 +118,26 @@ class LoopOptions:
     workers: int = 2
 
 
-@dataclass
-class Trainer:
-    """A model in training. ``run`` runs the remaining steps.
+class Objective(nn.Module):
+    """A batch's loss: ``scale`` times the sum of ``losses(model, *batch)``, in nats a token.
 
-    `objective` maps a batch's tensors to a loss whose sum over micro-batches, averaged over processes, is the step's
-    loss; `model` holds the parameters that are saved.
+    `scale` is processes / (tokens of the global batch), so that the sum over micro-batches, averaged over processes,
+    is the mean over the global batch.
     """
 
-    model: nn.Module
-    objective: nn.Module
+    def __init__(self, model: nn.Module, losses: Callable[..., Tensor], scale: float) -> None:
+        super().__init__()
+        self.model, self.losses, self.scale = model, losses, scale
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.losses(self.model, *batch).sum() * self.scale
+
+
+@dataclass
+class Trainer:
+    """A model in training. ``run`` runs the remaining steps."""
+
+    objective: Objective
     optimizers: Sequence[Optimizer]
     average: WeightAverage
     config: dict[str, Any]  # settings that must not change between the pieces of a run
@@ -135,6 +145,11 @@ class Trainer:
     world: World
     step: int = 0
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # losses and gradient norms on the device
+
+    @property
+    def model(self) -> nn.Module:
+        """What holds the parameters that are saved."""
+        return self.objective.model
 
     def resume(self) -> None:
         """Load the checkpoint as the options say. Raises ValueError on another run's, FileNotFoundError without one."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from training.loop import LoopOptions, Trainer, World, joined_world
+from training.loop import LoopOptions, Objective, Trainer, World, joined_world
 from training.optim import WeightAverage, lr_schedule, make_optimizers
 
 # What all runs have of what makes them what they are.
@@ -63,12 +63,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def make_trainer(
-    args: argparse.Namespace, objective: Any, settings: dict[str, Any], world: World, started: float
+    args: argparse.Namespace, objective: Objective, settings: dict[str, Any], world: World, started: float
 ) -> Trainer:
     """The trainer of ``objective.model``, at its checkpoint if there is one.
 
     Args:
-        objective: a batch's loss, see `Trainer`.
+        objective: a batch's loss.
         settings: beside the arguments that all runs have, what makes the run what it is: resuming with others is
             refused.
         started: the `time.monotonic()` from which --stop-after counts.
@@ -93,7 +93,7 @@ def make_trainer(
     model = objective.model
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.muon_lr or args.lr, args.weight_decay)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, objective, optimizers, WeightAverage(model, args.ema_decay), config, options, world)
+    trainer = Trainer(objective, optimizers, WeightAverage(model, args.ema_decay), config, options, world)
     trainer.resume()
     return trainer
 

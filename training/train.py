@@ -30,8 +30,8 @@ from mdkern.models import DiT, DiTConfig, load_dit, save_dit
 from training.batches import MaskedBatches
 from training.checkpoint import load_checkpoint, saved_config
 from training.data import open_pair, open_tokens
-from training.evaluate import MaskedLoss, held_out_nelbo
-from training.loop import World
+from training.evaluate import held_out_nelbo, weighted_losses
+from training.loop import Objective, World
 from training.optim import WeightAverage
 from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, make_trainer, run_command
 from training.prepare import prepare_text
@@ -104,7 +104,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> None:
     )
     torch.manual_seed(args.seed)
     model = DiT(config).to(world.device)
-    objective = MaskedLoss(model, world.size / (args.batch_size * args.length))
+    objective = Objective(model, weighted_losses, world.size / (args.batch_size * args.length))
     settings = {"eps": args.eps, "data_sha256": info.sha256} | {f"model.{k}": v for k, v in asdict(config).items()}
     trainer = make_trainer(args, objective, settings, world, started)
     log.info(
