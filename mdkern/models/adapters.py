@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +122,9 @@ def adapt(
 def without_wrappers(model: Any) -> Any:
     """The model without wrappers of data parallelism, weight averaging and compilation."""
     inside = wrapped_model(model)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.optim.swa_utils.AveragedModel):
-        return without_wrappers(inside)
+    kinds = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel
     compiled = hasattr(model, "_orig_mod") and isinstance(without_wrappers(inside), DiT)
-    return without_wrappers(inside) if compiled else model
+    return without_wrappers(inside) if compiled or isinstance(model, kinds) else model
 
 
 def check_same(own: Any, **given: Any) -> None:
@@ -222,7 +221,7 @@ class DiTDenoiser(Denoiser):
         for part in self.model.modules():
             if isinstance(part, nn.Dropout):  # of an adapter: a DiT has none, and may be in training mode
                 check_evaluating(part)
-        return cast(DiTDenoiser, held(self))
+        return held(self)
 
     def hidden(
         self,

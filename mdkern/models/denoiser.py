@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,6 +17,7 @@ from mdkern.kernels.head.reference import finish_logits
 
 # What prepared denoisers keep between calls of `sample`, by model: tuples of tensors, which CUDA graphs read.
 PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+AnyDenoiser = TypeVar("AnyDenoiser", bound="Denoiser")
 
 
 def available_device(device: torch.device | str) -> torch.device:
@@ -89,7 +90,7 @@ class Live:
         return self if instance is None else self.make(instance)
 
 
-def held(denoiser: Any) -> Any:
+def held(denoiser: AnyDenoiser) -> AnyDenoiser:
     """A copy of a denoiser whose live attributes keep the values that they have now."""
     now = copy(denoiser)
     for name in ("head", "device", "dtype"):

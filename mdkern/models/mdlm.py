@@ -149,12 +149,8 @@ def run_settings(path: Path, hyper_parameters: Any, state: Mapping[str, Tensor])
         if "config" in hyper_parameters:
             log.warning("the hyper-parameters of %s cannot be read: only its config.json counts", path)
         return {}
-    settings = {}
-    for name, places in RUN_SETTINGS.items():
-        for place in places:
-            value = look_up(run, place)
-            if value is not None:
-                settings[name] = value
+    found = ((name, look_up(run, place)) for name, places in RUN_SETTINGS.items() for place in places)
+    settings = {name: value for name, value in found if value is not None}
     if settings.get("algorithm") is None and settings.get("parameterization") == "subs":
         settings["algorithm"] = "mdlm"
     tokenizer = str(settings.pop("tokenizer", ""))
@@ -175,8 +171,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth > 32:
         return None
     if isinstance(value, Opaque):
-        state = state_of(value)
-        return plain(state.get("_content", state.get("_val")), depth + 1)
+        return plain(state_of(value).get("_content", state_of(value).get("_val")), depth + 1)
     if isinstance(value, Mapping):
         return {str(name): plain(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class LogitsDenoiser(AdaptedDenoiser):
         check_evaluating(self.model)
         now = copy(self)
         bias = self.head.bias.to(execution_device(self.model) or self.device)
-        now.device, now.head = bias.device, Head(None, bias)
+        now.device, now.head = bias.device, replace(self.head, bias=bias)
         return now
 
     def hidden(

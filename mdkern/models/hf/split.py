@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class SplitDenoiser(AdaptedDenoiser):
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
         now = copy(self)
         now.settle(anatomy)
-        return cast(SplitDenoiser, held(now))
+        return held(now)
 
     def hidden(
         self,
