@@ -69,8 +69,7 @@ def joined_world(device: str) -> Iterator[World]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """A context that gives a function which says whether SIGTERM or SIGINT has arrived. A second SIGINT interrupts at
-    once.
+    """A context with a function that says whether SIGTERM or SIGINT has arrived. A second SIGINT interrupts at once.
 
     The old handlers are restored at the end.
     """

@@ -139,7 +139,7 @@ def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     ids = ids.to(subject.first.embedding.device)
     nats = partial(likelihood, subject.models, subject.schedule, input_ids=ids, batch_size=arguments.batch_size)
     exact = None
-    if arguments.exact:  # first: a decoder that it is not for is told of at once
+    if arguments.exact:  # first, so that an unsuitable decoder is refused at once
         sampler = {name: subject.sampler[name] for name in ("decoder", "steps", "block_length", "steps_per_block")}
         exact = nats(method="decoder", by=arguments.by, **sampler)
     bound = nats(samples=arguments.masks, seed=arguments.seed)

@@ -53,17 +53,17 @@ def check_of(of: Any) -> None:
 
 
 def copied(view: View) -> View:
-    """A view for somebody's own decoder, which may write into what it is shown."""
+    """A copy of a view for a decoder of the user's, which may write into it."""
     return View(**{field.name: getattr(view, field.name).clone() for field in fields(view)})
 
 
 def copied_proposal(proposal: Proposal) -> Proposal:
-    """A proposal for somebody's own decoder."""
+    """A copy of a proposal for a decoder of the user's."""
     return Proposal(*(None if values is None else values.clone() for values in proposal))  # type: ignore[arg-type]
 
 
 def check_rows(decoder: Any, view: View, rows: Any) -> Tensor:
-    """`Stepwise.rows` as somebody's own decoder returned it.
+    """The result of `Stepwise.rows` of a decoder of the user's, checked.
 
     Raises:
         ValueError: with the dtype and shape that are needed.

@@ -76,7 +76,7 @@ class Groups:
                 yield from self.run(bar)
         except (
             GeneratorExit
-        ):  # whoever iterated has left, so nothing is computed for them, at Python's end least of all
+        ):  # the iteration was given up, so nothing more is computed, in particular not while Python exits
             raise
         except BaseException as error:
             with suppress(Exception):

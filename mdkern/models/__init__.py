@@ -1,4 +1,4 @@
-"""Denoisers: our DiT, and adapters that split other people's models into backbone and head."""
+"""Denoisers: our DiT, and adapters that split other models into backbone and head."""
 
 from mdkern.models.adapters import adapt
 from mdkern.models.checkpoint import load_dit, load_mdlm, save_dit

@@ -70,9 +70,8 @@ def adapt(
     Raises:
         TypeError: not a model.
         ValueError: a `vocab_size` or `mask_id` that is missing, impossible or contradicts the model's own; `shifted`
-        for
-            a DiT or a `Denoiser`; a model in training mode, or a causal one; a device that does not exist or is not the
-            model's.
+            for a DiT or a `Denoiser`; a model in training mode, or a causal one; a device that does not exist or is not
+            the model's.
     """
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks)):
@@ -112,7 +111,7 @@ def adapt(
         check_direction(described["name"], block_causal(model), anatomy.direction)
     if not anatomy.reason:
         return SplitDenoiser(model, anatomy, **described)
-    reason = anatomy.reason if isinstance(model, nn.Module) else ""  # nobody expects a function to be split
+    reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
     slow = "the output layer is computed at every position of every forward pass"
     warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=2)
@@ -128,7 +127,7 @@ def without_wrappers(model: Any) -> Any:
 
 
 def check_same(own: Any, **given: Any) -> None:
-    """Refuse arguments that differ from what the model itself tells."""
+    """Refuse arguments that contradict the model."""
     for argument, value in given.items():
         if value is not None and value != getattr(own, argument):
             raise ValueError(f"{argument}={value} contradicts the model's own {getattr(own, argument)}")

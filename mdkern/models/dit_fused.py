@@ -2,8 +2,7 @@
 
 Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and the first
 block's queries, keys and values of each id into a table, once for each call of `sample`. What each part gains, and what
-was
-tried and left out: docs/notes/backbone.md.
+was tried and left out: docs/notes/backbone.md.
 """
 
 from __future__ import annotations

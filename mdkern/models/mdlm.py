@@ -62,9 +62,9 @@ OTHERS = {
 
 
 def read_mdlm(path: Path, settings: Mapping[str, Any]) -> tuple[DiTConfig, dict[str, Tensor], bool]:
-    """The config and the weights, under our names, of MDLM's checkpoint, and whether it is told the time.
+    """The config and the weights, under our names, of an MDLM checkpoint, and whether the model is given the time.
 
-    The weights are always those of a model that is. See `mdkern.models.checkpoint.load_mdlm`.
+    The weights are always those of a model with time conditioning. See `mdkern.models.checkpoint.load_mdlm`.
     """
     refuse_others(path, settings)
     state, beside = read_content(path)

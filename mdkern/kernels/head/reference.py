@@ -117,8 +117,8 @@ def row_statistics(
 
     Returns:
         token int64 ``[M]``, which is -1 if the logits hold a NaN or +inf, or are all -inf; and float32 ``[5, M]``,
-        which
-        is NaN then: log-probability of the token, largest and second largest probability, entropy (nats), logsumexp.
+        which is NaN then: log-probability of the token, largest and second largest probability, entropy (nats),
+        logsumexp.
     """
     bad = ~logits.logsumexp(-1).isfinite()
     greedy = lowest_argmax(logits)

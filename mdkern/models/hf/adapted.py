@@ -1,6 +1,6 @@
-"""Other people's models as denoisers: what all of them have in common, and those that run by their logits.
+"""Adapted models as denoisers: the base of all of them, and those that are run by their logits.
 
-Any callable from ids to logits will do. It is exact, but every pass computes the logits of all positions.
+Any callable from ids to logits can be run by its logits. It is exact, but every pass computes those of all positions.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class LogitsDenoiser(AdaptedDenoiser):
     ) -> None:
         """
         Args:
-            reason: why it can't be split; "" if nobody could expect it to be.
-            padding: how it is told of padding.
-            device: where a function wants its ids.
+            reason: why it can't be split; "" for functions, of which this is not expected.
+            padding: how padding is passed to it.
+            device: the device of a function's ids.
             facts: the arguments of `AdaptedDenoiser`.
         """
         super().__init__(model, **facts)
@@ -140,7 +140,7 @@ class LogitsDenoiser(AdaptedDenoiser):
         self.device = self.head.bias.device  # with its index, so that it compares equal to those of other tensors there
 
     def current(self) -> LogitsDenoiser:
-        """As the model is now, which may have moved."""
+        """The denoiser of the model as it is now, as it may be on another device."""
         check_evaluating(self.model)
         now = copy(self)
         bias = self.head.bias.to(execution_device(self.model) or self.device)
@@ -170,7 +170,7 @@ class LogitsDenoiser(AdaptedDenoiser):
         raise ValueError(f"{self.name} gave {given}, expected floating logits {expected}{hint}")
 
     def run(self, input_ids: Tensor, arguments: dict[str, Any], attention_mask: Tensor | None) -> Any:
-        """The model's output. A mask that nobody has tried is bool or, if the model raises an error of that, int64."""
+        """The model's output. An untried mask is passed as bool or, if the model raises an error for that, as int64."""
 
         def call(padding: Padding) -> Any:
             return self.model(input_ids, **arguments, **padding.arguments(input_ids, attention_mask))

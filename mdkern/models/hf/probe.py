@@ -91,7 +91,7 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
 
 
 def whole(model: Any, reason: str, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
-    """Of a model that runs by its logits: what it sees and how it is told of padding."""
+    """The anatomy of a model that runs by its logits: what it sees, and how padding is passed to it."""
 
     def denoiser(padding: Padding) -> LogitsDenoiser:
         facts: dict[str, Any] = {"vocab_size": vocab_size, "mask_id": 0, "name": "the probe"}
