@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from mdkern.engine.graphs import Graph
 from mdkern.engine.hooks import Drafts, guided_hidden
+from mdkern.engine.pacing import run_steps, watcher
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots, attended
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import SegmentRun, decode_tick, run_steps, watcher
+from mdkern.engine.stepwise import SegmentRun, decode_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 

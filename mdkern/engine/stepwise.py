@@ -7,7 +7,6 @@ of `decode_tick` runs one forward pass and updates them without the host, until 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +19,9 @@ from mdkern.decoders.base import Proposal, View
 from mdkern.decoders.checks import check_answers, check_rows, copied, copied_proposal
 from mdkern.engine.end_of_text import fill_tail, find_end
 from mdkern.engine.failures import explain, has_failed
-from mdkern.engine.graphs import Graph, Workspace
+from mdkern.engine.graphs import Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden
+from mdkern.engine.pacing import run_steps, watcher
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.propose import Propose, propose_drawn
 from mdkern.engine.request import Request
@@ -40,8 +40,6 @@ from mdkern.kernels.loop.select import select
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 from mdkern.plan import GIVEN
-
-LAG = 2  # replays between a step and the host's reading of its flag, so that the device always has work
 
 
 @dataclass(frozen=True)
@@ -155,44 +153,6 @@ def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, propose: Prop
     if running:
         progress.report.copy_(progress.status)
         run_steps(graph, partial(step, denoiser.head), progress, watcher(progress, left, bar, drafts))
-
-
-def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callable[[], None]:
-    """A function for the host to call now and then while steps run; `left` is the number of masked columns before."""
-
-    def watch() -> None:
-        nonlocal left
-        now = int(progress.report[1])
-        bar.update(left - now)
-        left = now
-        drafts.show()
-
-    return watch
-
-
-def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Run steps until no slot has work: in one launch if the device can loop, else from the graph, else eagerly."""
-    if graph is not None and graph.loop is not None:
-        graph.loop.run(watch)
-    else:
-        run_one_by_one(step if graph is None else graph.captured.replay, progress, watch)
-    watch()
-
-
-def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Run steps until the flag says that no slot has work. On a GPU the host reads it `LAG` steps late."""
-    events: deque[torch.cuda.Event] = deque()
-    while True:
-        step()
-        if progress.status.is_cuda:
-            events.append(torch.cuda.Event())
-            events[-1].record()
-            if len(events) <= LAG:
-                continue
-            events.popleft().synchronize()
-        watch()
-        if not int(progress.report[0]):
-            return
 
 
 def decode_tick(
