@@ -6,10 +6,8 @@ Work on a GPU is timed in replays of CUDA graphs, with an empty L2 cache.
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mdkern.files import write_whole
+from mdkern.profiling.profile import timed
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_MEGABYTES = 160  # above twice the L2 cache of an H100 or H200
@@ -93,13 +94,7 @@ def summary(values: list[float]) -> Timing:
 
 
 def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+    return timed(function, torch.device(device))
 
 
 def compare_on_host(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -141,6 +136,4 @@ def processor() -> str:
 def write_text_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_whole(path, text)
