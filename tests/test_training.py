@@ -786,3 +786,12 @@ def test_only_the_commands_own_news_are_shown(caplog, monkeypatch):
     assert options.run_command(parser, [], lambda args: None, work) == 0
     shown = [record.message.split("/")[0] for record in caplog.records]
     assert shown == ["news of training.loop", "warning of training.loop", "warning of "]
+
+
+def test_an_empty_text_is_refused_in_two_lines(tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--data", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ")
+    assert "there was no text to make it of" in error

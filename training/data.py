@@ -274,13 +274,15 @@ def open_pair(train: Path, valid: Path) -> list[tuple[np.ndarray, TokenFileInfo]
 def open_tokens(path: Path) -> tuple[np.ndarray, TokenFileInfo]:
     """Map a token file: (tokens [count] uint16 or uint32, read-only, its description).
 
-    Raises FileNotFoundError if either file is missing, ValueError if the size is not the described one.
+    Raises FileNotFoundError if either file is missing, ValueError if the size is not the described one or 0.
     """
     info = read_info(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such token file: {path}")
     if path.stat().st_size != info.count * np.dtype(info.dtype).itemsize:
         raise ValueError(f"{path} does not hold the {info.count} tokens of its description: make it again")
+    if not info.count:
+        raise ValueError(f"{path} has no tokens: there was no text to make it of")
     return np.memmap(path, dtype=info.dtype, mode="r"), info
 
 

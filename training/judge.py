@@ -49,7 +49,11 @@ def make_judge(info: TokenFileInfo, layers: int, width: int, heads: int, length:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training.judge", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.judge",
+        usage="%(prog)s --data FILE --valid FILE --out FOLDER [options]",  # all of them would hide an error
+        description=(__doc__ or "").split("\n")[0],
+    )
     parser.add_argument("--data", type=Path, required=True, help="training token file, not one that a denoiser saw")
     parser.add_argument("--valid", type=Path, required=True, help="held-out token file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")

@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        usage="%(prog)s --data FILE --out FOLDER [options]",  # all of them would hide an error
+        description=(__doc__ or "").split("\n")[0],
+    )
     parser.add_argument("--data", type=Path, help="a text file, plain or .xz, or a token file (.bin of training.data)")
     parser.add_argument("--valid", type=Path, help="held-out token file; default for a text: its last 5 %%")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer's folder; default for a text: one trained on it")
