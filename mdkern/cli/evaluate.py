@@ -1,4 +1,4 @@
-"""``mdkern evaluate``: how likely held-out text is, and what the samples are like."""
+"""``mdkern evaluate``: the likelihood of held-out text, and statistics of samples."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Subject:
 
 
 def check_exact(arguments: argparse.Namespace) -> None:
-    """Refuse --exact without a text, and with options that change the sampler and that it does not know."""
+    """Refuse --exact without a text, or with options of the sampler that the exact likelihood does not take."""
     if arguments.data is None:
         raise ValueError("--exact needs --data: it is the likelihood of that text")
     plain = {"cache": "none", "stop_at_eos": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -130,7 +130,7 @@ def check_exact(arguments: argparse.Namespace) -> None:
 
 
 def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
-    """The bound on the negative log-likelihood of windows of held-out text; if asked for, a sampler's likelihood."""
+    """The bound on the negative log-likelihood of windows of held-out text and, with --exact, that of a sampler."""
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.likelihood import likelihood

@@ -95,7 +95,7 @@ def run_importance(arguments: argparse.Namespace) -> None:
 
 
 def table(found: list[ImportanceAt], path: list[PathImportanceAt]) -> str:
-    """CSV: a row for each time and for each segment of the path, standard errors beside the means."""
+    """A CSV table with a row for each time and for each segment of the path, with means and standard errors."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["measure", "t or steps", "mean", "standard error", "count"])

@@ -67,7 +67,7 @@ def add_search(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    """Run what is left of the search, print the best and worst schedules and each segment's influence."""
+    """Run the rest of the search, and print the best and worst schedules and the influence of each segment."""
     check_target("--output", arguments.output)
     check_plot("--plot", arguments.plot)
 
@@ -99,7 +99,7 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
         asked = setting(arguments, models, causal, length)
         if number == 0:
             results = Results(own, asked)
-            results.absorb(parts(arguments.output))  # of a run that was interrupted
+            results.absorb(parts(arguments.output))  # left by an interrupted run
             left = [models for models in schedules if models not in results.found]
     if ranks is not None:
         left = ranks.gather(left)[0]
@@ -126,7 +126,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def setting(arguments: argparse.Namespace, models: dict[str, Any], judge: Any, length: int) -> dict[str, Any]:
-    """What a file's scores depend on."""
+    """Everything that the scores in a file depend on."""
     from mdkern.digest import digest, model_digest
     from mdkern.models import adapt
 

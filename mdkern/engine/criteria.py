@@ -33,11 +33,11 @@ class Criteria:
 
     @staticmethod
     def of(hook: Any) -> Criteria | None:
-        """A callable, or a list of them.
+        """The criteria of a callable, or of a list of them; None for none.
 
         Raises:
             TypeError: something else.
-            ValueError: a criterion of transformers that cannot be right here.
+            ValueError: a criterion of transformers that cannot work here.
         """
         criteria = flat("stopping_criteria", hook)
         for criterion in criteria:

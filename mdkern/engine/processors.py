@@ -80,11 +80,11 @@ class Processors:
 
     @staticmethod
     def of(hook: Any) -> Processors | None:
-        """A callable, or a list of them.
+        """The processors of a callable, or of a list of them; None for none.
 
         Raises:
             TypeError: something else.
-            ValueError: a processor of transformers that cannot be right here.
+            ValueError: a processor of transformers that cannot work here.
         """
         processors = flat("logits_processor", hook)
         return Processors(tuple((way_of(processor), processor) for processor in processors)) if processors else None
