@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
 from mdkern.evaluation.intervals import NORMAL_95, Estimate
 from mdkern.evaluation.search import Found, frequencies, influence, ranked
+from mdkern.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEAVY_COLOUR, LIGHT_COLOUR, THIRD_COLOUR = "#1f4e79", "#f2a541", "#7a7a7a"
 
@@ -20,9 +22,10 @@ def plot_importance(
     found: Sequence[ImportanceAt], path: Sequence[PathImportanceAt], target: Path, title: str = ""
 ) -> None:
     """Loss difference, KL and path KL, each with its 95 % interval, over the diffusion time."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 3 if path else 2, figsize=(13 if path else 9, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(13 if path else 9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3 if path else 2)
     times = [at.t for at in found]
     band(axes[0], times, [at.loss_difference for at in found], "|light − heavy|", LIGHT_COLOUR)
     axes[0].set_ylabel("loss difference, nats a masked token")
@@ -45,9 +48,7 @@ def plot_importance(
         axis.legend(frameon=False)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
+    save(figure, title, target)
 
 
 def band(axis: Axes, at: Sequence[float], values: Sequence[Estimate], label: str, colour: str) -> None:
@@ -60,14 +61,15 @@ def band(axis: Axes, at: Sequence[float], values: Sequence[Estimate], label: str
 
 def plot_search(found: Sequence[Found], heavy: str, target: Path, title: str = "", shown: int = 5) -> None:
     """The best and worst schedules, how often each segment is light among the best and worst tenth, and influence."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
 
     ordered = ranked(found)
     shown = min(shown, len(ordered) // 2) or 1
     picked = [*ordered[:shown], *ordered[-shown:]]
     light = next(model for entry in ordered for model in entry.models if model != heavy)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     colours = [[to_rgb(HEAVY_COLOUR if m == heavy else LIGHT_COLOUR) for m in entry.models] for entry in picked]
     axes[0].imshow(colours, aspect="auto", interpolation="nearest")
     axes[0].set_yticks(range(len(picked)), [f"{float(entry.scores.mean()):.3f}" for entry in picked])
@@ -87,6 +89,11 @@ def plot_search(found: Sequence[Found], heavy: str, target: Path, title: str = "
     for axis in axes:
         axis.set_xlabel("segment, in the order of sampling")
         axis.set_xticks(segments, [str(s + 1) for s in segments])
+    save(figure, title, target)
+
+
+def save(figure: Figure, title: str, target: Path) -> None:
+    """Write a figure, whole or not at all."""
     figure.suptitle(title)
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
+    with replacing(target) as file:
+        figure.savefig(file, format=target.suffix[1:], dpi=150)

@@ -82,7 +82,8 @@ def test_a_search_goes_on_and_takes_over_what_other_processes_left(
     output, part = tmp_path / "search.jsonl", tmp_path / "search.jsonl.rank1"
     line = f"search --judge {judge} --segments 2 --light-segments 1 --num-samples 2 --length 8 --steps 4 --top 1"
     command = [*line.split(), "--output", str(output)]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--plot", str(tmp_path / "search.svg")]) == 0
+    assert "<svg" in (tmp_path / "search.svg").read_text()
     printed, told = capsys.readouterr()
     assert printed.startswith("2 schedules, 2 samples each")
     assert "mdkern: 2 schedules" in told
