@@ -81,7 +81,8 @@ def test_an_editable_clone_is_found_from_the_folder_above_it(tmp_path: Path) -> 
     build = "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
     wheel = python(f"import sys; sys.argv = ['', {str(tmp_path)!r}]; {build}", clone).split()[-1]
     shutil.unpack_archive(tmp_path / wheel, installed, "zip")
-    use = f"import site; site.addsitedir({str(installed)!r}); import mdkern, importlib.metadata as m"
+    alone = f"import sys, site; sys.path = [path for path in sys.path if path != {str(ROOT)!r}]"  # not this clone
+    use = f"{alone}; site.addsitedir({str(installed)!r}); import mdkern, importlib.metadata as m"
     found, module, distribution = python(
         f"{use}; print(mdkern.__file__, mdkern.__version__, m.version('mdkern'))", tmp_path
     ).split()
