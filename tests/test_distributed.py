@@ -172,6 +172,7 @@ def check_same(ours: mdkern.SampleOutput, alone: mdkern.SampleOutput) -> None:
         assert ours.history.models == alone.history.models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_every_rank_has_what_one_process_gives(results: list[dict[str, Any]], name: str) -> None:
     alone = call(mdkern.sample, SAME[name])
@@ -179,6 +180,7 @@ def test_every_rank_has_what_one_process_gives(results: list[dict[str, Any]], na
         check_same(results[rank][name], alone)
 
 
+@pytest.mark.slow
 def test_without_a_seed_rank_0_takes_one(results: list[dict[str, Any]]) -> None:
     first, second = (results[rank]["no seed"] for rank in range(2))
     assert first.seed == second.seed == resolve_seed(None, torch.Generator().manual_seed(0))
@@ -207,6 +209,7 @@ def test_an_error_on_one_rank_is_told_on_all(
         assert text.startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", changed(COMPARED))
 def test_whatever_differs_between_the_ranks_is_named(results: list[dict[str, Any]], name: str) -> None:
     for rank in range(2):
@@ -231,6 +234,7 @@ def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
         call(sample_distributed, USUAL | {"timeout": timeout})
 
 
+@pytest.mark.slow
 def test_what_is_finished_on_any_rank_is_kept_on_all(results: list[dict[str, Any]]) -> None:
     """Rank 0 has two of the five samples, rank 1 failed."""
     alone = call(mdkern.sample, USUAL | {"seed": 3})
@@ -240,10 +244,12 @@ def test_what_is_finished_on_any_rank_is_kept_on_all(results: list[dict[str, Any
         assert torch.equal(partial.sequences, alone.sequences[:2])
 
 
+@pytest.mark.slow
 def test_the_group_is_of_use_after_an_error(results: list[dict[str, Any]]) -> None:
     check_same(results[0]["and then a good call"], results[0]["uneven shares"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [("late", 3.0), ("dead", 10.0)])
 def test_nobody_waits_for_long(results: list[dict[str, Any]], name: str, limit: float) -> None:
     kind, text, seconds = results[0][name]

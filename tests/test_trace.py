@@ -175,6 +175,7 @@ def dump(file, tmp_path, where: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_browser_shows_what_follows_the_end_of_a_text(tokenizer, tmp_path):
     ids = torch.tensor([tokenizer.encode("She went home. It was dark.")])
@@ -187,6 +188,7 @@ def test_browser_shows_what_follows_the_end_of_a_text(tokenizer, tmp_path):
     assert dump(tmp_path / "trace.html", tmp_path, "step=4").count('class="unit revealed filled') == rest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_browser_says_what_happened_at_a_step(tokenizer, tmp_path):
     """A model is said to have run only where it revealed something in this sample."""
@@ -223,6 +225,7 @@ parent.postMessage(JSON.stringify([document.documentElement.scrollWidth, [...new
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_browser_shows_a_narrow_page_whole_and_masks_of_one_width(random_output, tokenizer, tmp_path):
     """In a frame of 390 pixels nothing sticks out, and no mask tells how long its token is."""
@@ -236,6 +239,7 @@ def test_browser_shows_a_narrow_page_whole_and_masks_of_one_width(random_output,
     assert masks == [24]  # 1.5 rem
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize(("step", "status"), [(-1, "start"), (6, "step 6 of 0–9"), (10, "closing pass")])
 def test_browser_shows_the_step_of_the_address(hostile, tokenizer, tmp_path, step, status):

@@ -181,6 +181,7 @@ def test_every_decoder_is_measured(results: Path) -> None:
     assert {row["batch"] for row in parts["llada"].values()} == {1, 2}
 
 
+@pytest.mark.slow
 def test_caches_are_compared_with_doing_without(results: Path) -> None:
     rows = json.loads(results.read_text())["parts"]["caches"]
     assert len(rows) == 9
@@ -191,6 +192,7 @@ def test_caches_are_compared_with_doing_without(results: Path) -> None:
             assert row["differ"] == row["differ_in_first_block"] == 0.0
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_measured_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads(results.read_text())
     del before["parts"]["size"]["margin"]
@@ -221,6 +223,7 @@ def test_failures_and_a_lack_of_time_leave_the_others(tmp_path: Path, monkeypatc
     assert set(measure(tiny_bench(), ["size"], path, limit=-1.0, anew=True).values()) == {"no time left"}
 
 
+@pytest.mark.slow
 def test_tables(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads(results.read_text())
     content["environment"] = {"device": "a card", "torch": "2", "triton": "3"}

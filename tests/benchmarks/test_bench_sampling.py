@@ -60,6 +60,7 @@ def test_baselines_are_extrapolated_from_their_median_step() -> None:
     assert kept["timed_steps"] == 3
 
 
+@pytest.mark.slow
 def test_light_steps_save_what_is_counted(parts: dict[str, Any]) -> None:
     rows = parts["savings"]["rows"]
     assert [row["share"] for row in rows] == [share / 10 for share in range(11)]
@@ -69,12 +70,14 @@ def test_light_steps_save_what_is_counted(parts: dict[str, Any]) -> None:
     assert 0.3 < saved[-1] < 1.0  # one block of two, and the one in which less is to be done
 
 
+@pytest.mark.slow
 def test_settings_are_those_promised(parts: dict[str, Any]) -> None:
     shapes = {(row["batch_size"], row["length"], row["steps"]) for row in parts["other_sizes"]["rows"]}
     assert shapes == {(1, 16, 8), (2, 2, 8), (1, 32, 8), (2, 16, 1)}
     assert [row["samples"] for row in parts["scaling"]["rows"]] == [2, 3, 8, 32]
 
 
+@pytest.mark.slow
 def test_tables_and_plot(parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (HEAVY, LIGHT):  # what only a GPU's trace tells
         traced = {"tick_ms": 2.0, "backbone_ms": 1.0, "head_ms": 0.5, "idle_share": 0.1}

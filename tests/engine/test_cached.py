@@ -181,6 +181,7 @@ def slow(
     return outcomes, refreshes
 
 
+@pytest.mark.slow
 class TestStaleness:
     """What is kept is exactly as old as it should be."""
 

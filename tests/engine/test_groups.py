@@ -74,6 +74,7 @@ def test_groups_have_the_samples_of_one_run(decoder: str, monkeypatch: pytest.Mo
         assert torch.equal(torch.cat([part.nfe[name] for part in parts]), whole.nfe[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decoder", "count", "batch", "block_length"),
     [

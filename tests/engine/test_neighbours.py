@@ -83,6 +83,7 @@ def check(side: str = "left", **options: Any) -> mdkern.SampleOutput:
     return together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "block_length"), [("left", None), ("right", 4)])
 @pytest.mark.parametrize("name", EVERY)
 def test_steps_left_open(name: str, block_length: int | None, side: str) -> None:

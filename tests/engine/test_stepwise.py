@@ -235,6 +235,7 @@ class TestBlocksAndStops:
         assert out.decode(Letters()) == ["dbbc", "dbbcbc"]
         assert out.decode(Letters(), skip_prompt=True, upper=True) == ["BC", "BC"]
 
+    @pytest.mark.slow
     def test_an_infinite_entropy_bound_reveals_all(self) -> None:
         flat = mdkern.adapt(lambda ids: torch.zeros(*ids.shape, 50_000), vocab_size=50_000, mask_id=50_000)
         bound = decoders.EntropyBound(float("inf"))

@@ -70,6 +70,7 @@ class StaleDecoder:
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.slow
 class TestCache:
     @pytest.mark.parametrize("name", CACHED)
     def test_a_block_in_one_step_is_exact(self, name: str, cache: str) -> None:
