@@ -280,9 +280,6 @@ def stop_texts(settings: Settings, state: SamplerState, progress: Progress, slot
 
     Returns:
         bool ``[B]``: the slots whose texts were ended.
-
-    Returns:
-        bool ``[B]``: the slots whose texts were ended.
     """
     sequence, ids = slots.sequence, state.input_ids[slots.sequence]
     wanted, ended, criteria = progress.wanted[sequence], torch.zeros_like(final), settings.stopping_criteria
