@@ -350,10 +350,17 @@ class TestGpu:
         for other in (replayed, eager):
             assert torch.equal(looped.sequences, other.sequences)
             assert all(torch.equal(looped.nfe[model], other.nfe[model]) for model in "HL")
-        on_cpu, in_float64 = (self.draw(name, "cpu", dtype=dtype).sequences for dtype in (torch.float32, torch.float64))
-        # Masked positions of a random model have nearly equal entropies and margins: rounding alone turns their order.
+        # Masked positions of a random model have nearly equal entropies and margins: rounding alone turns their order,
+        # and one turn changes a tenth of a run's tokens. So the bound is on the mean of several runs.
+        runs = {
+            (device, dtype): torch.cat(
+                [self.draw(name, device, dtype, seed=seed).sequences.cpu() for seed in (1, 2, 3)]
+            )
+            for device, dtype in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64))
+        }
+        on_gpu, on_cpu, in_float64 = runs.values()
         rounding = float((on_cpu == in_float64).float().mean())
-        assert (on_cpu == looped.sequences.cpu()).float().mean() > min(rounding, 0.95) - 0.1
+        assert (on_cpu == on_gpu).float().mean() > rounding - 0.1
 
     @pytest.mark.parametrize("name", GPU_DECODERS)
     def test_no_host_synchronisation_in_a_step(self, name: str) -> None:
