@@ -33,7 +33,7 @@ class MaskedBatch(NamedTuple):
         input_ids: int64 ``[B, L]`` with masked positions set to the mask id.
         t: float32 ``[B]`` diffusion times in [eps, 1]; a position is masked with probability t.
         row_index: int64 ``[M]`` indices of masked positions in ``[B * L]``, padded with arbitrary rows.
-        targets: int64 ``[M]`` the masked tokens, 0 in the padding.
+        targets: int64 ``[M]`` the tokens of the unmasked windows at these rows.
         weights: float32 ``[M]``: 1/t of the row's sequence, 0 in the padding.
     """
 
@@ -85,8 +85,7 @@ def masked_batch(windows: Array, t: Floats, uniforms: Floats, mask_id: int) -> M
     capacity = math.ceil(max(usual, len(rows)) / multiple) * multiple
     row_index = np.arange(capacity, dtype=np.int64) % (batch_size * length)  # distinct rows: no contention in backward
     row_index[: len(rows)] = rows
-    targets = np.zeros(capacity, dtype=np.int64)
-    targets[: len(rows)] = windows.reshape(-1)[rows]
+    targets = windows.reshape(-1)[row_index].astype(np.int64)
     weights = np.zeros(capacity, dtype=np.float32)
     weights[: len(rows)] = 1.0 / t[rows // length]
     input_ids = np.where(masked, np.int64(mask_id), windows.astype(np.int64))

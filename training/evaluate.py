@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdkern.evaluation.intervals import estimate
 from mdkern.models import DiT
+from mdkern.models.block_causal import paired_hidden
 from training.batches import Array, even_windows, masked_batch, step_generator, stratified_times
 from training.loop import World
 
@@ -19,8 +20,15 @@ TIME_BINS = 10
 
 
 def row_losses(model: DiT, input_ids: Tensor, t: Tensor, row_index: Tensor, targets: Tensor) -> Tensor:
-    """-log p of the targets at masked rows, nats, float32 ``[M]``; see `training.batches.MaskedBatch`."""
-    hidden = model.hidden(input_ids, t if model.config.time_conditioning else None)
+    """-log p of the targets at masked rows, nats, float32 ``[M]``; see `training.batches.MaskedBatch`.
+
+    Of a block-causal model it is the probability given the block's other tokens and the blocks before it without masks.
+    """
+    if model.config.block_causal is None:
+        hidden = model.hidden(input_ids, t if model.config.time_conditioning else None)
+    else:
+        clean_ids = input_ids.flatten().scatter(0, row_index, targets).view_as(input_ids)
+        hidden = paired_hidden(model, input_ids, clean_ids)
     logits = model.logits(hidden.flatten(0, 1)[row_index])
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -44,6 +52,8 @@ def held_out_nelbo(
     eps: float = 1e-3,
 ) -> dict[str, Any]:
     """Estimate the NELBO a token on windows spread evenly over a token file.
+
+    Of a block-causal model it bounds the likelihood of the blocks one after the other (Arriola et al., 2503.09573).
 
     Args:
         model: the denoiser, on ``world.device``.

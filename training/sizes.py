@@ -69,12 +69,14 @@ def training_bytes(config: DiTConfig, length: int, sequences: int, device: str) 
 
     Weights, gradients, both moments, the average and its copy at the end are six float32 numbers for each parameter.
     For the backward pass, a block keeps ``16 + 2 mlp_ratio`` numbers for each token and unit of width. Half of the
-    tokens, the masked ones, have logits, their softmax and its gradient.
+    tokens, the masked ones, have logits, their softmax and its gradient. The passes of block-causal models are twice as
+    long.
     """
     half = torch.device(device).type == "cuda"
     number = 2 if half else 4
     tokens = sequences * length
-    kept = tokens * config.num_blocks * config.width * (16 + 2 * config.mlp_ratio) * number
+    columns = tokens if config.block_causal is None else 2 * tokens
+    kept = columns * config.num_blocks * config.width * (16 + 2 * config.mlp_ratio) * number
     logits = (tokens // 2 + length) * config.padded_vocab_size * (8 + number)
     return PROCESS + 24 * parameter_count(config) + kept + logits
 

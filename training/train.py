@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 8 -m training.train ...                        # the same run on eight GPUs
 
 t is uniform in [eps, 1] (stratified over the global batch), each token is masked with probability t, and the loss is
-the sum over masked tokens of -log p / t, divided by the number of tokens. The run's folder holds checkpoints,
-log.jsonl, loss.png, and at the end final/ (float32), final-bf16/ and eval.json, all three of the averaged weights.
-Starting the same command again goes on where it stopped; with one thread (OMP_NUM_THREADS=1) on a CPU the pieces give
-the same run as one piece, to the bit. With more threads sums are taken in another order each time.
+the sum over masked tokens of -log p / t, divided by the number of tokens. With --block-causal, each block of a text is
+predicted given the unmasked blocks before it (BD3-LM, 2503.09573), in passes of twice the length. The run's folder
+holds checkpoints, log.jsonl, loss.png, and at the end final/ (float32), final-bf16/ and eval.json, all three of the
+averaged weights. Starting the same command again goes on where it stopped; with one thread (OMP_NUM_THREADS=1) on a CPU
+the pieces give the same run as one piece, to the bit. With more threads sums are taken in another order each time.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--length", type=int, help="tokens of a window")
     model.add_argument("--time-conditioning", action="store_true")
     model.add_argument("--untied-head", action="store_true", help="a head of its own instead of the embedding")
+    model.add_argument("--block-causal", type=int, metavar="B", help="see only the blocks of B tokens up to one's own")
     run = parser.add_argument_group("run")
     run.add_argument("--tokens", type=float, help="tokens to train on, rounded up to whole steps")
     run.add_argument("--batch-size", type=int, help="sequences a step, all processes together")
@@ -99,6 +101,7 @@ def train(args: argparse.Namespace, world: World, started: float) -> None:
         mlp_ratio=args.mlp_ratio,
         time_conditioning=args.time_conditioning,
         tie_head=not args.untied_head,
+        block_causal=args.block_causal,
     )
     if args.grad_accum is None and args.resume != "never":  # a resumed run keeps its number of micro-batches
         args.grad_accum = saved_config(args.out).get("grad_accum")

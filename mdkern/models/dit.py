@@ -1,5 +1,7 @@
 """MDLM's denoiser (Sahoo et al., 2406.07524): a bidirectional transformer with adaLN blocks and rotary positions.
 
+With `DiTConfig.block_causal` it is bidirectional inside blocks of the text only.
+
 It is split into `DiT.hidden` (ids -> hidden states) and a head, so that the head runs only at the rows that need it.
 The last block computes queries, attention and MLP at the wanted rows only; keys and values are needed everywhere.
 """
@@ -20,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdkern.kernels.device import capability
 from mdkern.models import dit_fused
+from mdkern.models.block_causal import block_mask, mask_at, with_padding
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
 TIME_FREQUENCIES = 256
@@ -48,6 +51,9 @@ class DiTConfig:
         time_conditioning: whether the blocks are given the diffusion time. If not, the modulation is constant.
         cond_dim: width of the time embedding.
         tie_head: whether the head's weight is the embedding.
+        block_causal: length of the blocks of a model that sees the blocks up to a position's own
+            (`mdkern.models.block_causal`); None: attention to the whole text. Without time conditioning only, because
+            what is computed of a finished block is the same at all later times.
     """
 
     vocab_size: int
@@ -61,13 +67,14 @@ class DiTConfig:
     time_conditioning: bool = False
     cond_dim: int = 128
     tie_head: bool = False
+    block_causal: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, not {value!r}")
-            if field.type != "int":
+            if field.type not in ("int", "int | None") or (value is None and field.default is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
@@ -82,6 +89,8 @@ class DiTConfig:
             raise ValueError(f"width {self.width} must split into {self.num_heads} heads of an even size")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id {self.mask_id} must lie in 0..{self.vocab_size - 1}")
+        if self.block_causal is not None and self.time_conditioning:
+            raise ValueError("block_causal needs time_conditioning=False: finished blocks are computed once")
         if isinstance(self.eos_id, list):  # JSON has no tuples
             object.__setattr__(self, "eos_id", tuple(self.eos_id))
 
@@ -166,17 +175,17 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         condition: Tensor | None,
         positions: Tensor | None = None,
-        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """``[B, L, D] -> [B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``; ``key_mask [B, 1, 1, L]`` bool."""
+        """``[B, L, D] -> [B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``; `mask` as of `with_padding`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         normed = self.norm1(x, shift1, scale1)
         at_positions = None
         if positions is not None:
-            x = gather_rows(x, positions)
+            x, mask = gather_rows(x, positions), mask_at(mask, positions)
             at_positions = rotary[0][positions][:, None], rotary[1][positions][:, None]
         query, key, value = self.heads(normed, rotary, positions, at_positions)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.finish(x, attended, gate1, shift2, scale2, gate2)
 
     def heads(
@@ -278,9 +287,14 @@ class DiT(nn.Module):
         """
         if not dit_fused.covers(self):
             return self.plain_hidden(input_ids, t, positions, attention_mask)
-        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        mask = with_padding(self.own_mask(input_ids.shape[1]), attention_mask)
         with attention_priority(input_ids.device):
-            return dit_fused.hidden(self, input_ids, self.condition(t), positions, key_mask, folds)
+            return dit_fused.hidden(self, input_ids, self.condition(t), positions, mask, folds)
+
+    def own_mask(self, length: int) -> Tensor | None:
+        """What each position of a text sees, bool ``[L, L]``; None: everything."""
+        block_length = self.config.block_causal
+        return None if block_length is None else block_mask(length, block_length, self.embedding.device)
 
     def condition(self, t: Tensor | None) -> Tensor | None:
         """The embedded time ``[B, cond_dim]``; None without time conditioning."""
@@ -296,17 +310,26 @@ class DiT(nn.Module):
         t: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
-        """`hidden` by calling the modules, in PyTorch's own operators: for training, compilation and comparison."""
+        """`hidden` by calling the modules, in PyTorch's own operators: for training, compilation and comparison.
+
+        Args:
+            input_ids, t, positions, attention_mask: as in `hidden`.
+            attn_mask: bool ``[L, L]`` (query, key), what each column sees. Default: what the config says.
+            position: int64 ``[L]``, the place in its text of each column, below ``max_length``. Default: 0..L-1.
+        """
         condition = self.condition(t)
         cos, sin = self.rotary
-        rotary = cos[: input_ids.shape[1]], sin[: input_ids.shape[1]]
-        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        length = input_ids.shape[1]
+        rotary = (cos[:length], sin[:length]) if position is None else (cos[position], sin[position])
+        mask = with_padding(self.own_mask(length) if attn_mask is None else attn_mask, attention_mask)
         x = self.embedding[input_ids]
         with attention_priority(x.device):
             for block in self.blocks[:-1]:
-                x = block(x, rotary, condition, None, key_mask)
-            x = self.blocks[-1](x, rotary, condition, positions, key_mask)
+                x = block(x, rotary, condition, None, mask)
+            x = self.blocks[-1](x, rotary, condition, positions, mask)
         return self.norm_final(x, *self.modulation_final(condition))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
+from mdkern.models.block_causal import mask_at
 from mdkern.models.denoiser import PREPARED
 
 if TYPE_CHECKING:
@@ -198,10 +199,10 @@ def hidden(
     input_ids: Tensor,
     condition: Tensor | None,
     positions: Tensor | None,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
     folds: Folds | None = None,
 ) -> Tensor:
-    """`DiT.hidden` with the time embedded: ``condition [B, cond_dim]``, ``key_mask [B, 1, 1, L]`` bool or None.
+    """`DiT.hidden` with the time embedded, ``condition [B, cond_dim]``; `mask` as of `block_causal.with_padding`.
 
     `folds` must have been made from the present weights, which is not checked.
     """
@@ -226,8 +227,8 @@ def hidden(
             first = torch.arange(0, batch * length, length, device=positions.device)[:, None]
             x, normed = gathered_norm(stream.x, (first + positions).flatten(), block.norm1.weight, shift1, scale1)
             stream = Stream(x)
-            queries = [queries_at(block, normed, positions, model.rotary)]
-        attended = attend(queries[0], key, value, key_mask).view(stream.x.shape)
+            queries, mask = [queries_at(block, normed, positions, model.rotary)], mask_at(mask, positions)
+        attended = attend(queries[0], key, value, mask).view(stream.x.shape)
         stream.add(attended, block.attn_out, gate1, sums=folded is not None)
         up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
         assert up.bias is not None
@@ -284,7 +285,7 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
     return query.unflatten(0, positions.shape)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
