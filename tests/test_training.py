@@ -438,19 +438,26 @@ def test_a_block_causal_model_trains_and_is_evaluated(tmp_path):
         train.main(arguments(counting, tmp_path, 400, **(options | {"block_causal": 8})))
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path, token_file):
-    train.main(arguments(token_file, tmp_path / "one", 10))
+def two_processes(module: str, command: list[str]) -> None:
+    """Run a training command on two processes of this machine, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "training.train", *arguments(token_file, tmp_path / "two", 10, log_every=3)]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = [
-        subprocess.Popen(command, env=child_environment(RANK=str(rank), LOCAL_RANK=str(rank), **world))
+        subprocess.Popen(
+            [sys.executable, "-m", module, *command],
+            env=child_environment(RANK=str(rank), LOCAL_RANK=str(rank), **world),
+        )
         for rank in range(2)
     ]
     assert [child.wait(timeout=60) for child in children] == [0, 0]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path, token_file):
+    train.main(arguments(token_file, tmp_path / "one", 10))
+    two_processes("training.train", arguments(token_file, tmp_path / "two", 10, log_every=3))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 

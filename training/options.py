@@ -20,10 +20,11 @@ SETTINGS = ("length", "batch_size", "grad_accum", "seed", "optimizer", "lr", "mu
 
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("blocks width heads mlp_ratio length tokens batch_size grad_accum workers log_every lr muon_lr clip eval_samples "
-     "eval_batch_size stop_after block_causal", lambda value: value > 0, "be greater than 0"),
+     "eval_batch_size stop_after block_causal epochs round_to", lambda value: value > 0, "be greater than 0"),
     ("eps", lambda value: 0 < value < 0.5, "lie between 0 and 0.5"),
-    ("lr_floor ema_decay", lambda value: 0 <= value < 1, "lie between 0 and 1"),
-    ("warmup weight_decay checkpoint_every seed", lambda value: value >= 0, "not be negative"),
+    ("random_length share_on_policy", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    ("lr_floor ema_decay valid_share", lambda value: 0 <= value < 1, "lie between 0 and 1"),
+    ("warmup weight_decay checkpoint_every seed tail", lambda value: value >= 0, "not be negative"),
 ]  # fmt: skip
 
 
