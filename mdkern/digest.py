@@ -93,8 +93,9 @@ def model_digest(denoiser: Denoiser) -> str:
         described.append((name, str(weight.dtype), tuple(weight.shape)))
         sums.append(word_sum(weight.detach()).to(denoiser.device))
     head = denoiser.head
-    settings = denoiser.vocab_size, denoiser.mask_id, denoiser.time_conditioning, head.scale, head.soft_cap
-    return digest((settings, model_settings(denoiser), described, torch.stack(sums)))
+    settings = denoiser.vocab_size, denoiser.mask_id, denoiser.time_conditioning, denoiser.block_causal
+    shape = head.scale, head.soft_cap
+    return digest((settings, shape, model_settings(denoiser), described, torch.stack(sums)))
 
 
 def model_settings(denoiser: Denoiser) -> Any:

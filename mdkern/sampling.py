@@ -88,7 +88,8 @@ def sample(
             number of steps themselves, the schedule's step is the share of the text that is revealed.
         block_length: reveal in blocks of so many positions from left to right, counted from a sequence's first masked
             position. Positions compete within a block only. Each block takes ``steps / blocks`` steps, where a
-            sequence's number of blocks must divide `steps`.
+            sequence's number of blocks must divide `steps`. A block-causal model is always sampled in its own blocks,
+            which are counted from the text's first token.
         cache: ``"prefix"`` or ``"dual"``: store keys and values (Fast-dLLM, 2505.22618) in a full pass at the start of
             each block and when the model changes. The other passes run the block and everything after it, or the block
             alone. This is faster and approximate, because the stored keys and values are out of date as soon as a token

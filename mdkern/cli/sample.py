@@ -173,7 +173,8 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 def prepare(arguments: argparse.Namespace) -> Job:
     """Load the models, and check everything that depends on them."""
-    from mdkern.engine.resolve import resolve_pace, resolve_seed
+    from mdkern.engine.resolve import resolve_seed
+    from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 
     prompt = read_prompt(arguments.prompt, arguments.prompt_file)
     make_decoder = parse_decoder(arguments.decoder)
@@ -183,8 +184,12 @@ def prepare(arguments: argparse.Namespace) -> Job:
     longest = min(model.config.max_length for model in models.values())
     ids = start_ids(prompt, tokenizer, first.config.mask_id, arguments.length, longest)
     decoder = make_decoder(tokenizer, first.config.vocab_size)
-    blocks = arguments.block_length, arguments.steps_per_block
-    pace = resolve_pace(schedule, arguments.steps, *blocks, ids == first.config.mask_id, None, False)
+    used = {name: models[name].config for name in schedule.models}
+    block_length, causal = resolve_blocks(arguments.block_length, used, None)
+    wanted = ids == first.config.mask_id
+    pace = resolve_pace(
+        schedule, arguments.steps, block_length, arguments.steps_per_block, wanted, None, whole_text=causal
+    )
     schedule = schedule.fit(pace.most_steps)
     return Job(models, tokenizer, schedule, ids.to(first.embedding.device), decoder, resolve_seed(arguments.seed, None))
 

@@ -152,8 +152,7 @@ def draw_plan(request: Request, state: SamplerState) -> RevealPlan:
     block = torch.zeros_like(request.input_ids)
     if request.block_length is not None:
         column = torch.arange(length, device=masked.device)
-        start = masked.int().argmax(-1, keepdim=True)
-        block = torch.where(masked, (column - start) // request.block_length, 0)
+        block = torch.where(masked, (column - request.start[:, None]) // request.block_length, 0)
     counts = request.blocks[:, None], request.steps[:, None]
     plan: Any = request.decoder.plan(
         Canvas(masked, block, *counts, state.seed, state.sample[:count], state.text_position[:count])

@@ -96,7 +96,7 @@ class Progress:
     """The state of the sequences beside their ids, as device tensors. Row N of tensors over sequences is scratch."""
 
     wanted: Tensor  # bool [N + 1, L], masked at the start: what may be written
-    start: Tensor  # int64 [N + 1], first wanted column, from which blocks are counted
+    start: Tensor  # int64 [N + 1], the column from which blocks are counted
     total: Tensor  # int64 [N + 1], number of wanted columns
     pace: Tensor  # int64 [N + 1, 3]: T, steps of a block, and the segment's last step plus 1; gathered together
     timetable: Tensor  # int64 [N + 1], the row of `times` of each sequence
@@ -155,7 +155,7 @@ class Progress:
             getattr(self, field.name).zero_()
         count, wanted = len(request.input_ids), request.masked
         self.wanted[:count] = wanted
-        self.start[:count] = wanted.int().argmax(-1)
+        self.start[:count] = request.start
         self.total[:] = self.wanted.sum(-1)
         self.confidence.fill_(1.0)
         self.reveal_step.fill_(-1)

@@ -28,6 +28,7 @@ class Request:
     most_steps: int  # the largest T of the call
     block_length: int | None  # None: one block
     blocks: Tensor  # int64 [N], number of blocks of each sequence
+    start: Tensor  # int64 [N], the column from which the blocks of each sequence are counted
     cache: str  # one of CACHES
     eos_ids: tuple[int, ...]  # ends of text of all the denoisers; the first fills everything after an end of text
     stop_at_eos: bool
@@ -73,5 +74,6 @@ def rows_of(request: Request, rows: slice | Tensor) -> Request:
         sample_ids=request.sample_ids[rows],
         steps=request.steps[rows],
         blocks=request.blocks[rows],
+        start=request.start[rows],
         edges=request.edges[rows],
     )

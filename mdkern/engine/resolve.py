@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,13 @@ from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_f
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
+from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import listed
-from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
 MOST_GUIDANCE = 1e6  # far above any use; logits times this are still far from float32's largest number
-MOST_STEPS = 1 << 24  # beyond, two steps may have the same float32 time
 LEAST_TEMPERATURE = 1e-30  # anything below counts as 0, as logits divided by it may leave float32's range
 
 
@@ -211,85 +210,6 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
     return cache
 
 
-class Pace(NamedTuple):
-    """Blocks and steps of each sequence. Each row of the tensors depends on that sequence alone."""
-
-    block_length: int | None  # None: one block
-    blocks: Tensor  # int64 [N]
-    steps: Tensor  # int64 [N], T
-    most_steps: int
-    edges: Tensor  # int64 [N, P + 1], the step at which each of the schedule's P parts begins, and T
-
-
-def resolve_pace(
-    schedule: Schedule,
-    steps: int | None,
-    block_length: Any,
-    steps_per_block: Any,
-    wanted: Tensor,
-    attention_mask: Tensor | None,
-    keep_block: bool,
-) -> Pace:
-    """Work out the blocks and steps of each sequence.
-
-    Blocks are counted from a sequence's first masked position. The default of the steps is the schedule's total, or
-    else the number of positions of the sequence's blocks, or of its text if there are no blocks.
-
-    Args:
-        wanted: bool ``[N, L]``, the masked positions.
-        attention_mask: bool ``[N, L]``, or None.
-        keep_block: keep `block_length` even if one block holds all that is masked.
-    """
-    if block_length is None and steps_per_block is not None:
-        raise ValueError("steps_per_block needs a block_length, e.g. 32: without blocks, give steps")
-    if steps is not None and steps_per_block is not None:
-        raise ValueError("steps and steps_per_block must not both be given: the one says the other")
-    if steps is not None:
-        schedule.edges(steps)  # refuses steps that contradict a schedule of step counts
-    count, length = wanted.shape
-    given = steps or schedule.total
-    if block_length is None:
-        own = wanted.new_full((count,), length, dtype=torch.int64) if attention_mask is None else attention_mask.sum(-1)
-        blocks = torch.ones_like(own)
-    else:
-        block_length = check_count("block_length", block_length)
-        first = wanted.int().argmax(-1)
-        span = length - wanted.flip(-1).int().argmax(-1) - first  # from the first masked position to the last
-        blocks = (span + block_length - 1) // block_length
-        own = blocks * span.clamp(max=block_length)
-        block_length = min(block_length, length) if keep_block or int(blocks.max()) > 1 else None
-    if steps_per_block is not None:
-        own = blocks * check_count("steps_per_block", steps_per_block)
-    elif given is not None:
-        own = torch.full_like(own, given)
-        check_steps(given, blocks)
-    most = int(own.max())
-    if most > MOST_STEPS:
-        raise ValueError(f"steps must be at most {MOST_STEPS} for a sequence, not {most}")
-    return Pace(block_length, blocks, own, most, fit_schedule(schedule, own))
-
-
-def check_steps(steps: int, blocks: Tensor) -> None:
-    """Refuse a number of steps that is not a multiple of some sequence's number of blocks."""
-    uneven = (steps % blocks).nonzero()[:, 0].tolist()
-    if uneven:
-        number = int(blocks[uneven[0]])
-        raise ValueError(
-            f"steps must be a multiple of the {number} blocks of row {uneven[0]}, not {steps}: "
-            f"e.g. {max(1, steps // number) * number}, or give steps_per_block"
-        )
-
-
-def fit_schedule(schedule: Schedule, steps: Tensor) -> Tensor:
-    """`Pace.edges` of a schedule over ``steps [N]`` of each sequence, int64 ``[N, P + 1]``."""
-    each, which = steps.unique(return_inverse=True)
-    if schedule.total is not None and each.tolist() != [schedule.total]:
-        row = int((steps != schedule.total).nonzero()[0, 0])
-        own = int(steps[row])
-        raise ValueError(f"schedule {schedule} has {schedule.total} steps, but row {row} has {own}: make them agree")
-    return torch.tensor([schedule.edges(count) for count in each.tolist()], device=steps.device)[which]
-
-
 def resolve(
     heavy: Any,
     light: Any = None,
@@ -347,8 +267,11 @@ def resolve(
             )
     resolved_decoder = resolve_decoder(decoder, first)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
+    block_length, causal = resolve_blocks(block_length, denoisers, mask)
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
-    pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, cache != "none")
+    pace = resolve_pace(
+        schedule, steps, block_length, steps_per_block, wanted, mask, cache != "none", whole_text=causal
+    )
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in listed(denoiser.eos_ids)))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"

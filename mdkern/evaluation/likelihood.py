@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mdkern.engine.checks import check_count, check_flag
 from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_sample_ids, resolve_seed
+from mdkern.engine.resolve_blocks import resolve_blocks
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.exact import exact_nats
 from mdkern.evaluation.scores import masked_hidden, sum_by_text, target_log_prob
@@ -196,6 +197,7 @@ def resolve_texts(
             raise ValueError(f"attention_mask must be None: {denoiser.name} takes none, so nothing may be padded")
     input_ids = input_ids.long()
     mask = None if attention_mask is None else check_mask(attention_mask, input_ids)
+    resolve_blocks(None, denoisers, mask)  # refuses padding that does not fit the blocks
     attended = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     if wanted is None:
         wanted = attended

@@ -16,8 +16,13 @@ CHUNK_ENTRIES = 1 << 26  # float32 entries of rows x D held at a time
 def masked_hidden(
     denoiser: Denoiser, ids: Tensor, masked: Tensor, t: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Hidden states ``[B * L, D]`` of texts ``[B, L]`` with the mask where `masked` says, at times ``t [B]``."""
+    """Hidden states ``[B * L, D]`` of texts ``[B, L]`` with the mask where `masked` says, at times ``t [B]``.
+
+    Those of a block-causal model are given the blocks before a position's own without masks.
+    """
     texts = torch.where(masked, denoiser.mask_id, ids)
+    if denoiser.block_causal is not None:
+        return denoiser.paired_hidden(texts, ids, attention_mask).flatten(0, 1)
     return denoiser.hidden(texts, t.float() if denoiser.time_conditioning else None, None, attention_mask).flatten(0, 1)
 
 

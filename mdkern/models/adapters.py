@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mdkern.models import dit_fused, dit_window
+from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.adapted import LogitsDenoiser
@@ -210,7 +211,7 @@ class DiTDenoiser(Denoiser):
         if self.max_length > config.max_length:
             raise ValueError(f"max_length must be at most {config.max_length}, the model's own, not {max_length}")
         self.num_blocks = config.num_blocks
-        self.time_conditioning = config.time_conditioning
+        self.time_conditioning, self.block_causal = config.time_conditioning, config.block_causal
 
     head = Live(lambda self: Head(self.model.head_weight.detach(), self.model.suppressed_bias().detach()))
     device = Live(lambda self: self.model.embedding.device)
@@ -230,6 +231,9 @@ class DiTDenoiser(Denoiser):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         return self.model.hidden(input_ids, t, positions, attention_mask, self.folds)
+
+    def paired_hidden(self, noisy_ids: Tensor, clean_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return paired_hidden(self.model, noisy_ids, clean_ids, attention_mask)
 
     def prepared(self, rows: int) -> DiTDenoiser:
         """A denoiser with the norms folded into the weights, if that makes it faster."""

@@ -55,7 +55,7 @@ def mask_at(mask: Tensor | None, positions: Tensor) -> Tensor | None:
     return mask.gather(2, positions[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))
 
 
-def paired_hidden(model: DiT, noisy_ids: Tensor, clean_ids: Tensor) -> Tensor:
+def paired_hidden(model: DiT, noisy_ids: Tensor, clean_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Hidden states of a noisy text whose every block sees the clean blocks before it, ``[B, L, D]``.
 
     They are what a pass over [clean blocks before, noisy block] gives for that block, for all blocks from one pass over
@@ -64,6 +64,7 @@ def paired_hidden(model: DiT, noisy_ids: Tensor, clean_ids: Tensor) -> Tensor:
     Args:
         model: a `DiT` with ``config.block_causal``.
         noisy_ids, clean_ids: int64 ``[B, L]``.
+        attention_mask: bool ``[B, L]``, False at padding; None: no padding.
     """
     length, device = noisy_ids.shape[1], noisy_ids.device
     assert model.config.block_causal is not None
@@ -71,6 +72,7 @@ def paired_hidden(model: DiT, noisy_ids: Tensor, clean_ids: Tensor) -> Tensor:
     return model.plain_hidden(
         torch.cat((noisy_ids, clean_ids), 1),
         positions=column.expand_as(noisy_ids),
+        attention_mask=None if attention_mask is None else attention_mask.repeat(1, 2),
         attn_mask=paired_mask(length, model.config.block_causal, device),
         position=column.repeat(2),
     )

@@ -112,6 +112,7 @@ class Denoiser:
     max_length: int | None = None  # most positions of a sequence; None: no limit
     num_blocks: int | None = None  # number of transformer blocks, B in equation (3) of 2604.02340
     time_conditioning: bool = False
+    block_causal: int | None = None  # B, if position i sees the columns below (i // B + 1) B only; None: it sees all
     takes_attention_mask: bool = True  # whether sequences may be padded
     right_padding_only: bool = False  # whether padding may only come after the text
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are implemented
@@ -140,6 +141,23 @@ class Denoiser:
         """
         raise NotImplementedError
 
+    def paired_hidden(self, noisy_ids: Tensor, clean_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`hidden` of a noisy text whose every block sees the blocks of the clean text before it, ``[B, L, D]``.
+
+        Of a block-causal model this gives the likelihood of all blocks. By default a pass for each block.
+
+        Args:
+            noisy_ids, clean_ids, attention_mask: as `input_ids` and `attention_mask` of `hidden`.
+        """
+        assert self.block_causal is not None
+        parts = []
+        for first in range(0, noisy_ids.shape[1], self.block_causal):
+            block = slice(first, first + self.block_causal)
+            ids = torch.cat((clean_ids[:, :first], noisy_ids[:, block]), 1)
+            attended = None if attention_mask is None else attention_mask[:, : ids.shape[1]]
+            parts.append(self.hidden(ids, attention_mask=attended)[:, block])
+        return torch.cat(parts, 1)
+
     def current(self) -> Denoiser:
         """The denoiser with its model's present state, for one call of `sample`: itself, or a copy."""
         return self
@@ -149,6 +167,7 @@ class Denoiser:
         facts += [f"ends of text {', '.join(map(str, self.eos_ids))}"] if self.eos_ids else []
         facts += [f"at most {self.max_length} positions"] if self.max_length is not None else []
         facts += ["conditioned on the time"] if self.time_conditioning else []
+        facts += [f"sees blocks of {self.block_causal} up to a position's own"] if self.block_causal else []
         facts += [self.description]
         without = f" because {self.no_cache_reason}" if self.no_cache_reason else ""
         facts += ["keeps keys and values" if self.takes_cache else f"keeps no keys and values{without}"]

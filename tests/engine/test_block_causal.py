@@ -1,0 +1,174 @@
+"""Sampling from block-causal models, whose blocks are counted from the text's first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mdkern
+from mdkern import DiT
+from mdkern.decoders import Stepwise
+from tests.conftest import random_dit
+from tests.engine.test_stepwise import STEPWISE
+from tests.references.slow_sampler import Outcome, decode
+from tests.references.stale_cache import StaleDiT
+
+LENGTH, BLOCK, MASK = 14, 4, 9
+SHAPE = {"vocab_size": 10, "mask_id": MASK, "eos_id": 2, "max_length": 24, "block_causal": BLOCK}
+HEAVY, LIGHT = random_dit(0, **SHAPE), random_dit(1, num_blocks=1, **SHAPE)
+MODELS = {"H": HEAVY, "L": LIGHT}
+PROMPTS = (0, 1, 3, 4, 5, 8, 11)
+BLOCKS = 4  # of LENGTH positions, the last of two
+ONE, TWO = mdkern.Schedule.constant(), mdkern.Schedule.sandwich(0.25)
+
+
+def prompts(lengths: Sequence[int] = PROMPTS, length: int = LENGTH) -> Tensor:
+    ids = torch.randint(MASK, (len(lengths), length), generator=torch.Generator().manual_seed(1))
+    return torch.where(torch.arange(length) < torch.tensor(lengths)[:, None], ids, MASK)
+
+
+def draw(model: Any = HEAVY, schedule: mdkern.Schedule | None = None, **options: Any) -> mdkern.SampleOutput:
+    defaults = {"input_ids": prompts(), "steps_per_block": 3, "seed": 7, "batch_size": 3, "decoder": "threshold"}
+    arguments = (model,) if schedule is None else (model, schedule)
+    return mdkern.sample(*arguments, **(defaults | options))
+
+
+def block_by_block(model: DiT, ids: Sequence[int]) -> list[list[float]]:
+    """Logits by position, of each block from its own pass, in float64, over keys and values of the blocks before."""
+    slow = StaleDiT(model)
+    states = []
+    for first in range(0, len(ids), BLOCK):
+        end = min(first + BLOCK, len(ids))
+        states.append(slow.hidden(ids[:end], range(first, end)))
+    logits: list[list[float]] = slow.model.logits(torch.cat(states)).tolist()
+    return logits
+
+
+def slow_runs(ids: Tensor, decoder: Stepwise, schedule: mdkern.Schedule, temperature: float) -> list[Outcome]:
+    """Each sequence by the slow loop, 3 steps a block."""
+    outcomes = []
+    for number, row in enumerate(ids.tolist()):
+        first = row.index(MASK) // BLOCK
+        steps = 3 * (BLOCKS - first)
+        of_step = "".join(s.model * (s.stop - s.first) for s in schedule.segments(steps))
+        outcomes.append(
+            decode(
+                lambda at, step, of_step=of_step: block_by_block(MODELS[of_step[step]], at),
+                row,
+                decoder,
+                steps=steps,
+                mask_id=MASK,
+                block=[i // BLOCK - first if token == MASK else -1 for i, token in enumerate(row)],
+                temperature=temperature,
+                seed=7,
+                sample=number,
+            )
+        )
+    return outcomes
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("name", STEPWISE)
+    @pytest.mark.parametrize(("schedule", "temperature"), [(ONE, 0.0), (TWO, 0.8)])
+    def test_the_slow_loops_sequences(self, name: str, schedule: mdkern.Schedule, temperature: float) -> None:
+        ids = prompts()[1::3]
+        expected = slow_runs(ids, STEPWISE[name], schedule, temperature)
+        out = draw(MODELS, schedule, input_ids=ids, decoder=STEPWISE[name], temperature=temperature)
+        assert out.sequences.tolist() == [outcome.ids for outcome in expected]
+
+    @pytest.mark.parametrize("decoder", ["ancestral", "random", "top_probability"])
+    def test_blocks_are_written_one_after_the_other(self, decoder: str) -> None:
+        ids = prompts((0, 3, 6, 9))
+        out = draw(input_ids=ids, decoder=decoder, return_history=True)
+        assert out.steps is not None
+        assert out.history is not None
+        for number, row in enumerate(ids.tolist()):
+            first = row.index(MASK) // BLOCK
+            for column in range(LENGTH):
+                step = int(out.history.step[number, column])
+                if row[column] != MASK:
+                    assert step == -1
+                else:
+                    assert 3 * (column // BLOCK - first) <= step < 3 * (column // BLOCK - first + 1)
+
+    def test_only_finished_blocks_decide(self) -> None:
+        """A text cut off behind a block is written as it is in a longer one."""
+        whole = draw(input_ids=prompts((3, 5)))
+        for end in (8, 12):
+            cut = draw(input_ids=prompts((3, 5))[:, :end])
+            assert torch.equal(cut.sequences, whole.sequences[:, :end])
+
+    def test_a_model_of_the_whole_text_takes_turns_with_one_of_blocks(self) -> None:
+        both = {"H": HEAVY, "L": random_dit(1, **(SHAPE | {"block_causal": None}))}
+        out = draw(both, TWO, return_history=True)
+        assert out.history is not None
+        assert not bool((out.sequences == MASK).any())
+        assert sorted(out.history.model.unique().tolist()) == [-1, 0, 1]
+
+
+class TestPadding:
+    @pytest.mark.parametrize("decoder", ["threshold", "ancestral"])
+    def test_padding_changes_nothing(self, decoder: str) -> None:
+        whole = draw(decoder=decoder)
+        for before, after in ((0, 5), (4, 0), (8, 1)):
+            ids = torch.nn.functional.pad(prompts(), (before, after), value=3)
+            mask = torch.nn.functional.pad(torch.ones_like(prompts()), (before, after))
+            out = draw(decoder=decoder, input_ids=ids, attention_mask=mask)
+            assert torch.equal(out.sequences[:, before : before + LENGTH], whole.sequences)
+            assert out.nfe is not None
+            assert whole.nfe is not None
+            assert torch.equal(out.nfe["H"], whole.nfe["H"])
+
+    def test_padding_that_shifts_the_blocks_is_refused(self) -> None:
+        mask = torch.nn.functional.pad(torch.ones_like(prompts()), (3, 0))
+        ids = torch.nn.functional.pad(prompts(), (3, 0), value=3)
+        with pytest.raises(ValueError, match="on the left by a multiple of 4"):
+            draw(input_ids=ids, attention_mask=mask)
+        with pytest.raises(ValueError, match="on the left by a multiple of 4"):
+            mdkern.likelihood(HEAVY, input_ids=ids.clamp(max=8), attention_mask=mask)
+
+
+class TestArguments:
+    @pytest.mark.parametrize("block_length", [2, 8, 3, True])
+    def test_other_blocks_are_refused(self, block_length: int) -> None:
+        with pytest.raises(ValueError, match="block_length must be 4"):
+            draw(block_length=block_length)
+
+    def test_the_models_own_blocks_may_be_named(self) -> None:
+        assert torch.equal(draw(block_length=4).sequences, draw().sequences)
+
+    def test_models_of_different_blocks_are_refused(self) -> None:
+        other = random_dit(1, **(SHAPE | {"block_causal": 8}))
+        with pytest.raises(ValueError, match="L sees blocks of 8, H of 4"):
+            draw({"H": HEAVY, "L": other}, TWO)
+
+    def test_its_description_names_the_blocks(self) -> None:
+        assert "sees blocks of 4" in repr(mdkern.adapt(HEAVY))
+
+
+class TestLikelihood:
+    """The likelihood of a text is that of its blocks one after the other."""
+
+    def test_the_bound_of_texts_of_one_block_is_that_of_a_model_of_the_whole_text(self) -> None:
+        whole = random_dit(0, **(SHAPE | {"block_causal": None}))
+        texts = prompts((20, 20), 4)
+        ours, theirs = (mdkern.likelihood(model, input_ids=texts, samples=8).nats for model in (HEAVY, whole))
+        torch.testing.assert_close(ours, theirs)
+
+    def test_blocks_of_one_give_the_chain_rule(self) -> None:
+        """With blocks of one token every mask gives -log p of the same conditionals, only of more or fewer of them."""
+        model = random_dit(3, **(SHAPE | {"block_causal": 1}))
+        texts = prompts((20, 20), 6)
+        log_prob = torch.zeros(2, dtype=torch.float64)
+        for column in range(6):
+            ids = torch.cat((texts[:, :column], torch.full((2, 1), MASK)), 1)
+            log_prob += model(ids)[:, -1].log_softmax(-1).double()[torch.arange(2), texts[:, column]]
+        exact = mdkern.likelihood(model, input_ids=texts, method="decoder", decoder="margin")
+        torch.testing.assert_close(exact.nats, -log_prob, rtol=1e-5, atol=1e-5)
+        bound = mdkern.likelihood(model, input_ids=texts, samples=2048)
+        assert bool(((bound.nats + log_prob).abs() < 4 * bound.standard_error).all())
+        assert bool((bound.standard_error < 0.05 * bound.nats).all())
