@@ -26,6 +26,16 @@ class History:
     models: tuple[str, ...]
     steps: int  # the largest T of the call
     own_steps: Tensor | None = None  # int64 [N], T of each sequence
+    # float32 [N, L]: log-probability of each token, in nats, in the pass that revealed it: under the model's
+    # distribution, or the sampler's for decoders with of="sampler". NaN where no model revealed it.
+    log_prob: Tensor | None = None
+
+    def draft(self, sequences: Tensor, step: int, mask_id: int) -> Tensor:
+        """The texts as they were before a step, ``[N, L]``: what was revealed at that step or later is masked.
+
+        Of decoders that write a position more than once, only the last time is known; until then it counts as masked.
+        """
+        return torch.where(self.step >= step, mask_id, sequences)
 
 
 @dataclass
@@ -86,17 +96,16 @@ class SampleOutput(ModelOutput):
         ]
 
 
-def summarise(
-    request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float], return_history: bool
-) -> SampleOutput:
+def summarise(request: Request, sequences: Tensor, outcome: Outcome, timings: dict[str, float]) -> SampleOutput:
     """The output for the samples of a request that were finished."""
     finished = outcome.finished.nonzero()[:, 0]
     request, sequences = rows_of(request, finished), sequences[finished]
     step, model, reason = (x[finished] for x in (outcome.step, outcome.model, outcome.stop_reason))
+    log_prob = outcome.log_prob[finished]
     nfe = {name: passes[finished] for name, passes in outcome.nfe.items()}
     revealed = (model != GIVEN).sum(-1)  # positions that were filled with end of text have a step but no model
     passes = sum(nfe.values(), torch.zeros_like(reason))
-    history = History(step, model, tuple(request.denoisers), request.most_steps, request.steps)
+    history = History(step, model, tuple(request.denoisers), request.most_steps, request.steps, log_prob)
     output = SampleOutput(
         sequences=sequences,
         sample_ids=request.sample_ids,
@@ -109,7 +118,7 @@ def summarise(
         attention_mask=request.attention_mask,
         timings=timings,
         seed=request.seed,
-        history=history if return_history else None,
+        history=history if request.record else None,
     )
     output.flops_saved = flops_saved(request, output)
     return output

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mdkern
 from mdkern import DiT, DiTConfig
-from mdkern.decoders import Ancestral
+from mdkern.decoders import Ancestral, Threshold
 from mdkern.engine.planned import draw_plan, reveal_tick
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState
@@ -95,6 +95,7 @@ def tiny(blocks: int, seed: int = 0, **settings: object) -> DiT:
 
 HEAVY, LIGHT = tiny(3), tiny(1, seed=1)
 SCHEDULE = "L8 H32 L8"
+ONE_BY_ONE = Threshold(1.0)
 
 
 def run(**options: object) -> mdkern.SampleOutput:
@@ -208,6 +209,27 @@ class TestResult:
         assert (history.model[:, :9] == -1).all()
         light = (history.step[:, 9:] < 8) | (history.step[:, 9:] >= 40)
         assert torch.equal(light, history.model[:, 9:] == history.models.index("L"))
+
+    @pytest.mark.parametrize("options", [{}, {"decoder": ONE_BY_ONE}, {"decoder": "entropy", "block_length": 13}])
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_log_probabilities_are_those_of_the_drafts(self, options: dict[str, Any], temperature: float) -> None:
+        """Each token's, by its model's distribution for the text as it was before its step, one pass at a time."""
+        prompt = torch.full((3, 48), 69)
+        prompt[:, :9] = 1
+        out = mdkern.sample(
+            HEAVY, LIGHT, SCHEDULE, input_ids=prompt, seed=0, temperature=temperature, return_history=True, **options
+        )
+        history = out.history
+        assert history.log_prob[:, :9].isnan().all()
+        for row in range(3):
+            for step in set(history.step[row, 9:].tolist()):
+                now, draft = history.step[row] == step, history.draft(out.sequences, step, 69)[row, None]
+                assert torch.equal(draft[0] == 69, history.step[row] >= step)
+                (model,) = set(history.model[row, now].tolist())
+                network = {"H": HEAVY, "L": LIGHT}[history.models[model]]
+                logits = network.logits(network.plain_hidden(draft))[0, now]
+                exact = logits.log_softmax(-1).gather(1, out.sequences[row, now, None])[:, 0]
+                assert torch.allclose(history.log_prob[row, now], exact, atol=1e-5)
 
     def test_flops_saved_is_what_the_passes_cost(self) -> None:
         out = run()

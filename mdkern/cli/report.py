@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from mdkern.decoders import Decoder
     from mdkern.models import DiT
-    from mdkern.output import SampleOutput
+    from mdkern.output import History, SampleOutput
     from mdkern.schedule import Schedule
 
 
@@ -41,9 +41,9 @@ def decode_texts(output: SampleOutput, tokenizer: Any, cut: bool) -> list[str]:
 
 
 def sample_records(
-    output: SampleOutput, texts: Sequence[str], schedule: Schedule, decoder: str
+    output: SampleOutput, texts: Sequence[str], schedule: Schedule, decoder: str, history: History | None = None
 ) -> list[dict[str, Any]]:
-    """One JSON object per sample."""
+    """One JSON object per sample; with a history, also the step, model and log-probability of each token."""
     assert output.sequences is not None
     assert output.sample_ids is not None
     assert output.nfe is not None
@@ -58,9 +58,22 @@ def sample_records(
             "schedule": str(schedule),
             "decoder": decoder,
             "stop_reason": output.stop_reason[row],
+            **({} if history is None else history_record(history, row)),
         }
         for row, (number, token_ids) in enumerate(zip(output.sample_ids.tolist(), output.sequences.tolist()))
     ]
+
+
+def history_record(history: History, row: int) -> dict[str, list[Any]]:
+    """When, by which model and with which log-probability (nats) each token was revealed; null where it was given."""
+    assert history.log_prob is not None
+    names = [*history.models, None]  # -1: by none
+    log_probs = history.log_prob[row].tolist()
+    return {
+        "reveal_step": [None if step < 0 else step for step in history.step[row].tolist()],
+        "reveal_model": [names[model] for model in history.model[row].tolist()],
+        "log_prob": [None if value != value else value for value in log_probs],
+    }
 
 
 class Printer:

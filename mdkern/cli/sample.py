@@ -85,6 +85,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", action="store_true", help="with --output: go on with the FILE.partial of an interrupted run, if any"
     )
+    group.add_argument(
+        "--history",
+        action="store_true",
+        help="with --output: also the step and the model that revealed each token, and its log-probability",
+    )
     group.add_argument("--trace", metavar="FILE", type=Path, help="also write an HTML page that replays the denoising")
     group.add_argument("--trace-title", metavar="TEXT", type=unicode_text, help="the page's heading")
     group.add_argument("--quiet", action="store_true", help="text only: no progress bar, no summary")
@@ -157,6 +162,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output and --trace are the same file {arguments.output}")
     if arguments.trace_title is not None and arguments.trace is None:
         raise ValueError("--trace-title goes with --trace")
+    if arguments.history and arguments.output is None:
+        raise ValueError("--history goes with --output, to whose records it adds")
     if arguments.resume and arguments.output is None:
         raise ValueError("--resume goes with --output, whose finished samples it goes on from")
     if arguments.resume and arguments.trace is not None:
@@ -201,6 +208,7 @@ def request_of(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
 
     options = {f"--{name.replace('_', '-')}": value for name, value in sampling(arguments).items()}
     del options["--cuda-graphs"]  # the samples are the same
+    options["--history"] = arguments.history  # the records are not
     return (
         {f"model {name}": model_digest(adapt(job.models[name])) for name in job.schedule.models}
         | {"the tokenizer": digest(job.tokenizer.get_vocab()), "the prompt": digest(job.ids)}
@@ -231,7 +239,7 @@ def run_groups(
         "decoder": job.decoder,
         **sampling(arguments),
         "seed": seed,
-        "return_history": arguments.trace is not None,
+        "return_history": arguments.history or arguments.trace is not None,
         "progress": False if arguments.quiet else None,
     }
     if ranks:
@@ -254,7 +262,8 @@ class Receiver:
         texts = decode_texts(output, self.job.tokenizer, self.arguments.stop_at_eos)
         self.printer.show(output.sample_ids.tolist(), texts)
         if self.file is not None:
-            self.file.append(*sample_records(output, texts, self.job.schedule, self.arguments.decoder))
+            history = output.history if self.arguments.history else None
+            self.file.append(*sample_records(output, texts, self.job.schedule, self.arguments.decoder, history))
         self.outputs.append(output if self.arguments.trace is not None else without_texts(output))
 
     def finish(self, processes: int) -> None:

@@ -62,9 +62,8 @@ class Groups:
     ) -> None:
         """`group_size`: samples of a group; None lets `choose_groups` decide. `began`: start of the first group's time;
         default now."""
-        self.request = request
+        self.request = replace(request, record=check_flag("return_history", return_history))
         self.group_size = group_size
-        self.return_history = check_flag("return_history", return_history)
         self.cuda_graphs = check_flag("cuda_graphs", cuda_graphs)
         self.disable = None if progress is None else not check_flag("progress", progress)
         self.began = time.perf_counter() if began is None else began
@@ -143,7 +142,7 @@ class Groups:
             except IncompleteError as incomplete:
                 outcome, cause = incomplete.outcome(), incomplete.__cause__
             sequences = state.input_ids[:count].clone()
-            self.pending = summarise(request, sequences, outcome, timings.total(), self.return_history)
+            self.pending = summarise(request, sequences, outcome, timings.total())
             if cause is not None:
                 try:
                     raise cause
@@ -165,8 +164,8 @@ class Groups:
         """The output of no sample."""
         request = rows_of(self.request, slice(0, 0))
         none, nfe = request.input_ids, dict.fromkeys(request.denoisers, request.sample_ids)
-        outcome = Outcome(none, none, nfe, torch.full_like(request.sample_ids, RUNNING))
-        return summarise(request, none, outcome, {"total": time.perf_counter() - self.began}, self.return_history)
+        outcome = Outcome(none, none, none.float(), nfe, torch.full_like(request.sample_ids, RUNNING))
+        return summarise(request, none, outcome, {"total": time.perf_counter() - self.began})
 
 
 def device_of(request: Request) -> AbstractContextManager[Any]:

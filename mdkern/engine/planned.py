@@ -59,7 +59,8 @@ def run(
         left = (request.masked & (state.input_ids[: len(ended)] == request.mask_id)).any(-1)
         reason = torch.where(ended, END_OF_TEXT, torch.where(left, RUNNING, ALL_REVEALED))
         reason = torch.where(failed, FAILED, reason)
-        return Outcome(torch.maximum(plan.step, filled_at), model, nfe, reason, failure)
+        log_prob = state.log_prob[: len(ended)].masked_fill(model == GIVEN, torch.nan)
+        return Outcome(torch.maximum(plan.step, filled_at), model, log_prob, nfe, reason, failure)
 
     try:
         for piece in pieces(request):
@@ -229,6 +230,8 @@ def reveal_tick(
         inputs.keys,
         **request.filters._asdict(),
     )
+    if request.record:
+        state.log_prob.view(-1)[inputs.target] = statistics.log_prob
     end_tick(state.input_ids, state.failed, state.tick, statistics.token, inputs.target, inputs.row_count)
 
 
@@ -308,7 +311,7 @@ def captured_ticks(
             buffer.idle()
             workspace.state.tick.zero_()
 
-        key = "reveal", *shape, size, request.filters, request.guidance_scale
+        key = "reveal", *shape, size, request.filters, request.guidance_scale, request.record
         graph = workspace.graph(denoiser, key, step, idle)
         if graph is None:
             return None

@@ -43,6 +43,7 @@ class Request:
     stopping_criteria: Any  # callable, or None
     streamer: Any
     seed: int
+    record: bool = False  # whether log-probabilities are recorded as tokens are revealed
 
     @property
     def parts(self) -> list[str]:

@@ -27,6 +27,7 @@ class Outcome:
 
     step: Tensor  # int64 [N, L]: step at which each position was last revealed, T for the closing pass, or GIVEN
     model: Tensor  # int64 [N, L]: number of the denoiser that revealed it, GIVEN where the input gave the token
+    log_prob: Tensor  # float32 [N, L]: of each token when it was revealed, NaN where none was recorded
     nfe: dict[str, Tensor]  # int64 [N] each, by denoiser
     stop_reason: Tensor  # int64 [N]
     failure: Exception | None = None  # the error of the first sample that failed
@@ -76,6 +77,7 @@ class SamplerState:
     seed: Tensor  # int64 []
     tick: Tensor  # int64 [1]
     failed: Tensor  # bool [], whether a row had NaN logits
+    log_prob: Tensor  # float32 [N + 1, L], of each token when it was revealed; NaN where none was recorded
 
     @staticmethod
     def allocate(sequences: int, length: int, padded: bool, device: torch.device) -> SamplerState:
@@ -95,6 +97,7 @@ class SamplerState:
             seed=zeros(),
             tick=zeros(1),
             failed=zeros(dtype=torch.bool),
+            log_prob=zeros(sequences + 1, length, dtype=torch.float32),
         )
 
     @staticmethod
@@ -122,6 +125,7 @@ class SamplerState:
         self.closing_step.copy_(request.steps.max())
         self.seed.fill_(request.seed)
         self.failed.fill_(False)
+        self.log_prob.fill_(torch.nan)
 
 
 class TickBuffer:

@@ -78,6 +78,7 @@ def run(
         return Outcome(
             progress.reveal_step[:count].clone(),
             progress.reveal_model[:count].clone(),
+            progress.confidence[:count].log().masked_fill(progress.reveal_model[:count] == GIVEN, torch.nan),
             {name: progress.nfe[number, :count].clone() for number, name in enumerate(request.denoisers)},
             progress.stop_reason[:count].clone(),
             failure,

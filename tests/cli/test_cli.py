@@ -68,6 +68,17 @@ def test_quiet_prints_the_text_alone(run):
     assert "---" not in out.splitlines()[0]
 
 
+def test_history_says_when_and_by_which_model_each_token_came(run, tmp_path):
+    file = tmp_path / "out.jsonl"
+    run("--seed", "7", "--schedule", "L6 H12 L6", "--prompt", "He", "--output", str(file), "--history")
+    (record,) = records(file)
+    models = {step: "H" if 6 <= step < 18 else "L" for step in range(24)} | {24: "L", None: None}
+    assert record["reveal_step"][0] is None
+    assert record["reveal_model"] == [models[step] for step in record["reveal_step"]]
+    assert [value is None for value in record["log_prob"]] == [step is None for step in record["reveal_step"]]
+    assert all(value <= 0.0 for value in record["log_prob"] if value is not None)
+
+
 def test_json_lines_hold_what_sample_returns(run, checkpoints, tmp_path):
     file = tmp_path / "out.jsonl"
     run("--num-samples", "3", "--seed", "5", "--temperature", "0.7", "--steps", "16", "--output", str(file))
@@ -270,6 +281,7 @@ BAD_INPUT = {
     "timeout": (["--timeout", "0"], "--timeout: must be a number of seconds above 0"),
     "timeout of one process": (["--timeout", "9"], "--timeout is for several processes"),
     "title without a page": (["--trace-title", "A"], "--trace-title goes with --trace"),
+    "history of nothing": (["--history"], "--history goes with --output"),
     "resume from nothing": (["--resume"], "--resume goes with --output"),
     "resume a trace": (["--resume", "--output", "o", "--trace", "t"], "--resume and --trace do not go together"),
     "two prompts": (["--prompt", "a", "--prompt-file", "b"], "must not both be given"),
