@@ -22,6 +22,7 @@ from tests.suites.gluon import SHARED_MEMORY
 def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     """Compile the kernel for compute capability 9, as `project_on_hopper` would ask for it."""
     fixed = launch_hopper.tiling_constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
+    fixed |= {"WANT_ARGMAX": False, "OF_SAMPLER": False}
     fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False} | constants
     types = {"weight": gluon.descriptor([tiling.vocab, HIDDEN_DIM])}
     if not tiling.stationary:
@@ -41,11 +42,13 @@ TILINGS = {
 
 GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
 BARE = {"WANT_TOP": False, "WANT_ENTROPY": False, "HAS_CAP": True}
+TEMPERED = {"WANT_TOP": False, "WANT_ARGMAX": True, "OF_SAMPLER": True, "HAS_CAP": True, "bias": None}
 
 
 @pytest.mark.parametrize(
     ("tiling", "constants"),
-    [("few", {}), ("few", GREEDY), ("few", BARE), ("few, deep", {}), ("middling", {}), ("many", {}), ("many", GREEDY)],
+    [("few", {}), ("few", GREEDY), ("few", BARE), ("few, deep", {}), ("middling", {}), ("many", {}), ("many", GREEDY),
+     ("few", TEMPERED), ("middling", TEMPERED), ("many", TEMPERED)],
 )
 def test_it_compiles_for_hopper(tiling: str, constants: dict[str, Any]) -> None:
     built = build(TILINGS[tiling], 768, **constants)
@@ -97,6 +100,9 @@ ON_GPU = [
     {"rows": 300, "columns": 3_000, "depth": 4096},
     {"rows": 511, "columns": 5_001, "biased": True, "count": 300},
     {"rows": 3000, "columns": 5_001, "biased": True, "count": 2900},
+    {"rows": 65, "biased": True, "of": "sampler"},
+    {"rows": 300, "columns": 5_001, "of": "sampler", "options": {"soft_cap": 5.0}},
+    {"rows": 3000, "columns": 5_001, "of": "sampler"},
 ]
 
 

@@ -26,6 +26,7 @@ from tests.suites import gluon
 
 GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
 CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
+TEMPERED = {"WANT_ARGMAX": True, "OF_SAMPLER": True}
 
 
 def build(rows: int, **constants: Any) -> Any:
@@ -36,6 +37,8 @@ def build(rows: int, **constants: Any) -> Any:
         "PROGRAMS": 132,
         "HAS_SCALE": False,
         "HAS_CAP": False,
+        "WANT_ARGMAX": False,
+        "OF_SAMPLER": False,
     }
     types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.hidden_dim])}
     return gluon.build(
@@ -47,7 +50,7 @@ def build(rows: int, **constants: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED], ids=["drawn", "greedy", "capped"])
+@pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED, TEMPERED], ids=["drawn", "greedy", "capped", "tempered"])
 @pytest.mark.parametrize("rows", [8, 16])
 def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
     built = build(rows, **constants)
@@ -58,6 +61,7 @@ def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", [0, 1])
 def test_the_choosing_kernel_compiles(mode: int) -> None:
     fixed = {"MODE": mode, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True}
+    fixed |= {"WANT_ARGMAX": True, "OF_SAMPLER": mode == 1}
     built = gluon.build(hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel, fixed, {}, num_warps=1)
     assert "ld.global.v4" in built.asm["ptx"]  # a record is two loads, not eight
 
@@ -99,6 +103,7 @@ ON_GPU = [
     {"rows": 7, "temperature": "one", "depth": 144, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}},
     {"rows": 16, "columns": 70, "biased": True},
     {"rows": 3, "columns": 64},
+    {"rows": 13, "count": 11, "biased": True, "columns": 50_258, "of": "sampler"},
     {"rows": 16, "depth": 4096, "columns": 1_000},
 ]
 

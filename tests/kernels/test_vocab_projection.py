@@ -134,7 +134,8 @@ def test_draws_have_the_exact_distribution_at_full_vocabulary() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"biased": True}, {"options": {"scale": 0.5, "soft_cap": 5.0}}, {"from_logits": True}, {"spread": 40.0}],
+    [{}, {"biased": True}, {"options": {"scale": 0.5, "soft_cap": 5.0}}, {"from_logits": True}, {"spread": 40.0},
+     {"of": "sampler", "biased": True}],
     ids=str,
 )
 def test_statistics_are_those_of_float64(changes: dict[str, Any]) -> None:
@@ -143,7 +144,7 @@ def test_statistics_are_those_of_float64(changes: dict[str, Any]) -> None:
 
 
 def reordered(result: Any) -> tuple[Tensor, ...]:
-    return result.token, result.log_prob, result.top1, result.top2, result.entropy, result.logsumexp
+    return result.token, result.log_prob, result.top1, result.top2, result.entropy, result.logsumexp, result.argmax
 
 
 def test_errors_are_within_twice_those_of_pytorch_in_bfloat16() -> None:
@@ -159,8 +160,8 @@ def test_errors_are_within_twice_those_of_pytorch_in_bfloat16() -> None:
 
 def test_only_what_is_asked_for_is_returned() -> None:
     problem = Problem()
-    full, bare = problem.run(), problem.run(want_top=False, want_entropy=False)
-    assert bare.top1 is bare.top2 is bare.entropy is None
+    full, bare = problem.run(), problem.run(want_top=False, want_entropy=False, want_argmax=False)
+    assert bare.top1 is bare.top2 is bare.entropy is bare.argmax is None
     assert torch.equal(full.token, bare.token)
     assert torch.equal(full.log_prob, bare.log_prob)
 
@@ -326,6 +327,7 @@ ON_GPU = [
     {"rows": 70, "columns": 777, "depth": 77, "dtype": HALF},
     {"rows": 60, "columns": 3000, "depth": 100, "dtype": FULL},
     {"rows": 50, "columns": 3000, "dtype": FULL, "from_logits": True, "biased": True},
+    {"rows": 300, "columns": 5_000, "depth": 512, "dtype": HALF, "biased": True, "of": "sampler"},
 ]
 
 

@@ -30,6 +30,7 @@ class Problem:
     spread: float = 2.0  # standard deviation of the logits
     temperature: str = "mixed"  # greedy, one, mixed
     count: int | None = None
+    of: str = "model"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,10 +62,14 @@ class Problem:
         product = product * self.options.get("scale", 1.0)
         cap = self.options.get("soft_cap", 0.0)
         product = cap * torch.tanh(product / cap) if cap else product
-        return product if self.bias is None else product + self.bias.to(dtype)
+        product = product if self.bias is None else product + self.bias.to(dtype)
+        if self.of == "sampler":
+            product = product / self.temperatures.masked_fill(self.temperatures == 0, 1.0)[:, None].to(dtype)
+        return product
 
     def run(self, **changes: Any) -> RowStatistics:
-        arguments = {"row_count": self.row_count, "want_top": True, "want_entropy": True} | self.options | changes
+        wanted = {"want_top": True, "want_entropy": True, "want_argmax": True, "of": self.of}
+        arguments = {"row_count": self.row_count} | wanted | self.options | changes
         temperature = arguments.pop("temperature", self.temperatures)
         return vocab_projection(
             self.hidden, self.weight, self.bias, self.row_index, temperature, self.seed, self.keys, **arguments
@@ -76,7 +81,7 @@ class Problem:
         uniform_temperature = float(self.temperatures[0]) if uniform and self.rows else 1.0
         scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
         rows = Rows(self.row_index, self.row_count, temperature, uniform_temperature, self.seed, self.keys)
-        return self.hidden, Head(self.weight, self.bias, scale, cap), rows, Wanted(True, True)
+        return self.hidden, Head(self.weight, self.bias, scale, cap), rows, Wanted(True, True, self.of, True)
 
 
 def flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -100,6 +105,11 @@ def check_against_reference(problem: Problem, got: tuple[Tensor, ...], differing
     want = reference.vocab_projection(*problem.arguments(), NO_FILTERS)  # on a GPU too, where it is plain PyTorch
     assert int((token[:count] != want[0].cpu()[:count]).sum()) <= differing
     assert (token[count:] == -1).all()
+    best = problem.logits()[:count].cpu().topk(2, -1)
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-4  # elsewhere rounding may choose the other
+    argmax = got[6].cpu()
+    assert torch.equal(argmax[:count][clear], best.indices[:, 0][clear])
+    assert (argmax[count:] == -1).all()
     exact = [value.cpu() for value in exact_statistics(problem.logits()[:count], got[0][:count])]
     for name, value, truth in zip(("log_prob", "top1", "top2", "entropy", "logsumexp"), statistics, exact):
         assert value[count:].isnan().all(), name

@@ -41,6 +41,7 @@ NUMBERS = {
 }
 SCALARS = ("scale", "soft_cap", "bound", "uniform_temperature")
 SHARED = {"HAS_SCALE": False, "HAS_CAP": False, "PROGRAMS": 132, "WANT_TOP": True, "WANT_ENTROPY": True}
+SHARED |= {"WANT_ARGMAX": True, "OF_SAMPLER": True}
 
 
 def build(

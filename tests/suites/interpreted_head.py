@@ -113,6 +113,9 @@ def test_tilings_agree_with_the_reference(tiling: str, temperature: str) -> None
         {"depth": 200, "columns": 130},
         {"temperature": "one", "dtype": torch.bfloat16, "biased": True},
         {"spread": 40.0},
+        {"of": "sampler"},
+        {"of": "sampler", "biased": True, "count": 13, "options": {"soft_cap": 5.0}},
+        {"of": "sampler", "from_logits": True, "biased": True, "columns": 300},
     ],
     ids=str,
 )

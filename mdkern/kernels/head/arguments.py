@@ -58,6 +58,7 @@ class Wanted(NamedTuple):
     want_top: bool
     want_entropy: bool
     of: str = "model"  # the distribution that they describe, see `vocab_projection`
+    want_argmax: bool = False
 
 
 class Filters(NamedTuple):
@@ -83,7 +84,8 @@ class Filters(NamedTuple):
 
 
 NO_FILTERS = Filters()
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log_prob, top1, top2, entropy, logsumexp
+# token, log_prob, top1, top2, entropy, logsumexp, argmax
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def empty_outputs(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filters: Filters | None = None) -> Outputs:
@@ -95,4 +97,5 @@ def empty_outputs(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filter
 
     token = hidden.new_empty(capacity, dtype=torch.int64)
     top = wanted.want_top
-    return token, statistic(), statistic(top), statistic(top), statistic(wanted.want_entropy), statistic()
+    argmax = hidden.new_empty(capacity if wanted.want_argmax else 0, dtype=torch.int64)
+    return token, statistic(), statistic(top), statistic(top), statistic(wanted.want_entropy), statistic(), argmax

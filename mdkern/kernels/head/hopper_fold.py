@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.head.triton_projection import GREEDY
-from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, halves, merge_top_two
+from mdkern.kernels.triton_common import GROUP_SIZE, IMPOSSIBLE, LOG2E, LOWEST, NOWHERE, halves, merge_top_two
 
 ROWS = gl.constexpr(64)  # rows of a warpgroup
 
@@ -103,9 +103,10 @@ def _absorb(
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
 ):
     """`triton_projection._absorb`, one group after another."""
-    top, total, moment, second, best, best_group, leader = state
+    top, total, moment, second, best, best_group, leader, top_id = state
     group_tops = ()
     if MODE == GREEDY:  # the second largest within the leading group is found at the end
         tile_top = gl.max(x[0], 1)
@@ -131,6 +132,13 @@ def _absorb(
     if WANT_TOP:
         second = gl.maximum(gl.maximum(second, tile_second), gl.minimum(top, tile_top))
 
+    if WANT_ARGMAX:
+        column = gl.arange(0, GROUP_SIZE, layout=COLUMN)
+        found = gl.full([ROWS, GROUP_SIZE], NOWHERE, gl.int32, layout=TILE)
+        for g in gl.static_range(GROUPS):
+            ids = (tile * GROUPS + g) * GROUP_SIZE + column
+            found = gl.minimum(found, gl.where(x[g] == tile_top[:, None], ids[None, :], NOWHERE))
+        top_id = gl.where(tile_top > top, gl.min(found, 1), top_id)
     old_top = top
     top = gl.maximum(top, tile_top)
     offset = top * LOG2E
@@ -169,7 +177,7 @@ def _absorb(
         best = gl.where(better, scores[g], best)
         best_group = gl.where(better, tile * GROUPS + g, best_group)
         leader = gl.where(better[:, None], x[g], leader)
-    return top, total, moment, second, best, best_group, leader
+    return top, total, moment, second, best, best_group, leader, top_id
 
 
 @gluon.jit
@@ -211,6 +219,15 @@ def _shifted(x, shift, GROUPS: gl.constexpr):
     for g in gl.static_range(GROUPS):
         shifted = shifted + (x[g] + gl.convert_layout(shifts[g], COLUMN, True)[None, :],)
     return shifted
+
+
+@gluon.jit
+def _sloped(x, slope, GROUPS: gl.constexpr):
+    """The logits divided by the temperatures of their rows, with LOWEST where they are excluded."""
+    sloped = ()
+    for g in gl.static_range(GROUPS):
+        sloped = sloped + (gl.where(x[g] < IMPOSSIBLE, LOWEST, x[g] * slope[:, None]),)
+    return sloped
 
 
 @gluon.jit

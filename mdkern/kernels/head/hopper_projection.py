@@ -31,6 +31,7 @@ from mdkern.kernels.head.hopper_fold import (
     _pairs,
     _races,
     _shifted,
+    _sloped,
 )
 from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, locate_item, schedule_tiles
 from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, load_row_index
@@ -112,6 +113,8 @@ def _consume(
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
+    OF_SAMPLER: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
@@ -161,6 +164,10 @@ def _consume(
             inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
             any_greedy = gl.max((value == 0.0).to(gl.int32), 0) == 1
             all_unit = gl.min(((value == 0.0) | (value == 1.0)).to(gl.int32), 0) == 1
+            if OF_SAMPLER:  # the logits themselves are divided by the temperature
+                slope = gl.where(value == 0.0, 1.0, 1.0 / value)
+                inv_temperature = gl.where(value == 0.0, 0.0, 1.0)
+                all_unit = program >= 0
         if STATIONARY:
             async_copy.wait_group(0)
             fence_async_shared()
@@ -176,7 +183,7 @@ def _consume(
             best = gl.where(inv_temperature == 0.0, lowest, nothing)
         leader = gl.full([ROWS, GROUP_SIZE], -float("inf"), gl.float32, layout=TILE)
         zero = gl.full([ROWS], 0, gl.int32, layout=ROW)
-        state = top, total, nothing, lowest, best, zero, leader
+        state = top, total, nothing, lowest, best, zero, leader, zero
         for tile in range(first, last, stride):
             if bias is not None:
                 ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
@@ -212,6 +219,8 @@ def _consume(
             else:
                 if (tile + 1) * BN > vocab:
                     x = _cut(x, vocab - tile * BN, column, GROUPS)
+            if OF_SAMPLER and MODE != GREEDY:
+                x = _sloped(x, slope, GROUPS)
             state = _absorb(
                 x,
                 tile,
@@ -224,9 +233,10 @@ def _consume(
                 MODE,
                 WANT_TOP,
                 WANT_ENTROPY,
+                WANT_ARGMAX,
             )
 
-        top, total, moment, second, best, best_group, leader = state
+        top, total, moment, second, best, best_group, leader, top_id = state
         within = HALF * ROWS + lane
         inside = rows < count
         out = statistics + (partial.to(gl.int64) * BM + within) * STATISTICS
@@ -236,7 +246,7 @@ def _consume(
         gl.store(out + 3, second)
         gl.store(out + 4, best)
         gl.store(out + 5, best_group.to(gl.float32, bitcast=True))
-        gl.store(out + 6, nothing)
+        gl.store(out + 6, top_id.to(gl.float32, bitcast=True))
         gl.store(out + 7, nothing)
         at = leaders + partial.to(gl.int64) * (BM * GROUP_SIZE) + within[:, None] * GROUP_SIZE + column[None, :]
         gl.store(at, leader, mask=inside[:, None])
@@ -273,6 +283,8 @@ def vocab_projection_hopper_kernel(
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
+    OF_SAMPLER: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -307,7 +319,7 @@ def vocab_projection_hopper_kernel(
             [
                 (_consume, (
                     rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_produce, (
                     hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
@@ -321,11 +333,11 @@ def vocab_projection_hopper_kernel(
             [
                 (_consume, (
                     rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_consume, (
                     rows, sizes, rings, work, K_TILES, 1, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, HAS_SCALE, HAS_CAP,
+                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_produce, (
                     hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,

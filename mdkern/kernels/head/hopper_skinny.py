@@ -30,8 +30,10 @@ from mdkern.kernels.head.hopper_skinny_reduce import RECORD
 from mdkern.kernels.head.triton_projection import MIXED
 from mdkern.kernels.triton_common import (
     GROUP_SIZE,
+    IMPOSSIBLE,
     LOG2E,
     LOWEST,
+    NOWHERE,
     load_keys,
     load_row_count,
     load_row_index,
@@ -156,11 +158,16 @@ def _add(a, b, c, a_, b_, c_):
 
 
 @gluon.jit
-def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr):
+def _absorb(
+    x, ids, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr, WANT_ARGMAX: gl.constexpr
+):
     """Fold a group's logits, [64, ROWS], into the state of the rows."""
-    top, total, moment, second, best, best_group, leader, leader_value = state
+    top, total, moment, second, best, best_group, leader, leader_value, top_id = state
     group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, merge_top_two)
     second = gl.maximum(gl.maximum(second, group_second), gl.minimum(top, group_top))
+    if WANT_ARGMAX:
+        group_id = gl.min(gl.where(x == group_top[None, :], gl.expand_dims(ids, 1), NOWHERE), 0)
+        top_id = gl.where(group_top > top, group_id, top_id)
     old_top = top
     top = gl.maximum(top, group_top)
     offset = top * LOG2E
@@ -186,7 +193,7 @@ def _absorb(x, group, state, inv_temperature, race, token_noise, MODE: gl.conste
     best_group = gl.where(better, group, best_group)
     leader = gl.where(better[None, :], x, leader)
     leader_value = gl.where(better[None, :], value, leader_value)
-    return top, total, moment, second, best, best_group, leader, leader_value
+    return top, total, moment, second, best, best_group, leader, leader_value, top_id
 
 
 @gluon.jit
@@ -206,6 +213,8 @@ def _consume(
     groups,
     PROGRAMS: gl.constexpr,
     MODE: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
+    OF_SAMPLER: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
@@ -229,12 +238,15 @@ def _consume(
     _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, rings[0])
     mbarrier.arrive(rings[4])
     inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
+    if OF_SAMPLER:  # the logits themselves are divided by the temperature
+        slope = gl.where(value == 0.0, 1.0, 1.0 / value)
+        inv_temperature = gl.where(value == 0.0, 0.0, 1.0)
     nothing = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
     lowest = gl.full([ROWS], -float("inf"), gl.float32, layout=by_row)
     best = gl.where(inv_temperature == 0.0, lowest, nothing)
     top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
     leader = gl.full([GROUP_SIZE, ROWS], -float("inf"), gl.float32, layout=tile)
-    state = top, total, nothing, lowest, best, row * 0, leader, leader
+    state = top, total, nothing, lowest, best, row * 0, leader, leader, row * 0
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
@@ -258,6 +270,8 @@ def _consume(
             x += gl.expand_dims(gl.where(shift < LOWEST, LOWEST, shift), 1)
         else:
             x = gl.where(gl.expand_dims(ids < vocab, 1), x, LOWEST)
+        if OF_SAMPLER and MODE == MIXED:
+            x = gl.where(x < IMPOSSIBLE, LOWEST, x * slope[None, :])
         race = nothing
         token_noise = x
         if MODE == MIXED:
@@ -266,13 +280,14 @@ def _consume(
             token_noise = noises.index(noise_stage).load(tile)
             mbarrier.arrive(used.index(noise_stage))
             noise_stage, noise_phase = ring_advance(noise_stage, noise_phase, NOISE_STAGES)
-        state = _absorb(x, group, state, inv_temperature, race, token_noise, MODE)
+        state = _absorb(x, ids, group, state, inv_temperature, race, token_noise, MODE, WANT_ARGMAX)
 
-    top, total, moment, second, best, best_group, leader, leader_value = state
+    top, total, moment, second, best, best_group, leader, leader_value, top_id = state
     ids = best_group[None, :] * GROUP_SIZE + gl.expand_dims(id_in_group, 1)
     _, token, logit = gl.reduce((leader_value, ids, leader), 0, _lead)
     record = records + (row * PROGRAMS + program) * RECORD
-    numbers = (top, total, moment, second, best, token.to(gl.float32, bitcast=True), logit, nothing)
+    token_bits, id_bits = token.to(gl.float32, bitcast=True), top_id.to(gl.float32, bitcast=True)
+    numbers = (top, total, moment, second, best, token_bits, logit, id_bits)
     for number in gl.static_range(RECORD):
         gl.store(record + number, numbers[number], mask=row < count)
 
@@ -303,6 +318,8 @@ def vocab_projection_skinny_kernel(
     HEAD_START: gl.constexpr,
     PROGRAMS: gl.constexpr,
     MODE: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
+    OF_SAMPLER: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
@@ -334,10 +351,12 @@ def vocab_projection_skinny_kernel(
     sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap)
     gl.warp_specialize(
         [
-            (_consume, (rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, HAS_SCALE, HAS_CAP)),
+            (_consume, (
+                rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+            )),
             (_produce_noise, (keys, row_count, seed, capacity, draws, program, groups, PROGRAMS, MODE)),
             (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
         ],
         [4, 1],
         [128, 24],
-    )
+    )  # fmt: skip

@@ -12,8 +12,7 @@ from mdkern.kernels.head.triton_reduce import write_outputs
 from mdkern.kernels.triton_common import LOG2E, LOWEST, NOWHERE, flip_order, halves, load_row_count
 
 # Numbers for each row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as
-# bits), the token's logit, and one that fills 32 bytes, because a sector of memory that is only partly written has to
-# be read first.
+# bits), the token's logit, and the id of the maximum (as bits). These are 32 bytes, a sector of memory.
 RECORD = gl.constexpr(8)
 
 
@@ -32,8 +31,10 @@ def _numbers(records):
     top, total = a.split()
     moment, second = b.split()
     score, token = c.split()
-    logit, _ = d.split()
-    return top, total, moment, second, score, token.to(gl.int32, bitcast=True), logit
+    logit, top_id = d.split()
+    return (
+        top, total, moment, second, score, token.to(gl.int32, bitcast=True), logit, top_id.to(gl.int32, bitcast=True),
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["capacity"])
@@ -48,12 +49,15 @@ def vocab_projection_skinny_reduce_kernel(
     top1,
     top2,
     entropy,
+    argmax,
     capacity,
     PROGRAMS: gl.constexpr,
     SPLITS: gl.constexpr,  # a power of two, at least PROGRAMS
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
+    WANT_ARGMAX: gl.constexpr,
+    OF_SAMPLER: gl.constexpr,
 ):
     """Each warp has one row, and its lanes read whole records: `triton_reduce._merge` for one row without a token."""
     row = gl.program_id(0)
@@ -61,7 +65,7 @@ def vocab_projection_skinny_reduce_kernel(
     value = uniform_temperature
     if temperature is not None:
         value = gl.load(temperature + row, mask=row < count, other=1.0)
-    inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
+    inv_temperature = gl.where(value == 0.0, 0.0, 1.0 if OF_SAMPLER else 1.0 / value)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [gl.num_warps(), 1], [1, 0])
     split = gl.expand_dims(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, layout)), 1)
     number = gl.expand_dims(gl.arange(0, RECORD, layout=gl.SliceLayout(0, layout)), 0)
@@ -69,7 +73,7 @@ def vocab_projection_skinny_reduce_kernel(
     gdc_wait()
     found = gl.load(at, mask=(split < PROGRAMS) & (row < count), other=0.0)
 
-    tops, totals, moments, seconds, scores, tokens, logits = _numbers(found)
+    tops, totals, moments, seconds, scores, tokens, logits, top_ids = _numbers(found)
     split = gl.arange(0, SPLITS, layout=tops.type.layout)
     tops = gl.where(split < PROGRAMS, tops, LOWEST)
     top = _largest(tops)
@@ -84,9 +88,10 @@ def vocab_projection_skinny_reduce_kernel(
     logit = _largest(gl.where(tokens == token, logits, -float("inf")))
     total = gl.sum(totals * rescale, 0)
     moment = gl.sum((moments + totals * shift) * rescale, 0)
+    top_id = gl.min(gl.where(tops == top, top_ids, NOWHERE), 0)
     place = gl.min(gl.where(tops == top, split, NOWHERE), 0)
     second = _largest(gl.where(split == place, seconds, tops))
     write_outputs(
-        row, row < capacity, row < count, token, logit, top, total, moment, second, token_out, log_prob, logsumexp,
-        top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
+        row, row < capacity, row < count, token, logit, top, total, moment, second, top_id, token_out, log_prob,
+        logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def vocab_projection(
     programs: int | None = None,
 ) -> Outputs:
     """`mdkern.kernels.vocab_projection` on a GPU (or, on the CPU, in Triton's interpreter)."""
-    if filters.active() or wanted.of == "sampler":
+    if filters.active():
         from mdkern.kernels.head import launch_filter
 
         return launch_filter.vocab_projection(hidden, head, rows, wanted, filters)
@@ -104,6 +104,8 @@ def vocab_projection(
         "MODE": kernels.GREEDY if greedy else kernels.MIXED,
         "WANT_TOP": wanted.want_top,
         "WANT_ENTROPY": wanted.want_entropy,
+        "WANT_ARGMAX": wanted.want_argmax,
+        "OF_SAMPLER": wanted.of == "sampler" and not greedy,
     }
     for part in parts(capacity, hidden, tiling.gather):
         results = tuple(output[part] for output in outputs)
@@ -150,7 +152,7 @@ def project_part(
     # Few rows have many splits: one warp for each row reads them all at once. There are only three shapes.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     early = launches_early(device)
-    token, log_prob, top1, top2, entropy, logsumexp = outputs
+    token, log_prob, top1, top2, entropy, logsumexp, argmax = outputs
     vocab_projection_reduce_kernel[(triton.cdiv(capacity, rows_at_once),)](
         statistics,
         leaders,
@@ -161,6 +163,7 @@ def project_part(
         top1,
         top2,
         entropy,
+        argmax,
         capacity,
         head.vocab(hidden),
         BM=tiling.rows,

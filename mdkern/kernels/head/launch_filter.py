@@ -141,7 +141,7 @@ def draw(
     constants: dict[str, Any],
 ) -> None:
     """Run the second kernel for rows `first` to ``first + chunk``."""
-    token, log_prob, top1, top2, entropy, logsumexp = outputs
+    token, log_prob, top1, top2, entropy, logsumexp, _ = outputs
     width = scaled.shape[1]
     kernels.filtered_draw_kernel[(chunk,)](
         scaled,

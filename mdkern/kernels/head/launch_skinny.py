@@ -90,6 +90,8 @@ def project_skinny(
         head.soft_cap,
         PROGRAMS=programs,
         MODE=constants["MODE"],
+        WANT_ARGMAX=constants["WANT_ARGMAX"],
+        OF_SAMPLER=constants["OF_SAMPLER"],
         HAS_SCALE=head.scale != 1.0,
         HAS_CAP=head.soft_cap > 0.0,
         num_warps=4,
@@ -97,7 +99,7 @@ def project_skinny(
         launch_pdl=True,
         **tiling_constants(tiling, hidden.shape[1]),
     )
-    token, log_prob, top1, top2, entropy, logsumexp = outputs
+    token, log_prob, top1, top2, entropy, logsumexp, argmax = outputs
     hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel[(capacity,)](
         records,
         rows.row_count,
@@ -109,6 +111,7 @@ def project_skinny(
         top1,
         top2,
         entropy,
+        argmax,
         capacity,
         SPLITS=max(32, triton.next_power_of_2(programs)),
         num_warps=1,

@@ -30,6 +30,7 @@ def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, fil
     if temperature is None:
         temperature = torch.full((capacity,), uniform, dtype=torch.float32, device=device)
     token = torch.full((capacity,), -1, dtype=torch.int64, device=device)
+    argmax = torch.full((capacity if wanted.want_argmax else 0,), -1, dtype=torch.int64, device=device)
     statistics = torch.full((5, capacity), torch.nan, dtype=torch.float32, device=device)
     chunk = max(1, CHUNK_ELEMENTS // max(1, head.vocab(hidden)))
     for start in range(0, count, chunk):
@@ -38,15 +39,18 @@ def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, fil
         token[part], statistics[:, part] = row_statistics(
             logits, temperature[part], seed, keys[part], filters, wanted.of
         )
+        if wanted.want_argmax:
+            argmax[part] = lowest_argmax(logits).masked_fill(token[part] < 0, -1)
     if row_count is not None and count == capacity:
         past = torch.arange(capacity, device=device) >= row_count
         token, statistics = token.masked_fill(past, -1), statistics.masked_fill(past, torch.nan)
+        argmax = argmax.masked_fill(past, -1) if wanted.want_argmax else argmax
     log_prob, top1, top2, entropy, logsumexp = (statistic.clone() for statistic in statistics)  # outputs must not alias
     if not wanted.want_top:
         top1, top2 = top1.new_empty(0), top2.new_empty(0)
     if not wanted.want_entropy:
         entropy = entropy.new_empty(0)
-    return token, log_prob, top1, top2, entropy, logsumexp
+    return token, log_prob, top1, top2, entropy, logsumexp, argmax
 
 
 def divergence(

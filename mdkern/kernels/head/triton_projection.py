@@ -17,8 +17,10 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.triton_common import (
     GROUP_SIZE,
+    IMPOSSIBLE,
     LOG2E,
     LOWEST,
+    NOWHERE,
     finish_logits,
     halves,
     largest_two,
@@ -30,7 +32,7 @@ from mdkern.kernels.triton_common import (
 
 GREEDY = tl.constexpr(0)
 MIXED = tl.constexpr(1)  # each row has its temperature, which may be 0
-# Floats for each row of a partial result, besides the 64 logits: 6, and 2 that complete a sector of 32 bytes, because a
+# Floats for each row of a partial result, besides the 64 logits: 7, and 1 that completes a sector of 32 bytes, because a
 # sector that is only partly written has to be read first.
 STATISTICS = tl.constexpr(8)
 
@@ -144,9 +146,10 @@ def _absorb(
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
 ):
     """Fold a tile of logits into the running state of its rows."""
-    top, total, moment, second, best, best_group, leader = state
+    top, total, moment, second, best, best_group, leader, top_id = state
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = x.shape[1]
     GROUPS: tl.constexpr = BN // GROUP_SIZE
@@ -168,6 +171,10 @@ def _absorb(
     if WANT_TOP:
         second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(top, tile_top))
 
+    if WANT_ARGMAX:
+        ids = tile * BN + tl.arange(0, BN)
+        tile_id = tl.min(tl.where(x == tile_top[:, None], ids[None, :], NOWHERE), 1)
+        top_id = tl.where(tile_top > top, tile_id, top_id)
     old_top = top
     top = tl.maximum(top, tile_top)
     offset = top * LOG2E
@@ -202,7 +209,7 @@ def _absorb(
         best = tl.where(better, scores[g], best)
         best_group = tl.where(better, tile * GROUPS + g, best_group)
         leader = tl.where(better[:, None], logits[g], leader)
-    return top, total, moment, second, best, best_group, leader
+    return top, total, moment, second, best, best_group, leader, top_id
 
 
 @triton.jit
@@ -252,6 +259,8 @@ def vocab_projection_kernel(
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -285,6 +294,10 @@ def vocab_projection_kernel(
             any_greedy = tl.max((value == 0.0).to(tl.int32), 0) == 1
             all_unit = tl.min(((value == 0.0) | (value == 1.0)).to(tl.int32), 0) == 1
             inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
+            if OF_SAMPLER:
+                slope = tl.where(value == 0.0, 1.0, 1.0 / value)
+                inv_temperature = tl.where(value == 0.0, 0.0, 1.0)
+                all_unit = True
         top = tl.full([BM], LOWEST, tl.float32)
         nothing = tl.zeros([BM], tl.float32)
         if HIDDEN_TMA:
@@ -298,7 +311,8 @@ def vocab_projection_kernel(
             best = tl.where(inv_temperature == 0.0, -float("inf"), nothing)
         leader = tl.full([BM, GROUP_SIZE], -float("inf"), tl.float32)
         second = tl.full([BM], -float("inf"), tl.float32)
-        state = top, total, nothing, second, best, tl.zeros([BM], tl.int32), leader
+        no_id = tl.zeros([BM], tl.int32)
+        state = top, total, nothing, second, best, no_id, leader, no_id
 
         for tile in range(first, last):
             ids = tile * BN + tl.arange(0, BN)
@@ -310,12 +324,14 @@ def vocab_projection_kernel(
             if bias is None and not FROM_LOGITS:
                 if (tile + 1) * BN > vocab:
                     x = tl.where(ids[None, :] < vocab, x, LOWEST)
+            if OF_SAMPLER and MODE == MIXED:
+                x = tl.where(x < IMPOSSIBLE, LOWEST, x * slope[:, None])
             state = _absorb(
                 x, tile, state, inv_temperature, seed_value, sample, position, step, any_greedy, all_unit, MODE,
-                WANT_TOP, WANT_ENTROPY,
+                WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
             )  # fmt: skip
 
-        top, total, moment, second, best, best_group, leader = state
+        top, total, moment, second, best, best_group, leader, top_id = state
         out = statistics + (partial.to(tl.int64) * BM + tl.arange(0, BM)) * STATISTICS
         tl.store(out, top)
         tl.store(out + 1, total)
@@ -323,7 +339,7 @@ def vocab_projection_kernel(
         tl.store(out + 3, second)
         tl.store(out + 4, best)
         tl.store(out + 5, best_group.to(tl.float32, bitcast=True))
-        tl.store(out + 6, nothing)
+        tl.store(out + 6, top_id.to(tl.float32, bitcast=True))
         tl.store(out + 7, nothing)
         within = tl.arange(0, BM)[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
         tl.store(leaders + partial.to(tl.int64) * (BM * GROUP_SIZE) + within, leader)

@@ -42,9 +42,10 @@ def _merge(
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
 ):
     """Merge some of the rows' splits into their state."""
-    top, total, moment, second, best, best_group, best_split = state
+    top, total, moment, second, best, best_group, best_split, top_id = state
     split = start + tl.arange(0, SPLITS)
     inside = valid[:, None] & (split[None, :] < split_count[:, None])
     partial = first_partial[:, None] + split[None, :]
@@ -59,6 +60,10 @@ def _merge(
     old_top = top
     peak = _largest(part_top)
     top = tl.maximum(top, peak)
+    if WANT_ARGMAX:
+        part_id = tl.load(at + 6, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+        peak_id = tl.min(tl.where(part_top == peak[:, None], part_id, NOWHERE), 1)
+        top_id = tl.where(peak > old_top, peak_id, tl.where(peak == old_top, tl.minimum(top_id, peak_id), top_id))
     offset = top * LOG2E
     shift = (old_top - top) * LOG2E
     part_shift = part_top * LOG2E - offset[:, None]
@@ -88,7 +93,7 @@ def _merge(
         others = tl.where(split[None, :] == place[:, None], LOWEST, part_top)
         second = tl.maximum(second, _largest(tl.maximum(part_second, others)))
         second = tl.maximum(second, tl.minimum(old_top, peak))
-    return top, total, moment, second, best, best_group, best_split
+    return top, total, moment, second, best, best_group, best_split, top_id
 
 
 @triton.jit
@@ -102,14 +107,17 @@ def write_outputs(
     total,
     moment,
     second,
+    top_id,
     token,
     log_prob,
     logsumexp,
     top1,
     top2,
     entropy,
+    argmax,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
 ):
     """Write the outputs of rows from their merged state."""
     offset = top * LOG2E
@@ -125,6 +133,8 @@ def write_outputs(
         tl.store(top2 + rows, tl.where(good, tl.exp2(second * LOG2E - offset) / total, nan), mask=inside)
     if WANT_ENTROPY:
         tl.store(entropy + rows, tl.where(good, (log2_total - moment / total) * LN2, nan), mask=inside)
+    if WANT_ARGMAX:
+        tl.store(argmax + rows, tl.where(good, top_id, -1).to(tl.int64), mask=inside)
 
 
 @triton.jit(do_not_specialize=["capacity", "vocab"])
@@ -142,6 +152,7 @@ def vocab_projection_reduce_kernel(
     top1,
     top2,
     entropy,
+    argmax,
     capacity,
     vocab,
     BM: tl.constexpr,
@@ -152,6 +163,8 @@ def vocab_projection_reduce_kernel(
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     count = load_row_count(row_count, capacity)
@@ -162,7 +175,7 @@ def vocab_projection_reduce_kernel(
     inv_temperature = tl.full([ROWS], 1.0, tl.float32)
     if MODE == MIXED:
         value = load_temperatures(temperature, uniform_temperature, rows, valid, ROWS)
-        inv_temperature = tl.where(value == 0.0, 0.0, 1.0 / value)
+        inv_temperature = tl.where(value == 0.0, 0.0, 1.0 if OF_SAMPLER else 1.0 / value)
     seed_value = tl.load(seed)
     if PDL:
         gdc_wait()
@@ -172,19 +185,19 @@ def vocab_projection_reduce_kernel(
     first_partial = tl.where(row_tile < whole, row_tile, whole + (row_tile - whole) * parts).to(tl.int64)
     nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
     no_group = tl.full([ROWS], NOWHERE, tl.int32)
-    state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0
+    state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, no_group, rows * 0, no_group
     if SPLITS >= PROGRAMS:  # all at once: the best group's logits are loaded while the sums are added up
         state = _merge(
             statistics, 0, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE, WANT_TOP,
-            WANT_ENTROPY,
+            WANT_ENTROPY, WANT_ARGMAX,
         )  # fmt: skip
     else:
         for start in range(0, tl.max(tl.where(valid, split_count, 0)), SPLITS):
             state = _merge(
                 statistics, start, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE,
-                WANT_TOP, WANT_ENTROPY,
+                WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
             )  # fmt: skip
-    top, total, moment, second, _, best_group, best_split = state
+    top, total, moment, second, _, best_group, best_split, top_id = state
 
     lane = tl.arange(0, GROUP_SIZE)
     at = leaders + ((first_partial + best_split) * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
@@ -205,6 +218,6 @@ def vocab_projection_reduce_kernel(
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
     write_outputs(
-        rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, token, log_prob, logsumexp,
-        top1, top2, entropy, WANT_TOP, WANT_ENTROPY,
+        rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, top_id, token, log_prob,
+        logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from mdkern.kernels.operator import operator
 class RowStatistics(NamedTuple):
     """Token and statistics of each row; statistics that were not asked for are None.
 
-    A row whose logits hold a NaN or +inf, or are all -inf, has token -1 and NaN in every other field, and so have the
+    A row whose logits hold a NaN or +inf, or are all -inf, has token and argmax -1 and NaN in every other field, and so have the
     rows from ``row_count`` on.
     """
 
@@ -30,6 +30,7 @@ class RowStatistics(NamedTuple):
     top1: Tensor | None = None  # float32 [M], largest probability
     top2: Tensor | None = None  # float32 [M], second largest
     entropy: Tensor | None = None  # float32 [M], nats
+    argmax: Tensor | None = None  # int64 [M], the most probable id, the lowest of several
 
 
 _vocab_projection = operator(
@@ -51,6 +52,7 @@ def vocab_projection(
     soft_cap: float = 0.0,
     want_top: bool = False,
     want_entropy: bool = False,
+    want_argmax: bool = False,
     of: Of = "model",
     top_k: int = 0,
     top_p: float = 1.0,
@@ -71,11 +73,11 @@ def vocab_projection(
         keys: int64 ``[M, 3]``: sample number, position and step of each row. The draw is a function of (seed, key, id).
         row_count: int32 or int64 scalar tensor on the device: only the first `row_count` rows are computed. None: all.
         scale, soft_cap: see the formula; ``soft_cap=0`` is no cap.
-        want_top, want_entropy: whether to return ``top1`` and ``top2``, and ``entropy``.
+        want_top, want_entropy, want_argmax: whether to return ``top1`` and ``top2``, ``entropy``, and ``argmax``.
+            ``argmax`` is for rows without filters.
         of: the distribution that all statistics describe. ``"model"``: ``softmax(logits)``, without temperature and
             filters. ``"sampler"``: the one that the token is drawn from, after temperature and filters; where the
-            temperature is 0, the filtered distribution at temperature 1 (as Dream's code ranks greedy tokens). It takes
-            as long as filters do.
+            temperature is 0, the filtered distribution at temperature 1 (as Dream's code ranks greedy tokens).
         top_k, top_p, min_p: draw only from the `top_k` most probable ids; of these from the fewest whose probabilities
             sum to `top_p`; of these from the ones that are at least `min_p` times as probable as the most probable. 0,
             1 and 0 leave a filter out. They apply in this order, after the temperature. Of equally probable ids `top_k`
@@ -99,10 +101,12 @@ def vocab_projection(
     filters.check()
     if of not in get_args(Of):
         raise ValueError(f"of must be one of {', '.join(get_args(Of))}, not {of!r}")
+    if want_argmax and filters.active():
+        raise ValueError("argmax is not computed with top_k, top_p or min_p; filters keep it, so temperature=0 gives it")
     if top_k >= head.vocab(hidden):
         filters = filters._replace(top_k=0)
-    token, log_prob, top1, top2, entropy, logsumexp = _vocab_projection(
-        hidden, *head, *rows, *Wanted(want_top, want_entropy, of), *filters
+    token, log_prob, top1, top2, entropy, logsumexp, argmax = _vocab_projection(
+        hidden, *head, *rows, *Wanted(want_top, want_entropy, of, want_argmax), *filters
     )
     return RowStatistics(
         token,
@@ -111,6 +115,7 @@ def vocab_projection(
         top1 if want_top else None,
         top2 if want_top else None,
         entropy if want_entropy else None,
+        argmax if want_argmax else None,
     )
 
 
