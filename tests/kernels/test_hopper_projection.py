@@ -47,8 +47,18 @@ TEMPERED = {"WANT_TOP": False, "WANT_ARGMAX": True, "OF_SAMPLER": True, "HAS_CAP
 
 @pytest.mark.parametrize(
     ("tiling", "constants"),
-    [("few", {}), ("few", GREEDY), ("few", BARE), ("few, deep", {}), ("middling", {}), ("many", {}), ("many", GREEDY),
-     ("few", TEMPERED), ("middling", TEMPERED), ("many", TEMPERED)],
+    [
+        ("few", {}),
+        ("few", GREEDY),
+        ("few", BARE),
+        ("few, deep", {}),
+        ("middling", {}),
+        ("many", {}),
+        ("many", GREEDY),
+        ("few", TEMPERED),
+        ("middling", TEMPERED),
+        ("many", TEMPERED),
+    ],
 )
 def test_it_compiles_for_hopper(tiling: str, constants: dict[str, Any]) -> None:
     built = build(TILINGS[tiling], 768, **constants)

@@ -134,8 +134,14 @@ def test_draws_have_the_exact_distribution_at_full_vocabulary() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"biased": True}, {"options": {"scale": 0.5, "soft_cap": 5.0}}, {"from_logits": True}, {"spread": 40.0},
-     {"of": "sampler", "biased": True}],
+    [
+        {},
+        {"biased": True},
+        {"options": {"scale": 0.5, "soft_cap": 5.0}},
+        {"from_logits": True},
+        {"spread": 40.0},
+        {"of": "sampler", "biased": True},
+    ],
     ids=str,
 )
 def test_statistics_are_those_of_float64(changes: dict[str, Any]) -> None:

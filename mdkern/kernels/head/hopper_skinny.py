@@ -158,9 +158,7 @@ def _add(a, b, c, a_, b_, c_):
 
 
 @gluon.jit
-def _absorb(
-    x, ids, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr, WANT_ARGMAX: gl.constexpr
-):
+def _absorb(x, ids, group, state, inv_temperature, race, token_noise, MODE: gl.constexpr, WANT_ARGMAX: gl.constexpr):
     """Fold a group's logits, [64, ROWS], into the state of the rows."""
     top, total, moment, second, best, best_group, leader, leader_value, top_id = state
     group_top, group_second = gl.reduce((x, gl.full_like(x, -float("inf"))), 0, merge_top_two)

@@ -20,8 +20,8 @@ from mdkern.kernels.operator import operator
 class RowStatistics(NamedTuple):
     """Token and statistics of each row; statistics that were not asked for are None.
 
-    A row whose logits hold a NaN or +inf, or are all -inf, has token and argmax -1 and NaN in every other field, and so have the
-    rows from ``row_count`` on.
+    A row whose logits hold a NaN or +inf, or are all -inf, has token and argmax -1 and NaN in every other field, and so
+    have the rows from ``row_count`` on.
     """
 
     token: Tensor  # int64 [M]
@@ -102,7 +102,9 @@ def vocab_projection(
     if of not in get_args(Of):
         raise ValueError(f"of must be one of {', '.join(get_args(Of))}, not {of!r}")
     if want_argmax and filters.active():
-        raise ValueError("argmax is not computed with top_k, top_p or min_p; filters keep it, so temperature=0 gives it")
+        raise ValueError(
+            "argmax is not computed with top_k, top_p or min_p; filters keep it, so temperature=0 gives it"
+        )
     if top_k >= head.vocab(hidden):
         filters = filters._replace(top_k=0)
     token, log_prob, top1, top2, entropy, logsumexp, argmax = _vocab_projection(
