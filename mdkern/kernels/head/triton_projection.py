@@ -32,8 +32,8 @@ from mdkern.kernels.triton_common import (
 
 GREEDY = tl.constexpr(0)
 MIXED = tl.constexpr(1)  # each row has its temperature, which may be 0
-# Floats for each row of a partial result, besides the 64 logits: 7, and 1 that completes a sector of 32 bytes, because a
-# sector that is only partly written has to be read first.
+# Floats for each row of a partial result, besides the 64 logits: 7, and 1 that completes a sector of 32 bytes, because
+# a sector that is only partly written has to be read first.
 STATISTICS = tl.constexpr(8)
 
 
