@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mdkern.engine import graphs
     from mdkern.evaluation.likelihood import Likelihood, likelihood
     from mdkern.models import Denoiser, DiT, DiTConfig, adapt
-    from mdkern.models.hf.compat import load_pretrained
+    from mdkern.models.loading import from_pretrained
     from mdkern.output import History, SampleOutput
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
@@ -29,7 +29,7 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.evaluation.likelihood": ("Likelihood", "likelihood"),
     "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
     "mdkern.output": ("History", "SampleOutput"),
-    "mdkern.models.hf.compat": ("load_pretrained",),
+    "mdkern.models.loading": ("from_pretrained",),
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
     "mdkern.sampling": ("sample", "sample_groups"),
@@ -47,10 +47,10 @@ __all__ = [
     "SampleOutput",
     "Schedule",
     "adapt",
+    "from_pretrained",
     "graphs",
     "likelihood",
     "load_pair",
-    "load_pretrained",
     "sample",
     "sample_distributed",
     "sample_groups",

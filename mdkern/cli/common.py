@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mdkern.evaluation.text import JudgedTexts
-    from mdkern.models import DiT
+    from mdkern.models import Denoiser
 
 
 LARGEST = 2**31 - 1
@@ -66,10 +66,13 @@ def unicode_text(text: str) -> str:
 
 
 def named_path(text: str) -> tuple[str, str]:
+    """A model's name in the schedule and its path, from ``NAME=PATH`` or, for H, the path alone."""
     name, _, path = text.partition("=")
-    if not path or not re.fullmatch(r"[A-Za-z_]+", name):
-        raise argparse.ArgumentTypeError(f"must be NAME=PATH with a name of letters, not {text!r}")
-    return name.upper(), path
+    if re.fullmatch(r"[A-Za-z_]+", name) and path:
+        return name.upper(), path
+    if not text or text.startswith("=") or text.endswith("="):
+        raise argparse.ArgumentTypeError(f"must be PATH, or NAME=PATH with a name of letters, not {text!r}")
+    return "H", text
 
 
 def check_target(option: str, path: Path) -> None:
@@ -115,12 +118,22 @@ def check_plot(option: str, path: Path | None) -> None:
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models", "Without any of these, the small pair that ships with mdkern.")
-    group.add_argument("--heavy", metavar="PATH", help="checkpoint that the schedule calls H (ours or MDLM's layout)")
-    group.add_argument("--light", metavar="PATH", help="checkpoint that the schedule calls L")
+    what = "a folder or a name on the Hugging Face Hub"
+    group.add_argument("--heavy", metavar="PATH", help=f"model that the schedule calls H: {what}")
+    group.add_argument("--light", metavar="PATH", help="model that the schedule calls L")
     group.add_argument(
-        "--model", metavar="NAME=PATH", action="append", default=[], type=named_path, help="one more; repeatable"
+        "--model",
+        metavar="[NAME=]PATH",
+        action="append",
+        default=[],
+        type=named_path,
+        help="one more, by the schedule's name for it (default: H); repeatable",
     )
-    group.add_argument("--tokenizer", metavar="PATH", help="their tokenizer: a folder or a tokenizer.json")
+    group.add_argument("--tokenizer", metavar="PATH", help="their tokenizer, if it is not with the first of them")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with a model; read it before"
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument(
         "--dtype",
@@ -154,10 +167,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_models(arguments: argparse.Namespace) -> tuple[dict[str, DiT], Any]:
+def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any]:
     """The models by the schedule's names, and their tokenizer."""
     import torch
 
+    from mdkern.models import adapt
+    from mdkern.models.tokenizers import check_tokenizer
     from mdkern.pretrained import load_pair
 
     device = choose_device(arguments.device)
@@ -165,64 +180,73 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, DiT], Any]:
     named = [("H", arguments.heavy), ("L", arguments.light), *arguments.model]
     paths = [(name, path) for name, path in named if path is not None]
     if not paths:
-        if arguments.tokenizer is not None:
-            raise ValueError("--tokenizer goes with --heavy, --light or --model; the shipped pair has its own")
-        heavy, light, tokenizer = load_pair(device, dtype)
-        return {"H": heavy, "L": light}, tokenizer
+        only = {"--tokenizer": arguments.tokenizer, "--revision": arguments.revision}
+        given = [option for option, value in only.items() if value is not None]
+        given += ["--trust-remote-code"] * arguments.trust_remote_code
+        if given:
+            raise ValueError(f"{given[0]} goes with --heavy, --light or --model; the shipped pair has its own files")
+        pair = load_pair(device, dtype)
+        return {"H": adapt(pair.heavy), "L": adapt(pair.light)}, pair.tokenizer
     names = [name for name, _ in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
-    if arguments.tokenizer is None:
-        raise ValueError("--tokenizer must be given with --heavy, --light or --model")
-    models = {name: load_model(name, path, dtype, device) for name, path in paths}
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer: Any = None
+    if arguments.tokenizer is not None:
+        tokenizer = load_named_tokenizer("--tokenizer", arguments.tokenizer, arguments.trust_remote_code)
+    options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    models = {name: load_model(name, path, dtype, device, tokenizer, **options) for name, path in paths}
+    if tokenizer is None:
+        tokenizer = shared_tokenizer(models, paths[0][1])
     for name, model in models.items():
-        check_tokenizer(tokenizer, name, model)
+        check_tokenizer(
+            tokenizer, model, "the tokenizer" if arguments.tokenizer is None else "--tokenizer", f"model {name}"
+        )
     return models, tokenizer
 
 
-def load_model(name: str, path: str, dtype: torch.dtype, device: torch.device) -> DiT:
-    from mdkern.models import DiT
+def load_model(
+    name: str, path: str, dtype: torch.dtype, device: torch.device, tokenizer: Any = None, **options: Any
+) -> Denoiser:
+    """`mdkern.from_pretrained`, with the model's name in the error."""
+    from mdkern.models.loading import from_pretrained
 
     try:
-        return DiT.from_pretrained(path, dtype, device)
+        return from_pretrained(path, dtype=dtype, device_map=device, tokenizer=tokenizer, **options)
     except Exception as error:  # a foreign file may raise anything: KeyError, SafetensorError, UnpicklingError, …
         raise ValueError(f"model {name} cannot be loaded from {path}: {one_line(error)}") from error
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a file, a folder or a repository. No code of it is run, and the user is not asked."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from mdkern.models.weight_files import find_local, plain_file, read_json
+def load_named_tokenizer(option: str, path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that an option names."""
+    from mdkern.models.tokenizers import load_tokenizer
 
     try:
-        local = find_local(path, "tokenizer", single_names=True)
-        if local is not None and not local.is_dir():
-            return PreTrainedTokenizerFast(tokenizer_file=str(plain_file(local)))
-        if local is not None:
-            for file in local.glob("*.json"):
-                plain_file(file)
-            config = local / "tokenizer_config.json"
-            code = read_json(config).get("auto_map") if config.exists() else None
-            if code and not (local / "tokenizer.json").exists():
-                raise ValueError("it needs code of its own, which is not run: save it as a fast one, a tokenizer.json")
-            if code:
-                return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local is not None)
+        return load_tokenizer(path, trust_remote_code)
     except Exception as error:  # as above
-        raise ValueError(f"--tokenizer {path} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"{option} {path} cannot be loaded: {one_line(error)}") from error
 
 
-def check_tokenizer(tokenizer: Any, name: str, model: DiT) -> None:
-    ids, vocab_size = len(tokenizer), model.config.vocab_size
-    if ids > vocab_size:
-        raise ValueError(f"--tokenizer has {ids} ids, model {name} only {vocab_size}: it belongs to another model")
-    if tokenizer.mask_token_id not in (None, model.config.mask_id):
-        raise ValueError(
-            f"--tokenizer has mask id {tokenizer.mask_token_id}, model {name} has {model.config.mask_id}: "
-            "it belongs to another model"
-        )
+def shared_tokenizer(models: Mapping[str, Denoiser], first_path: str) -> Any:
+    """The tokenizer that comes with the models. Refuses models with none, and those with different ones."""
+    own = {name: model.tokenizer for name, model in models.items() if model.tokenizer is not None}
+    if not own:
+        raise ValueError(f"--tokenizer must be given: there is none with {first_path}")
+    first, *others = own
+    for name in others:
+        if own[name].get_vocab() != own[first].get_vocab():
+            raise ValueError(
+                f"models must share their tokenizer, but the vocabulary of {name} is not that of {first}: take models"
+                " that were trained with the same one"
+            )
+    return own[first]
+
+
+def longest_of(models: Iterable[Denoiser], length: int | None, option: str = "--length") -> int:
+    """The most positions that all models take; with models that know no limit, the length that an option gives."""
+    limits = [model.max_length for model in models if model.max_length is not None]
+    if not limits and length is None:
+        raise ValueError(f"{option} must be given: the models' configs do not say how long a text may be")
+    return min(limits) if limits else length or 0
 
 
 def add_judge(group: argparse._ArgumentGroup, required: bool = False) -> None:
@@ -231,7 +255,7 @@ def add_judge(group: argparse._ArgumentGroup, required: bool = False) -> None:
 
 
 def load_judge(
-    path: str, tokenizer: str | None, model: DiT, model_tokenizer: Any
+    path: str, tokenizer: str | None, model: Denoiser, model_tokenizer: Any
 ) -> tuple[Any, Callable[[Tensor], JudgedTexts]]:
     """A causal language model of transformers on a model's device, and how it scores that model's samples ``[N, L]``.
 
@@ -250,13 +274,13 @@ def load_judge(
         judge: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
         raise ValueError(f"--judge {path} cannot be loaded: {one_line(error)}") from error
-    judge = judge.to(model.embedding.device).eval()
+    judge = judge.to(model.device).eval()
     if tokenizer is not None:
-        own = load_tokenizer(tokenizer)
+        own = load_named_tokenizer("--judge-tokenizer", tokenizer)
         return judge, lambda ids: judge_texts(judge, own, model_tokenizer.batch_decode(ids, skip_special_tokens=True))
-    if judge.config.vocab_size < model.config.vocab_size - 1:  # it may lack the mask
+    if judge.config.vocab_size < model.vocab_size - 1:  # it may lack the mask
         raise ValueError(
-            f"--judge has {judge.config.vocab_size} ids, the model {model.config.vocab_size}: "
+            f"--judge has {judge.config.vocab_size} ids, the model {model.vocab_size}: "
             "give --judge-tokenizer, with which it reads the texts"
         )
     return judge, lambda ids: judge_ids(judge, ids)

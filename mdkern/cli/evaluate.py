@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_judge, add_models, load_judge, load_models, one_line, positive
+from mdkern.cli.common import add_judge, add_models, load_judge, load_models, longest_of, one_line, positive
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mdkern.models import DiT
+    from mdkern.models import Denoiser
     from mdkern.schedule import Schedule
 
 EXAMPLES = """\
@@ -89,11 +89,12 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     schedule = Schedule.constant(next(iter(models))) if arguments.schedule is None else Schedule(arguments.schedule)
-    length = arguments.length or min(models[name].config.max_length for name in schedule.models if name in models)
+    used = [models[name] for name in schedule.models if name in models] or list(models.values())
+    length = arguments.length or longest_of(used, None)
     found: dict[str, Any] = {"schedule": str(schedule), "length": length}
     first = next(iter(models.values()))
     sampler = sample_options(arguments) | {"steps": arguments.steps}
-    sampler["decoder"] = decoder(tokenizer, first.config.vocab_size)
+    sampler["decoder"] = decoder(tokenizer, first.vocab_size)
     subject = Subject(models, first, tokenizer, schedule, length, sampler)
     if arguments.data is not None:
         found |= held_out(arguments, subject)
@@ -110,8 +111,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 class Subject:
     """What is measured."""
 
-    models: dict[str, DiT]
-    first: DiT
+    models: dict[str, Denoiser]
+    first: Denoiser
     tokenizer: Any
     schedule: Schedule
     length: int
@@ -136,7 +137,7 @@ def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     from mdkern.evaluation.likelihood import likelihood
 
     ids = windows(arguments.data, subject.tokenizer, subject.length, arguments.texts)
-    ids = ids.to(subject.first.embedding.device)
+    ids = ids.to(subject.first.device)
     nats = partial(likelihood, subject.models, subject.schedule, input_ids=ids, batch_size=arguments.batch_size)
     exact = None
     if arguments.exact:  # first, so that an unsuitable decoder is refused at once

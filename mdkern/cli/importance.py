@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_models, check_plot, check_target, load_model, load_models, positive
+from mdkern.cli.common import add_models, check_plot, check_target, load_model, load_models, longest_of, positive
 
 if TYPE_CHECKING:
     from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
@@ -72,9 +72,9 @@ def run_importance(arguments: argparse.Namespace) -> None:
     if set(models) != {"H", "L"}:
         raise ValueError(f"importance compares two models, --heavy and --light, not {', '.join(models)}")
     heavy, light = models["H"], models["L"]
-    device, dtype = heavy.embedding.device, heavy.embedding.dtype
+    device, dtype = heavy.device, heavy.dtype
     baseline = None if arguments.baseline is None else load_model("B", arguments.baseline, dtype, device)
-    length = arguments.length or min(heavy.config.max_length, light.config.max_length)
+    length = arguments.length or longest_of((heavy, light), None)
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
     common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
     found = importance(heavy, light, input_ids=ids, baseline=baseline, times=arguments.times, **common)

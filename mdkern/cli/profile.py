@@ -109,7 +109,7 @@ def choose_models(arguments: argparse.Namespace, device: torch.device) -> dict[s
     paths = [path for path in (arguments.heavy, arguments.light) if path is not None]
     models: list[DiT]
     if paths:
-        models = [load_model(path, path, torch.float32, device) for path in paths]
+        models = [load_dit(path, device) for path in paths]
     elif arguments.blocks or device.type == "cuda":
         length = max(PAPER_LENGTH, arguments.length or 0)
         vocab_size = arguments.vocab_size or PAPER_VOCAB
@@ -119,6 +119,18 @@ def choose_models(arguments: argparse.Namespace, device: torch.device) -> dict[s
         models = list(load_pair(device, torch.float32)[:2])
     named = {f"{model.config.num_blocks} blocks": model for model in models}
     return named if len(named) == len(models) else {f"model {number}": model for number, model in enumerate(models, 1)}
+
+
+def load_dit(path: str, device: torch.device) -> DiT:
+    """The float32 `DiT` of that path, as the samplers that mdkern is compared with are written for nothing else."""
+    import torch
+
+    from mdkern.models import DiT
+
+    model = getattr(load_model(path, path, torch.float32, device), "model", None)
+    if not isinstance(model, DiT):
+        raise ValueError(f"model {path} is a {type(model).__name__}: profile runs checkpoints of mdkern and MDLM only")
+    return model
 
 
 def choose_setting(arguments: argparse.Namespace, longest: int, on_gpu: bool) -> Setting:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mdkern.decoders import Decoder
-    from mdkern.models import DiT
+    from mdkern.models import Denoiser
     from mdkern.output import History, SampleOutput
     from mdkern.schedule import Schedule
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Job:
     """What is to be sampled, as the options say."""
 
-    models: dict[str, DiT]
+    models: dict[str, Denoiser]
     tokenizer: Any
     schedule: Schedule
     ids: Tensor  # int64 [1, L], the start of each sample, with masks
@@ -118,20 +118,20 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
 
     `processes`: number of processes that shared the work.
     """
-    from mdkern.models import adapt
     from mdkern.output import counted_saving
 
     assert output.tokens_per_forward is not None
     assert output.nfe is not None
     assert output.timings is not None
-    denoisers = {name: adapt(job.models[name]) for name in job.schedule.models}
+    denoisers = {name: job.models[name] for name in job.schedule.models}
     first = next(iter(denoisers.values()))
     count, length, masked = len(output.tokens_per_forward), job.ids.shape[1], int((job.ids == first.mask_id).sum())
     where = f"{processes} processes on {first.device.type}" if processes > 1 else str(first.device)
     dtype = str(first.dtype).removeprefix("torch.")
-    blocks = {name: job.models[name].config.num_blocks for name in denoisers}
+    blocks = {name: denoiser.num_blocks for name, denoiser in denoisers.items() if denoiser.num_blocks is not None}
     passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
-    each = ", ".join(f"{name} {passes[name]:.1f} ({blocks[name]} blocks)" for name in passes)
+    sizes = {name: f" ({blocks[name]} blocks)" if name in blocks else "" for name in passes}
+    each = ", ".join(f"{name} {passes[name]:.1f}{sizes[name]}" for name in passes)
     seconds = output.timings["total"]
     parts = ", ".join(f"{name} {output.timings[name]:.2f} s" for name in passes)
     lines = [
@@ -139,7 +139,7 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
         f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {job.schedule.total} steps",
         f"{seconds:.2f} s ({parts}), {count * masked / seconds:,.0f} tokens/s",
     ]
-    if len(blocks) > 1:
+    if len(blocks) == len(denoisers) > 1:
         saved = output.flops_saved
         if saved is not None:
             saved = counted_saving(denoisers, output.nfe, output.tokens_per_forward, length)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdkern import __version__
-from mdkern.cli.common import add_models, check_target, load_models, positive, same_file, seconds, unicode_text
+from mdkern.cli.common import (
+    add_models,
+    check_target,
+    load_models,
+    longest_of,
+    positive,
+    same_file,
+    seconds,
+    unicode_text,
+)
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
 from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
 from mdkern.cli.records import SampleFile, holds_samples, partial_path
@@ -18,6 +27,7 @@ from mdkern.cli.report import Job, Printer, decode_texts, sample_records, summar
 
 if TYPE_CHECKING:
     from mdkern.distributed import Ranks
+    from mdkern.models import Denoiser
     from mdkern.output import SampleOutput
 
 EXAMPLES = """\
@@ -188,29 +198,28 @@ def prepare(arguments: argparse.Namespace) -> Job:
     models, tokenizer = load_models(arguments)
     schedule = choose_schedule(arguments.schedule, tuple(models))
     first = next(iter(models.values()))
-    longest = min(model.config.max_length for model in models.values())
-    ids = start_ids(prompt, tokenizer, first.config.mask_id, arguments.length, longest)
-    decoder = make_decoder(tokenizer, first.config.vocab_size)
-    used = {name: models[name].config for name in schedule.models}
+    longest = longest_of(models.values(), arguments.length)
+    ids = start_ids(prompt, tokenizer, first.mask_id, arguments.length, longest)
+    decoder = make_decoder(tokenizer, first.vocab_size)
+    used = {name: models[name] for name in schedule.models}
     block_length, causal = resolve_blocks(arguments.block_length, used, None)
-    wanted = ids == first.config.mask_id
+    wanted = ids == first.mask_id
     pace = resolve_pace(
         schedule, arguments.steps, block_length, arguments.steps_per_block, wanted, None, whole_text=causal
     )
     schedule = schedule.fit(pace.most_steps)
-    return Job(models, tokenizer, schedule, ids.to(first.embedding.device), decoder, resolve_seed(arguments.seed, None))
+    return Job(models, tokenizer, schedule, ids.to(first.device), decoder, resolve_seed(arguments.seed, None))
 
 
 def request_of(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
     """Everything that the samples depend on except the seed, by option: its value, or a digest of it."""
     from mdkern.digest import digest, model_digest
-    from mdkern.models import adapt
 
     options = {f"--{name.replace('_', '-')}": value for name, value in sampling(arguments).items()}
     del options["--cuda-graphs"]  # the samples are the same
     options["--history"] = arguments.history  # the records are not
     return (
-        {f"model {name}": model_digest(adapt(job.models[name])) for name in job.schedule.models}
+        {f"model {name}": model_digest(job.models[name]) for name in job.schedule.models}
         | {"the tokenizer": digest(job.tokenizer.get_vocab()), "the prompt": digest(job.ids)}
         | {"--schedule": str(job.schedule), "--decoder": digest(job.decoder), "mdkern's version": __version__}
         | options
@@ -290,11 +299,7 @@ def write_page(arguments: argparse.Namespace, job: Job, output: SampleOutput) ->
     """The page that replays the denoising."""
     from mdkern.trace import USUAL_MODELS, About, write_trace
 
-    sizes = {name: model.config for name, model in job.models.items()}
-    described = {
-        name: f"{size.num_blocks} block{'s' * (size.num_blocks != 1)} of width {size.width}"
-        for name, size in sizes.items()
-    }
+    described = {name: size_of(model) for name, model in job.models.items()}
     about: About = {
         "schedule": job.schedule,
         "decoder": arguments.decoder,
@@ -303,3 +308,10 @@ def write_page(arguments: argparse.Namespace, job: Job, output: SampleOutput) ->
     if arguments.trace_title is not None:
         about["title"] = arguments.trace_title
     write_trace(arguments.trace, output, job.tokenizer, **about)
+
+
+def size_of(model: Denoiser) -> str:
+    """A model's size in words, as far as it is known."""
+    count, weight = model.num_blocks, model.head.weight
+    blocks = "" if count is None else f"{count} block{'s' * (count != 1)}"
+    return blocks if not blocks or weight is None else f"{blocks} of width {weight.shape[1]}"

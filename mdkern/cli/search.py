@@ -17,6 +17,7 @@ from mdkern.cli.common import (
     check_target,
     load_judge,
     load_models,
+    longest_of,
     positive,
     seconds,
 )
@@ -95,7 +96,7 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
         names = list(models)
         schedules = all_schedules(arguments.segments, arguments.light_segments, names)
         causal, judge = load_judge(arguments.judge, arguments.judge_tokenizer, models[names[0]], tokenizer)
-        length = arguments.length or min(model.config.max_length for model in models.values())
+        length = arguments.length or longest_of(models.values(), None)
         asked = setting(arguments, models, causal, length)
         if number == 0:
             results = Results(own, asked)

@@ -91,7 +91,7 @@ def adapt(
         check_placed(model, model.embedding.device, device, shifted)
         return DiTDenoiser(model, name, eos_id, max_length)
     if isinstance(model, str | PathLike):
-        raise TypeError(f"model must be loaded first: mdkern.load_pretrained({str(model)!r})")
+        raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
     check_evaluating(model)

@@ -117,6 +117,7 @@ class Denoiser:
     right_padding_only: bool = False  # whether padding may only come after the text
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are implemented
     no_cache_reason: str = ""  # why they are not, for messages
+    tokenizer: Any = None  # of the checkpoint that it was loaded from, see `mdkern.from_pretrained`; None: not known
     device: torch.device
     dtype: torch.dtype
     head: Head

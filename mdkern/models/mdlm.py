@@ -50,6 +50,7 @@ RUN_SETTINGS = {  # places in a run's configuration -> names in config.json; of 
     "tokenizer": ("data.tokenizer_name_or_path",),
 }
 MASK_IDS = {"bert-base-uncased": 103, "text8": 4}  # of the tokenizers that MDLM was published with
+MASKING = ("", "absorbing_state", "absorbing", "mask", "masked")  # names of its noise
 OTHERS = {
     "bd3lm": "BD3-LM attends to whole blocks from left to right and is sampled block by block",
     **dict.fromkeys(
@@ -98,11 +99,15 @@ def read_mdlm(path: Path, settings: Mapping[str, Any]) -> tuple[DiTConfig, dict[
     return config, weights, settings.get("time_conditioning", False)
 
 
-def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError with the reason if the settings are those of another kind of model than MDLM."""
+def refuse_others(path: Path, settings: Mapping[str, Any], layout: bool = True) -> None:
+    """Raise ValueError with the reason if the settings are those of another kind of model than MDLM.
+
+    `layout`: it must also be laid out as MDLM's.
+    """
 
     def text(name: str) -> str:
-        return str(settings.get(name) or "").lower()
+        value = settings.get(name)
+        return value.lower() if isinstance(value, str) else ""
 
     kind, parameterization = text("model_type") or text("algorithm"), text("parameterization")
     meant = {"sedd": "sedd", "score": "sedd", "ar": "ar"}.get(parameterization, "")
@@ -110,17 +115,20 @@ def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
         (isinstance(settings.get("graph"), Mapping), OTHERS["sedd"]),  # SEDD's config.json is its run's configuration
         (settings.get("causal"), OTHERS["ar"]),
         (settings.get("cross_attn"), OTHERS["bd3lm"]),
-        (settings.get("block_size") not in (None, settings.get("model_length")), OTHERS["bd3lm"]),
+        (layout and settings.get("block_size") not in (None, settings.get("model_length")), OTHERS["bd3lm"]),
         (kind in OTHERS, OTHERS.get(kind)),
         (meant, OTHERS.get(meant)),
         (parameterization not in ("", "subs"), f"its parameterization {parameterization!r} is not MDLM's 'subs'"),
-        (text("diffusion") not in ("", "absorbing_state"), f"its noise is {text('diffusion')!r}, not masking"),
-        (text("backbone") not in ("", "dit"), f"its backbone is {text('backbone')!r}, not the transformer of MDLM"),
+        (text("diffusion") not in MASKING, f"its noise is {text('diffusion')!r}, not masking"),
+        (
+            layout and text("backbone") not in ("", "dit"),
+            f"its backbone is {text('backbone')!r}, not the transformer of MDLM",
+        ),
         (
             settings.get("time_conditioning") and text("noise") not in ("", "loglinear", "log-linear"),
             f"it is conditioned on the times of noise {text('noise')!r}, not of the log-linear one",
         ),
-        (kind not in ("", "mdlm"), f"{kind!r} is no kind of model that mdkern knows"),
+        (layout and kind not in ("", "mdlm"), f"{kind!r} is no kind of model that mdkern knows"),
     )
     for there, reason in signs:
         if there:

@@ -50,13 +50,16 @@ def find_local(name_or_path: PathLike, what: str, single_names: bool = False) ->
     return None
 
 
-def download(name: str, what: str, patterns: list[str]) -> Path:
-    """The folder of a repository that is downloaded from the Hugging Face Hub."""
+def download(name: str, what: str, patterns: list[str], **options: Any) -> Path:
+    """The folder of a repository that is downloaded from the Hugging Face Hub.
+
+    `options`: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, as for ``snapshot_download``.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(

@@ -11,8 +11,10 @@ import torch
 import mdkern
 from mdkern import DiT, DiTConfig, decoders, pretrained
 from mdkern.cli import main as cli
-from mdkern.cli.common import load_tokenizer
 from mdkern.engine import planned
+from mdkern.models.tokenizers import load_tokenizer
+from tests.problems.checkpoints import make_tokenizer, save
+from tests.problems.hf_models import bert
 
 LENGTH = 24
 
@@ -30,17 +32,24 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def run(checkpoints, capsys):
-    """Run ``mdkern sample`` with the tiny models: (exit code, stdout, stderr)."""
+def run_alone(capsys):
+    """Run ``mdkern sample`` with these options alone: (exit code, stdout, stderr)."""
 
     def run(*arguments: str):
+        capsys.readouterr()
         try:
-            code = cli.main(["sample", *checkpoints, "--device", "cpu", *arguments])
+            code = cli.main(["sample", "--device", "cpu", *arguments])
         except SystemExit as stop:  # argparse's own way out
             code = stop.code
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def run(checkpoints, run_alone):
+    """The same with the tiny models."""
+    return lambda *arguments: run_alone(*checkpoints, *arguments)
 
 
 def records(path: Path) -> list[dict]:
@@ -236,7 +245,7 @@ BAD_INPUT = {
     "not a number": (["--steps", "many"], "--steps: must be a whole number of at least 1, not 'many'"),
     "no samples": (["--num-samples", "0"], "--num-samples: must be a whole number"),
     "unknown option": (["--stepz", "3"], "--stepz"),
-    "name without a path": (["--model", "M"], "NAME=PATH"),
+    "name without a path": (["--model", "M="], "NAME=PATH"),
     "no such checkpoint": (["--model", "M=/no/such"], "model M cannot be loaded from /no/such"),
     "name taken": (["--model", "H=/no/such"], "different names"),
     "schedule too short": (["--schedule", "L1 H2", "--steps", "5"], "has 3 steps, but steps=5"),
@@ -305,6 +314,37 @@ def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, arguments, mess
     assert message in err
 
 
+def test_a_model_of_transformers_with_its_tokenizer(run_alone, tmp_path):
+    path = save(tmp_path / "bert", bert(), make_tokenizer())
+    options = [
+        "--length",
+        "12",
+        "--steps",
+        "6",
+        "--seed",
+        "1",
+        "--trace",
+        str(tmp_path / "t.html"),
+        "--prompt",
+        "w8 w9",
+    ]
+    code, out, err = run_alone("--model", path, *options)
+    assert (code, out.split()[:2]) == (0, ["w8", "w9"])
+    assert "forward passes per sequence: H " in err
+    assert "2 blocks of width 32" in (tmp_path / "t.html").read_text()
+    other = save(tmp_path / "other", bert(), make_tokenizer(words=29))
+    code, _, err = run_alone("--heavy", path, "--light", other, *options)
+    assert code == 2
+    assert "models must share their tokenizer, but the vocabulary of L is not that of H" in err
+
+
+def test_options_of_models_go_with_models(run_alone):
+    for option in (["--revision", "main"], ["--trust-remote-code"]):
+        code, _, err = run_alone(*option)
+        assert code == 2
+        assert f"{option[0]} goes with --heavy, --light or --model" in err
+
+
 def test_tokenizer_of_another_model_is_refused(run, checkpoints, tmp_path):
     config = DiTConfig(vocab_size=300, mask_id=299, max_length=LENGTH, num_blocks=1, width=16, num_heads=2)
     DiT(config).save_pretrained(tmp_path / "small")
@@ -370,7 +410,7 @@ def test_a_mistyped_tokenizer_is_no_request_to_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     for name in ("runs/tokenizr", "./tokenizr", str(tmp_path / "x")):
-        with pytest.raises(ValueError, match=f"cannot be loaded: no tokenizer at {re.escape(name)}"):
+        with pytest.raises(FileNotFoundError, match=f"no tokenizer at {re.escape(name)}"):
             load_tokenizer(name)
 
 

@@ -162,7 +162,7 @@ CASES = [
     refuse_call(
         "no model",
         TypeError,
-        r"model H: model must be loaded first: mdkern\.load_pretrained\('gpt2'\)",
+        r"model H: model must be loaded first: mdkern\.from_pretrained\('gpt2'\)",
         lambda m: sample("gpt2", **GOOD),
     ),
     refuse_call(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, dynamic_module_utils, modeling_rope_utils
 
 import mdkern
-from mdkern.models.hf.compat import GONE, default_frequencies, load_pretrained, old_model_code
+from mdkern.models.hf.compat import GONE, default_frequencies, load_module, old_model_code
 from tests.problems import old_code
 from tests.problems.hf_models import adapted, random_ids
 
@@ -77,6 +77,12 @@ def logits_by_hand(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
         attended = (score.softmax(-1) @ parts[2]).transpose(1, 2).flatten(2)
         x = x + attended @ block["out.weight"].T + weights[f"model.blocks.{number}.out.bias"]
     return x @ weights.get("lm_head.weight", weights["model.embed.weight"]).T
+
+
+def load_pretrained(folder: str, auto_class: str = "AutoModel", **options: Any) -> Any:
+    model, missing = load_module(folder, auto_class, **options)
+    assert not missing
+    return model
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -152,7 +158,8 @@ def test_models_of_transformers_itself_load_as_ever(tmp_path: Path) -> None:
 
     for model in (bert(), llama()):
         model.save_pretrained(tmp_path / type(model).__name__)
-        again = load_pretrained(str(tmp_path / type(model).__name__))
+        auto_class = "AutoModelForMaskedLM" if "Masked" in type(model).__name__ else "AutoModelForCausalLM"
+        again = load_pretrained(str(tmp_path / type(model).__name__), auto_class)
         assert type(again) is type(model)
         state = again.state_dict()
         assert all(state[name].equal(weight) for name, weight in model.state_dict().items())

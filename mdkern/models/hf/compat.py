@@ -25,18 +25,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-# Of the classes that a checkpoint offers, the first of these is taken, as it yields logits.
-AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
-CONFIG_OPTIONS = (
-    "trust_remote_code",
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "subfolder",
-    "code_revision",
-)
-
 _lock = threading.RLock()  # because the changes apply to the whole process
 
 
@@ -66,37 +54,56 @@ GONE: dict[str, dict[str, Any]] = {
 }
 
 
-def load_pretrained(name_or_path: str, **options: Any) -> nn.Module:
+def load_module(name_or_path: str, auto_class: str, **options: Any) -> tuple[nn.Module, list[str]]:
     """Load a Hugging Face model in eval mode, also if its own code was written for transformers 4.
 
     Args:
         name_or_path: the name of a model on the Hugging Face Hub, or a folder.
-        options: as for ``AutoModel.from_pretrained``: ``dtype``, ``revision``, ``device_map``, … Code that comes with
-            the checkpoint is run only with ``trust_remote_code=True``.
+        auto_class: name of the class of transformers that loads it, such as ``"AutoModelForMaskedLM"``.
+        options: as for its ``from_pretrained``.
 
     Returns:
-        The model, of the class that its config names.
+        The model, of the class that its config names, and the names of weights that the checkpoint lacks and that are
+        not tied to others.
     """
     import transformers
 
-    with old_model_code():
-        of_config = {name: options[name] for name in CONFIG_OPTIONS if name in options}
-        config = transformers.AutoConfig.from_pretrained(name_or_path, **of_config)
-        offered = getattr(config, "auto_map", None) or {}
-        architecture = str((getattr(config, "architectures", None) or [""])[0])
-        if offered:
-            auto_class = next((name for name in AUTO_CLASSES if name in offered), "AutoModel")
-        else:
-            auto_class = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModelForMaskedLM"
-        model: nn.Module = getattr(transformers, auto_class).from_pretrained(name_or_path, **options)
-    return model.eval()
+    with old_model_code(), noted_missing() as noted:
+        model = getattr(transformers, auto_class).from_pretrained(name_or_path, **options)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    missing = noted & weights.keys()
+    read = {id(weight) for name, weight in weights.items() if name not in missing}
+    return model.eval(), sorted(name for name in missing if id(weights[name]) not in read)
+
+
+@contextmanager
+def noted_missing() -> Iterator[set[str]]:
+    """Inside this context, the names of weights that a checkpoint lacks are added to the set.
+
+    A model's own ``from_pretrained`` may not be able to pass on ``output_loading_info``, so it is asked for further in.
+    """
+    from transformers import PreTrainedModel
+
+    noted: set[str] = set()
+    original = inspect.getattr_static(PreTrainedModel, "from_pretrained")
+
+    def asked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        model, found = function(*args, **(kwargs | {"output_loading_info": True}))
+        noted.update(found["missing_keys"])
+        return model
+
+    setattr(PreTrainedModel, "from_pretrained", around(original, asked))  # noqa: B010 - mypy refuses the assignment
+    try:
+        yield noted
+    finally:
+        setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
 
 
 @contextmanager
 def old_model_code() -> Iterator[None]:
     """Inside this context, the whole process has what code for transformers 4 needs.
 
-    ``with old_model_code(): AutoModel.from_pretrained(…, trust_remote_code=True)`` is what `load_pretrained` does.
+    `mdkern.from_pretrained` calls ``AutoModel.from_pretrained(…, trust_remote_code=True)`` and the like in it.
     """
     from transformers import GenerationConfig, PreTrainedModel, modeling_rope_utils
 
