@@ -201,7 +201,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     longest = longest_of(models.values(), arguments.length)
     ids = start_ids(prompt, tokenizer, first.mask_id, arguments.length, longest)
     decoder = make_decoder(tokenizer, first.vocab_size)
-    used = {name: models[name] for name in schedule.models}
+    used = {name: models[name] for name in schedule.models if name in models}
     block_length, causal = resolve_blocks(arguments.block_length, used, None)
     wanted = ids == first.mask_id
     pace = resolve_pace(
