@@ -73,6 +73,31 @@ def divergence(
     return kl, cross_entropy
 
 
+def soft_embedding(
+    hidden: Tensor,
+    head: Head,
+    table: Tensor | None,
+    logsumexp: Tensor,
+    temperature: Tensor | None,
+    uniform_temperature: float,
+) -> Tensor:
+    """`mdkern.kernels.soft_embedding` for `CHUNK_ELEMENTS` logits at a time, in float32."""
+    embedding = head.weight if table is None else table
+    assert embedding is not None
+    if temperature is None:
+        temperature = torch.full_like(logsumexp, uniform_temperature)
+    divisor = temperature.masked_fill(temperature == 0, 1.0)[:, None]
+    soft = hidden.new_zeros(hidden.shape[0], embedding.shape[1], dtype=torch.float32)
+    ids = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0], embedding.shape[1]))
+    for start in range(0, head.vocab(hidden), ids):
+        part = slice(start, start + ids)
+        weight = None if head.weight is None else head.weight[part]
+        bias = None if head.bias is None else head.bias[part]
+        logits = row_logits(hidden[:, part] if weight is None else hidden, head._replace(weight=weight, bias=bias))
+        soft += (logits / divisor - logsumexp[:, None]).exp() @ embedding[part].float()
+    return soft.to(embedding.dtype)
+
+
 def check_values(row_index: Tensor, temperature: Tensor | None, hidden_rows: int) -> None:
     """Refuse rows outside of `hidden`, and temperatures that are negative or NaN."""
     outside = (row_index < 0) | (row_index >= hidden_rows)
