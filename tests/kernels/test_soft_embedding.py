@@ -40,10 +40,9 @@ def test_the_logsumexp_is_that_of_the_projection() -> None:
     """The two operators fit together: probabilities that sum to 1 reproduce a table of ones."""
     problem = SoftProblem(options={"soft_cap": 3.0})
     rows = torch.arange(len(problem.hidden))
-    drawn = vocab_projection(
-        problem.hidden, problem.weight, None, rows, problem.temperature, torch.tensor(1), torch.zeros(len(rows), 3).long(),
-        soft_cap=3.0, of="sampler",
-    )  # fmt: skip
+    seed, keys = torch.tensor(1), torch.zeros(len(rows), 3, dtype=torch.int64)
+    given = problem.hidden, problem.weight, None, rows, problem.temperature, seed, keys
+    drawn = vocab_projection(*given, soft_cap=3.0, of="sampler")
     ones = torch.ones(problem.weight.shape[0], 2)
     soft = soft_embedding(
         problem.hidden, problem.weight, None, drawn.logsumexp, problem.temperature, ones, soft_cap=3.0
