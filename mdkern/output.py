@@ -46,6 +46,8 @@ class SampleOutput(ModelOutput):
         sequences: int64 ``[N, L]``, without masks.
         sample_ids: int64 ``[N]``, the sample numbers.
         nfe: number of forward passes of each sequence, int64 ``[N]`` for each name of a denoiser.
+        commits: with ``cache="block"`` how many of them revealed nothing, because they only ran a finished block, or one
+            of the prompt, for its keys and values; else None.
         tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
         steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
         stop_reason: ``"all_revealed"`` or ``"end_of_text"``, for each sequence.
@@ -64,6 +66,7 @@ class SampleOutput(ModelOutput):
     sequences: Tensor | None = None
     sample_ids: Tensor | None = None
     nfe: dict[str, Tensor] | None = None
+    commits: dict[str, Tensor] | None = None
     tokens_per_forward: Tensor | None = None
     steps: Tensor | None = None
     stop_reason: list[str] | None = None
@@ -103,6 +106,7 @@ def summarise(request: Request, sequences: Tensor, outcome: Outcome, timings: di
     step, model, reason = (x[finished] for x in (outcome.step, outcome.model, outcome.stop_reason))
     log_prob = outcome.log_prob[finished]
     nfe = {name: passes[finished] for name, passes in outcome.nfe.items()}
+    commits = outcome.commits and {name: passes[finished] for name, passes in outcome.commits.items()}
     revealed = (model != GIVEN).sum(-1)  # positions that were filled with end of text have a step but no model
     passes = sum(nfe.values(), torch.zeros_like(reason))
     history = History(step, model, tuple(request.denoisers), request.most_steps, request.steps, log_prob)
@@ -110,6 +114,7 @@ def summarise(request: Request, sequences: Tensor, outcome: Outcome, timings: di
         sequences=sequences,
         sample_ids=request.sample_ids,
         nfe=nfe,
+        commits=commits,
         tokens_per_forward=revealed / passes,
         steps=torch.minimum(step.amax(-1) + 1, request.steps),
         stop_reason=[STOP_REASONS[number] for number in reason.tolist()],

@@ -93,8 +93,10 @@ def sample(
         cache: ``"prefix"`` or ``"dual"``: store keys and values (Fast-dLLM, 2505.22618) in a full pass at the start of
             each block and when the model changes. The other passes run the block and everything after it, or the block
             alone. This is faster and approximate, because the stored keys and values are out of date as soon as a token
-            is revealed; some tokens will differ from those of ``"none"``. It needs a decoder that looks at the model, a
-            `block_length`, and models that support it (`Denoiser.takes_cache`). `nfe` counts both kinds of passes.
+            is revealed; some tokens will differ from those of ``"none"``. It needs a `block_length`. ``"block"``, for
+            block-causal models, is exact: each block is run once more when it is finished, and so are those of the
+            prompt, and then never again. All need a decoder that looks at the model, and models that support it
+            (`Denoiser.takes_cache`). `nfe` counts all passes.
         stop_at_eos: end a text with the first end of text (`Denoiser.eos_ids`) that is written, and fill the rest with
             end of text. A sequence has no more passes once its end of text and all tokens before it are final. Planned
             decoders check this at the end of each block or, without blocks, 16 times in a run; others after each step

@@ -39,10 +39,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps-per-block", metavar="T", type=positive, help="steps for each block, instead of --steps")
     group.add_argument(
         "--cache",
-        choices=["none", "prefix", "dual"],
+        choices=["none", "prefix", "dual", "block"],
         default="none",
-        help="with --block-length, keep keys and values of what is before the block, or of all around it: faster and "
-        "approximate (default: none)",
+        help="with --block-length, keep keys and values of what is before the block (prefix), or of all around it "
+        "(dual): faster and approximate. With a block-causal model keep those of finished blocks (block): faster and "
+        "exact (default: none)",
     )
     group.add_argument(
         "--stop-at-eos", action="store_true", help="end a text with the first end of text, which is not printed"

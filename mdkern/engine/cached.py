@@ -66,22 +66,31 @@ def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, *, dual: bool
 
 
 def prepare(segment: SegmentRun) -> KVCache:
-    """Memory for the segment's keys and values.
+    """Memory for the segment's keys and values, and no slot waiting."""
+    slots = segment.progress.slot
+
+    def allocate() -> Tensor:
+        return torch.full_like(slots, len(segment.progress.start) - 1)
+
+    workspace = segment.workspace
+    waiting = allocate() if workspace is None else workspace.part(("waiting", len(slots)), allocate)
+    return KVCache(keys_and_values(segment), waiting)
+
+
+def keys_and_values(segment: SegmentRun) -> Tensor:
+    """Memory for a segment's keys and values, of the shape `Denoiser.cache_shape`.
 
     With a workspace it belongs to the workspace, at the addresses that its graphs use, and is kept for later calls. For
     a DiT it is ``2 * blocks * B * (L + 1) * width`` numbers, shared by denoisers of one shape.
     """
-    denoiser, progress = segment.denoiser, segment.progress
-    slots, length = len(progress.slot), segment.state.input_ids.shape[1]
-    shape = denoiser.cache_shape(slots * (2 if segment.settings.guidance_scale else 1), length)
-
-    def allocate() -> KVCache:
-        cache = torch.zeros(shape, dtype=denoiser.dtype, device=denoiser.device)
-        return KVCache(cache, torch.full_like(progress.slot, len(progress.start) - 1))
-
+    denoiser, slots = segment.denoiser, len(segment.progress.slot)
+    shape = denoiser.cache_shape(
+        slots * (2 if segment.settings.guidance_scale else 1), segment.state.input_ids.shape[1]
+    )
+    allocate = partial(torch.zeros, shape, dtype=denoiser.dtype, device=denoiser.device)
     if segment.workspace is None:
         return allocate()
-    return segment.workspace.part(("keys and values", shape, denoiser.dtype, slots), allocate)
+    return segment.workspace.part(("keys and values", shape, denoiser.dtype), allocate)
 
 
 def steps_of(segment: SegmentRun, kv_cache: KVCache, window: int | None) -> tuple[Graph | None, Callable[[], None]]:
@@ -128,8 +137,7 @@ def cached_tick(
     over = (before != none) & ((after != before) | (progress.block_step[after] == 0))
     kv_cache.waiting.copy_(torch.where(over, after, kv_cache.waiting))
     progress.slot.copy_(torch.where(over, none, after))
-    progress.status[:1].copy_((progress.slot != none).sum())
-    progress.report.copy_(progress.status, non_blocking=True)
+    progress.count_slots()
 
 
 def windows(
@@ -149,7 +157,7 @@ def windows(
         columns = (slots.column[:, :1] + torch.arange(window, device=device)).clamp(max=length)
         inside = columns.clamp(max=length - 1)
         ids, given = ids.gather(1, inside), None if given is None else given.gather(1, inside)
-        positions = torch.arange(slots.column.shape[1], device=device).expand_as(slots.column)
+        positions = torch.arange(slots.view.ids.shape[1], device=device).expand_as(slots.view.ids)
     return guided_hidden(
         Windowed(denoiser, cache, columns),
         settings.guidance_scale,

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdkern.decoders import Planned, Stepwise
-from mdkern.engine import cached, planned, stepwise
+from mdkern.engine import block_cached, cached, planned, stepwise
 from mdkern.engine.checks import check_flag
 from mdkern.engine.graphs import lease
 from mdkern.engine.hooks import Drafts
@@ -33,6 +33,7 @@ RUNS: dict[str, Callable[..., Outcome]] = {
     "none": stepwise.run,
     "prefix": partial(stepwise.run, decode=partial(cached.decode_segment, dual=False)),
     "dual": partial(stepwise.run, decode=partial(cached.decode_segment, dual=True)),
+    "block": partial(stepwise.run, decode=block_cached.decode_segment),
 }  # of decoders that look at the model, by `cache`
 
 MOST_GROWTH = 1.02  # largest number of passes of all groups, over that of one run

@@ -106,6 +106,8 @@ class Progress:
     closing: Tensor  # int64 [N + 1], passes of the block since its last mask was revealed
     passes: Tensor  # int64 [N + 1], forward passes so far
     nfe: Tensor  # int64 [models, N + 1]
+    kept: Tensor  # int64 [N + 1], columns whose keys and values are final; a multiple of the block length
+    commits: Tensor  # int64 [models, N + 1], of `nfe` those passes that only made keys and values final
     stop_reason: Tensor  # int64 [N + 1], RUNNING at first
     confidence: Tensor  # float32 [N + 1, L]
     reveal_step: Tensor  # int64 [N + 1, L], -1 where given
@@ -137,6 +139,8 @@ class Progress:
             closing=zeros(rows),
             passes=zeros(rows),
             nfe=zeros(models, rows),
+            kept=zeros(rows),
+            commits=zeros(models, rows),
             stop_reason=zeros(rows),
             confidence=zeros(*grid, dtype=torch.float32),
             reveal_step=zeros(*grid),
@@ -179,6 +183,11 @@ class Progress:
         """Take the work from all slots."""
         self.slot.fill_(len(self.start) - 1)
 
+    def count_slots(self) -> None:
+        """Count the slots that have work anew, after they were changed in a step."""
+        self.status[:1].copy_((self.slot != len(self.start) - 1).sum())
+        self.report.copy_(self.status, non_blocking=True)
+
     def key(self) -> Hashable:
         """A key that is equal for tensors of equal sizes."""
         return len(self.slot), self.nfe.shape[0], *self.times.shape
@@ -198,6 +207,10 @@ class Progress:
     def begin_segment(self, state: SamplerState, settings: Settings, stop: Tensor) -> None:
         """Queue the sequences that have steps below ``stop [N]`` left, and give the first ones to the slots."""
         self.pace[: len(stop), 2] = stop
+        self.kept.zero_()
+        if state.attention_mask is not None and settings.block_length is not None:  # blocks of padding are never read
+            text = state.attention_mask.int().argmax(-1)
+            self.kept.copy_(text - text % settings.block_length)
         scratch = len(self.start) - 1
         everyone = torch.arange(scratch + 1, device=self.start.device)
         masked = ((state.input_ids == settings.mask_id) & self.wanted).sum(-1)

@@ -13,7 +13,7 @@ from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
 from mdkern.schedule import Schedule
 
-CACHES = "none", "prefix", "dual"
+CACHES = "none", "prefix", "dual", "block"
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,17 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
             f"cache={cache!r} needs a decoder that looks at the model, such as 'top_probability' or 'threshold': a pass"
             f" of {type(decoder).__name__} takes whatever sequences reveal something then, so no keys and values stay"
         )
-    if block_length is None:
+    if block_length is None and cache != "block":
         raise ValueError(f"cache={cache!r} needs a block_length, e.g. 32: what is kept is renewed block by block")
+    causal = [name for name, denoiser in denoisers.items() if denoiser.block_causal is not None]
+    if causal and cache != "block":
+        raise ValueError(
+            f"cache={cache!r} is for models that see the whole text: model {causal[0]} sees only the blocks up to a"
+            " position's own, for which cache='block' is as fast and exact"
+        )
+    timed = [name for name in causal if denoisers[name].time_conditioning]
+    if timed:
+        raise ValueError(f"cache={cache!r} needs models without time: keys and values of {timed[0]} change with it")
     without = [name for name, denoiser in denoisers.items() if not denoiser.takes_cache]
     if without:
         denoiser = denoisers[without[0]]
@@ -206,6 +215,12 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
             f"cache={cache!r} needs models that can run a part of a sequence on kept keys and values: model"
             f" {without[0]} ({denoiser.name}) cannot{because}. A DiT can, a Hugging Face model with bidirectional sdpa"
             " attention, and a Denoiser with takes_cache"
+        )
+    if cache == "block" and len(causal) < len(denoisers):
+        name = next(name for name in denoisers if name not in causal)
+        raise ValueError(
+            f"cache='block' needs block-causal models: model {name} ({denoisers[name].name}) sees the whole text, so that"
+            " its keys and values change with every token. cache='dual' approximates them"
         )
     return cache
 

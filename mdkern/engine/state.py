@@ -31,6 +31,7 @@ class Outcome:
     nfe: dict[str, Tensor]  # int64 [N] each, by denoiser
     stop_reason: Tensor  # int64 [N]
     failure: Exception | None = None  # the error of the first sample that failed
+    commits: dict[str, Tensor] | None = None  # int64 [N] each, of `nfe` those passes that revealed nothing
 
     @property
     def finished(self) -> Tensor:

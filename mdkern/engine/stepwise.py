@@ -74,14 +74,18 @@ def run(
     timings.lap("plan")
     failure: Exception | None = None
 
+    def by_model(counts: Tensor) -> dict[str, Tensor]:
+        return {name: counts[number, :count].clone() for number, name in enumerate(request.denoisers)}
+
     def outcome() -> Outcome:
         return Outcome(
             progress.reveal_step[:count].clone(),
             progress.reveal_model[:count].clone(),
             progress.confidence[:count].log().masked_fill(progress.reveal_model[:count] == GIVEN, torch.nan),
-            {name: progress.nfe[number, :count].clone() for number, name in enumerate(request.denoisers)},
+            by_model(progress.nfe),
             progress.stop_reason[:count].clone(),
             failure,
+            by_model(progress.commits) if request.cache == "block" else None,
         )
 
     try:
@@ -135,19 +139,16 @@ def prepare(request: Request, settings: Settings, state: SamplerState, workspace
 def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, propose: Propose | None = None) -> None:
     """Run a segment's steps, each a pass over whole sequences. `propose`: see `decode_tick`; only without graphs."""
     assert propose is None or segment.workspace is None
+    run_segment(segment, bar, drafts, "decode", partial(decode_tick, propose=propose))
+
+
+def run_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, kind: str, tick: Callable[..., None]) -> None:
+    """Run a segment's steps until no slot has work. `tick` is `decode_tick` or a step like it, `kind` keys its graph."""
     denoiser, settings, state, progress = segment.denoiser, segment.settings, segment.state, segment.progress
-    step = partial(
-        decode_tick,
-        denoiser,
-        settings=settings,
-        state=state,
-        progress=progress,
-        model=segment.model,
-        propose=propose,
-    )
+    step = partial(tick, denoiser, settings=settings, state=state, progress=progress, model=segment.model)
     graph = None
     if segment.workspace is not None:
-        key = "decode", settings.key(), progress.key(), segment.model
+        key = kind, settings.key(), progress.key(), segment.model
         graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
     progress.begin_segment(state, settings, segment.stop)
     running, left = progress.status.tolist()

@@ -46,8 +46,21 @@ def with_padding(mask: Tensor | None, attention_mask: Tensor | None) -> Tensor |
     return mask if seen is None else (mask & seen) | torch.eye(len(mask), dtype=torch.bool, device=mask.device)
 
 
+def window_mask(columns: Tensor, length: int, block_length: int, attention_mask: Tensor | None) -> Tensor:
+    """What the columns of a window see of texts of L columns: the blocks up to their own, bool ``[B, 1, W, L]``.
+
+    Args:
+        columns: int64 ``[B, W]`` in 0..L; what L sees is of no use.
+        attention_mask: bool ``[B, L]``, False at padding, which nothing but itself sees; None: no padding.
+    """
+    column = torch.arange(length, device=columns.device)
+    own = columns[:, None, :, None]
+    seen = column < (own // block_length + 1) * block_length
+    return seen if attention_mask is None else (seen & attention_mask[:, None, None, :]) | (column == own)
+
+
 def mask_at(mask: Tensor | None, positions: Tensor) -> Tensor | None:
-    """The rows of `with_padding`'s mask for the queries at ``positions [B, R]``, broadcastable to ``[B, H, R, K]``."""
+    """The rows of a mask of `with_padding` or `window_mask` for the queries at ``positions [B, R]``, broadcastable to ``[B, H, R, K]``."""
     if mask is None or mask.shape[-2] == 1:
         return mask
     if mask.ndim == 2:

@@ -207,8 +207,9 @@ class Denoiser:
         """The head's input from a pass over a window of each sequence, with cached keys and values of the rest.
 
         The pass overwrites the window's keys and values in `cache` and attends to everything that the cache then holds.
-        If the window is all columns, nothing older is read; this is how a cache is filled. The pass runs inside CUDA
-        graphs: it must not read data on the host, or keep anything besides `cache`.
+        If the window is all columns, nothing older is read; this is how a cache is filled. Of a block-causal model a
+        column sees the blocks up to its own. The pass runs inside CUDA graphs: it must not read data on the host, or
+        keep anything besides `cache`.
 
         Args:
             cache: a tensor of `cache_shape`, the same one at every call; zeros at first.

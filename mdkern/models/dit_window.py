@@ -1,9 +1,9 @@
 """A `DiT` over a window of its sequences, with a KV cache of earlier passes for the rest.
 
-Decoding in blocks with a cache runs this (Fast-dLLM, Wu et al., 2505.22618). Attention is bidirectional, so keys and
-values of a column change when any other column does. The cached ones are therefore out of date, and the result equals
-that of a full pass only if nothing else has changed since, or if only keys and values of the first block are read,
-because those depend on their own column alone.
+Decoding in blocks with a cache runs this (Fast-dLLM, Wu et al., 2505.22618). Where attention is bidirectional, keys and
+values of a column change when any other column does. The cached ones are then out of date, and the result equals that
+of a full pass only if nothing else has changed since, or if only keys and values of the first block are read, because
+those depend on their own column alone. Those of a block-causal model stay right once their block is finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mdkern.kernels.backbone.linear import linear_gelu, linear_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm
 from mdkern.kernels.backbone.rotary import rotary as rotate
 from mdkern.models import dit_fused
+from mdkern.models.block_causal import mask_at, window_mask, with_padding
 from mdkern.models.dit import Block, DiT, DiTConfig, attention_priority, gather_rows
 from mdkern.models.dit_fused import Stream, attend, modulation, queries_at
 
@@ -41,10 +42,18 @@ def window_hidden(
 
     The last block computes queries, attention and MLP at the wanted rows only, as in `DiT.hidden`.
     """
-    key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
     run = fused_window_hidden if dit_fused.covers(model) else plain_window_hidden
+    mask, blocks = with_padding(None, attention_mask), model.config.block_causal
+    if blocks is not None:
+        places = all_columns(input_ids) if columns is None else columns
+        mask = window_mask(places, cache.shape[3] - 1, blocks, attention_mask)
     with attention_priority(input_ids.device):
-        return run(model, cache, input_ids, columns, positions, model.condition(t), key_mask)
+        return run(model, cache, input_ids, columns, positions, model.condition(t), mask)
+
+
+def all_columns(input_ids: Tensor) -> Tensor:
+    """0..L-1 for each sequence of ``[B, L]``."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
 def plain_window_hidden(
@@ -54,18 +63,18 @@ def plain_window_hidden(
     columns: Tensor | None,
     positions: Tensor,
     condition: Tensor | None,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`window_hidden` by calling the modules, like `DiT.plain_hidden`."""
     if columns is None:
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        columns = all_columns(input_ids)
     inside = columns.clamp(max=cache.shape[3] - 2)
     rotary, wanted_rotary = rotary_at(model, inside), rotary_at(model, inside.gather(1, positions))
     x = model.embedding[input_ids]
     *blocks, last = cast(Iterable[Block], model.blocks)
     for block, cached in zip(blocks, cache):
-        x = run_block(block, x, cached, columns, rotary, condition, key_mask)
-    x = run_block(last, x, cache[-1], columns, rotary, condition, key_mask, positions, wanted_rotary)
+        x = run_block(block, x, cached, columns, rotary, condition, mask)
+    x = run_block(last, x, cache[-1], columns, rotary, condition, mask, positions, wanted_rotary)
     return model.norm_final(x, *model.modulation_final(condition))
 
 
@@ -82,7 +91,7 @@ def run_block(
     columns: Tensor,
     rotary: tuple[Tensor, Tensor],
     condition: Tensor | None,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
     positions: Tensor | None = None,
     wanted_rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -90,12 +99,14 @@ def run_block(
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition)
     normed = block.norm1(x, shift1, scale1)
     query, key, value = block.heads(normed, rotary, positions, wanted_rotary)
+    if positions is not None:
+        x, mask = gather_rows(x, positions), mask_at(mask, positions)
     sequence = torch.arange(len(columns), device=columns.device)[:, None]
     for old, new in zip(cached, (key, value)):
         old[sequence, columns] = new.transpose(1, 2)
     keys, values = cached[:, :, :-1].transpose(2, 3)
-    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=key_mask)
-    return block.finish(x if positions is None else gather_rows(x, positions), attended, gate1, shift2, scale2, gate2)
+    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    return block.finish(x, attended, gate1, shift2, scale2, gate2)
 
 
 def fused_window_hidden(
@@ -105,7 +116,7 @@ def fused_window_hidden(
     columns: Tensor | None,
     positions: Tensor,
     condition: Tensor | None,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`window_hidden` in fewer passes over memory, like `dit_fused.hidden`."""
     (batch, width), room = input_ids.shape, cache.shape[3]
@@ -129,10 +140,11 @@ def fused_window_hidden(
         if last:
             x, normed = gathered_norm(stream.x, wanted, block.norm1.weight, shift1, scale1)
             stream, query = Stream(x), queries_at(block, normed, wanted_columns, model.rotary)
+            mask = mask_at(mask, positions)
         else:
             query = qkv[:, :, 0]
         keys, values = cached[:, :, :-1]
-        stream.add(attend(query, keys, values, key_mask).view(stream.x.shape), block.attn_out, gate1)
+        stream.add(attend(query, keys, values, mask).view(stream.x.shape), block.attn_out, gate1)
         normed = stream.norm(block.norm2.weight, shift2, scale2)
         stream.add(linear_gelu(normed, block.mlp_up.weight, block.mlp_up.bias), block.mlp_down, gate2)
     assert stream is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mdkern
-from mdkern import DiT
+from mdkern import DiT, decoders
 from mdkern.decoders import Stepwise
 from tests.conftest import random_dit
 from tests.engine.test_stepwise import STEPWISE
@@ -20,6 +20,7 @@ from tests.references.stale_cache import StaleDiT
 LENGTH, BLOCK, MASK = 14, 4, 9
 SHAPE = {"vocab_size": 10, "mask_id": MASK, "eos_id": 2, "max_length": 24, "block_causal": BLOCK}
 HEAVY, LIGHT = random_dit(0, **SHAPE), random_dit(1, num_blocks=1, **SHAPE)
+WHOLE = random_dit(1, **(SHAPE | {"block_causal": None}))
 MODELS = {"H": HEAVY, "L": LIGHT}
 PROMPTS = (0, 1, 3, 4, 5, 8, 11)
 BLOCKS = 4  # of LENGTH positions, the last of two
@@ -103,7 +104,7 @@ class TestBlocks:
             assert torch.equal(cut.sequences, whole.sequences[:, :end])
 
     def test_a_model_of_the_whole_text_takes_turns_with_one_of_blocks(self) -> None:
-        both = {"H": HEAVY, "L": random_dit(1, **(SHAPE | {"block_causal": None}))}
+        both = {"H": HEAVY, "L": WHOLE}
         out = draw(both, TWO, return_history=True)
         assert out.history is not None
         assert not bool((out.sequences == MASK).any())
@@ -172,3 +173,116 @@ class TestLikelihood:
         bound = mdkern.likelihood(model, input_ids=texts, samples=2048)
         assert bool(((bound.nats + log_prob).abs() < 4 * bound.standard_error).all())
         assert bool((bound.standard_error < 0.05 * bound.nats).all())
+
+
+def commits(ids: Tensor) -> list[int]:
+    """Of each sequence the finished blocks of the prompt, and all blocks to write but the last."""
+    return [row.index(MASK) // BLOCK + BLOCKS - 1 - row.index(MASK) // BLOCK for row in ids.tolist()]
+
+
+def assert_same(out: mdkern.SampleOutput, plain: mdkern.SampleOutput) -> None:
+    """The same samples from the same decoding passes, with and without the cache."""
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.stop_reason == plain.stop_reason
+    assert torch.equal(out.history.step, plain.history.step)
+    assert torch.equal(out.history.model, plain.history.model)
+    for model, passes in out.nfe.items():
+        assert torch.equal(passes - out.commits[model], plain.nfe[model])
+
+
+class TestCache:
+    """Keys and values of finished blocks are exact, so that the cache changes nothing but the passes."""
+
+    @pytest.mark.parametrize("name", STEPWISE)
+    @pytest.mark.parametrize(("schedule", "temperature"), [(ONE, 0.0), (TWO, 0.8)])
+    def test_the_same_as_without(self, name: str, schedule: mdkern.Schedule, temperature: float) -> None:
+        options = {"decoder": STEPWISE[name], "temperature": temperature, "return_history": True}
+        plain, out = (draw(MODELS, schedule, cache=cache, **options) for cache in ("none", "block"))
+        assert_same(out, plain)
+        if schedule is ONE:
+            assert out.commits["H"].tolist() == commits(prompts())
+        assert plain.commits is None
+
+    @pytest.mark.parametrize("decoder", ["threshold", decoders.Edit(0.5, 0.3, 3)])
+    def test_alone_or_among_others_in_any_order(self, decoder: Any) -> None:
+        ids = prompts((9, 0, 5, 3, 12, 1, 8, 4))
+        options = {"decoder": decoder, "cache": "block", "temperature": 0.7}
+        together = draw(input_ids=ids, **options)
+        assert together.nfe["H"].unique().numel() > 2
+        order = torch.tensor([6, 2, 7, 0, 5, 1, 4, 3])
+        for batch_size, rows in ((8, order), (2, order), *((1, order[i : i + 1]) for i in range(8))):
+            out = draw(input_ids=ids[rows], sample_ids=rows, batch_size=batch_size, **options)
+            assert torch.equal(out.sequences, together.sequences[rows])
+            assert torch.equal(out.nfe["H"], together.nfe["H"][rows])
+
+    def test_blocks_without_masks_are_passed_over(self) -> None:
+        ids = prompts((2,) * 4)
+        given = torch.tensor([[3, 1, 4, 1]])
+        ids[0, 4:8], ids[1, 8:12], ids[2, 4:12], ids[3, 8:] = given, given, given.repeat(1, 2), given[:, :1]
+        plain, out = (draw(input_ids=ids, cache=cache, return_history=True) for cache in ("none", "block"))
+        assert_same(out, plain)
+        assert out.commits["H"].tolist() == [3, 3, 3, 1]  # what lies behind the last mask is never seen
+
+    def test_an_end_of_text_needs_no_commit(self) -> None:
+        options = {"stop_at_eos": True, "input_ids": prompts((1,) * 12), "temperature": 1.0, "return_history": True}
+        plain, out = (draw(cache=cache, **options) for cache in ("none", "block"))
+        assert_same(out, plain)
+        assert sorted(set(out.stop_reason)) == ["all_revealed", "end_of_text"]
+        ended = [reason == "end_of_text" for reason in out.stop_reason]
+        expected = [(length // BLOCK if end else BLOCKS - 1) for length, end in zip(out.lengths.tolist(), ended)]
+        assert out.commits["H"].tolist() == expected
+        assert min(expected) < BLOCKS - 1
+
+    def test_guidance(self) -> None:
+        options = {"guidance_scale": 1.5, "return_history": True}
+        assert_same(draw(cache="block", **options), draw(**options))
+
+    @pytest.mark.parametrize(("before", "after"), [(0, 5), (4, 0), (8, 1)])
+    def test_padding(self, before: int, after: int) -> None:
+        whole = draw(cache="block")
+        ids = torch.nn.functional.pad(prompts(), (before, after), value=3)
+        mask = torch.nn.functional.pad(torch.ones_like(prompts()), (before, after))
+        out = draw(cache="block", input_ids=ids, attention_mask=mask)
+        assert torch.equal(out.sequences[:, before : before + LENGTH], whole.sequences)
+        assert torch.equal(out.nfe["H"], whole.nfe["H"])
+        assert torch.equal(out.commits["H"], whole.commits["H"])
+
+    def test_each_model_makes_its_own_keys_and_values(self) -> None:
+        """A schedule that changes the model in the middle of a block: the other one commits all blocks before."""
+        options = {"decoder": "top_probability", "input_ids": prompts((0,)), "return_history": True}
+        schedule = mdkern.Schedule("L1 H6 L5")  # three steps a block: H works on blocks 0, 1 and 2, then L on 2 and 3
+        out = draw(MODELS, schedule, cache="block", **options)
+        assert_same(out, draw(MODELS, schedule, **options))
+        assert {name: count.tolist() for name, count in out.commits.items()} == {"H": [2], "L": [3]}
+
+    def test_a_pass_runs_one_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        denoiser = mdkern.adapt(HEAVY)
+        run = type(denoiser).window_hidden
+
+        def watched(self: Any, cache: Tensor, ids: Tensor, *rest: Any) -> Tensor:
+            seen.append(tuple(ids.shape))
+            return run(self, cache, ids, *rest)
+
+        monkeypatch.setattr(type(denoiser), "window_hidden", watched)
+        monkeypatch.setattr(type(denoiser), "hidden", None)
+        out = draw(denoiser, cache="block", batch_size=7)
+        assert set(seen) == {(7, BLOCK)}
+        assert len(seen) == int(out.nfe["H"].max())  # no sequence waits for another
+
+
+class TestRefusedCaches:
+    @pytest.mark.parametrize(
+        ("model", "schedule", "options", "message"),
+        [
+            (HEAVY, None, {"cache": "dual"}, "cache='block' is as fast and exact"),
+            (HEAVY, None, {"cache": "block", "decoder": "ancestral"}, "needs a decoder that looks at the model"),
+            (WHOLE, None, {"cache": "block"}, r"model H \(DiT-2\) sees the whole text"),
+            ({"H": HEAVY, "L": WHOLE}, TWO, {"cache": "block"}, r"model L \(DiT-2\) sees the whole text"),
+            (HEAVY, None, {"cache": "block", "block_length": 2}, "block_length must be 4"),
+        ],
+    )
+    def test_with_what_to_do(self, model: Any, schedule: Any, options: dict[str, Any], message: str) -> None:
+        defaults = {"steps_per_block": None} if model is WHOLE else {}
+        with pytest.raises(ValueError, match=message):
+            draw(model, schedule, **(defaults | options))
