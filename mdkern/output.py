@@ -46,8 +46,8 @@ class SampleOutput(ModelOutput):
         sequences: int64 ``[N, L]``, without masks.
         sample_ids: int64 ``[N]``, the sample numbers.
         nfe: number of forward passes of each sequence, int64 ``[N]`` for each name of a denoiser.
-        commits: with ``cache="block"`` how many of them revealed nothing, because they only ran a finished block, or one
-            of the prompt, for its keys and values; else None.
+        commits: with ``cache="block"`` how many of them revealed nothing, because they only ran a finished block, or
+            one of the prompt, for its keys and values; else None.
         tokens_per_forward: float32 ``[N]``, tokens revealed per forward pass.
         steps: int64 ``[N]``, steps until the last token was revealed, whether or not they needed a forward pass.
         stop_reason: ``"all_revealed"`` or ``"end_of_text"``, for each sequence.

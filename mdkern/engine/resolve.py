@@ -219,8 +219,8 @@ def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapp
     if cache == "block" and len(causal) < len(denoisers):
         name = next(name for name in denoisers if name not in causal)
         raise ValueError(
-            f"cache='block' needs block-causal models: model {name} ({denoisers[name].name}) sees the whole text, so that"
-            " its keys and values change with every token. cache='dual' approximates them"
+            f"cache='block' needs block-causal models: model {name} ({denoisers[name].name}) sees the whole text, so"
+            " that its keys and values change with every token. cache='dual' approximates them"
         )
     return cache
 

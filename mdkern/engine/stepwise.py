@@ -143,7 +143,12 @@ def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, propose: Prop
 
 
 def run_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, kind: str, tick: Callable[..., None]) -> None:
-    """Run a segment's steps until no slot has work. `tick` is `decode_tick` or a step like it, `kind` keys its graph."""
+    """Run a segment's steps until no slot has work.
+
+    Args:
+        kind: names the step in the key of its graph.
+        tick: `decode_tick`, or a step like it.
+    """
     denoiser, settings, state, progress = segment.denoiser, segment.settings, segment.state, segment.progress
     step = partial(tick, denoiser, settings=settings, state=state, progress=progress, model=segment.model)
     graph = None

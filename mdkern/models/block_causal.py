@@ -60,7 +60,7 @@ def window_mask(columns: Tensor, length: int, block_length: int, attention_mask:
 
 
 def mask_at(mask: Tensor | None, positions: Tensor) -> Tensor | None:
-    """The rows of a mask of `with_padding` or `window_mask` for the queries at ``positions [B, R]``, broadcastable to ``[B, H, R, K]``."""
+    """A mask of `with_padding` or `window_mask` at queries ``positions [B, R]``, broadcastable to ``[B, H, R, K]``."""
     if mask is None or mask.shape[-2] == 1:
         return mask
     if mask.ndim == 2:

@@ -397,7 +397,12 @@ CASES = [
     # Decoders, blocks and devices.
     refuse("block_length", ValueError, "block_length must be a whole number of at least 1, not 0", block_length=0),
     refuse("cache", ValueError, "cache must be one of 'none', 'prefix', 'dual', 'block', not 'both'", cache="both"),
-    refuse("cache of another type", ValueError, "cache must be one of 'none', 'prefix', 'dual', 'block', not True", cache=True),
+    refuse(
+        "cache of another type",
+        ValueError,
+        "cache must be one of 'none', 'prefix', 'dual', 'block', not True",
+        cache=True,
+    ),
     refuse(
         "cache with an order drawn beforehand",
         ValueError,

@@ -12,10 +12,14 @@ from torch import Tensor
 import mdkern
 from mdkern import DiT, decoders
 from mdkern.decoders import Stepwise
+from mdkern.engine import block_cached, cached, graphs, stepwise
+from mdkern.engine.resolve import resolve
+from mdkern.engine.state import SamplerState
 from tests.conftest import random_dit
 from tests.engine.test_stepwise import STEPWISE
 from tests.references.slow_sampler import Outcome, decode
 from tests.references.stale_cache import StaleDiT
+from tests.test_sampling import OPEN
 
 LENGTH, BLOCK, MASK = 14, 4, 9
 SHAPE = {"vocab_size": 10, "mask_id": MASK, "eos_id": 2, "max_length": 24, "block_causal": BLOCK}
@@ -286,3 +290,69 @@ class TestRefusedCaches:
         defaults = {"steps_per_block": None} if model is WHOLE else {}
         with pytest.raises(ValueError, match=message):
             draw(model, schedule, **(defaults | options))
+
+
+ON_GPU = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2, "block_causal": 8}
+
+
+@pytest.mark.gpu
+class TestGpu:
+    def draw(self, dtype: torch.dtype = torch.float32, device: str = "cuda", **changes: Any) -> mdkern.SampleOutput:
+        heavy, light = (random_dit(seed, num_blocks=2, **ON_GPU).to(device, dtype) for seed in (0, 1))
+        ids = torch.full((7, 44), 69, device=device)
+        ids[2:, :9], ids[4:, :21] = 5, 6
+        options = {"steps_per_block": 4, "seed": 1, "batch_size": 3, "decoder": STEPWISE["threshold"]}
+        return mdkern.sample(heavy, light, TWO, input_ids=ids, **(options | changes))
+
+    @pytest.mark.parametrize("name", ["top probability", "threshold", "edit"])
+    def test_device_loop_replays_and_eager_agree(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        options = {"decoder": STEPWISE[name], "cache": "block", "temperature": 0.8}
+        graphs.clear()
+        looped, again = self.draw(**options), self.draw(**options)
+        kept = [graph for space in graphs._idle for graph in space.graphs.values()]
+        assert any(graph.loop is not None for graph in kept)
+        del kept
+        graphs.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "make_loop", lambda *_: None)
+            replayed = self.draw(**options)
+        graphs.clear()
+        for other in (again, replayed, self.draw(cuda_graphs=False, **options)):
+            assert torch.equal(looped.sequences, other.sequences)
+            assert all(torch.equal(looped.nfe[model], other.nfe[model]) for model in "HL")
+            assert all(torch.equal(looped.commits[model], other.commits[model]) for model in "HL")
+
+    @pytest.mark.parametrize("name", ["top probability", "threshold"])
+    def test_in_float32_the_cache_changes_nothing(self, name: str) -> None:
+        plain, out = (self.draw(decoder=STEPWISE[name], cache=cache) for cache in ("none", "block"))
+        assert torch.equal(out.sequences, plain.sequences)
+        assert all(torch.equal(out.nfe[model] - out.commits[model], plain.nfe[model]) for model in "HL")
+
+    def test_in_bfloat16_it_runs_to_the_end(self) -> None:
+        out = self.draw(torch.bfloat16, cache="block")
+        assert not bool((out.sequences == 69).any())
+        assert sum(out.commits.values()).tolist() == sum(self.draw(cache="block").commits.values()).tolist()
+
+    def test_no_host_synchronisation_in_a_step(self) -> None:
+        model = random_dit(0, num_blocks=2, **ON_GPU).to("cuda")
+        ids = torch.full((4, 44), 69, device="cuda")
+        ids[1:, :19] = 5
+        asked = {"input_ids": ids, "length": None, "num_samples": None, "seed": 0, "cache": "block"}
+        request = resolve(model, None, None, **(OPEN | asked | {"decoder": "threshold"}))
+        state, settings = SamplerState.of(request), stepwise.Settings.of(request)
+        progress = stepwise.prepare(request, settings, state, None)
+        denoiser = request.denoisers["H"]
+        cache = cached.keys_and_values(stepwise.SegmentRun(denoiser, 0, ids, settings, state, progress, None))
+        with torch.no_grad():
+            for turn in range(4):
+                if turn == 1:  # kernels are compiled
+                    progress.begin_segment(state, settings, request.steps)
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    block_cached.block_tick(denoiser, denoiser.head, settings, state, progress, 0, cache)
+                finally:
+                    if turn == 3:
+                        torch.cuda.set_sync_debug_mode("default")
+        assert progress.commits[0, 1:4].tolist() == [2] * 3
+        assert int((state.input_ids[:4] != 69).sum()) > 3 * 19

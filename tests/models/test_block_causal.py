@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mdkern import DiT, DiTConfig
-from mdkern.models import load_dit
-from mdkern.models.block_causal import block_mask, paired_hidden, paired_mask
+from mdkern.models import dit_fused, dit_window, load_dit
+from mdkern.models.block_causal import block_mask, paired_hidden, paired_mask, with_padding
 from tests.conftest import SHAPE, random_dit
 
 LENGTH, BLOCK, MASK = 16, 4, 10
@@ -96,6 +96,43 @@ def test_a_block_as_long_as_the_text_is_attention_to_all_of_it() -> None:
     torch.testing.assert_close(paired_hidden(model, noised(ids), ids), everything.hidden(noised(ids)), **CLOSE)
 
 
+PADDING = [None, torch.arange(LENGTH) < torch.tensor([[13], [9]]), torch.arange(LENGTH) >= torch.tensor([[4], [0]])]
+
+
+@pytest.mark.parametrize("mask", PADDING)
+@pytest.mark.parametrize("positions", [None, torch.tensor([[4, 7, 12], [8, 6, 5]])])
+def test_the_pass_for_gpus_has_the_same_mask(mask: Tensor | None, positions: Tensor | None) -> None:
+    model, ids = model_and_ids()
+    with torch.no_grad():
+        ours = dit_fused.hidden(model, ids, None, positions, with_padding(model.own_mask(LENGTH), mask))
+        theirs = model.plain_hidden(ids, None, positions, mask)
+    seen = slice(None) if mask is None or positions is not None else mask
+    torch.testing.assert_close(ours[seen], theirs[seen], **CLOSE)
+
+
+@pytest.mark.parametrize("run", [dit_window.plain_window_hidden, dit_window.fused_window_hidden])
+@pytest.mark.parametrize("mask", PADDING)
+def test_windows_of_whole_blocks_are_exact(run: object, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From left to right, of one block or several, each sequence at its own; whatever lies behind, or was there."""
+    model, ids = model_and_ids()
+    full = model.plain_hidden(ids, attention_mask=mask)
+    cache = torch.randn(dit_window.cache_shape(model.config, 2, LENGTH), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(dit_window, "plain_window_hidden", run)
+    firsts, widths = ([0, 0], [4, 0], [8, 4], [8, 12]), (4, 4, 8, 4)
+    for first, width in zip(firsts, widths):
+        columns = torch.tensor(first)[:, None] + torch.arange(width)
+        positions = torch.tensor([[0, width - 1, 1], [2, 2, 0]])
+        with torch.no_grad():
+            states = dit_window.window_hidden(
+                model, cache, ids.gather(1, columns), columns, positions, attention_mask=mask
+            )
+        wanted = columns.gather(1, positions)
+        seen = torch.ones_like(wanted, dtype=torch.bool) if mask is None else mask.gather(1, wanted)
+        expected = full.gather(1, wanted[..., None].expand(-1, -1, full.shape[-1]))
+        torch.testing.assert_close(states[seen], expected[seen], **CLOSE)
+        assert states.isfinite().all()
+
+
 def test_the_block_length_is_saved(tmp_path: Path) -> None:
     model, ids = model_and_ids()
     model.save_pretrained(tmp_path / "model")
@@ -116,3 +153,32 @@ def test_the_block_length_is_saved(tmp_path: Path) -> None:
 def test_impossible_blocks_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiTConfig(**(SHAPE | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [256, 301])
+def test_gpu_passes_are_as_exact_as_the_modules(padded: bool, length: int) -> None:
+    """In bfloat16, the passes over whole texts and over windows against float64."""
+    shape = {"vocab_size": 400, "mask_id": 399, "width": 256, "num_heads": 4, "max_length": 512, "num_blocks": 3}
+    exact = random_dit(block_causal=32, **shape).to("cuda", torch.bfloat16).double()
+    model = random_dit(block_causal=32, **shape).to("cuda", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(399, (3, length), generator=generator).cuda()
+    mask = None
+    if padded:
+        column = torch.arange(length, device="cuda")
+        mask = torch.stack((column < 170, column >= 64, column < length))
+    columns = torch.tensor([64, 128, 96], device="cuda")[:, None] + torch.arange(32, device="cuda")
+    positions = torch.arange(0, 32, 5, device="cuda").expand(3, -1)
+    wanted = columns.gather(1, positions)
+    cache = torch.zeros(dit_window.cache_shape(model.config, 3, length), dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        assert dit_fused.covers(model)
+        want = exact.hidden(ids, None, wanted, mask)
+        bound = 2 * float((model.plain_hidden(ids, None, wanted, mask) - want).norm())
+        assert float((model.hidden(ids, None, wanted, mask) - want).norm()) < bound
+        dit_window.window_hidden(model, cache, ids, None, positions, attention_mask=mask)
+        window = ids.gather(1, columns)
+        states = dit_window.window_hidden(model, cache, window, columns, positions, attention_mask=mask)
+        assert float((states - want).norm()) < bound
