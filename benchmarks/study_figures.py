@@ -7,7 +7,7 @@ colour for a thing in all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,16 @@ from matplotlib.patches import Patch
 
 from benchmarks.harness import RESULTS
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
-from benchmarks.study_tables import FITTED, PAPER_SHARES, REFERENCE, Shown, margin, part
+from benchmarks.study_tables import (
+    FITTED,
+    OF_WIKIPEDIA,
+    PAPER_SHARES,
+    REFERENCE,
+    WIKIPEDIA,
+    Shown,
+    margin,
+    part,
+)
 from mdkern.digest import digest
 
 if TYPE_CHECKING:
@@ -191,20 +200,26 @@ FIGURES: dict[str, Callable[[Figure, Shown], None]] = {
 }
 
 
+def present() -> Iterator[tuple[str, Callable[[Figure, Shown], None], Shown]]:
+    """The figures whose parts have been measured: a name of each, how it is drawn, and from what."""
+    for text in ("", WIKIPEDIA):
+        for name, draw in FIGURES.items():
+            shown = part(name, text) if not text or name in OF_WIKIPEDIA else None
+            if shown is not None:
+                yield f"{text}{name}", draw, shown
+
+
 def draw_all(folder: Path = RESULTS) -> list[Path]:
     """Draw the figures whose parts have been measured."""
     import matplotlib
     from matplotlib.figure import Figure
 
     drawn = []
-    for name, draw in FIGURES.items():
-        shown = part(name)
-        if shown is None:
-            continue
+    for name, draw, shown in present():
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same names of clip paths in each run
             figure = Figure(layout="constrained")
             draw(figure, shown)
-            path = folder / f"study-{name.replace('_', '-')}.svg"
+            path = folder / shown.figure
             figure.savefig(path, metadata={"Date": None, "Description": source_of(shown)})
         drawn.append(path)
     return drawn

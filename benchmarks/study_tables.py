@@ -18,7 +18,8 @@ from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
 
-PAIR, FAMILY = "shipped", "family"  # of the files study-….json: two models, and six
+PAIR, FAMILY, WIKIPEDIA = "shipped", "family", "wikipedia"  # of the files study-….json: two models, six, two others
+OF_FAMILY = "light_size", "three_models", "bounds"  # parts that are about all models of a study
 REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
 MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
 EDGES = "L250 H750", "H750 L250"
@@ -43,11 +44,19 @@ class Shown(NamedTuple):
     found: dict[str, Any]
     content: dict[str, Any]
     environment: dict[str, Any]
+    name: str = ""  # of the part
+    text: str = ""  # the text it is about, if not the shipped models'
 
     @property
     def caption(self) -> str:
         blocks = sorted(set(self.content["setting"]["blocks"].values()))
-        return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(blocks)} blocks"
+        chosen = blocks if self.name in OF_FAMILY else sorted({blocks[0], blocks[-1]})
+        return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(chosen)} blocks"
+
+    @property
+    def figure(self) -> str:
+        """The file name of its figure."""
+        return "-".join(("study", *filter(None, [self.text]), self.name.replace("_", "-"))) + ".svg"
 
 
 REPETITIVE = 1.0  # nats of token entropy less than the ancestral sampler's: repetition that a judge likes
@@ -63,16 +72,22 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def part(name: str) -> Shown | None:
-    """What is shown under a name, if it has been measured: a part's results, or those of two together."""
-    content = read(FAMILY if name in ("light_size", "three_models") else PAIR)
-    names = ("path", "measures") if name == "measures" else (name,)
-    if content is None or any(name not in content["parts"] for name in names):
-        return None
-    entries = [content["parts"][name] for name in names]
-    return Shown(
-        {key: value for entry in entries for key, value in entry["found"].items()}, content, entries[-1]["environment"]
-    )
+def part(name: str, text: str = "") -> Shown | None:
+    """What is shown under a name, if it has been measured: a part's results, or those of two together.
+
+    Args:
+        text: `WIKIPEDIA`, or nothing: then of the family, which has the shipped pair in it, and else of the pair.
+    """
+    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR)) if content is not None]
+    shown = []
+    for key in ("path", "measures") if name == "measures" else (name,):
+        content = next((content for content in files if key in content["parts"]), None)
+        if content is None:
+            return None
+        shown.append((content, content["parts"][key]))
+    found = {key: value for _, entry in shown for key, value in entry["found"].items()}
+    content, entry = shown[-1]
+    return Shown(found, content, entry["environment"], name, text)
 
 
 def sure(value: Mapping[str, Any]) -> bool:
@@ -99,8 +114,8 @@ def rise(value: Mapping[str, Any]) -> str:
     return f"{100 * math.expm1(value['mean']):+.1f}"
 
 
-def picture(name: str, title: str) -> str:
-    return f"![{title}](../benchmarks/results/study-{name}.svg)\n\n"
+def picture(shown: Shown, title: str) -> str:
+    return f"![{title}](../benchmarks/results/{shown.figure})\n\n"
 
 
 def hand_made(shown: Shown) -> str:
@@ -120,7 +135,7 @@ def hand_made(shown: Shown) -> str:
     )
     title = "Judge's nats a token over all heavy, by schedule and ratio of steps to tokens"
     verdicts = "".join(f"- T/L = {row['ratio']:g}: {order_verdict(row['points'])}\n" for row in rows)
-    return picture("hand-made", title) + caption + markdown(header, body) + "\n" + verdicts
+    return picture(shown, title) + caption + markdown(header, body) + "\n" + verdicts
 
 
 def quarters_in_order() -> list[str]:
@@ -174,7 +189,7 @@ def shares(shown: Shown) -> str:
         f"are at most {apart:.1f} points apart.\n"
     )
     title = "Perplexity's rise and wall-clock saved over the share of light steps, beside the paper's"
-    return picture("shares", title) + caption + markdown(["light steps", *points], rows) + verdict
+    return picture(shown, title) + caption + markdown(["light steps", *points], rows) + verdict
 
 
 def light_size(shown: Shown) -> str:
@@ -239,7 +254,7 @@ def search(shown: Shown) -> str:
     )
     title = "The search's best and worst schedules, how often each segment is light among them, and its influence"
     header = ["segment", *(f"{segment + 1}" for segment in range(count))]
-    return picture("search", title) + caption + markdown(header, rows) + verdict
+    return picture(shown, title) + caption + markdown(header, rows) + verdict
 
 
 def measures(shown: Shown) -> str:
@@ -262,7 +277,7 @@ def measures(shown: Shown) -> str:
         f"middle, {shared[2]:.0%} to the last.\n"
     )
     title = "Loss difference, KL and path KL over the diffusion time"
-    return picture("measures", title) + caption + verdict
+    return picture(shown, title) + caption + verdict
 
 
 def prediction(shown: Shown) -> str:
@@ -306,7 +321,7 @@ def fitted(shown: Shown) -> str:
     )
     header = ["light", "sandwich", *(FITTED[name] for name in names)]
     table = markdown(header, body)
-    return picture("fitted", title) + caption + table + "\n" + fitted_verdict(rows) + "\nWhat was fitted:\n\n" + chosen
+    return picture(shown, title) + caption + table + "\n" + fitted_verdict(rows) + "\nWhat was fitted:\n\n" + chosen
 
 
 def fitted_verdict(rows: list[dict[str, Any]]) -> str:
@@ -328,6 +343,9 @@ def fitted_verdict(rows: list[dict[str, Any]]) -> str:
     return f"**No fitted schedule is better than the sandwich beyond two standard errors.** {rest}"
 
 
+THREE = {"two models": "two models, path KL", "three models": "three, path KL", "three by hand": "three by hand"}
+
+
 def three_models(shown: Shown) -> str:
     rows = []
     for row in shown.found["rows"]:
@@ -336,23 +354,26 @@ def three_models(shown: Shown) -> str:
             [
                 f"{100 * row['light']:.0f} %",
                 score(points["sandwich"]["score"]),
-                *(difference(points[name]["over"]["sandwich"]) for name in ("two models", "three models")),
-                f"`{points['three models']['schedule']}`",
+                *(difference(points[name]["over"]["sandwich"]) for name in THREE),
+                *(f"`{points[name]['schedule']}`" for name in THREE if name != "two models"),
             ]
         )
     caption = (
         f"{shown.caption}; {shown.found['num_samples']:,} samples a point, M of {shown.found['middle']} blocks.\n\n"
     )
-    gains = [
-        row["light"]
-        for row in shown.found["rows"]
-        if sure(row["points"]["three models"]["over"]["sandwich"])
-        and row["points"]["three models"]["over"]["sandwich"]["mean"] < 0
-    ]
-    at = listed(f"{100 * light:.0f} %" for light in gains) if gains else "no budget"
-    header = ["FLOPs of a sandwich with", "sandwich", "two models, path KL", "three models, path KL", "schedule"]
-    verdict = f"\nThree models are better than the sandwich of two beyond two standard errors at {at}.\n"
-    return caption + markdown(header, rows) + verdict
+    header = ["FLOPs of a sandwich with", "sandwich", *THREE.values(), "fitted", "by hand"]
+    verdict = "".join(f"- {label}: {against_sandwich(shown.found['rows'], name)}\n" for name, label in THREE.items())
+    return caption + markdown(header, rows) + "\nAgainst the sandwich of two, beyond two standard errors:\n\n" + verdict
+
+
+def against_sandwich(rows: list[dict[str, Any]], name: str) -> str:
+    """At which budgets a kind of schedule is better and worse than the sandwich."""
+    over = {row["light"]: row["points"][name]["over"]["sandwich"] for row in rows}
+    said = []
+    for word, sign in (("better", -1), ("worse", 1)):
+        at = [f"{100 * light:.0f} %" for light, gap in over.items() if sure(gap) and sign * gap["mean"] > 0]
+        said.append(f"{word} at {listed(at) if at else 'no budget'}")
+    return ", ".join(said) + "."
 
 
 def decoders(shown: Shown) -> str:
@@ -428,8 +449,57 @@ def yardstick(shown: Shown) -> str:
     return caption + markdown(header, rows) + verdict
 
 
-def drawn(name: str, draw: Callable[[Shown], str]) -> str:
-    shown = part(name)
+def order(shown: Shown) -> str:
+    found = shown.found
+    rows, verdicts = [], []
+    for name, points in ({"random": found["any_order"]} | found["decoders"]).items():
+        rows.append(
+            [
+                name,
+                score(points["all heavy"]["nats"]),
+                *(difference(point["over"]["all heavy"]) for label, point in points.items() if label != "all heavy"),
+                f"{sum(points['all heavy']['passes'].values()):.0f}" if name != "random" else "–",
+            ]
+        )
+        verdicts.append(f"{name}: {order_of_quarters(points)}")
+    labels = [label for label in found["any_order"] if label != "all heavy"]
+    caption = (
+        f"{shown.caption}; {found['windows']} windows of held-out text, T = {found['steps']}. -log p, nats a "
+        "token, and over all heavy; of random orders the any-order bound.\n\n"
+    )
+    header = ["order", "all heavy", *labels, "passes"]
+    return caption + markdown(header, rows) + "\n" + "; ".join(verdicts) + ".\n"
+
+
+def order_of_quarters(points: Mapping[str, Any]) -> str:
+    """Where a quarter of light steps costs least, and how surely."""
+    quarters = [label for label in points if label.startswith("25 %")]
+    best = min(quarters, key=lambda label: points[label]["nats"]["mean"])
+    gap = points[best]["over"]["25 % sandwich"]
+    if best == "25 % sandwich":
+        return "the sandwich costs least"
+    return f"{best} costs least, {difference(gap)} over the sandwich"
+
+
+def bounds(shown: Shown) -> str:
+    found = shown.found
+    ordered = sorted(found["points"].items(), key=lambda item: (item[1]["blocks"], item[0]))
+    rows = [
+        [
+            name,
+            f"{point['parameters'] / 1e6:.2f}",
+            score(point["bound"]),
+            "–" if name == found["heavy"] else difference(point["over"][found["heavy"]]),
+        ]
+        for name, point in ordered
+    ]
+    caption = f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each.\n\n"
+    header = ["model, by its blocks", "parameters, M", "any-order bound, nats a token", f"over {found['heavy']}"]
+    return caption + markdown(header, rows)
+
+
+def drawn(name: str, draw: Callable[[Shown], str], text: str = "") -> str:
+    shown = part(name, text)
     return ABSENT if shown is None else draw(shown)
 
 
@@ -447,8 +517,13 @@ PARTS: dict[str, Callable[[Shown], str]] = {
         decoders,
         prompted,
         yardstick,
+        order,
+        bounds,
     )
 }
+OF_WIKIPEDIA = "hand_made", "search", "measures", "prediction", "fitted", "yardstick", "bounds"
 TABLES: dict[str, Callable[[], str]] = {
-    f"study-{name.replace('_', '-')}": partial(drawn, name, draw) for name, draw in PARTS.items()
+    "-".join(("study", *filter(None, [text]), name.replace("_", "-"))): partial(drawn, name, PARTS[name], text)
+    for text, names in (("", tuple(PARTS)), (WIKIPEDIA, OF_WIKIPEDIA))
+    for name in names
 }

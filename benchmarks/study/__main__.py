@@ -24,12 +24,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, default="small", help="(default: small, minutes on a CPU)")
     parser.add_argument("--samples", metavar="N", type=int, help="a point, instead of the size's number")
+    parser.add_argument("--length", metavar="L", type=int, help="tokens of a text, instead of the size's")
     parser.add_argument("--parts", metavar="NAME", nargs="+", default=list(ORDER), help=", ".join(ORDER))
     parser.add_argument("--minutes", metavar="M", type=float, help="leave out parts that will not fit")
     parser.add_argument("--models", metavar="FOLDER", type=Path, help="with 4, 12, 12b … and tokenizer in it")
     parser.add_argument("--judge", metavar="FOLDER", type=Path, default=JUDGE, help="(default: the one here)")
     parser.add_argument("--data", metavar="FILE", type=Path, help="held-out text, .txt or .txt.xz")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(default: full: benchmarks/results, else runs/)")
+    parser.add_argument(
+        "--with",
+        dest="parts_of",
+        metavar="FILE",
+        type=Path,
+        help="results on the same pair, for parts that others need and --output does not have",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure parts anew that are there")
     parser.add_argument("--list", action="store_true", help="say what each part would take, and run none")
@@ -46,9 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     path = asked.output or folder / f"study-{pair}.json"
     try:
         names = in_order(asked.parts)
-        size = SIZES[asked.size] if asked.samples is None else replace(SIZES[asked.size], samples=asked.samples)
+        changes = {name: getattr(asked, name) for name in ("samples", "length") if getattr(asked, name) is not None}
+        size = replace(SIZES[asked.size], **changes)
         study = load_study(size, asked.device, asked.models, asked.judge, asked.data, asked.seed)
-        record = Record(path, study)
+        record = Record(path, study, asked.parts_of)
     except ValueError as error:
         parser.error(str(error))
     calibrate(study, budget)

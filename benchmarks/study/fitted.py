@@ -5,6 +5,7 @@ Sedykh et al., 2604.02340, Figures 2 to 6 and 10; what the fitted schedules are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -276,7 +277,10 @@ def fitted_passes(study: Study) -> float:
 
 
 def three_models(study: Study) -> dict[str, Any]:
-    """A model between the two as a third: fitted by the path KL at the FLOPs of each sandwich of two."""
+    """A model between the two as a third, at the FLOPs of each sandwich of two: fitted by the path KL, and by hand.
+
+    What is fitted is what `Schedule.optimize` gives for each budget; the path is walked once for all of them.
+    """
     middle = study.between[len(study.between) // 2]
     models = {"H": study.models[study.heavy], "M": study.models[middle], "L": study.models[study.light]}
     costs = study.cost(models)
@@ -291,14 +295,28 @@ def three_models(study: Study) -> dict[str, Any]:
             "sandwich": sandwich(share),
             "two models": segments_of(best_schedule(two, {name: costs[name] for name in "HL"}, budget), GRID),
             "three models": segments_of(best_schedule(harm, costs, budget), GRID),
+            "three by hand": terraces(share, costs),
         }
     return {"middle": middle, **held_out(study, plans, models)}
 
 
+def terraces(light: float, costs: Mapping[str, float]) -> Models:
+    """A sandwich of three, `L M H M L`, of the sandwich's cost or a little less.
+
+    It has two thirds of the sandwich's light steps, and as many of M as save what the last third saves.
+    """
+    wanted = light * GRID * (1.0 - costs["L"])  # saved, in heavy segments
+    few = round(light * GRID / 3)  # of L, at each end
+    many = math.ceil((wanted - 2 * few * (1.0 - costs["L"])) / (1.0 - costs["M"]) / 2 - 1e-9)
+    many = max(0, min(many, GRID // 2 - few))
+    side = ("L",) * few + ("M",) * many
+    return side + ("H",) * (GRID - 2 * len(side)) + side[::-1]
+
+
 def three_models_passes(study: Study) -> float:
     size, light = study.size, study.cost(study.pair)["L"]
-    runs = sum(3 * cheapest_for(share, {"L": light}) for share in BUDGETS)
-    compared = size.samples * (runs * events(size.steps(), size.length) + 3 * JUDGING * len(BUDGETS))
+    runs = sum(4 * cheapest_for(share, {"L": light}) for share in BUDGETS)
+    compared = size.samples * (runs * events(size.steps(), size.length) + 4 * JUDGING * len(BUDGETS))
     return compared + 2 * path_passes(study)
 
 

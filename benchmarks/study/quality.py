@@ -22,8 +22,7 @@ from benchmarks.study.setting import (
 )
 from mdkern import Schedule, sample
 from mdkern.decoders import Ancestral, Decoder, EntropyBound, Threshold, TopProbability
-from mdkern.evaluation.intervals import estimate, rank_correlation
-from mdkern.evaluation.likelihood import likelihood
+from mdkern.evaluation.intervals import estimate
 from mdkern.evaluation.search import Models
 from mdkern.evaluation.text import token_entropy
 
@@ -184,48 +183,10 @@ def decoders_passes(study: Study) -> float:
     return study.size.decoder_samples * len(DECODERS) * (1.5 * study.size.length * costs + JUDGING * len(PLACES))
 
 
-def yardstick(study: Study) -> dict[str, Any]:
-    """The any-order bound of held-out text under the paper's schedules, beside the judge's score of their samples."""
-    size, ids = study.size, study.texts(study.size.windows)
-    bound = dict[str, torch.Tensor]()
-    for label, schedule in HAND_MADE.items():
-        found = likelihood(
-            study.pair,
-            Schedule.from_segments(schedule),
-            input_ids=ids,
-            samples=size.masks,
-            batch_size=size.batch_size,
-            seed=study.seed,
-        )
-        bound[label] = (found.nats / found.tokens).cpu()
-    rows = {row["ratio"]: row["points"] for row in study.found["hand_made"]["rows"]}
-    judged = {label: point["score"]["mean"] for label, point in rows[1.0].items()}
-    mean = torch.tensor([float(bound[label].mean()) for label in HAND_MADE])
-    return {
-        "windows": len(ids),
-        "masks": size.masks,
-        "points": {
-            label: {
-                "bound": estimate(bound[label]).as_dict(),
-                "over": differences(bound[label], {base: bound[base] for base in (REFERENCE, SANDWICH)}),
-                "judge": rows[1.0][label]["score"],
-            }
-            for label in HAND_MADE
-        },
-        "rank_correlation": rank_correlation(mean, torch.tensor([judged[label] for label in HAND_MADE])),
-    }
-
-
-def yardstick_passes(study: Study) -> float:
-    costs = study.cost(study.pair)
-    return study.size.windows * study.size.masks * sum(sum(map(costs.__getitem__, s)) / 8 for s in HAND_MADE.values())
-
-
 PARTS = {
     "hand_made": Part(hand_made, hand_made_passes),
     "shares": Part(shares, shares_passes),
     "light_size": Part(light_size, light_size_passes, between=True),
     "prompted": Part(prompted, prompted_passes, text=True),
     "decoders": Part(decoders, decoders_passes),
-    "yardstick": Part(yardstick, yardstick_passes, needs=("hand_made",), text=True),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import seconds, write_text_whole
-from benchmarks.study import fitted, quality
+from benchmarks.study import fitted, likelihoods, quality
 from benchmarks.study.setting import JUDGING, Part, Study, events
 from mdkern import sample
 
@@ -27,24 +27,32 @@ ORDER = (
     "decoders",
     "prompted",
     "yardstick",
+    "order",
+    "bounds",
     "light_size",
     "three_models",
 )
-PARTS: dict[str, Part] = {name: (quality.PARTS | fitted.PARTS)[name] for name in ORDER}
+PARTS: dict[str, Part] = {name: (quality.PARTS | fitted.PARTS | likelihoods.PARTS)[name] for name in ORDER}
+BY_MODEL = "models", "blocks"  # settings with an entry for each model
 Say = Callable[[str], None]
 
 
 class Record:
     """The study's file: its setting, and each part with its machine, its seconds and its expected passes."""
 
-    def __init__(self, path: Path, study: Study) -> None:
+    def __init__(self, path: Path, study: Study, other: Path | None = None) -> None:
         """Begin a file, or go on with one of the same setting; parts that are there become `Study.found`.
 
+        Args:
+            other: the file of a study of the same pair, for parts that others need and that this file does not have.
+
         Raises:
-            ValueError: the file is of another study.
+            ValueError: a file is of another study.
         """
         self.path, self.study, self.setting = path, study, study.setting()
         self.parts: dict[str, Any] = {}
+        # A digest of weights holds for one version of the package: of another study the blocks are compared alone.
+        self.others = {} if other is None else self.read(other, without="models")["parts"]
         path.parent.mkdir(parents=True, exist_ok=True)
         study.search_file = path.with_name(f"{path.stem}-search.jsonl")
         self.refresh()
@@ -56,16 +64,24 @@ class Record:
             ValueError: the file is of another study.
         """
         if self.path.exists():
-            content = json.loads(self.path.read_text())
+            content = self.read(self.path)
+            # Text and models may come later, or not be at hand any more.
             known = {key: value for key, value in content["setting"].items() if value is not None}
-            mine = {key: value for key, value in self.setting.items() if value is not None}
-            differing = [key for key in known if key in mine and known[key] != mine[key]]
-            if differing:
-                where = ", ".join(differing)
-                raise ValueError(f"{self.path} is of another study (it differs in {where}): give another file")
-            self.setting |= known  # text may come later, or not be at hand any more
+            self.setting |= known | {name: self.setting[name] | known[name] for name in BY_MODEL}
             self.parts = content["parts"]
-        self.study.found = {name: part["found"] for name, part in self.parts.items()}
+        self.study.found = {name: part["found"] for name, part in (self.others | self.parts).items()}
+
+    def read(self, path: Path, without: str = "") -> dict[str, Any]:
+        """A file of results. Raises ValueError if it is of another study, by all settings but `without`."""
+        if not path.is_file():
+            raise ValueError(f"{path} is not there")
+        content: dict[str, Any] = json.loads(path.read_text())
+        known, mine = content["setting"], self.setting
+        both = [key for key in known if key != without and known[key] is not None and mine.get(key) is not None]
+        differing = [key for key in both if not agree(key, known[key], mine[key])]
+        if differing:
+            raise ValueError(f"{path} is of another study (it differs in {', '.join(differing)}): give another file")
+        return content
 
     def keep(self, name: str, found: dict[str, Any], took: float, passes: float) -> None:
         """Write a part beside those that are there, the file whole or not at all."""
@@ -81,6 +97,13 @@ class Record:
             self.study.found[name] = found
             parts = {name: self.parts[name] for name in PARTS if name in self.parts}
             write_text_whole(self.path, json.dumps({"setting": self.setting, "parts": parts}, indent=1) + "\n")
+
+
+def agree(key: str, known: Any, mine: Any) -> bool:
+    """Whether a setting is the same in two studies: of models, that of those which both have."""
+    if key in BY_MODEL:
+        return all(known[name] == mine[name] for name in known.keys() & mine.keys())
+    return bool(known == mine)
 
 
 class Budget:

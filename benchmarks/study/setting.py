@@ -220,7 +220,7 @@ def load_study(
     """
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     if folder is None:
         pair = load_pair(device, dtype)
         models = {str(model.config.num_blocks): model for model in (pair.heavy, pair.light)}

@@ -17,12 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import study_figures, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
-from benchmarks.study.fitted import additive_harm, fit, harms, resample
+from benchmarks.study.fitted import additive_harm, cheapest_for, fit, harms, resample, terraces
 from benchmarks.study.quality import HAND_MADE
 from benchmarks.study.runner import ORDER, PARTS, Budget, Record, run_parts
-from benchmarks.study.setting import SIZES, Part, Study, events, passes, sandwich, segments_of, spread
+from benchmarks.study.setting import GRID, SIZES, Part, Study, events, passes, sandwich, segments_of, spread
 from mdkern import Schedule, sample
 from mdkern.evaluation.assignment import best_schedule
+from mdkern.evaluation.likelihood import likelihood
 from mdkern.evaluation.search import Found, all_schedules, influence
 from tests.conftest import SHAPE, random_dit
 
@@ -114,6 +115,31 @@ class TestRun:
         assert found["points"]["H1000"]["over"]["H1000"]["mean"] == 0
 
     @pytest.mark.slow
+    def test_three_models_are_fitted_as_schedules_are_optimized(self) -> None:
+        study = make_study(size=replace(TINY, samples=1, times=GRID // 2))
+        models = {"H": study.models["3"], "M": study.models["2"], "L": study.models["1"]}
+        found = PARTS["three_models"].run(study)
+        assert found["middle"] == "2"
+        row = found["rows"][2]
+        budget = cheapest_for(row["light"], study.cost(models))
+        options: dict[str, Any] = {"length": TINY.length, "num_samples": TINY.path_samples, "segments": GRID // 2}
+        wanted = Schedule.optimize(models, budget=budget, progress=False, **options)
+        assert row["points"]["three models"]["schedule"] == str(wanted)
+
+    @pytest.mark.slow
+    def test_likelihoods_are_those_of_the_package(self, whole: Record) -> None:
+        """Of the heavy model by itself, on the same texts; over itself nothing."""
+        study = make_study()
+        texts = study.texts(TINY.windows)
+        bound = likelihood(study.models["3"], input_ids=texts, samples=TINY.masks)
+        point = whole.parts["bounds"]["found"]["points"]["3"]
+        assert point["bound"]["mean"] == pytest.approx(float((bound.nats / TINY.length).mean()), abs=1e-6)
+        assert point["over"]["3"]["mean"] == 0
+        exact = likelihood(study.models["3"], input_ids=texts, method="decoder", decoder="margin", steps=TINY.length)
+        margin = whole.parts["order"]["found"]["decoders"]["margin"]["all heavy"]
+        assert margin["nats"]["mean"] == pytest.approx(float((exact.nats / TINY.length).mean()), abs=1e-6)
+
+    @pytest.mark.slow
     def test_fitted_schedules_cost_what_the_sandwich_costs(self, whole: Record) -> None:
         for row in whole.parts["fitted"]["found"]["rows"]:
             for label, point in row["points"].items():
@@ -202,6 +228,28 @@ class TestBudget:
         with pytest.raises(ValueError, match="differs in text"):
             Record(tmp_path / "s.json", make_study(source="another"))
 
+    def test_models_may_come_later(self, parts: list[str], tmp_path: Path) -> None:
+        models = make_study().models
+        few = {name: models[name] for name in ("1", "3")}
+        run_parts(Record(tmp_path / "s.json", make_study(models=few)), ["cheap"], say=lambda _: None)
+        whole = Record(tmp_path / "s.json", make_study())
+        run_parts(whole, ["dear"], say=lambda _: None)
+        again = Record(tmp_path / "s.json", make_study(models=few))
+        assert sorted(again.setting["blocks"]) == ["1", "2", "3", "3b"]
+        with pytest.raises(ValueError, match="differs in models"):
+            Record(tmp_path / "s.json", make_study(models=few | {"1": models["2"]}))
+
+    def test_parts_may_be_taken_from_another_study_of_the_pair(self, parts: list[str], tmp_path: Path) -> None:
+        few = {name: make_study().models[name] for name in ("1", "3")}
+        run_parts(Record(tmp_path / "pair.json", make_study(models=few)), ["dear"], say=lambda _: None)
+        record = Record(tmp_path / "family.json", make_study(), tmp_path / "pair.json")
+        assert run_parts(record, ["after"], say=lambda _: None) == {}
+        assert list(json.loads(record.path.read_text())["parts"]) == ["after"]
+        with pytest.raises(ValueError, match="differs in size"):
+            Record(tmp_path / "s.json", make_study(size=replace(TINY, samples=2)), tmp_path / "pair.json")
+        with pytest.raises(ValueError, match="is not there"):
+            Record(tmp_path / "s.json", make_study(), tmp_path / "none.json")
+
     def test_parts_that_lack_something_say_what(self, tmp_path: Path) -> None:
         study = make_study(text=None)
         study.models = {name: study.models[name] for name in ("1", "3")}
@@ -243,6 +291,17 @@ class TestArithmetic:
             segments_of(Schedule.sandwich(0.5), 3)
         with pytest.raises(ValueError, match="cannot"):
             spread(("L", "H"), 3)
+
+    def test_a_sandwich_of_three_costs_no_more_than_that_of_two(self) -> None:
+        """Within what one segment more of M at each end would save."""
+        costs = {"H": 1.0, "M": 0.64, "L": 0.28}
+        for light in (0.1, 0.25, 0.4, 0.5, 0.7):
+            schedule = terraces(light, costs)
+            assert schedule == schedule[::-1]
+            assert len(schedule) == GRID
+            assert [name for name, _ in Schedule.from_segments(schedule).parts] == list("LMHML")
+            saved = sum(1 - costs[name] for name in schedule) - light * GRID * (1 - costs["L"])
+            assert -1e-9 <= saved < 2 * (1 - costs["M"])
 
     def test_harms_add_up_in_any_number_of_segments(self) -> None:
         assert resample([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
@@ -321,7 +380,7 @@ class TestVerdicts:
 class TestShown:
     @pytest.fixture
     def results(self, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        for name in (study_tables.PAIR, study_tables.FAMILY):
+        for name in (study_tables.PAIR, study_tables.FAMILY, study_tables.WIKIPEDIA):
             (tmp_path / f"study-{name}.json").write_text(whole.path.read_text())
         monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
         return tmp_path
@@ -332,20 +391,18 @@ class TestShown:
             text = table()
             lines = [line for line in text.splitlines() if line.startswith("|")]
             tables = "\n".join(lines).split("| ---")
-            assert len(lines) > 2 or name == "study-measures", name
-            assert len(tables) > 1 or name == "study-measures", name
+            assert len(lines) > 2 or name.endswith("-measures"), name
+            assert len(tables) > 1 or name.endswith("-measures"), name
             assert study_tables.ABSENT not in text
             assert "nan" not in text, name
 
     @pytest.mark.slow
     def test_every_figure_is_drawn_and_says_from_what(self, results: Path) -> None:
         drawn = study_figures.draw_all(results)
-        assert [path.name for path in drawn] == [
-            f"study-{name.replace('_', '-')}.svg" for name in study_figures.FIGURES
-        ]
-        for path, name in zip(drawn, study_figures.FIGURES):
-            shown = study_tables.part(name)
-            assert shown is not None
+        names = [path.name for path in drawn]
+        assert {"study-hand-made.svg", "study-wikipedia-search.svg"} < set(names)
+        assert len(names) == len(set(names)) > len(study_figures.FIGURES)
+        for path, (_, _, shown) in zip(drawn, study_figures.present(), strict=True):
             assert study_figures.source_of(shown) in path.read_text()
         linked = {
             target
@@ -361,16 +418,13 @@ class TestShown:
 
     def test_the_figures_are_those_of_the_results(self) -> None:
         """Of the committed ones: `python -m benchmarks.study_figures` draws them again."""
-        for name in study_figures.FIGURES:
-            shown = study_tables.part(name)
-            if shown is not None:
-                path = study_figures.RESULTS / f"study-{name.replace('_', '-')}.svg"
-                assert study_figures.source_of(shown) in path.read_text(), name
+        for name, _, shown in study_figures.present():
+            assert study_figures.source_of(shown) in (study_figures.RESULTS / shown.figure).read_text(), name
 
 
 class TestDocument:
     def test_every_command_is_understood_and_every_part_has_one(self) -> None:
-        commands = re.findall(r"^python -m benchmarks\.study (--[^#\n]*)", STUDY, re.MULTILINE)
+        commands = re.findall(r"^python -m benchmarks\.study (--[^#\n]*)", STUDY.replace("\\\n", ""), re.MULTILINE)
         parsed = [build_parser().parse_args(shlex.split(command)) for command in commands]
         named = [part for arguments in parsed[1:] for part in arguments.parts]
         assert set(named) == set(ORDER)
