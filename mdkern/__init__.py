@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mdkern.output import History, SampleOutput
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
+    from mdkern.routing import EntropyRouter, Router
     from mdkern.sampling import sample, sample_groups
     from mdkern.schedule import Schedule
 
@@ -33,6 +34,7 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
     "mdkern.sampling": ("sample", "sample_groups"),
+    "mdkern.routing": ("EntropyRouter", "Router"),
     "mdkern.schedule": ("Schedule",),
 }
 
@@ -41,9 +43,11 @@ __all__ = [
     "Denoiser",
     "DiT",
     "DiTConfig",
+    "EntropyRouter",
     "History",
     "Likelihood",
     "RevealPlan",
+    "Router",
     "SampleOutput",
     "Schedule",
     "adapt",

@@ -60,7 +60,8 @@ def sample(
         heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models.
         light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: only one model. The schedule may then
             be the second argument.
-        schedule: a `Schedule` or its text, e.g. ``"L32 H192 L32"``.
+        schedule: a `Schedule` or its text, e.g. ``"L32 H192 L32"``; or a `Router`, which chooses the model of each
+            sequence's next pass from what the last one showed, for a decoder that looks at the model.
         input_ids: int64 ``[N, L]``, the mask id wherever text is wanted. One row is repeated `num_samples` times.
         attention_mask: ``[N, L]`` of 0 and 1, 0 at padding, which is neither read nor written.
         token_type_ids: accepted because some tokenizers return them; must be all 0.

@@ -15,6 +15,7 @@ from mdkern.decoders.checks import times_of
 from mdkern.engine.request import Filters, Request
 from mdkern.engine.state import ALL_REVEALED, RUNNING, SamplerState
 from mdkern.models.fingerprint import describe, fingerprint
+from mdkern.routing import Router
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Settings:
     guidance_scale: float
     logits_processor: Any  # not with graphs
     stopping_criteria: Any  # not with graphs
+    router: Router | None  # chooses the model of each sequence's next pass; None: the schedule does
     most_passes: int | None  # passes after which a sequence with masks left fails; None: the decoder is known to finish
 
     @staticmethod
@@ -51,6 +53,7 @@ class Settings:
             guidance_scale=request.guidance_scale,
             logits_processor=request.logits_processor,
             stopping_criteria=request.stopping_criteria,
+            router=request.router,
             most_passes=most_passes,
         )
 
@@ -65,7 +68,7 @@ class Settings:
 
     def key(self) -> Hashable:
         """A key that is equal for equal settings; decoders are compared by their parameters."""
-        counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos
+        counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos, identity(self.router)
         if not is_dataclass(self.decoder):  # its parameters are not known, so it equals only itself
             return self.decoder, self.filters, self.guidance_scale, counts
         known = tuple(identity(getattr(self.decoder, field.name)) for field in fields(self.decoder))
@@ -108,6 +111,7 @@ class Progress:
     nfe: Tensor  # int64 [models, N + 1]
     kept: Tensor  # int64 [N + 1], columns whose keys and values are final; a multiple of the block length
     commits: Tensor  # int64 [models, N + 1], of `nfe` those passes that only made keys and values final
+    route: Tensor  # int64 [N + 1], number of the model that each sequence's next pass wants; for routers
     stop_reason: Tensor  # int64 [N + 1], RUNNING at first
     confidence: Tensor  # float32 [N + 1, L]
     reveal_step: Tensor  # int64 [N + 1, L], -1 where given
@@ -141,6 +145,7 @@ class Progress:
             nfe=zeros(models, rows),
             kept=zeros(rows),
             commits=zeros(models, rows),
+            route=zeros(rows),
             stop_reason=zeros(rows),
             confidence=zeros(*grid, dtype=torch.float32),
             reveal_step=zeros(*grid),
@@ -204,8 +209,11 @@ class Progress:
         total = self.total[sequence]
         return torch.minimum((total - masked) * steps // total.clamp(min=1), steps - 1)
 
-    def begin_segment(self, state: SamplerState, settings: Settings, stop: Tensor) -> None:
-        """Queue the sequences that have steps below ``stop [N]`` left, and give the first ones to the slots."""
+    def begin_segment(self, state: SamplerState, settings: Settings, stop: Tensor, model: int = 0) -> None:
+        """Queue the sequences that have steps below ``stop [N]`` left, and give the first ones to the slots.
+
+        With a router, only those that wait for this `model`.
+        """
         self.pace[: len(stop), 2] = stop
         self.kept.zero_()
         if state.attention_mask is not None and settings.block_length is not None:  # blocks of padding are never read
@@ -217,6 +225,8 @@ class Progress:
         eligible = (self.stop_reason == RUNNING) & (
             self.schedule_step(settings, masked, everyone, self.pace) < self.pace[:, 2]
         )
+        if settings.router is not None:
+            eligible &= self.route == model
         order = torch.argsort(~eligible, stable=True)
         self.queue.copy_(torch.where(everyone < eligible.sum(), order, scratch))
         places = torch.arange(len(self.slot), device=self.slot.device).clamp(max=scratch)

@@ -38,7 +38,7 @@ def project(
     Returns:
         The flat rows, wanted ones first, int64 ``[B * R]``; the place of each, for `spread`; and their statistics.
     """
-    decoder = settings.decoder
+    decoder, asking = settings.decoder, (settings.decoder, settings.router)
     row, row_count = compact(rows)
     statistics = row_statistics(
         settings.logits_processor,
@@ -50,8 +50,8 @@ def project(
         state.temperature.expand(len(row)),
         state.seed,
         slots.view.keys.flatten(0, 1)[row],
-        want_top=decoder.wants_top,
-        want_entropy=decoder.wants_entropy,
+        want_top=any(part.wants_top for part in asking if part is not None),
+        want_entropy=any(part.wants_entropy for part in asking if part is not None),
         of=decoder.of,
         **settings.filters._asdict(),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from mdkern.decoders import Decoder
 from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
+from mdkern.routing import Router
 from mdkern.schedule import Schedule
 
 CACHES = "none", "prefix", "dual", "block"
@@ -43,6 +44,7 @@ class Request:
     stopping_criteria: Any  # callable, or None
     streamer: Any
     seed: int
+    router: Router | None = None  # chooses the models instead of the schedule
     record: bool = False  # whether log-probabilities are recorded as tokens are revealed
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdkern.decoders import Decoder, Planned, by_name
+from mdkern.decoders import Decoder, Planned, Stepwise, by_name
 from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_filters, check_flag, check_real
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
@@ -18,6 +18,8 @@ from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import listed
+from mdkern.routing import Router
+from mdkern.schedule import Schedule
 
 DEFAULT_BATCH_SIZE = 16
 MOST_GUIDANCE = 1e6  # far above any use; logits times this are still far from float32's largest number
@@ -185,6 +187,27 @@ def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     return fitted
 
 
+def resolve_router(schedule: Any, light: Any) -> tuple[Router | None, Any, Any]:
+    """A router, if one is given in the schedule's place; a schedule that names the models; and the light model."""
+    if schedule is None and isinstance(light, Router):
+        light, schedule = None, light
+    if not isinstance(schedule, Router):
+        return None, schedule, light
+    return schedule, Schedule(" ".join(f"{name}1" for name in schedule.models)), light
+
+
+def check_router(router: Router, decoder: Any, cache: Any) -> None:
+    """Refuse a router where models cannot be chosen pass by pass."""
+    kind = type(router).__name__
+    if not isinstance(decoder, Stepwise):
+        raise ValueError(
+            f"{kind} needs a decoder that looks at the model, such as 'random_remask' or 'threshold': the passes of"
+            f" {type(decoder).__name__} are planned before the first one"
+        )
+    if cache != "none":
+        raise ValueError(f"{kind} needs cache='none': kept keys and values are of no use to another model")
+
+
 def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
     """The kind of cache, refused if the decoder, the blocks or a model cannot use one."""
     if not isinstance(cache, str) or cache not in CACHES:
@@ -264,7 +287,11 @@ def resolve(
         steps = check_count("steps", steps)
     if isinstance(decoder, str):
         decoder = by_name(decoder)
+    router, schedule, light = resolve_router(schedule, light)
     denoisers, schedule = resolve_models(heavy, light, schedule)
+    if router is not None:
+        check_router(router, decoder, cache)
+        schedule = Schedule.constant(router.models[0])
     first = next(iter(denoisers.values()))
     check_token_types(token_type_ids, input_ids)
     ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
@@ -311,4 +338,5 @@ def resolve(
         stopping_criteria=criteria,
         streamer=check_streamer(streamer, len(ids)),
         seed=resolve_seed(seed, generator),
+        router=router,
     )

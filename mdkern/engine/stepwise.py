@@ -7,7 +7,7 @@ of `decode_tick` runs one forward pass and updates them without the host, until 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,10 +89,7 @@ def run(
         )
 
     try:
-        for part, name in enumerate(request.parts):
-            first, stop = request.edges[:, part], request.edges[:, part + 1]
-            if not bool((stop > first).any()):  # with few steps, a share may be none
-                continue
+        for name, stop in turns(request, progress):
             denoiser, number = request.denoisers[name], list(request.denoisers).index(name)
             segment = SegmentRun(denoiser, number, stop, settings, state, progress, workspace)
             (decode or decode_segment)(segment, bar, drafts)
@@ -102,6 +99,25 @@ def run(
     except BaseException as error:
         raise IncompleteError(outcome) from error
     return outcome()
+
+
+def turns(request: Request, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """The models in the order in which they run, and up to which step, int64 ``[N]``.
+
+    They are the schedule's segments or, with a router, always the model for which most sequences wait.
+    """
+    if request.router is None:
+        for part, name in enumerate(request.parts):
+            first, stop = request.edges[:, part], request.edges[:, part + 1]
+            if bool((stop > first).any()):  # with few steps, a share may be none
+                yield name, stop
+        return
+    names = list(request.denoisers)
+    while True:
+        waiting = progress.route[progress.stop_reason == RUNNING]
+        if not len(waiting):
+            return
+        yield names[int(waiting.bincount(minlength=len(names)).argmax())], request.steps
 
 
 def explain_first(
@@ -155,7 +171,7 @@ def run_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, kind: str, tick:
     if segment.workspace is not None:
         key = kind, settings.key(), progress.key(), segment.model
         graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
-    progress.begin_segment(state, settings, segment.stop)
+    progress.begin_segment(state, settings, segment.stop, segment.model)
     running, left = progress.status.tolist()
     if running:
         progress.report.copy_(progress.status)
@@ -191,7 +207,9 @@ def decode_tick(
     write(state, progress, slots, new, changed, revealed.probability, model)
     progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
-    advance(settings, state, progress, slots, new, changed, failed)
+    if settings.router is not None:
+        progress.route[slots.sequence] = settings.router.route(slots.view, shown, model)
+    advance(settings, state, progress, slots, new, changed, failed, model)
 
 
 def wanted_rows(settings: Settings, view: View) -> Tensor:
@@ -310,6 +328,7 @@ def advance(
     new: Tensor,
     changed: Tensor,
     failed: Tensor,
+    model: int,
 ) -> None:
     """Move sequences to their next step or block, and slots to their next sequence."""
     decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
@@ -356,10 +375,16 @@ def advance(
     progress.stop_reason[sequence] = torch.where(active, reason, ALL_REVEALED)
 
     beyond = progress.schedule_step(settings, left, sequence, slots.pace) >= slots.pace[:, 2]
+    if settings.router is not None:
+        beyond = progress.route[sequence] != model
     leaves = active & (finished | beyond)
     place = (progress.next + leaves.cumsum(0) - 1).clamp(max=scratch)
     progress.slot.copy_(torch.where(leaves, progress.queue[place], sequence))
     progress.next += leaves.sum()
     masked_in_all = ((state.input_ids == settings.mask_id) & progress.wanted).sum()
-    progress.status.copy_(torch.stack(((progress.slot != scratch).sum(), masked_in_all)))
+    running = (progress.slot != scratch).sum()
+    if settings.router is not None:  # half-empty batches wait until more sequences want this model
+        others = ((progress.stop_reason == RUNNING) & (progress.route != model)).sum()
+        running = torch.where((2 * running < len(progress.slot)) & (others > 0), 0, running)
+    progress.status.copy_(torch.stack((running, masked_in_all)))
     progress.report.copy_(progress.status, non_blocking=True)
