@@ -1,5 +1,6 @@
 # make demo: text from the shipped pair.  make check: lint, types and the quick tests.  make test: all tests.
 # make test-transformers-4: the adapters' tests under the oldest transformers.
+# make test-harness: the tests of mdkern inside lm-evaluation-harness.
 # make docs: the API reference, in build/docs.
 # make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
 # make study [DATA=held-out.txt]: the experiments of docs/study.md, small, in minutes.
@@ -34,6 +35,18 @@ $(OLD)/installed: .venv/installed
 	  requests==2.34.2 urllib3==2.8.0 charset_normalizer==3.5.3 certifi==2026.10.19.post1
 	echo "import sysconfig; print(sysconfig.get_path('purelib'))" > $(OLD)/where.py
 	$(BIN)/python $(OLD)/where.py > "$$($(OLD)/bin/python $(OLD)/where.py)/rest.pth"
+	touch $@
+
+# mdkern inside lm-evaluation-harness, whose many dependencies stay out of .venv.
+HARNESS := .venv-lm-eval
+test-harness: $(HARNESS)/installed
+	HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(HARNESS)/bin/python -m pytest -q -p no:cacheprovider tests/test_harness.py
+
+$(HARNESS)/installed: .venv/installed
+	rm -rf $(HARNESS) && $(BIN)/python -m venv $(HARNESS)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  > "$$($(HARNESS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
+	$(HARNESS)/bin/pip install --quiet lm-eval==0.4.13
 	touch $@
 
 docs: .venv/installed
@@ -85,6 +98,6 @@ csrc:
 	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/engine/loop_condition.ptx
 
 clean:
-	rm -rf .venv $(OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv $(OLD) $(HARNESS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test test-transformers-4 docs bench bench-results study lint memcheck dist csrc clean
+.PHONY: demo check test test-transformers-4 test-harness docs bench bench-results study lint memcheck dist csrc clean
