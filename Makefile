@@ -58,11 +58,16 @@ bench: .venv/installed
 bench-results: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s --keep-results
 
-# DATA: held-out text, for the parts that compare models on it. The study itself: SIZE=full DEVICE=cuda.
+# DATA: text, for the parts that compare models on it, and for a small family of models. The study itself: SIZE=full
+# DEVICE=cuda, and docs/study.md for its family.
 SIZE ?= small
 DEVICE ?= cpu
 study: .venv/installed
 	$(BIN)/python -m benchmarks.study --device $(DEVICE) --size $(SIZE) $(if $(DATA),--data $(DATA))
+ifdef DATA
+	$(BIN)/python -m benchmarks.study.train --out runs/small --data $(DATA) --models 1 2 3 3b --width 64 --length 32 --tokens 3e4 --batch-size 16 --devices cpu
+	$(BIN)/python -m benchmarks.study --device cpu --models runs/small --data runs/small/held-out.txt --parts light_size three_models measures path bounds
+endif
 
 # Links of the README to files of the repository are absolute on a package's page, where there are no such files.
 dist: .venv/installed

@@ -64,6 +64,11 @@ def start(job: Job, device: str) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     # Several processes on one host: each would start as many threads as there are cores.
     environment = {"OMP_NUM_THREADS": "4"} | os.environ
+    if device.startswith("cuda:"):  # it sees no other GPU, where PyTorch's threads would take memory
+        number = int(device.removeprefix("cuda:"))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+        device = "cuda"
     with job.log.open("ab") as log:
         return subprocess.Popen(
             [*job.command, "--device", device], stdout=log, stderr=subprocess.STDOUT, env=environment

@@ -16,6 +16,7 @@ from training.data import END_OF_TEXT, paragraphs, tokenize, train_bpe
 
 log = logging.getLogger(__name__)
 
+FEW = 30  # documents
 HELD_OUT = 0.03  # of the documents, where no text is given for it
 MADE_FROM = "made-from.json"
 
@@ -81,16 +82,17 @@ def prepare_texts(
 def deal(data: Sequence[Path], work: Path, held_out: Path | None, judge: bool) -> dict[str, list[str]]:
     """Share out the documents of texts: the last ones to `held_out`, of the rest every second one to the judge.
 
+    If there are fewer than `FEW` documents, as in a book, paragraphs are shared out instead.
+
     Returns the text files of the models' part, and of the judge's if there is one.
     """
     documents = [document for path in data for document in documents_of(path)]
+    if len(documents) < FEW:
+        documents = [paragraph for document in documents for paragraph in document.split("\n") if paragraph]
     kept = len(documents) - (max(1, round(HELD_OUT * len(documents))) if held_out is not None else 0)
     share = 2 if judge else 1
     if kept < share:
-        raise ValueError(
-            f"{len(documents)} documents are too few to share out: give --held-out, or a text in which lines "
-            f"{END_OF_TEXT!r} separate documents"
-        )
+        raise ValueError(f"{len(documents)} paragraphs are too few to share out: give --held-out, or a longer text")
     if held_out is not None:
         write_documents(held_out, documents[kept:])
     found: dict[str, list[str]] = {}

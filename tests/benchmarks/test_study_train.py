@@ -46,8 +46,14 @@ class TestTexts:
         assert deal(data, tmp_path, None, judge=False) == {"train": [str(tmp_path / "train.txt")]}
         assert documents_of(tmp_path / "train.txt") == texts
 
-    def test_too_few_documents_are_refused(self, tmp_path: Path) -> None:
-        write_text(tmp_path / "a.txt", 2)
+    def test_a_book_is_shared_out_by_paragraphs(self, tmp_path: Path) -> None:
+        lines = [line for text in write_text(tmp_path / "a.txt", 20) for line in text.split("\n")]
+        deal([tmp_path / "a.txt"], tmp_path, tmp_path / "held-out.txt", judge=False)
+        assert documents_of(tmp_path / "train.txt") == lines[:39]
+        assert documents_of(tmp_path / "held-out.txt") == lines[39:]
+
+    def test_too_short_a_text_is_refused(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "a.txt", 1)
         with pytest.raises(ValueError, match="too few"):
             deal([tmp_path / "a.txt"], tmp_path, tmp_path / "held-out.txt", judge=True)
 
@@ -95,6 +101,14 @@ class TestJobs:
         assert run_jobs(jobs, ["one", "two"], lambda _: None) == []
         lines = (tmp_path / "order").read_text().split("\n")[:-1]
         assert sorted(lines[:2]) == ["a begins one", "b begins two"]
+
+    def test_a_gpu_is_the_only_one_that_its_job_sees(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = "log.write(__import__('os').environ['CUDA_VISIBLE_DEVICES'] + '\\n')"
+        for visible, seen in (("5,7", "7"), ("", "1")):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            run_jobs([self.job(tmp_path, f"on {seen}", 1.0, code)], ["cuda:1"], lambda _: None)
+        lines = (tmp_path / "order").read_text().split("\n")
+        assert lines[:6] == ["on 7 begins cuda", "7", "on 7 ends cuda", "on 1 begins cuda", "1", "on 1 ends cuda"]
 
     def test_one_that_fails_is_named_and_the_others_go_on(self, tmp_path: Path) -> None:
         said: list[str] = []
