@@ -158,6 +158,31 @@ def edit(step: Step, mask_threshold: float = 0.7, edit_threshold: float = 0.5) -
     return write(step, token, chosen | edited)
 
 
+def soft_parallel(step: Step, bound: float = 0.5) -> Tensor:
+    """DMax without its soft inputs: the sure ones from the left, at least one, and every token is revised."""
+    token, probability = step.logits.argmax(-1), largest_probability(step)
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        doubted = step.masked[row] & (probability[row] < bound)
+        chosen[row] = step.masked[row] & (doubted.cumsum(0) == 0)
+        if not bool(chosen[row].any()) and bool(step.masked[row].any()):
+            chosen[row, step.masked[row].int().argmax()] = True
+    return write(step, token, chosen | (step.wanted & ~step.masked))
+
+
+def is_settled(step: Step, new: Tensor, confident: float = 0.9) -> bool:
+    """DMax's end of a block, for the whole batch at once; here no block ends with masks."""
+    if bool((step.wanted & (new == step.mask_id)).any()):
+        return False
+    sure = bool((largest_probability(step)[step.wanted] >= confident).all())
+    return sure or torch.equal(new, step.ids) or step.number + 1 >= step.columns
+
+
+def largest_probability(step: Step) -> Tensor:
+    logits = step.logits.float()
+    return torch.exp(logits.amax(-1) - logits.logsumexp(-1))
+
+
 def first_hitting(step: Step) -> Tensor:
     """One position of each row, uniformly chosen; probabilities of all of them, as MDLM's model gives them."""
     probability = step.logits.float().softmax(-1)
@@ -256,6 +281,9 @@ def make_cases(
         Case("position aware", "PC-Sampler", decoders.PositionAware(frequency),
              Plain(partial(position_aware, frequency=frequency)), **unsure),
         Case("edit", "LLaDA 2.1", editing, adaptive(edit, editing.closing_steps, **edits), **in_blocks),
+        Case("soft parallel, hard inputs", "DMax", decoders.SoftParallel(gauge.threshold, soft=False),
+             Plain(partial(soft_parallel, bound=gauge.threshold), True, length, is_settled),
+             temperature=0.0, block_length=block_length),
         Case("random", "LLaDA", decoders.RandomRemask(), Plain(random_remask), **unsure),
         Case("first hitting", "Zheng et al.", decoders.FirstHitting(), Plain(first_hitting, adaptive=True)),
         Case("hyperschedule, block", "MDLM with levels", decoders.Hyperschedule("block", block_length),

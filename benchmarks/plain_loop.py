@@ -24,6 +24,7 @@ class Step:
     wanted: Tensor  # bool [B, L], the positions of the block that were masked at first
     number: int  # number of the step within the block
     steps: int  # number of steps of the block
+    columns: int  # number of columns of a block; without blocks, of the text
     quota: Tensor  # int64 [B, steps], see `even_quotas`
     mask_id: int
     temperature: float
@@ -40,6 +41,7 @@ class Plain:
     rule: Rule
     adaptive: bool = False  # over when nothing is masked, not after its steps
     closing_steps: int = 0  # of an adaptive one: further steps, until one changes nothing
+    over: Callable[[Step, Tensor], bool] | None = None  # of the step and the ids after it: no further one is needed
 
 
 def even_quotas(masked: Tensor, steps: int) -> Tensor:
@@ -97,8 +99,22 @@ def decode(
             if (done and closing == decoder.closing_steps) or passes == most_steps:
                 break
             watch(ids)
-            shown = (masked, wanted, number, block_steps, quota, mask_id, temperature, generator)
-            new = decoder.rule(Step(logits_of(ids), ids, *shown))
+            shown = (
+                masked,
+                wanted,
+                number,
+                block_steps,
+                block_length or ids.shape[1],
+                quota,
+                mask_id,
+                temperature,
+                generator,
+            )
+            step = Step(logits_of(ids), ids, *shown)
+            new = decoder.rule(step)
+            if decoder.over is not None and decoder.over(step, new):
+                ids, passes = new, passes + 1
+                break
             if done and torch.equal(new, ids):
                 break
             ids, number, closing, passes = new, number + 1, closing + done, passes + 1

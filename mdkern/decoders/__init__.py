@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from mdkern.decoders.position_aware import PositionAware as PositionAware
     from mdkern.decoders.random_remask import RandomRemask as RandomRemask
     from mdkern.decoders.remdm import ReMDM as ReMDM
+    from mdkern.decoders.soft_parallel import SoftParallel as SoftParallel
     from mdkern.decoders.threshold import Threshold as Threshold
     from mdkern.decoders.top_probability import TopProbability as TopProbability
 

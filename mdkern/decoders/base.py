@@ -137,6 +137,11 @@ class Stepwise(Decoder):
     # Which distribution the statistics of `Proposal` describe: the "model"'s, or the "sampler"'s, which is after
     # temperature and filters, see `mdkern.kernels.vocab_projection`.
     of: str = "model"
+    # Whether the decoder needs temperature 0, because it takes the drawn token for the most probable one.
+    greedy: ClassVar[bool] = False
+    # Whether the model is given the revealed tokens of the block as mixtures with the mask, see `mdkern.models.soft`.
+    # `rows` must then ask for all of them, and the decoder must be `greedy`.
+    soft: bool = False
     closing_steps: int = 0  # most steps of a block after its last mask is gone; it ends when a step changes nothing
 
     def rows(self, view: View) -> Tensor:
@@ -159,6 +164,19 @@ class Stepwise(Decoder):
     def remask(self, view: View) -> Tensor | None:
         """bool ``[B, R]``: revealed positions to mask again after the step. None: the decoder never remasks."""
         return None
+
+    def settled(self, view: View, proposal: Proposal) -> Tensor | None:
+        """bool ``[B]``, of an `adaptive` decoder: whether a block that has no masks after this step is over with it.
+
+        Such a block is also over if the step changed nothing, or if it was the R-th, R being the number of positions of
+        a block, or of the text if there are no blocks. None: `closing_steps` says when a block is over.
+        """
+        return None
+
+
+def settles(decoder: Decoder) -> bool:
+    """Whether a decoder says by `settled` when a block is over."""
+    return isinstance(decoder, Stepwise) and type(decoder).settled is not Stepwise.settled
 
 
 def even_quota(view: View) -> Tensor:

@@ -41,6 +41,13 @@ def check_whole(decoder: Any, name: str, least: int) -> None:
     object.__setattr__(decoder, name, int(value))
 
 
+def check_flag(decoder: Any, name: str) -> None:
+    """Refuse a parameter that is not a bool."""
+    value = getattr(decoder, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse a value that is not one of `choices`."""
     if not isinstance(value, str) or value not in choices:
@@ -73,7 +80,7 @@ def check_rows(decoder: Any, view: View, rows: Any) -> Tensor:
     return checked
 
 
-def check_answers(decoder: Any, view: View, choice: Any, edited: Any, remasked: Any) -> None:
+def check_answers(decoder: Any, view: View, choice: Any, edited: Any, remasked: Any, settled: Any) -> None:
     """Check the types, dtypes and shapes of what a decoder returned, which needs no synchronisation.
 
     Raises:
@@ -86,10 +93,15 @@ def check_answers(decoder: Any, view: View, choice: Any, edited: Any, remasked: 
     for name, answer in (("edit", edited), ("remask", remasked)):
         if answer is not None:
             check_entries(decoder, name, view, answer, torch.bool)
+    if settled is not None:
+        check_tensor(decoder, "settled", settled, view.step.shape, torch.bool)
 
 
 def check_entries(decoder: Any, name: str, view: View, answer: Any, dtype: torch.dtype) -> None:
-    shape = view.ids.shape
+    check_tensor(decoder, name, answer, view.ids.shape, dtype)
+
+
+def check_tensor(decoder: Any, name: str, answer: Any, shape: torch.Size, dtype: torch.dtype) -> None:
     if isinstance(answer, Tensor) and answer.shape == shape and answer.dtype == dtype:
         return
     given = f"{answer.dtype} {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__

@@ -28,7 +28,7 @@ from mdkern.engine.pacing import run_steps, watcher
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots, attended
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import SegmentRun, decode_tick
+from mdkern.engine.stepwise import SegmentRun, decode_tick, softened
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
@@ -150,16 +150,17 @@ def windows(
     window: int | None,
 ) -> Tensor:
     """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the windows."""
-    ids, columns, positions = slots.ids, None, slots.column
+    ids, columns, positions, soft = slots.ids, None, slots.column, slots.column
     given = state.given[slots.sequence] if settings.guidance_scale else None
     if window is not None:
         length, device = ids.shape[1], ids.device
         columns = (slots.column[:, :1] + torch.arange(window, device=device)).clamp(max=length)
         inside = columns.clamp(max=length - 1)
         ids, given = ids.gather(1, inside), None if given is None else given.gather(1, inside)
+        soft = inside[:, : slots.view.ids.shape[1]]
         positions = torch.arange(slots.view.ids.shape[1], device=device).expand_as(slots.view.ids)
     return guided_hidden(
-        Windowed(denoiser, cache, columns),
+        Windowed(softened(denoiser, settings, progress, slots.sequence, soft), cache, columns),
         settings.guidance_scale,
         ids,
         given,

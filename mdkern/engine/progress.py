@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdkern import decoders
 from mdkern.decoders import Stepwise
+from mdkern.decoders.base import settles
 from mdkern.decoders.checks import times_of
 from mdkern.engine.request import Filters, Request
 from mdkern.engine.state import ALL_REVEALED, RUNNING, SamplerState
@@ -66,6 +67,11 @@ class Settings:
         """Whether the decoder may replace a revealed token by another one or by the mask."""
         return self.remasks or type(self.decoder).edit is not Stepwise.edit
 
+    @property
+    def settles(self) -> bool:
+        """Whether the decoder says when a block is over."""
+        return settles(self.decoder)
+
     def key(self) -> Hashable:
         """A key that is equal for equal settings; decoders are compared by their parameters."""
         counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos, identity(self.router)
@@ -106,6 +112,7 @@ class Progress:
     block: Tensor  # int64 [N + 1]
     block_step: Tensor  # int64 [N + 1]
     block_masked: Tensor  # int64 [N + 1], number of masked columns of the block when it began
+    block_limit: Tensor  # int64 [N + 1], passes after which a block without masks is over, if the decoder `settles`
     closing: Tensor  # int64 [N + 1], passes of the block since its last mask was revealed
     passes: Tensor  # int64 [N + 1], forward passes so far
     nfe: Tensor  # int64 [models, N + 1]
@@ -114,6 +121,7 @@ class Progress:
     route: Tensor  # int64 [N + 1], number of the model that each sequence's next pass wants; for routers
     stop_reason: Tensor  # int64 [N + 1], RUNNING at first
     confidence: Tensor  # float32 [N + 1, L]
+    softness: Tensor  # float32 [N + 1, L], share of each token in the next pass's input, see `Stepwise.soft`
     reveal_step: Tensor  # int64 [N + 1, L], -1 where given
     reveal_model: Tensor  # int64 [N + 1, L]
     slot: Tensor  # int64 [B], the sequence that each slot works on; N: none
@@ -140,6 +148,7 @@ class Progress:
             block=zeros(rows),
             block_step=zeros(rows),
             block_masked=zeros(rows),
+            block_limit=zeros(rows),
             closing=zeros(rows),
             passes=zeros(rows),
             nfe=zeros(models, rows),
@@ -148,6 +157,7 @@ class Progress:
             route=zeros(rows),
             stop_reason=zeros(rows),
             confidence=zeros(*grid, dtype=torch.float32),
+            softness=zeros(*grid, dtype=torch.float32),
             reveal_step=zeros(*grid),
             reveal_model=zeros(*grid),
             slot=zeros(batch),
@@ -167,6 +177,7 @@ class Progress:
         self.start[:count] = request.start
         self.total[:] = self.wanted.sum(-1)
         self.confidence.fill_(1.0)
+        self.softness.fill_(1.0)
         self.reveal_step.fill_(-1)
         self.reveal_model.fill_(-1)
         self.stop_reason[count:] = ALL_REVEALED
@@ -177,9 +188,12 @@ class Progress:
         for number, steps in enumerate(each.tolist()):
             self.times[number, : steps + 1] = times_of(request.decoder, steps)
         self.idle()
+        mask = request.attention_mask
+        self.block_limit[:count] = wanted.shape[1] if mask is None else mask.sum(-1)
         if settings.block_length is None:
             self.block_masked.copy_(self.total)
         else:
+            self.block_limit.clamp_(max=settings.block_length)
             column = torch.arange(wanted.shape[1], device=wanted.device)
             inside = column < self.start[:, None] + settings.block_length
             self.block_masked.copy_((self.wanted & inside).sum(-1))

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders import Decoder, Planned, Stepwise, by_name
+from mdkern.decoders.base import settles
 from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_filters, check_flag, check_real
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
+from mdkern.engine.resolve_decoder import check_decoder, resolve_decoder
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import listed
@@ -178,15 +180,6 @@ def check_streamer(streamer: Any, count: int) -> Any:
     return streamer
 
 
-def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
-    if not isinstance(decoder, Decoder):
-        raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
-    fitted: Any = decoder.fitted(denoiser.vocab_size, denoiser.device)
-    if not isinstance(fitted, type(decoder)):
-        raise ValueError(f"{type(decoder).__name__}: fitted must return the decoder, not {type(fitted).__name__}")
-    return fitted
-
-
 def resolve_router(schedule: Any, light: Any) -> tuple[Router | None, Any, Any]:
     """A router, if one is given in the schedule's place; a schedule that names the models; and the light model."""
     if schedule is None and isinstance(light, Router):
@@ -311,9 +304,11 @@ def resolve(
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
     block_length, causal = resolve_blocks(block_length, denoisers, mask)
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
-    pace = resolve_pace(
-        schedule, steps, block_length, steps_per_block, wanted, mask, cache != "none", whole_text=causal
-    )
+    guidance_scale = check_guidance(guidance_scale, denoisers)
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
+    check_decoder(resolved_decoder, temperature, guidance_scale > 0.0, denoisers)
+    keep_block = cache != "none" or settles(resolved_decoder)
+    pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, keep_block, whole_text=causal)
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in listed(denoiser.eos_ids)))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
@@ -331,9 +326,9 @@ def resolve(
         attention_mask=mask,
         sample_ids=resolve_sample_ids(sample_ids, ids.shape[0], ids.device),
         batch_size=batch_size,
-        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        temperature=temperature,
         filters=filters,
-        guidance_scale=check_guidance(guidance_scale, denoisers),
+        guidance_scale=guidance_scale,
         logits_processor=processors,
         stopping_criteria=criteria,
         streamer=check_streamer(streamer, len(ids)),

@@ -203,13 +203,15 @@ def decode_tick(
     rows = wanted_rows(settings, slots.view) & slots.active[:, None]
     hidden = (forward or whole_sequences)(denoiser, settings, state, progress, slots)
     shown, revealed = (propose or propose_drawn)(head, settings, state, slots, rows, hidden)
-    changed, new, failed = decide(settings, state, slots, rows, shown, revealed.token)
+    changed, new, failed, settled = decide(settings, state, slots, rows, shown, revealed.token)
     write(state, progress, slots, new, changed, revealed.probability, model)
     progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
     if settings.router is not None:
         progress.route[slots.sequence] = settings.router.route(slots.view, shown, model)
-    advance(settings, state, progress, slots, new, changed, failed, model)
+    over = advance(settings, state, progress, slots, new, changed, failed, settled, model)
+    if settings.decoder.soft:
+        soften(settings, progress, slots, new, shown.probability, over)
 
 
 def wanted_rows(settings: Settings, view: View) -> Tensor:
@@ -224,7 +226,7 @@ def whole_sequences(
 ) -> Tensor:
     """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass over whole sequences."""
     return guided_hidden(
-        denoiser,
+        softened(denoiser, settings, progress, slots.sequence, slots.column),
         settings.guidance_scale,
         slots.ids,
         state.given[slots.sequence] if settings.guidance_scale else None,
@@ -234,17 +236,38 @@ def whole_sequences(
     )
 
 
+def softened(denoiser: Denoiser, settings: Settings, progress: Progress, sequence: Tensor, column: Tensor) -> Denoiser:
+    """The denoiser for a pass over ``sequence [B]``, with soft inputs at ``column [B, R]`` if the decoder wants them.
+
+    Only those of a block that is being decoded are mixtures; all others are tokens.
+    """
+    if not settings.decoder.soft:
+        return denoiser
+    return denoiser.softened(progress.softness[sequence].gather(1, column))
+
+
+def soften(
+    settings: Settings, progress: Progress, slots: Slots, new: Tensor, probability: Tensor, over: Tensor
+) -> None:
+    """Say how sure the model is of its tokens for the next pass; where ``over [B]``, the block's tokens are final."""
+    view = slots.view
+    unsure = (view.masked | view.revealed) & (new != settings.mask_id) & ~over[:, None]
+    rows, length = progress.softness.shape
+    target, _ = places(slots, rows, length)
+    progress.softness.view(-1)[target] = torch.where(unsure, probability, 1.0)
+
+
 def decide(
     settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal, token: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Apply the decoder's rules to a proposal.
 
     Args:
         token: int64 ``[B, R]``, the tokens to reveal where the decoder says so; below 0 where none could be drawn.
 
     Returns:
-        The entries that take their token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; and the
-        slots whose logits had a NaN, bool ``[B]``.
+        The entries that take their token, bool ``[B, R]``; the block's ids after the step, int64 ``[B, R]``; the slots
+        whose logits had a NaN, bool ``[B]``; and those whose block is settled, bool ``[B]``, or None.
     """
     decoder, view = settings.decoder, slots.view
     failed = (rows & (token < 0)).any(-1)
@@ -254,8 +277,9 @@ def decide(
         shown, proposal = copied(view), copied_proposal(proposal)
     choice = decoder.choose(shown, proposal)
     edited, remasked = decoder.edit(shown, proposal), decoder.remask(shown)
+    settled = decoder.settled(shown, proposal) if settings.settles else None
     if settings.most_passes is not None:
-        check_answers(decoder, view, choice, edited, remasked)
+        check_answers(decoder, view, choice, edited, remasked, settled)
     new = view.ids.clone()
     changed = select(
         choice.scores,
@@ -274,7 +298,16 @@ def decide(
         new = torch.where(changed, token, new)
     if remasked is not None:
         new = torch.where(remasked & view.revealed, settings.mask_id, new)
-    return changed, new, failed
+    return changed, new, failed, settled
+
+
+def places(slots: Slots, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Flat indices of the slots' blocks into tensors ``[N + 1, L]``, int64 ``[B, R]``, and where they are in blocks.
+
+    Elsewhere they are those of scratch.
+    """
+    inside = slots.inside & slots.active[:, None]
+    return torch.where(inside, slots.sequence[:, None] * length + slots.column, (rows - 1) * length), inside
 
 
 def write(
@@ -288,10 +321,9 @@ def write(
 ) -> None:
     """Write the step's outcome to the state; entries outside of the blocks go to scratch."""
     rows, length = state.input_ids.shape
-    scratch, inside = (rows - 1) * length, slots.inside & slots.active[:, None]
-    target = torch.where(inside, slots.sequence[:, None] * length + slots.column, scratch)
+    target, inside = places(slots, rows, length)
     state.input_ids.view(-1)[target] = torch.where(inside, new, 0)
-    at = torch.where(changed, target, scratch)
+    at = torch.where(changed, target, (rows - 1) * length)
     progress.confidence.view(-1)[at] = probability
     progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a Python number would be copied from the host
@@ -328,9 +360,14 @@ def advance(
     new: Tensor,
     changed: Tensor,
     failed: Tensor,
+    settled: Tensor | None,
     model: int,
-) -> None:
-    """Move sequences to their next step or block, and slots to their next sequence."""
+) -> Tensor:
+    """Move sequences to their next step or block, and slots to their next sequence.
+
+    Returns:
+        bool ``[B]``: the slots whose blocks are over.
+    """
     decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
     scratch = len(progress.start) - 1
     ours_in_block = view.masked | view.revealed  # the positions that the sampler writes
@@ -338,7 +375,9 @@ def advance(
     has_masks = ((new == settings.mask_id) & ours_in_block).any(-1)
     closing = progress.closing[sequence] + ~had_masks
     block_step = view.block_step + 1
-    if decoder.adaptive:
+    if settled is not None:
+        over = ~has_masks & (settled | ~changed.any(-1) | (block_step >= progress.block_limit[sequence]))
+    elif decoder.adaptive:
         over = ~has_masks & ((closing >= decoder.closing_steps) | (~had_masks & ~changed.any(-1)))
     elif settings.remasks:
         over = block_step >= view.block_steps
@@ -388,3 +427,4 @@ def advance(
         running = torch.where((2 * running < len(progress.slot)) & (others > 0), 0, running)
     progress.status.copy_(torch.stack((running, masked_in_all)))
     progress.report.copy_(progress.status, non_blocking=True)
+    return over

@@ -185,7 +185,9 @@ class DiTDenoiser(Denoiser):
 
     description = "runs by mdkern's own passes"
     takes_cache = True
+    takes_soft = True
     folds: dit_fused.Folds | None = None
+    weight: Tensor | None = None  # of soft inputs
 
     def __init__(
         self,
@@ -230,7 +232,12 @@ class DiTDenoiser(Denoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return self.model.hidden(input_ids, t, positions, attention_mask, self.folds)
+        return self.model.hidden(input_ids, t, positions, attention_mask, self.folds, self.weight)
+
+    def softened(self, weight: Tensor) -> DiTDenoiser:
+        now = copy.copy(self)
+        now.weight = weight
+        return now
 
     def paired_hidden(self, noisy_ids: Tensor, clean_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return paired_hidden(self.model, noisy_ids, clean_ids, attention_mask)
@@ -257,7 +264,9 @@ class DiTDenoiser(Denoiser):
         t: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return dit_window.window_hidden(self.model, cache, input_ids, columns, positions, t, attention_mask)
+        return dit_window.window_hidden(
+            self.model, cache, input_ids, columns, positions, t, attention_mask, self.weight
+        )
 
     def flops(self, length: int, rows: int) -> int:
         return self.model.flops(length, rows)

@@ -117,6 +117,8 @@ class Denoiser:
     right_padding_only: bool = False  # whether padding may only come after the text
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are implemented
     no_cache_reason: str = ""  # why they are not, for messages
+    takes_soft: bool = False  # whether `softened` is implemented
+    no_soft_reason: str = ""  # why it is not, for messages
     tokenizer: Any = None  # of the checkpoint that it was loaded from, see `mdkern.from_pretrained`; None: not known
     device: torch.device
     dtype: torch.dtype
@@ -187,6 +189,17 @@ class Denoiser:
             rows: number of positions of the largest pass, over all its sequences.
         """
         return self
+
+    def softened(self, weight: Tensor) -> Denoiser:
+        """The denoiser for one pass whose inputs are mixtures of tokens and the mask, see `mdkern.models.soft`.
+
+        Must be implemented if ``takes_soft`` is set, for `hidden` and, with ``takes_cache``, for `window_hidden`.
+
+        Args:
+            weight: float32 ``[B, R]``, the share in 0..1 of the token at each of the pass's `positions`; at all others
+                it is 1. Positions that are named twice have one weight.
+        """
+        raise NotImplementedError
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         """Shape of the tensor, of the denoiser's dtype, for the keys and values of B sequences of L positions.

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mdkern.kernels.device import capability
 from mdkern.models import dit_fused
 from mdkern.models.block_causal import block_mask, mask_at, with_padding
+from mdkern.models.soft import soften
 
 VOCAB_MULTIPLE = 128  # 50,258 columns cost cuBLAS 2.8x the time of 50,304 (H200, bf16, 16,384 rows)
 TIME_FREQUENCIES = 256
@@ -279,17 +280,20 @@ class DiT(nn.Module):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         folds: dit_fused.Folds | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """The head's input: ``[B, L, D]``, or ``[B, R, D]`` at ``positions [B, R]``. See `Denoiser.hidden`.
+
+        With ``weight [B, R]``, the inputs at `positions` are mixtures of tokens and the mask (`mdkern.models.soft`).
 
         Inference in 16 bits on a GPU uses `dit_fused`, which computes the same in fewer passes over memory, and in
         still fewer with `folds`, which `dit_fused.fold` makes from the present weights.
         """
         if not dit_fused.covers(self):
-            return self.plain_hidden(input_ids, t, positions, attention_mask)
+            return self.plain_hidden(input_ids, t, positions, attention_mask, weight=weight)
         mask = with_padding(self.own_mask(input_ids.shape[1]), attention_mask)
         with attention_priority(input_ids.device):
-            return dit_fused.hidden(self, input_ids, self.condition(t), positions, mask, folds)
+            return dit_fused.hidden(self, input_ids, self.condition(t), positions, mask, folds, weight)
 
     def own_mask(self, length: int) -> Tensor | None:
         """What each position of a text sees, bool ``[L, L]``; None: everything."""
@@ -312,11 +316,12 @@ class DiT(nn.Module):
         attention_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         position: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """`hidden` by calling the modules, in PyTorch's own operators: for training, compilation and comparison.
 
         Args:
-            input_ids, t, positions, attention_mask: as in `hidden`.
+            input_ids, t, positions, attention_mask, weight: as in `hidden`.
             attn_mask: bool ``[L, L]`` (query, key), what each column sees. Default: what the config says.
             position: int64 ``[L]``, the place in its text of each column, below ``max_length``. Default: 0..L-1.
         """
@@ -325,7 +330,7 @@ class DiT(nn.Module):
         length = input_ids.shape[1]
         rotary = (cos[:length], sin[:length]) if position is None else (cos[position], sin[position])
         mask = with_padding(self.own_mask(length) if attn_mask is None else attn_mask, attention_mask)
-        x = self.embedding[input_ids]
+        x = soften(self.embedding[input_ids], self.embedding[self.config.mask_id], weight, positions)
         with attention_priority(x.device):
             for block in self.blocks[:-1]:
                 x = block(x, rotary, condition, None, mask)

@@ -20,6 +20,7 @@ from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.models.block_causal import mask_at
 from mdkern.models.denoiser import PREPARED
+from mdkern.models.soft import soften
 
 if TYPE_CHECKING:
     from mdkern.models.dit import Block, DiT, Modulation
@@ -201,6 +202,7 @@ def hidden(
     positions: Tensor | None,
     mask: Tensor | None,
     folds: Folds | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`DiT.hidden` with the time embedded, ``condition [B, cond_dim]``; `mask` as of `block_causal.with_padding`.
 
@@ -218,7 +220,8 @@ def hidden(
         pruned = positions is not None and last
         kinds, rotated = (2, 1) if pruned else (3, 2)  # how many of queries, keys and values
         if stream is None:
-            stream, qkv = first_qkv(model, block, input_ids, kinds, rotated, shift1, scale1, folds)
+            soft = None if weight is None else soft_rows(model, input_ids, weight, positions)
+            stream, qkv = first_qkv(model, block, input_ids, kinds, rotated, shift1, scale1, folds, soft)
         else:
             operands = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
             qkv = qkv_of(block, operands, kinds, rotated, model.rotary, length)
@@ -254,9 +257,16 @@ def first_qkv(
     shift: Tensor,
     scale: Tensor,
     folds: Folds | None,
+    soft: Tensor | None,
 ) -> tuple[Stream, Tensor]:
-    """The stream at its beginning, and `qkv_of` the first block, from the table if there is one."""
+    """The stream at its beginning, and `qkv_of` the first block, from the table if there is one.
+
+    `soft` are the embeddings as rows, if they are not those of the ids.
+    """
     ids, length = input_ids.flatten(), input_ids.shape[1]
+    if soft is not None:
+        operands = Operands(modulated_norm(soft, block.norm1.weight, shift, scale), block.attn_qkv.weight, None)
+        return Stream(soft), qkv_of(block, operands, kinds, rotated, model.rotary, length)
     if folds is not None and folds.qkv is not None:
         table = folds.qkv[:, -kinds * model.config.width :]
         cos, sin = model.rotary
@@ -265,6 +275,12 @@ def first_qkv(
     x, normed = gathered_norm(model.embedding, ids, block.norm1.weight, shift, scale)
     operands = Operands(normed, block.attn_qkv.weight, None)
     return Stream(x), qkv_of(block, operands, kinds, rotated, model.rotary, length)
+
+
+def soft_rows(model: DiT, input_ids: Tensor, weight: Tensor, positions: Tensor | None) -> Tensor:
+    """`soft.soften` of the ids' embeddings, as rows ``[B * L, D]``."""
+    mask = model.embedding[model.config.mask_id]
+    return soften(model.embedding[input_ids], mask, weight, positions).flatten(0, 1)
 
 
 def qkv_of(

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.kernels.backbone.linear import linear_gelu, linear_rotary
-from mdkern.kernels.backbone.modulated_norm import gathered_norm
+from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm
 from mdkern.kernels.backbone.rotary import rotary as rotate
 from mdkern.models import dit_fused
 from mdkern.models.block_causal import mask_at, window_mask, with_padding
 from mdkern.models.dit import Block, DiT, DiTConfig, attention_priority, gather_rows
-from mdkern.models.dit_fused import Stream, attend, modulation, queries_at
+from mdkern.models.dit_fused import Stream, attend, modulation, queries_at, soft_rows
+from mdkern.models.soft import soften
 
 
 def cache_shape(config: DiTConfig, batch: int, length: int) -> tuple[int, ...]:
@@ -37,6 +38,7 @@ def window_hidden(
     positions: Tensor,
     t: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`Denoiser.window_hidden` of a `DiT`: ``[B, R, D]`` at ``positions [B, R]`` of the window ``[B, W]``.
 
@@ -48,7 +50,7 @@ def window_hidden(
         places = all_columns(input_ids) if columns is None else columns
         mask = window_mask(places, cache.shape[3] - 1, blocks, attention_mask)
     with attention_priority(input_ids.device):
-        return run(model, cache, input_ids, columns, positions, model.condition(t), mask)
+        return run(model, cache, input_ids, columns, positions, model.condition(t), mask, weight)
 
 
 def all_columns(input_ids: Tensor) -> Tensor:
@@ -64,13 +66,14 @@ def plain_window_hidden(
     positions: Tensor,
     condition: Tensor | None,
     mask: Tensor | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`window_hidden` by calling the modules, like `DiT.plain_hidden`."""
     if columns is None:
         columns = all_columns(input_ids)
     inside = columns.clamp(max=cache.shape[3] - 2)
     rotary, wanted_rotary = rotary_at(model, inside), rotary_at(model, inside.gather(1, positions))
-    x = model.embedding[input_ids]
+    x = soften(model.embedding[input_ids], model.embedding[model.config.mask_id], weight, positions)
     *blocks, last = cast(Iterable[Block], model.blocks)
     for block, cached in zip(blocks, cache):
         x = run_block(block, x, cached, columns, rotary, condition, mask)
@@ -117,6 +120,7 @@ def fused_window_hidden(
     positions: Tensor,
     condition: Tensor | None,
     mask: Tensor | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`window_hidden` in fewer passes over memory, like `dit_fused.hidden`."""
     (batch, width), room = input_ids.shape, cache.shape[3]
@@ -130,7 +134,11 @@ def fused_window_hidden(
     for number, (block, cached) in enumerate(zip(blocks, cache)):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
         if stream is None:
-            x, normed = gathered_norm(model.embedding, input_ids.flatten(), block.norm1.weight, shift1, scale1)
+            if weight is None:
+                x, normed = gathered_norm(model.embedding, input_ids.flatten(), block.norm1.weight, shift1, scale1)
+            else:
+                x = soft_rows(model, input_ids, weight, positions)
+                normed = modulated_norm(x, block.norm1.weight, shift1, scale1)
             stream = Stream(x)
         else:
             normed = stream.norm(block.norm1.weight, shift1, scale1)

@@ -32,6 +32,7 @@ class Wrapped(Denoiser):
     def __init__(self, inner: Denoiser) -> None:
         for field in Denoiser.__annotations__:
             setattr(self, field, getattr(inner, field))
+        self.takes_soft = False
         self.inner = inner
 
     def hidden(

@@ -123,7 +123,7 @@ def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(1, 20_000, 4)
     masked = torch.ones(1, 20_000, dtype=torch.bool)
     step = Step(
-        logits, torch.full((1, 20_000), 9), masked, masked, 0, 1, even_quotas(masked, 1), 9, 0.5,
+        logits, torch.full((1, 20_000), 9), masked, masked, 0, 1, 20_000, even_quotas(masked, 1), 9, 0.5,
         torch.Generator().manual_seed(0),
     )  # fmt: skip
     expected = (logits[0, 0] / 0.5).softmax(-1)

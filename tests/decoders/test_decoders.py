@@ -28,6 +28,7 @@ from mdkern.decoders import (
     Margin,
     PositionAware,
     ReMDM,
+    SoftParallel,
     Threshold,
     TopProbability,
     by_name,
@@ -111,17 +112,40 @@ def test_edits_are_those_of_the_published_rule(tied: bool) -> None:
             assert (got, edits) == want, (trial, b)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_revisions_and_ends_of_blocks_are_those_of_dmax(tied: bool) -> None:
+    decoder, settled = SoftParallel(0.4, 0.35), set()
+    for trial in range(60):
+        state = random_state(trial, tied=tied)
+        proposal = propose(decoder, state, exact_statistics(trial, tied) if tied else None)
+        edited, over = decoder.edit(state.view, proposal), decoder.settled(state.view, proposal)
+        for b in range(len(state.ids)):
+            rows, masked, ours = rows_of(trial, tied, b), state.ids[b] == MASK, ~state.prompt[b]
+            want = reference.revisions(rows, state.ids[b].tolist(), (ours & ~masked).tolist(), block_of(state, b))
+            first = int(state.start[b])
+            got = {first + r: int(proposal.token[b, r]) for r in edited[b].nonzero()[:, 0].tolist()}
+            assert got == want, (trial, b)
+            assert bool(over[b]) == reference.is_settled(rows, ours.tolist(), block_of(state, b), 0.35), (trial, b)
+            settled.add(bool(over[b]))
+    assert settled == {True, False}
+
+
 def test_thresholds_at_their_ends() -> None:
     """At least for Fast-dLLM, above for LLaDA 2.1."""
     half = torch.tensor([[0.5, 0.25, 0.75]])
     state = random_state(0, batch=8)
-    view = dataclasses.replace(state.view, masked=torch.ones(1, 3, dtype=torch.bool))
+    masked = torch.ones(1, 3, dtype=torch.bool)
+    view = dataclasses.replace(state.view, masked=masked, revealed=~masked)
     proposal = Proposal(torch.ones(1, 3, dtype=torch.int64), half, entropy=half)
 
     def reveals(decoder: Stepwise) -> list[int]:
         return chosen(decoder.choose(view, proposal), proposal.token, view.seed, view.keys)
 
     assert reveals(Threshold(0.5)) == [0, 2]
+    assert reveals(SoftParallel(0.5)) == [0]
+    assert reveals(SoftParallel(0.25)) == [0, 1, 2]
+    assert SoftParallel(confident=0.25).settled(view, proposal)[0]
+    assert not SoftParallel(confident=0.26).settled(view, proposal)[0]
     assert reveals(Edit(0.5)) == [2]
     assert reveals(Threshold(1.0)) == [2]
     assert reveals(Threshold(0.0)) == reveals(EntropyBound(math.inf)) == [0, 1, 2]
@@ -293,6 +317,8 @@ def test_every_decoder_is_exported_and_named() -> None:
         (lambda: Entropy(quota="half"), "quota must be one of even, dream, not 'half'"),
         (lambda: Threshold(1.5), r"threshold must lie in \[0, 1\], not 1\.5"),
         (lambda: Threshold("high"), "threshold must lie in"),
+        (lambda: SoftParallel(soft=1), "soft must be True or False, not 1"),
+        (lambda: SoftParallel(confident=2.0), r"confident must lie in \[0, 1\], not 2\.0"),
         (lambda: Factor(-1.0), "factor must lie in"),
         (lambda: EntropyBound(math.nan), "gamma must lie in"),
         (lambda: PositionAware(FREQUENCY, lam=-1.0), "lam must lie in"),

@@ -38,6 +38,7 @@ STEPWISE: dict[str, Stepwise] = {
     "remdm conf": decoders.ReMDM("conf"),
     "remdm loop": decoders.ReMDM("loop", eta=0.2),
     "edit": decoders.Edit(0.5, 0.3, 3),
+    "soft parallel": decoders.SoftParallel(0.2, 0.6, soft=False),
 }
 TESTED = tuple({type(decoder) for decoder in STEPWISE.values()})
 STEPWISE |= {
@@ -61,6 +62,11 @@ def starts(count: int) -> Tensor:
     return torch.where(torch.arange(LENGTH) < prompt, ids, MASK)
 
 
+def heat(decoder: mdkern.decoders.Decoder) -> dict[str, Any]:
+    """Arguments for a decoder that needs temperature 0."""
+    return {"temperature": 0.0} if getattr(decoder, "greedy", False) else {}
+
+
 def slow(ids: Tensor, decoder: Stepwise, schedule: str, steps: int, block_length: int | None, temperature: float):
     """The slow loop's outcomes, a model for each step of the schedule."""
     model_of_step = "".join(s.model * (s.stop - s.first) for s in mdkern.Schedule(schedule).segments(steps))
@@ -80,6 +86,7 @@ def slow(ids: Tensor, decoder: Stepwise, schedule: str, steps: int, block_length
                 temperature=temperature,
                 seed=7,
                 sample=number,
+                limit=block_length,
             )
         )
     return outcomes
@@ -95,6 +102,7 @@ def test_the_slow_loops_sequences(
 ) -> None:
     decoder, ids = STEPWISE[name], starts(5)
     ids[0] = MASK
+    temperature = 0.0 if decoder.greedy else temperature
     expected = slow(ids, decoder, schedule, steps, block_length, temperature)
     models = {"H": MODEL.denoiser(), "L": OTHER.denoiser()}
     for batch_size in (1, 4):
@@ -124,7 +132,8 @@ class TestBlocksAndStops:
     def test_no_mask_is_left_and_the_prompt_is_untouched(self, name: str) -> None:
         ids = starts(6)
         ids[2] = torch.where(torch.arange(LENGTH) % 3 == 0, MASK, 1)  # holes
-        out = mdkern.sample(MODEL.denoiser(), input_ids=ids, decoder=STEPWISE[name], steps=6, block_length=5, seed=0)
+        options = heat(STEPWISE[name]) | {"steps": 6, "block_length": 5, "seed": 0}
+        out = mdkern.sample(MODEL.denoiser(), input_ids=ids, decoder=STEPWISE[name], **options)
         assert not (out.sequences == MASK).any()
         assert torch.equal(out.sequences[ids != MASK], ids[ids != MASK])
 
@@ -184,6 +193,7 @@ class TestBlocksAndStops:
         ids[1] = torch.where(torch.arange(LENGTH) % 3 == 0, 5, MASK)  # nor does one between masks
         ids[2:6, 1:11] = torch.arange(4)[:, None]  # texts of one token, so that some have no end
         options = {"input_ids": ids, "decoder": EVERY[name], "seed": 1, "steps": 12, "block_length": block_length}
+        options |= heat(EVERY[name])
         plain = mdkern.sample(MODEL.denoiser(), return_history=True, **options)
         ends = MODEL.denoiser()
         ends.eos_ids = (2, 5)
@@ -208,7 +218,7 @@ class TestBlocksAndStops:
             assert int(out.nfe["H"][row]) <= int(plain.nfe["H"][row])
             reasons.add(out.stop_reason[row])
         assert len(reasons) == 2
-        if not isinstance(EVERY[name], decoders.ReMDM | decoders.Edit) or block_length:
+        if not isinstance(EVERY[name], decoders.ReMDM | decoders.Edit | decoders.SoftParallel) or block_length:
             assert int(out.nfe["H"].sum()) < int(plain.nfe["H"].sum())
 
     def test_texts_are_decoded_up_to_their_end(self) -> None:
@@ -260,7 +270,10 @@ class TestBlocksAndStops:
 
 
 SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
-GPU_DECODERS = STEPWISE | {"position aware": decoders.PositionAware(torch.full((70,), 1 / 70))}
+GPU_DECODERS = STEPWISE | {
+    "position aware": decoders.PositionAware(torch.full((70,), 1 / 70)),
+    "soft inputs": decoders.SoftParallel(0.05, 0.1),
+}
 
 
 class Weighed(nn.Module):
@@ -281,7 +294,8 @@ class TestKey:
 
     @staticmethod
     def key(decoder: Stepwise) -> object:
-        request = resolve(MODEL.denoiser(), None, None, **(OPEN | {"length": LENGTH, "decoder": decoder}))
+        options = OPEN | {"length": LENGTH, "decoder": decoder} | heat(decoder)
+        request = resolve(MODEL.denoiser(), None, None, **options)
         return stepwise.Settings.of(request).key()
 
     @pytest.mark.parametrize("name", STEPWISE)
@@ -331,6 +345,7 @@ class TestGpu:
         ids = torch.full((7, 40), 69, device=device)
         ids[3:, :9] = 5
         options = {"steps": 16, "block_length": 10, "seed": 1, "batch_size": 3, "decoder": GPU_DECODERS[name]}
+        options |= heat(GPU_DECODERS[name])
         return mdkern.sample(heavy, light, "L4 H8 L4", input_ids=ids, **(options | changes))
 
     @pytest.mark.parametrize("name", GPU_DECODERS)
@@ -366,7 +381,8 @@ class TestGpu:
     def test_no_host_synchronisation_in_a_step(self, name: str) -> None:
         model = random_dit(0, num_blocks=2, **SHAPE).to("cuda")
         asked = {"num_samples": 4, "length": 40, "seed": 0, "steps": 8, "block_length": 10}
-        request = resolve(model, None, None, **(OPEN | asked | {"decoder": GPU_DECODERS[name]}))
+        asked |= {"decoder": GPU_DECODERS[name]} | heat(GPU_DECODERS[name])
+        request = resolve(model, None, None, **(OPEN | asked))
         state, settings = SamplerState.of(request), stepwise.Settings.of(request)
         progress = stepwise.prepare(request, settings, state, None)
         denoiser = request.denoisers["H"]

@@ -154,6 +154,29 @@ def edit(
     return reveals, edits
 
 
+def soft_parallel(rows: Sequence[Row], masked: Sequence[bool], block: range, bound: float) -> dict[int, int]:
+    """DMax: from the left, the masks up to the first with c < bound; if that is the first one, it alone."""
+    reveals: dict[int, int] = {}
+    for i in block:
+        if masked[i]:
+            if rows[i].probability < bound and reveals:
+                break
+            reveals[i] = rows[i].token
+            if rows[i].probability < bound:
+                break
+    return reveals
+
+
+def revisions(rows: Sequence[Row], ids: Sequence[int], revealed: Sequence[bool], block: range) -> dict[int, int]:
+    """DMax: every token of the block that is not the prompt's takes the most probable one; those that change."""
+    return {i: rows[i].token for i in block if revealed[i] and rows[i].token != ids[i]}
+
+
+def is_settled(rows: Sequence[Row], ours: Sequence[bool], block: range, confident: float) -> bool:
+    """DMax: every position of the block that is not the prompt's, masked or not, has c >= confident."""
+    return all(rows[i].probability >= confident for i in block if ours[i])
+
+
 def positions_law(scores: dict[int, float], count: int, temperature: float) -> dict[frozenset[int], float]:
     """Probability of each set of positions drawn one by one, without replacement, from softmax(score / temperature)."""
     law: dict[frozenset[int], float] = {}
@@ -297,5 +320,7 @@ CASES = {
     "entropy_bound": Case("entropy_bound", {}, entropy_bound, (0.1,)),
     "entropy_bound 3": Case("entropy_bound", {"gamma": 3.0}, entropy_bound, (3.0,)),
     "entropy_bound inf": Case("entropy_bound", {"gamma": math.inf}, entropy_bound, (math.inf,)),
+    "soft_parallel": Case("soft_parallel", {}, soft_parallel, (0.5,)),
+    "soft_parallel 0.3": Case("soft_parallel", {"threshold": 0.3, "soft": False}, soft_parallel, (0.3,)),
     "position_aware": Case("position_aware", POSITION_AWARE, position_aware, (FREQUENCY, 0.1, 1.5), "even"),
 }

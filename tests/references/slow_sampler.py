@@ -85,6 +85,7 @@ def decode(
     temperature: float = 0.0,
     seed: int = 0,
     sample: int = 0,
+    limit: int | None = None,
 ) -> Outcome:
     """Decode one sequence.
 
@@ -93,11 +94,12 @@ def decode(
         ids: the mask id wherever text is wanted.
         steps: T; a multiple of the number of blocks.
         block: block of each masked position. None: one block.
+        limit: passes of a block, if the decoder says when one is settled. None: as many as there are positions.
 
     The step that keys a draw is the step of the run, or, for an adaptive decoder, the number of the forward pass: its
     schedule step, the share of the text revealed, may be the same in two passes, which must not share their noise.
     """
-    state = _Run(list(ids), mask_id, steps, seed, sample, temperature, decoder)
+    state = _Run(list(ids), mask_id, steps, seed, sample, temperature, decoder, limit or len(ids))
     block = block or [0 if token == mask_id else -1 for token in ids]
     for number in range(max(block) + 1):
         places = [i for i, token in enumerate(ids) if token == mask_id and block[i] == number]
@@ -109,8 +111,17 @@ def decode(
 
 class _Run:
     def __init__(
-        self, ids: list[int], mask_id: int, steps: int, seed: int, sample: int, temperature: float, decoder: Stepwise
+        self,
+        ids: list[int],
+        mask_id: int,
+        steps: int,
+        seed: int,
+        sample: int,
+        temperature: float,
+        decoder: Stepwise,
+        limit: int,
     ) -> None:
+        self.limit, self.settled = limit, False
         self.ids, self.mask_id, self.steps = ids, mask_id, steps
         self.seed, self.sample, self.temperature, self.decoder = torch.tensor(seed), sample, temperature, decoder
         self.total = ids.count(mask_id)
@@ -128,12 +139,13 @@ class _Run:
         logits_of: Callable[[Sequence[int], int], Sequence[Sequence[float]]],
     ) -> None:
         block_step = closing = 0
+        settles = type(self.decoder).settled is not Stepwise.settled
         while True:
             done = all(self.ids[i] != self.mask_id for i in places)
             if self.decoder.adaptive:
                 step = min(self.steps - 1, (self.total - self.ids.count(self.mask_id)) * self.steps // self.total)
                 key_step = len(self.steps_run)
-                if done and closing == self.decoder.closing_steps:
+                if done and not settles and closing == self.decoder.closing_steps:
                     return
                 closing += done
             else:
@@ -143,6 +155,9 @@ class _Run:
             view = self.view(places, step, key_step, block_step, block_steps)
             changed = self.run_step(view, places, step, logits_of)
             block_step += 1
+            left = sum(self.ids[i] == self.mask_id for i in places)
+            if settles and not left and (self.settled or block_step >= self.limit):
+                return
             if self.decoder.adaptive and not changed:
                 if done:
                     return
@@ -186,7 +201,8 @@ class _Run:
             logits = logits_of(self.ids, step)
             proposal = self.propose(view, [logits[i] for i in places], wanted)
             revealed = chosen(self.decoder.choose(view, proposal), proposal.token, view.seed, view.keys)
-            edited = self.decoder.edit(view, proposal)
+            edited, settled = self.decoder.edit(view, proposal), self.decoder.settled(view, proposal)
+            self.settled = settled is not None and bool(settled[0])
             edited_places = edited[0].nonzero()[:, 0].tolist() if edited is not None else []
             assert all(view.masked[0, r] for r in revealed)
             assert not any(view.masked[0, r] for r in edited_places)

@@ -110,7 +110,7 @@ def serving(input_ids: Tensor | None, positions: Tensor | None, attention_mask: 
 class LogitsDenoiser(AdaptedDenoiser):
     """A module or function, run as it is."""
 
-    no_cache_reason = "it runs by its logits"
+    no_cache_reason = no_soft_reason = "it runs by its logits"
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mdkern.models.soft import soften
+
 ID_ROOM = 8  # numbers of any floating dtype that hold one id, an int32, and keep rows aligned
 
 
@@ -39,10 +41,15 @@ class HeadPass(TorchFunctionMode):
     itself, because models scale the result in place.
     """
 
-    def __init__(self, weight: Tensor, attention: Callable[[AttentionCall], Tensor] | None = None) -> None:
-        """`attention` replaces `scaled_dot_product_attention`."""
+    def __init__(
+        self,
+        weight: Tensor,
+        attention: Callable[[AttentionCall], Tensor] | None = None,
+        inputs: SoftInputs | WatchedInputs | None = None,
+    ) -> None:
+        """`attention` replaces `scaled_dot_product_attention`, `inputs` is given the results of `embedding`."""
         super().__init__()
-        self.weight, self.attention = weight, attention
+        self.weight, self.attention, self.inputs = weight, attention, inputs
         self.calls = 0
         self.hidden: Tensor | None = None
         self.bias: Tensor | None = None
@@ -59,11 +66,46 @@ class HeadPass(TorchFunctionMode):
                 self.calls += 1
                 self.hidden, self.bias = hidden, bias
                 return hidden.new_empty((*hidden.shape[:-1], 0))
+        if func is F.embedding and self.inputs is not None:
+            return self.inputs(*embedding_arguments(*args, **kwargs), func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
 def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
+
+
+def embedding_arguments(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return input, weight
+
+
+class WatchedInputs:
+    """Leaves embeddings as they are, and records the tables in which the ids of a pass are looked up."""
+
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids
+        self.tables: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+        if ids.shape == self.input_ids.shape and ids.equal(self.input_ids):
+            self.tables.append(table)
+        return rows
+
+
+class SoftInputs:
+    """Mixes what is looked up in the input embedding with the mask's row, see `mdkern.models.soft`."""
+
+    def __init__(self, table: Tensor, mask_id: int, weight: Tensor, positions: Tensor | None) -> None:
+        """`weight` and `positions` as in `mdkern.models.soft.soften`."""
+        self.table, self.mask_id, self.weight, self.positions = table, mask_id, weight, positions
+        self.calls = 0
+
+    def __call__(self, ids: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+        if table is not self.table:
+            return rows
+        self.calls += 1
+        mask = F.embedding(ids.new_full((1,), self.mask_id), table)[0]
+        return soften(rows, mask, self.weight, self.positions)
 
 
 class Layout(NamedTuple):

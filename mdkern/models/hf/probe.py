@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.fingerprint import fingerprint
 from mdkern.models.hf.adapted import LogitsDenoiser, Padding
-from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention
+from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention, WatchedInputs
 from mdkern.models.hf.introspect import (
     OutputLayer,
     accepted_arguments,
@@ -232,7 +232,7 @@ class Probe(Trial):
         ways = ["attention"] if isinstance(layout, Layout) else []
         ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
         padding = self.padding(ways, lambda padding: self.denoiser(anatomy._replace(padding=padding)))
-        anatomy = anatomy._replace(padding=padding)
+        anatomy = self.soft(anatomy._replace(padding=padding))
         return anatomy._replace(direction=self.direction(self.denoiser(anatomy)))
 
     def runs_lean(self) -> bool:
@@ -293,6 +293,38 @@ class Probe(Trial):
             except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
                 reason = f"a pass of a window failed: {first_line(error)}"
         return anatomy._replace(no_cache=reason)
+
+    def soft(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy with the table in which the model looks up its ids, or the reason why these can't be mixed."""
+        watched = WatchedInputs(self.ids)
+        with HeadPass(self.weight, None, watched):
+            self.model(self.ids, **self.arguments)
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if any(parameter is table for table in watched.tables)
+        ]
+        if len(watched.tables) != 1 or not names:
+            return anatomy._replace(no_soft=f"its forward looks up its ids {len(watched.tables)} times, not once")
+        tried = anatomy._replace(embedding=names[0], no_soft="")
+        try:
+            if self.mixtures_agree(self.denoiser(tried)):
+                return tried
+            reason = "ids that are mixed with the mask to nothing but the mask do not give what the mask gives"
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reason = f"a pass of mixed ids failed: {first_line(error)}"
+        return anatomy._replace(no_soft=reason)
+
+    def mixtures_agree(self, denoiser: SplitDenoiser) -> bool:
+        """Whether whole tokens give what ids give, and tokens of which nothing is left what the mask gives."""
+        denoiser.mask_id = int(self.ids[0, 0])  # any id that is not the padding's
+        some = torch.arange(self.length, device=self.device) % 3 == 1
+        masks = self.ids.masked_fill(some, denoiser.mask_id)
+        one = torch.ones_like(self.ids, dtype=torch.float32)
+        return all(
+            self.close(denoiser.softened(weight).hidden(self.ids, self.t), denoiser.hidden(ids, self.t))
+            for weight, ids in ((one, self.ids), (one.masked_fill(some, 0.0), masks))
+        )
 
     def layout(self) -> Layout | str:
         local = first_setting(self.model, *LOCAL_ATTENTION)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
 from mdkern.models.hf.adapted import AdaptedDenoiser, Padding, serving
-from mdkern.models.hf.intercept import ID_ROOM, HeadPass, KeptAttention, Layout, Turn, kept_ids, whole_attention
+from mdkern.models.hf.intercept import (
+    ID_ROOM,
+    HeadPass,
+    KeptAttention,
+    Layout,
+    SoftInputs,
+    Turn,
+    kept_ids,
+    whole_attention,
+)
 from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_layer
 
 
@@ -31,6 +40,8 @@ class Anatomy(NamedTuple):
     layout: Layout | None = None  # layout of a KV cache; None: it can't have one
     rotary: str = ""  # name of the module that rotates queries and keys from 0 on; "": the call takes position_ids
     no_cache: str = "nobody has tried"  # why it can't have a KV cache
+    embedding: str = ""  # name of the parameter in which it looks up its ids, if these may be mixed with the mask
+    no_soft: str = "nobody has tried"  # why they may not
     lean: bool = False  # whether it is called with use_cache=False
     direction: str = ""  # what it does not see of a text
     padding: Padding = Padding()
@@ -41,6 +52,7 @@ class SplitDenoiser(AdaptedDenoiser):
 
     model: nn.Module
     description = "split at its output layer"
+    weight: Tensor | None = None  # of soft inputs
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, **facts: Any) -> None:
         """`facts`: the arguments of `AdaptedDenoiser`."""
@@ -51,6 +63,7 @@ class SplitDenoiser(AdaptedDenoiser):
         """Set how the model is run, by its anatomy."""
         self.anatomy = anatomy
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
+        self.takes_soft, self.no_soft_reason = bool(anatomy.embedding), anatomy.no_soft
         self.tell_padding(anatomy.padding)
 
     device = Live(lambda self: layer_of(self.model).weight.device)
@@ -79,6 +92,11 @@ class SplitDenoiser(AdaptedDenoiser):
         now.settle(anatomy)
         return held(now)
 
+    def softened(self, weight: Tensor) -> SplitDenoiser:
+        now = copy(self)
+        now.weight = weight
+        return now
+
     def hidden(
         self,
         input_ids: Tensor,
@@ -87,13 +105,18 @@ class SplitDenoiser(AdaptedDenoiser):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         attention = whole_attention(attention_mask) if self.padding.way == "attention" else None
-        hidden = self.run(input_ids, t, attention, **self.padding.arguments(input_ids, attention_mask))
+        hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
         return self.wanted(hidden, input_ids, positions, attention_mask)
 
     def run(
-        self, input_ids: Tensor, t: Tensor | None, attention: Callable[..., Tensor] | None, **arguments: Any
+        self,
+        input_ids: Tensor,
+        t: Tensor | None,
+        attention: Callable[..., Tensor] | None,
+        positions: Tensor | None,
+        **arguments: Any,
     ) -> Tensor:
-        """The output layer's input, ``[B, W, D]``."""
+        """The output layer's input, ``[B, W, D]``. Only soft inputs are at `positions`."""
         weight = layer_of(self.model).weight
         held = vars(self).get("head")  # the head of this call of `sample`; only addresses are compared
         if held is not None and (weight.data_ptr() != held.weight.data_ptr() or weight.dtype != held.weight.dtype):
@@ -102,8 +125,14 @@ class SplitDenoiser(AdaptedDenoiser):
             arguments["t"] = t
         if self.anatomy.lean:
             arguments["use_cache"] = False
-        with HeadPass(weight, attention) as run:
+        inputs = None
+        if self.weight is not None:
+            table = self.model.get_parameter(self.anatomy.embedding)
+            inputs = SoftInputs(table, self.mask_id, self.weight, positions)
+        with HeadPass(weight, attention, inputs) as run:
             self.model(input_ids, **arguments)
+        if inputs is not None and inputs.calls != 1:
+            raise RuntimeError(f"{self.name} looked up its ids {inputs.calls} times, once when it was adapted")
         if run.hidden is None:
             raise RuntimeError(f"{self.name} did not run its output layer, which it did when it was adapted")
         return run.hidden.to(weight.dtype)
@@ -132,10 +161,10 @@ class SplitDenoiser(AdaptedDenoiser):
             if self.shifted:
                 kept_ids(cache)[:, :-1] = input_ids
             attention = KeptAttention(layout, cache, None, attention_mask, None)
-            hidden = self.run(input_ids, t, attention, **self.padding.arguments(input_ids, attention_mask))
+            hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
             return self.wanted(hidden, input_ids, positions, attention_mask)
         last = cache.shape[3] - 2
-        place = columns.clamp(max=last)
+        place, soft = columns.clamp(max=last), positions
         if self.shifted:
             wanted = place.gather(1, positions)
             positions = positions + (serving(None, wanted, attention_mask) == wanted)  # its own state is the next one
@@ -145,6 +174,7 @@ class SplitDenoiser(AdaptedDenoiser):
             input_ids = torch.cat((ids.gather(1, before).to(input_ids.dtype), input_ids), dim=1)
             place = torch.cat((before, place), dim=1)
             columns = torch.cat((torch.full_like(before, last + 1), columns), dim=1)
+            soft = soft + 1
         turn, arguments = None, dict[str, Tensor]()
         if rotary:
             turn = Turn(self.model.get_submodule(rotary), last + 1, layout.head_dim, place)
@@ -153,7 +183,7 @@ class SplitDenoiser(AdaptedDenoiser):
         else:
             arguments["position_ids"] = place
         attention = KeptAttention(layout, cache, columns, attention_mask, turn)
-        return gather_rows(self.run(input_ids, t, attention, **arguments), positions)
+        return gather_rows(self.run(input_ids, t, attention, soft, **arguments), positions)
 
 
 def layer_of(model: nn.Module) -> OutputLayer:
