@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mdkern.canvas import sample_canvas
     from mdkern.decoders import Ancestral
     from mdkern.distributed import sample_distributed
     from mdkern.engine import graphs
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # the only place: the package's metadata are built from it
 
 _HOMES = {  # by module, the names that it defines; mypy reads the imports above, Python this
+    "mdkern.canvas": ("sample_canvas",),
     "mdkern.decoders": ("Ancestral",),
     "mdkern.distributed": ("sample_distributed",),
     "mdkern.engine": ("graphs",),
@@ -56,6 +58,7 @@ __all__ = [
     "likelihood",
     "load_pair",
     "sample",
+    "sample_canvas",
     "sample_distributed",
     "sample_groups",
 ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdkern.canvas import of_sample
 from mdkern.decoders import Decoder
 from mdkern.engine.checks import check_count
 from mdkern.engine.groups import Groups
 from mdkern.engine.resolve import resolve
+from mdkern.models.hf.block_diffusion import is_block_diffusion
 from mdkern.output import SampleOutput
 from mdkern.schedule import Schedule
 
@@ -57,7 +60,8 @@ def sample(
     the rest of the batch; so do its number of steps and the steps at which the models change.
 
     Args:
-        heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models.
+        heavy: a model that `mdkern.adapt` takes, or a mapping from names to such models. A
+            ``DiffusionGemmaForBlockDiffusion`` is sampled as by `mdkern.sample_canvas`, which has its own arguments.
         light: the model that the schedule calls ``L`` (`heavy` is ``H``). None: only one model. The schedule may then
             be the second argument.
         schedule: a `Schedule` or its text, e.g. ``"L32 H192 L32"``; or a `Router`, which chooses the model of each
@@ -129,6 +133,9 @@ def sample(
         Any exception of a model or hook. ``partial`` of any exception during the run, KeyboardInterrupt included, is a
         `SampleOutput` of the samples that were finished; its ``sample_ids`` say which.
     """
+    if is_block_diffusion(heavy):
+        given = {name: value for name, value in locals().items() if name != "heavy"}
+        return of_sample(heavy, given, {name: own.default for name, own in signature(sample).parameters.items()})
     began = time.perf_counter()
     request = resolve(
         heavy,

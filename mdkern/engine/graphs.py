@@ -179,9 +179,9 @@ class CaptureError(RuntimeError):
     """A step that runs eagerly but cannot be captured."""
 
 
-def warm_up(step: Callable[[], None], idle: Callable[[], None]) -> None:
+def warm_up(step: Callable[[], None], idle: Callable[[], None], times: int = WARM_UPS) -> None:
     """Run a step a few times, each time from the idle state, so that kernels are compiled and algorithms chosen."""
-    for _ in range(WARM_UPS):
+    for _ in range(times):
         idle()
         step()
 
@@ -192,8 +192,9 @@ def capture(
     pool: Any,
     device: torch.device,
     keep_graph: bool = False,
+    warm_ups: int = WARM_UPS,
 ) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Capture `step` on a stream of its own, after it has been warmed up.
+    """Capture `step` on a stream of its own, after it has been warmed up by `warm_ups` runs.
 
     `torch.cuda.graph` is not used, because it also collects garbage and empties the allocator's cache of the process.
 
@@ -204,7 +205,7 @@ def capture(
         stream, current = capture_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            warm_up(step, idle)
+            warm_up(step, idle, warm_ups)
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)

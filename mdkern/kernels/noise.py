@@ -17,7 +17,7 @@ WORD = 0xFFFFFFFF
 DOMAIN_SHIFT = 28  # the last counter word is (index >> 1) | domain << 28: vocabularies up to 2^29 ids
 
 # The domain says what a number is drawn for. Draws of different domains never share a counter.
-GROUP, TOKEN, PLAN, POSITION, TRANSITION, MASK_SIZE, MASK_PLACE = range(7)
+GROUP, TOKEN, PLAN, POSITION, TRANSITION, MASK_SIZE, MASK_PLACE, CANVAS = range(8)
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,6 +56,12 @@ def random_bits(
 def uniform(high: Tensor, low: Tensor) -> Tensor:
     """float64 in (0, 1) from 64 bits: ``(high * 2^32 + low + 1/2) / 2^64``, clamped below 1."""
     return ((high.double() + (low.double() + 0.5) * 2.0**-32) * 2.0**-32).clamp(max=1.0 - 2.0**-53)
+
+
+def uniform_ids(seed: Tensor, sample: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
+    """int64 of the broadcast shape of the key tensors (int64), each uniform on 0..vocab-1 to within 2^-64."""
+    high, low = random_bits(seed, sample, position, step, torch.zeros_like(sample), CANVAS)
+    return (high * vocab + ((low * vocab) >> 32)) >> 32
 
 
 def gumbel_from_bits(high: Tensor, low: Tensor) -> Tensor:

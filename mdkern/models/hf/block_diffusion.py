@@ -1,0 +1,189 @@
+"""Runs transformers' `DiffusionGemmaForBlockDiffusion` without its logits: the encoder with a cache that stays in
+place, and the decoder from a canvas of ids and soft embeddings to hidden states.
+
+The model's own code is run, and nothing in it is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+CLASS = "DiffusionGemmaForBlockDiffusion"
+
+
+def is_block_diffusion(model: Any) -> bool:
+    """Whether a model is transformers' DiffusionGemma with its output layer, or a subclass of it."""
+    return any(kind.__name__ == CLASS for kind in type(model).__mro__)
+
+
+class SoftInput:
+    """Stands for the logits of the step before in the decoder's forward: their expected embedding is known already.
+
+    The decoder computes ``torch.matmul(logits.softmax(...).to(...), embedding)`` and scales it.
+    """
+
+    def __init__(self, soft: Tensor) -> None:
+        self.soft = soft
+
+    def softmax(self, **_: Any) -> SoftInput:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> SoftInput:
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        if function is torch.matmul and isinstance(args[0], SoftInput):
+            return args[0].soft
+        raise TypeError(
+            f"the model's decoder uses its self-conditioning in {function}, which this version of mdkern does not know"
+        )
+
+
+class InPlace:
+    """A layer of keys and values in one tensor of fixed size, of which the model is given the part that is filled.
+
+    The tensors' addresses depend on the number of tokens alone, so that a captured pass can be replayed.
+    """
+
+    room: int
+    filled: int
+    cumulative_length: int
+    window: int  # tokens of the past that are seen, all if it is `room`
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
+    def start(self, room: int, window: int | None) -> None:
+        self.room, self.window = room, room if window is None else window - 1
+        self.held: tuple[Tensor, Tensor] | None = None
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Forget what is filled, and keep the tensors."""
+        self.filled = self.cumulative_length = 0
+        self.is_initialized = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B, H, n, head_dim]``; what these tokens attend to."""
+        if self.held is None:
+            shape = (*key_states.shape[:2], self.room, key_states.shape[3])
+            self.held = key_states.new_zeros(shape), value_states.new_zeros((*shape[:3], value_states.shape[3]))
+        before, end = self.filled, self.filled + key_states.shape[2]
+        for held, new in zip(self.held, (key_states, value_states)):
+            held[:, :, before:end] = new
+        self.filled = end
+        self.cumulative_length = end
+        self.is_initialized = True
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (held[:, :, max(0, end - self.window) : end] for held in self.held)
+        seen, values_seen = (held[:, :, max(0, before - self.window) : end] for held in self.held)
+        return seen, values_seen
+
+
+class WholeLayer(InPlace, DynamicLayer):  # type: ignore[misc]
+    """All tokens."""
+
+
+class WindowLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The last ``sliding_window - 1`` tokens, beside those that are added."""
+
+
+class BlockDiffusion:
+    """A `DiffusionGemmaForBlockDiffusion` as the sampler of canvases runs it."""
+
+    def __init__(self, model: Any) -> None:
+        """
+        Raises:
+            ValueError: an output layer that is not a plain linear one.
+        """
+        self.model = model
+        self.config = model.config
+        text = self.config.get_text_config()
+        self.vocab_size, self.canvas_length = int(text.vocab_size), int(self.config.canvas_length)
+        head = self.model.lm_head
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+            raise ValueError(
+                f"the model's output layer must be a plain linear one, not {type(head).__name__} with adapters or hooks"
+            )
+        self.weight: Tensor = head.weight
+        self.bias: Tensor | None = None if head.bias is None else head.bias.float()
+        self.table: Tensor = self.model.model.decoder.embed_tokens.weight
+        self.soft_cap = float(self.model.final_logit_softcapping or 0.0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def marks(self) -> tuple[int, ...]:
+        """The addresses of the weights, which a captured pass reads."""
+        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
+
+    def new_cache(self, room: int) -> DynamicCache:
+        """An empty cache for up to `room` tokens of each sequence."""
+        cache = DynamicCache(config=self.config.get_text_config())
+        layers: list[Any] = []
+        given: list[Any] = list(cache.layers)
+        for layer in given:
+            if getattr(layer, "is_sliding", False):
+                own: Any = WindowLayer(sliding_window=layer.sliding_window)
+                own.start(room, layer.sliding_window)
+            else:
+                own = WholeLayer()
+                own.start(room, None)
+            layers.append(own)
+        cache.layers = layers
+        return cache
+
+    def encode(self, ids: Tensor, attention_mask: Tensor, cache: Any, inputs: Mapping[str, Any]) -> None:
+        """Run the encoder over new ids ``[B, n]`` and put their keys and values into the cache.
+
+        Args:
+            attention_mask: bool, of all tokens so far, ``[B, filled + n]``.
+            inputs: what else the encoder is given: images.
+        """
+        encoder, count = self.model.model.encoder, ids.shape[1]
+        total = attention_mask.shape[1]
+        positions = torch.arange(total - count, total, dtype=torch.int32, device=ids.device)[None]
+        masks = encoder.create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=torch.empty((*ids.shape, 0), dtype=self.weight.dtype, device=ids.device),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=positions,
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+        )
+        encoder(
+            input_ids=ids.contiguous(), attention_mask=masks, past_key_values=cache, position_ids=positions, **inputs
+        )
+
+    def masks(self, attention_mask: Tensor, cache: Any) -> dict[str, Tensor | None]:
+        """The decoder's masks by kind of layer; None where everything is seen.
+
+        `attention_mask` is bool, of the tokens in the cache and of the canvas.
+        """
+        dummy = torch.empty(attention_mask.shape[0], self.canvas_length, 0, dtype=self.weight.dtype, device=self.device)
+        made: dict[str, Tensor | None] = self.model.model.decoder.create_diffusion_decoder_attention_mask(
+            config=self.config,
+            inputs_embeds=dummy,
+            past_key_values=cache,
+            decoder_attention_mask=attention_mask,
+        )
+        return made
+
+    def hidden(self, canvas: Tensor, soft: Tensor, positions: Tensor, masks: Any, cache: Any) -> Tensor:
+        """Hidden states ``[B, C, D]`` of a canvas of ids ``[B, C]``, given soft embeddings ``[B, C, D]``."""
+        output = self.model.model.decoder(
+            decoder_input_ids=canvas,
+            past_key_values=cache,
+            self_conditioning_logits=SoftInput(soft),
+            decoder_attention_mask=masks,
+            decoder_position_ids=positions,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
