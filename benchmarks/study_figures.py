@@ -15,16 +15,8 @@ from matplotlib.patches import Patch
 
 from benchmarks.harness import RESULTS
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
-from benchmarks.study_tables import (
-    FITTED,
-    OF_WIKIPEDIA,
-    PAPER_SHARES,
-    REFERENCE,
-    WIKIPEDIA,
-    Shown,
-    margin,
-    part,
-)
+from benchmarks.study_shown import FITTED, REFERENCE, WIKIPEDIA, Shown, margin, part
+from benchmarks.study_tables import OF_WIKIPEDIA, PAPER_SHARES
 from mdkern.digest import digest
 
 if TYPE_CHECKING:

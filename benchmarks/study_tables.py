@@ -6,116 +6,40 @@ measured has one line that says so.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
+from benchmarks.study_likelihood_tables import bounds, order, yardstick
+from benchmarks.study_shown import (
+    EDGES,
+    FITTED,
+    MEASURES,
+    MIDDLE,
+    REFERENCE,
+    SANDWICH,
+    WIKIPEDIA,
+    Shown,
+    difference,
+    listed,
+    margin,
+    part,
+    picture,
+    rise,
+    score,
+    sure,
+)
 
-PAIR, FAMILY, WIKIPEDIA = "shipped", "family", "wikipedia"  # of the files study-….json: two models, six, two others
-OF_FAMILY = "light_size", "three_models", "bounds"  # parts that are about all models of a study
-REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
-MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
-EDGES = "L250 H750", "H750 L250"
 # Sedykh et al., 2604.02340: generative perplexity (GPT-2's) by % of light steps, and by blocks of the light model.
 PAPER_SHARES = (42.9, 43.1, 43.8, 44.7, 45.9, 47.2, 48.6, 50.1, 51.4, 52.5, 53.4)
 PAPER_SIZES = {4: 3.41, 6: 1.94, 8: 1.40, 10: 0.12}  # per cent that perplexity rises, 25 % light in a sandwich
-MEASURES = {
-    "loss": "loss difference",
-    "kl": "KL on held-out text",
-    "path_kl": "path KL, what is revealed",
-    "masked_kl": "path KL, all that is masked",
-}
-FITTED = {"sandwich": "sandwich", **MEASURES, "influence": "influence", "best of the search": "best of the search"}
 CRITICAL = 0.648  # two-sided 5 % of Spearman's rank correlation of ten pairs
-SURE = 2.0  # standard errors at which a difference counts
 ABSENT = "Not measured yet.\n"
-
-
-class Shown(NamedTuple):
-    """A part of the study, and what it was measured on."""
-
-    found: dict[str, Any]
-    content: dict[str, Any]
-    environment: dict[str, Any]
-    name: str = ""  # of the part
-    text: str = ""  # the text it is about, if not the shipped models'
-
-    @property
-    def caption(self) -> str:
-        blocks = sorted(set(self.content["setting"]["blocks"].values()))
-        chosen = blocks if self.name in OF_FAMILY else sorted({blocks[0], blocks[-1]})
-        return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(chosen)} blocks"
-
-    @property
-    def figure(self) -> str:
-        """The file name of its figure."""
-        return "-".join(("study", *filter(None, [self.text]), self.name.replace("_", "-"))) + ".svg"
-
-
 REPETITIVE = 1.0  # nats of token entropy less than the ancestral sampler's: repetition that a judge likes
-
-
-def listed(values: Any) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def read(name: str, folder: Path | None = None) -> dict[str, Any] | None:
-    path = (RESULTS if folder is None else folder) / f"study-{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def part(name: str, text: str = "") -> Shown | None:
-    """What is shown under a name, if it has been measured: a part's results, or those of two together.
-
-    Args:
-        text: `WIKIPEDIA`, or nothing: then of the family, which has the shipped pair in it, and else of the pair.
-    """
-    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR)) if content is not None]
-    shown = []
-    for key in ("path", "measures") if name == "measures" else (name,):
-        content = next((content for content in files if key in content["parts"]), None)
-        if content is None:
-            return None
-        shown.append((content, content["parts"][key]))
-    found = {key: value for _, entry in shown for key, value in entry["found"].items()}
-    content, entry = shown[-1]
-    return Shown(found, content, entry["environment"], name, text)
-
-
-def sure(value: Mapping[str, Any]) -> bool:
-    """Whether a difference is beyond two standard errors."""
-    return abs(value["mean"]) > SURE * value["standard_error"]
-
-
-def margin(value: Mapping[str, Any]) -> float:
-    return (value["interval_95"][1] - value["interval_95"][0]) / 2
-
-
-def score(value: Mapping[str, Any]) -> str:
-    return f"{value['mean']:.3f} ± {margin(value):.3f}"
-
-
-def difference(value: Mapping[str, Any]) -> str:
-    """With its 95 % interval; in bold beyond two standard errors."""
-    text = f"{value['mean']:+.4f} ± {margin(value):.4f}"
-    return f"**{text}**" if sure(value) else text
-
-
-def rise(value: Mapping[str, Any]) -> str:
-    """A difference in nats a token as per cent of perplexity."""
-    return f"{100 * math.expm1(value['mean']):+.1f}"
-
-
-def picture(shown: Shown, title: str) -> str:
-    return f"![{title}](../benchmarks/results/{shown.figure})\n\n"
 
 
 def hand_made(shown: Shown) -> str:
@@ -428,74 +352,6 @@ def prompted(shown: Shown) -> str:
 
 def capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def yardstick(shown: Shown) -> str:
-    found = shown.found
-    rows = [
-        [
-            f"`{label}`",
-            score(point["bound"]),
-            difference(point["over"][REFERENCE]) if label != REFERENCE else "–",
-            score(point["judge"]),
-        ]
-        for label, point in found["points"].items()
-    ]
-    caption = (
-        f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each. Nats a token.\n\n"
-    )
-    verdict = f"\nRank correlation of the two over the {len(rows)} schedules: {found['rank_correlation']:+.2f}.\n"
-    header = ["schedule, of 1,000", "any-order bound of held-out text", "over all heavy", "judge's score of samples"]
-    return caption + markdown(header, rows) + verdict
-
-
-def order(shown: Shown) -> str:
-    found = shown.found
-    rows, verdicts = [], []
-    for name, points in ({"random": found["any_order"]} | found["decoders"]).items():
-        rows.append(
-            [
-                name,
-                score(points["all heavy"]["nats"]),
-                *(difference(point["over"]["all heavy"]) for label, point in points.items() if label != "all heavy"),
-                f"{sum(points['all heavy']['passes'].values()):.0f}" if name != "random" else "–",
-            ]
-        )
-        verdicts.append(f"{name}: {order_of_quarters(points)}")
-    labels = [label for label in found["any_order"] if label != "all heavy"]
-    caption = (
-        f"{shown.caption}; {found['windows']} windows of held-out text, T = {found['steps']}. -log p, nats a "
-        "token, and over all heavy; of random orders the any-order bound.\n\n"
-    )
-    header = ["order", "all heavy", *labels, "passes"]
-    return caption + markdown(header, rows) + "\n" + "; ".join(verdicts) + ".\n"
-
-
-def order_of_quarters(points: Mapping[str, Any]) -> str:
-    """Where a quarter of light steps costs least, and how surely."""
-    quarters = [label for label in points if label.startswith("25 %")]
-    best = min(quarters, key=lambda label: points[label]["nats"]["mean"])
-    gap = points[best]["over"]["25 % sandwich"]
-    if best == "25 % sandwich":
-        return "the sandwich costs least"
-    return f"{best} costs least, {difference(gap)} over the sandwich"
-
-
-def bounds(shown: Shown) -> str:
-    found = shown.found
-    ordered = sorted(found["points"].items(), key=lambda item: (item[1]["blocks"], item[0]))
-    rows = [
-        [
-            name,
-            f"{point['parameters'] / 1e6:.2f}",
-            score(point["bound"]),
-            "–" if name == found["heavy"] else difference(point["over"][found["heavy"]]),
-        ]
-        for name, point in ordered
-    ]
-    caption = f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each.\n\n"
-    header = ["model, by its blocks", "parameters, M", "any-order bound, nats a token", f"over {found['heavy']}"]
-    return caption + markdown(header, rows)
 
 
 def drawn(name: str, draw: Callable[[Shown], str], text: str = "") -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import study_figures, study_tables
+from benchmarks import study_figures, study_shown, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
 from benchmarks.study.fitted import additive_harm, cheapest_for, fit, harms, resample, terraces
@@ -346,9 +346,9 @@ def estimate(mean: float, error: float = 0.001) -> dict[str, Any]:
 def quarters(**means: float) -> dict[str, Any]:
     names = dict(zip(("sandwich", "early", "late", "second", "third"), study_tables.quarters_in_order()))
     score = {names[key]: value for key, value in means.items()}
-    base = score[study_tables.SANDWICH]
+    base = score[study_shown.SANDWICH]
     return {
-        label: {"score": estimate(value), "over": {study_tables.SANDWICH: estimate(value - base)}}
+        label: {"score": estimate(value), "over": {study_shown.SANDWICH: estimate(value - base)}}
         for label, value in score.items()
     }
 
@@ -380,9 +380,9 @@ class TestVerdicts:
 class TestShown:
     @pytest.fixture
     def results(self, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        for name in (study_tables.PAIR, study_tables.FAMILY, study_tables.WIKIPEDIA):
+        for name in (study_shown.PAIR, study_shown.FAMILY, study_shown.WIKIPEDIA):
             (tmp_path / f"study-{name}.json").write_text(whole.path.read_text())
-        monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+        monkeypatch.setattr(study_shown, "RESULTS", tmp_path)
         return tmp_path
 
     @pytest.mark.slow
@@ -412,7 +412,7 @@ class TestShown:
         assert linked == {path.name for path in drawn}
 
     def test_what_is_not_there_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+        monkeypatch.setattr(study_shown, "RESULTS", tmp_path)
         assert {table() for table in study_tables.TABLES.values()} == {study_tables.ABSENT}
         assert study_figures.draw_all(tmp_path) == []
 
