@@ -401,7 +401,8 @@ class TestDescriptions:
                 "<<lambda>: 4 ids, mask id 3; runs by its logits; keeps no keys and values because it runs by its"
                 " logits; takes no padding>"
             )
-        assert "split at its output layer; keeps keys and values; takes padding" in repr(adapted(llama()))
+        found = "split at its output layer, with its backbone run by mdkern's own passes; keeps keys and values"
+        assert f"{found}; takes padding" in repr(adapted(llama()))
 
 
 class Uniform(Denoiser):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,3 +21,40 @@ def modulation(
     parts = 0.5 * normal(11, max(1, sequences), 3 * width)
     shift, scale, gate = (parts if sequences else parts[0]).to(dtype).to(device).chunk(3, dim=-1)
     return weight.to(dtype).to(device), shift, scale, gate
+
+
+class HeadsCase(NamedTuple):
+    """Arguments of `place_heads` for two sequences of three rows; heads are columns of a wider matrix."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    normed: bool
+    where: str  # "in place", "kept", "kept at columns"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def run(self, place: Callable[..., None]) -> tuple[Tensor, ...]:
+        """What `place` makes of the queries, the keys, the values and the cache."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        cos, sin = (self.random(seed, 5, self.head_dim // 2, dtype=wide) for seed in (1, 2))
+        heads = self.random(3, 6, self.queries + 2 * self.keys, self.head_dim, dtype=self.dtype)
+        query, key, value = heads.split((self.queries, self.keys, self.keys), 1)
+        norms = [
+            1 + 0.3 * self.random(seed, self.head_dim, dtype=self.dtype) if self.normed else None for seed in (4, 5)
+        ]
+        positions = columns = kept = None
+        if self.where != "in place":
+            kept = torch.full((2, 2, 5, self.keys, self.head_dim + 1), 7.0, dtype=self.dtype, device=self.device)
+        if self.where == "kept at columns":
+            positions = torch.tensor([4, 0, -1, 3, 5, 1], device=self.device)
+            columns = torch.tensor([3, 4, 0, 4, 1, 4], device=self.device)  # 4 is scratch
+        given = None if kept is None else kept[..., :-1]
+        place(
+            cos, sin, query if self.queries else None, key if self.keys else None, value if self.keys else None,
+            positions, 3, *norms, 1e-2, given, columns,
+        )  # fmt: skip
+        return (query, key, value) if kept is None else (query, key, value, kept[:, :, :-1])
+
+    def random(self, seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+        return normal(seed, *shape, dtype=dtype, device=self.device)

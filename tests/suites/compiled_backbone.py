@@ -17,7 +17,10 @@ from mdkern.kernels.backbone import (
     launch_linear,
     triton_folded_norm,
     triton_modulated_norm,
+    triton_place_heads,
+    triton_rms_norm,
     triton_rotary,
+    triton_swiglu,
 )
 
 
@@ -72,6 +75,30 @@ def fold(capability: int) -> None:
     build(triton_folded_norm.fold_norm_kernel, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
 
 
+def rms_norm(capability: int, width: int, gathered: bool) -> None:
+    types = dict.fromkeys(("x", "weight", "stream", "normed"), "*bf16")
+    types |= {"row_index": "*i64"} if gathered else {"update": "*bf16"}
+    types |= {"table_rows": "i32", "x_stride": "i64", "update_stride": "i64", "eps": "fp32"}
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
+    build(triton_rms_norm.rms_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
+
+
+def swiglu(capability: int) -> None:
+    types = dict.fromkeys(("gate", "up", "out"), "*bf16") | {"columns": "i32", "gate_stride": "i64", "up_stride": "i64"}
+    build(triton_swiglu.swiglu_kernel, ASTSource, capability, types, {"BLOCK": triton_swiglu.COLUMNS}, num_warps=4)
+
+
+def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> None:
+    types = dict.fromkeys(("query", "key"), "*bf16") | {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("query_norm", "key_norm"), "*bf16") if normed else {}
+    types |= {"value": "*bf16", "kept": "*bf16", "columns": "*i64", "positions": "*i64"} if kept else {}
+    types |= dict.fromkeys(("length", "table_rows", "room"), "i32")
+    types |= {name: "i64" for name in triton_place_heads.place_heads_kernel.arg_names if name.endswith("_stride")}
+    half = head_dim // 2
+    constants = {"QUERIES": 32, "KEYS": 8, "HALF": half, "HEADS": 8, "HALF_BLOCK": triton.next_power_of_2(half)}
+    build(triton_place_heads.place_heads_kernel, ASTSource, capability, types, constants, num_warps=4)
+
+
 def descriptor(element: str, block: list[int]) -> str:
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
@@ -117,6 +144,11 @@ def main() -> None:
             rotary(capability, head_dim, placed=head_dim == 80)
         fold(capability)
         heads(capability)
+        for width in (4096, 3584):
+            rms_norm(capability, width, gathered=width == 4096)
+        swiglu(capability)
+        for normed, kept in ((False, False), (False, True), (True, True)):
+            place_heads(capability, 80 if normed else 128, normed, kept)
     linear(pairs=32, bias=False)
     linear(pairs=32, spans=3)
     linear(pairs=64, bias=False, element="fp16")

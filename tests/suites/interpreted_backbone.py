@@ -11,11 +11,21 @@ import torch
 import triton
 from torch import Tensor
 
-from mdkern.kernels.backbone import triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels.backbone import (
+    triton_folded_norm,
+    triton_modulated_norm,
+    triton_place_heads,
+    triton_rms_norm,
+    triton_rotary,
+    triton_swiglu,
+)
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
+from mdkern.kernels.backbone.place_heads import place_heads_reference
+from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
 from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
-from tests.problems.backbone import modulation, normal
+from mdkern.kernels.backbone.swiglu import swiglu_reference
+from tests.problems.backbone import HeadsCase, modulation, normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -111,3 +121,50 @@ def test_gathered_qkv_are_the_references(heads: int, rotated: int, head_dim: int
     for rows in got:
         assert rows.isnan().all(-1).tolist() == [False] * 4 + [True] * 2 + [False]
     assert torch.equal(got[0][:4], embedding[index[:4].long()])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (3, 100), (2, 1)])
+@pytest.mark.parametrize("updated", [False, True])
+def test_rms_norm_is_the_references(rows: int, width: int, updated: bool) -> None:
+    x, update = normal(1, rows, width), normal(2, rows, 3 * width)[:, width : 2 * width] if updated else None
+    outcomes = []
+    for implementation in (rms_norm_reference, triton_rms_norm.rms_norm):
+        stream = x.clone()
+        outcomes.append((stream, implementation(stream, normal(3, width), 0.1, update)))
+    for want, got in zip(*outcomes):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outcomes[1][0], x) != updated
+
+
+def test_gathered_rms_norm_is_the_references() -> None:
+    table, index = normal(3, 9, 50)[:, 1:41], torch.tensor([0, 8, 3, 3, -1, 9, 5, 2], dtype=torch.int32)
+    want, got = (
+        implementation(table, index, normal(4, 40), 0.1)
+        for implementation in (gathered_rms_norm_reference, triton_rms_norm.gathered_rms_norm)
+    )
+    for expected, tensor in zip(want, got):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert tensor.isnan().any(-1).tolist() == [False] * 4 + [True] * 2 + [False] * 2
+
+
+@pytest.mark.parametrize("columns", [7, 1024, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_swiglu_is_the_references(columns: int, dtype: torch.dtype) -> None:
+    both = normal(1, 3, 2 * columns, dtype=dtype)
+    gate, up = both[:, :columns], both[:, columns:]
+    precision = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(
+        triton_swiglu.swiglu(gate, up), swiglu_reference(gate, up), rtol=precision, atol=precision
+    )
+
+
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(32, 8, 16), (3, 1, 10), (9, 9, 2), (0, 4, 8), (5, 0, 8)])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
+def test_heads_are_placed_as_by_the_reference(queries: int, keys: int, head_dim: int, normed: bool, where: str) -> None:
+    case = HeadsCase(queries, keys, head_dim, normed, where if keys else "in place")
+    want, got = (case.run(implementation) for implementation in (place_heads_reference, triton_place_heads.place_heads))
+    for expected, tensor in zip(want, got, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if case.where == "kept at columns" and queries:  # positions that are not there
+        assert got[0].isnan().flatten(1).all(1).tolist() == [False, False, True, False, True, False]

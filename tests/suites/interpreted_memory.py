@@ -20,9 +20,16 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mdkern.kernels.backbone import triton_folded_norm, triton_modulated_norm, triton_rotary
+from mdkern.kernels.backbone import (
+    triton_folded_norm,
+    triton_modulated_norm,
+    triton_place_heads,
+    triton_rms_norm,
+    triton_rotary,
+    triton_swiglu,
+)
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
-from tests.problems.backbone import modulation, normal
+from tests.problems.backbone import HeadsCase, modulation, normal
 from tests.problems.selection import RULES, random_selection
 from tests.problems.tick import arguments, random_state
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
@@ -165,6 +172,18 @@ class TestEveryEntryIsWritten:
         triton_rotary.rotary(x[:, :heads], angle.cos(), angle.sin(), torch.tensor([0, 3, -1, 4, 2]), 4)
         assert not is_poisoned(x)
 
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_llamas_operators(self, rows: int) -> None:
+        x, weight, index = normal(1, rows, 20), normal(2, 20), torch.arange(-1, rows - 1)
+        assert not is_poisoned(triton_rms_norm.rms_norm(x, weight, 0.1, normal(3, rows, 20)))
+        assert not any(map(is_poisoned, triton_rms_norm.gathered_rms_norm(x, index, weight, 0.1)))
+        assert not is_poisoned(triton_swiglu.swiglu(x, normal(3, rows, 20)))
+
+    @pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
+    def test_placed_heads(self, where: str) -> None:
+        for case in (HeadsCase(5, 3, 6, True, where), HeadsCase(0, 1, 4, False, where)):
+            assert not any(map(is_poisoned, case.run(triton_place_heads.place_heads)))
+
 
 # Offsets past 2^31. Memory that is never touched costs nothing; only the last program of a launch is run.
 
@@ -230,6 +249,25 @@ class TestOffsetsPastTwoToThe31:
         got = triton_rotary.gathered_qkv(embedding, table, index, angle.cos(), angle.sin(), 6, 256)
         assert torch.equal(got[0][-4:], embedding[index[-4:]])
         assert torch.equal(got[1][-4:, 6 * 64 :], table[index[-4:], 6 * 64 :])
+
+    def test_llamas_operators(self) -> None:
+        weight, x = normal(3, WIDTH).half(), sparse(ROWS, WIDTH)
+        x[-4:] = last = normal(1, 4, WIDTH).half()
+        got = triton_rms_norm.rms_norm(x, weight, 0.1, None)
+        want = triton_rms_norm.rms_norm_reference(last, weight, 0.1, None)
+        torch.testing.assert_close(got[-1], want[-1], rtol=2e-3, atol=2e-3)
+        got = triton_swiglu.swiglu(x, x)
+        torch.testing.assert_close(got[-1:, -64:], triton_swiglu.swiglu_reference(last, last)[-1:, -64:])
+
+    def test_placed_heads(self) -> None:
+        """The last keys of a cache, past 2^31."""
+        angle, key = normal(5, 4, 32), normal(1, 4, 9, 64).half()
+        kept = sparse(2, 1, ROWS, 9, 64)
+        columns = torch.tensor([0, 1, 2, ROWS - 1])
+        arguments = angle.cos(), angle.sin(), None, key, key, None, 4, None, None, 0.0, kept, columns
+        triton_place_heads.place_heads(*arguments)
+        triton_place_heads.place_heads_reference(*arguments[:3], key, None, None, 4, *arguments[7:10], None, None)
+        torch.testing.assert_close(kept[0, 0, -1, :8], key[3, :8], rtol=2e-3, atol=2e-3)
 
     def test_ticks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sequences, length = 40, 1 << 26  # 2.7e9 ids of a batch

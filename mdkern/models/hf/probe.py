@@ -27,6 +27,7 @@ from mdkern.models.hf.introspect import (
     first_setting,
     output_layer,
 )
+from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of
 from mdkern.models.hf.split import Anatomy, SplitDenoiser
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 SEQUENCES, LENGTH = 2, 10  # of the ids of a probe
 SPAN = 32  # length of the probe that finds out which part of the text a model sees
 ROUNDINGS = 8  # a change is counted if it is more than this many times the change by rounding
+LONG_PASS = 64  # length of the probe of mdkern's own passes
 LONG = 1024  # length of the probe of models that make an attention mask, as it may hide only what is far away
 # Largest difference between two ways to compute the same states: its root mean square over that of the states.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -233,7 +235,7 @@ class Probe(Trial):
         ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
         padding = self.padding(ways, lambda padding: self.denoiser(anatomy._replace(padding=padding)))
         anatomy = self.soft(anatomy._replace(padding=padding))
-        return anatomy._replace(direction=self.direction(self.denoiser(anatomy)))
+        return self.backbone(anatomy._replace(direction=self.direction(self.denoiser(anatomy))))
 
     def runs_lean(self) -> bool:
         """Whether use_cache=False changes nothing; it makes some versions' attention causal."""
@@ -343,6 +345,40 @@ class Probe(Trial):
         with HeadPass(self.weight, watched):
             self.model(input_ids, **self.arguments)
         return watched
+
+    def backbone(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy with the plan of mdkern's own passes, or the reason why the model's forward must run."""
+        if anatomy.layout is None:
+            return anatomy._replace(own_forward=anatomy.no_cache)
+        if "t" in self.accepted:
+            return anatomy._replace(own_forward="it is conditioned on the time")
+        try:
+            head = OutputLayer(self.weight, self.bias)
+            plan = plan_of(self.model, head, anatomy.layout.head_dim, anatomy.rotary, self.longest)
+            tried = anatomy._replace(plan=plan, own_forward="")
+            if self.passes_agree(self.denoiser(tried), self.denoiser(anatomy)):
+                return tried
+            reason = "mdkern's own passes do not give what it gives"
+        except UnlikeLlamaError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model's own rotary embedding and norms are called, too
+            reason = f"one of mdkern's own passes failed: {first_line(error)}"
+        return anatomy._replace(own_forward=reason)
+
+    def passes_agree(self, ours: SplitDenoiser, theirs: SplitDenoiser) -> bool:
+        """Whether whole passes, some positions, padded texts and windows are as the model's forward has them."""
+        column, ids = torch.arange(self.length, device=self.weight.device), self.ids
+        some = torch.tensor([[1, 0, self.length - 1], [2, 2, 0]], device=column.device).clamp(max=self.length - 1)
+        mask = torch.stack((column < self.length - 1, column > 0)) if theirs.padding.way == "attention" else None
+        long = ids.flatten().repeat(1, -(-LONG_PASS // ids.numel()))[:, : min(self.longest, LONG_PASS)]
+        for question in ((ids, None, None), (ids, some, None), (ids, None, mask), (long, None, None)):
+            rows, positions, seen = question
+            mine, its = (denoiser.hidden(rows, self.t, positions, seen) for denoiser in (ours, theirs))
+            if not (self.close(mine, its) if seen is None else self.close(mine[seen], its[seen])):
+                return False
+        return self.windows_agree(ours)
 
     def windows_agree(self, denoiser: SplitDenoiser) -> bool:
         """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
+from mdkern.models.hf import llama_fused
 from mdkern.models.hf.adapted import AdaptedDenoiser, Padding, serving
 from mdkern.models.hf.intercept import (
     ID_ROOM,
@@ -28,6 +29,7 @@ from mdkern.models.hf.intercept import (
     whole_attention,
 )
 from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_layer
+from mdkern.models.hf.llama_parts import Parts, Plan, UnlikeLlamaError, resolve
 
 
 class Anatomy(NamedTuple):
@@ -45,13 +47,14 @@ class Anatomy(NamedTuple):
     lean: bool = False  # whether it is called with use_cache=False
     direction: str = ""  # what it does not see of a text
     padding: Padding = Padding()
+    plan: Plan | None = None  # of its parts, if its backbone runs by mdkern's own passes
+    own_forward: str = "nobody has tried"  # why it does not
 
 
 class SplitDenoiser(AdaptedDenoiser):
     """A module whose forward is cut at its output layer."""
 
     model: nn.Module
-    description = "split at its output layer"
     weight: Tensor | None = None  # of soft inputs
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, **facts: Any) -> None:
@@ -62,9 +65,22 @@ class SplitDenoiser(AdaptedDenoiser):
     def settle(self, anatomy: Anatomy) -> None:
         """Set how the model is run, by its anatomy."""
         self.anatomy = anatomy
+        own = "" if anatomy.own_forward == anatomy.no_cache else f" because {anatomy.own_forward}"
+        backbone = f"its own forward{own}" if anatomy.plan is None else "mdkern's own passes"
+        self.description = f"split at its output layer, with its backbone run by {backbone}"
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
         self.takes_soft, self.no_soft_reason = bool(anatomy.embedding), anatomy.no_soft
         self.tell_padding(anatomy.padding)
+
+    @Live
+    def parts(self) -> Parts | None:
+        """The weights of the backbone as they are now, for mdkern's own passes; None where its own forward must run."""
+        if self.anatomy.plan is None:
+            return None
+        try:
+            return resolve(self.model, self.anatomy.plan)
+        except UnlikeLlamaError:
+            return None
 
     device = Live(lambda self: layer_of(self.model).weight.device)
     dtype = Live(lambda self: next(self.model.parameters()).dtype)
@@ -90,7 +106,9 @@ class SplitDenoiser(AdaptedDenoiser):
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
         now = copy(self)
         now.settle(anatomy)
-        return held(now)
+        now = held(now)
+        now.parts = now.parts
+        return now
 
     def softened(self, weight: Tensor) -> SplitDenoiser:
         now = copy(self)
@@ -104,9 +122,28 @@ class SplitDenoiser(AdaptedDenoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
+        parts = self.parts_for(input_ids.shape[1], attention_mask)
+        if parts is not None:
+            if self.shifted:
+                positions = serving(input_ids, positions, attention_mask)
+            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), attention_mask)
         attention = whole_attention(attention_mask) if self.padding.way == "attention" else None
         hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
         return self.wanted(hidden, input_ids, positions, attention_mask)
+
+    def parts_for(self, length: int, attention_mask: Tensor | None) -> Parts | None:
+        """The weights, if mdkern's own passes can run sequences of this length now."""
+        plan = self.anatomy.plan
+        if plan is None or self.weight is not None or not llama_fused.runs_now() or length > len(plan.cos):
+            return None
+        masked = attention_mask is not None and self.padding.way != "attention"
+        return None if masked else self.parts
+
+    def places(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Rotary positions ``[B, L]`` in padded text; None: they are the columns."""
+        if attention_mask is None or self.padding.first_position is None:
+            return None
+        return self.padding.positions(None, attention_mask)
 
     def run(
         self,
@@ -157,9 +194,18 @@ class SplitDenoiser(AdaptedDenoiser):
         """
         layout, rotary = self.anatomy.layout, self.anatomy.rotary
         assert layout is not None
+        parts, kept, places = (
+            self.parts_for(cache.shape[3] - 1, attention_mask),
+            layout.heads_of(cache),
+            self.places(attention_mask),
+        )
         if columns is None:
             if self.shifted:
                 kept_ids(cache)[:, :-1] = input_ids
+            if parts is not None:
+                if self.shifted:
+                    positions = serving(input_ids, positions, attention_mask)
+                return llama_fused.run(parts, input_ids, positions, places, attention_mask, kept)
             attention = KeptAttention(layout, cache, None, attention_mask, None)
             hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
             return self.wanted(hidden, input_ids, positions, attention_mask)
@@ -175,13 +221,14 @@ class SplitDenoiser(AdaptedDenoiser):
             place = torch.cat((before, place), dim=1)
             columns = torch.cat((torch.full_like(before, last + 1), columns), dim=1)
             soft = soft + 1
+        index = place if places is None else places.gather(1, place)
+        if parts is not None:
+            return llama_fused.run(parts, input_ids, positions, index, attention_mask, kept, columns)
         turn, arguments = None, dict[str, Tensor]()
         if rotary:
             turn = Turn(self.model.get_submodule(rotary), last + 1, layout.head_dim, place)
-        elif attention_mask is not None and self.padding.first_position is not None:
-            arguments["position_ids"] = self.padding.positions(None, attention_mask).gather(1, place)
         else:
-            arguments["position_ids"] = place
+            arguments["position_ids"] = index
         attention = KeptAttention(layout, cache, columns, attention_mask, turn)
         return gather_rows(self.run(input_ids, t, attention, soft, **arguments), positions)
 

@@ -1,0 +1,103 @@
+"""`rms_norm`, `gathered_rms_norm`: a Llama's residual addition and the norm after it, in one pass over the rows.
+
+Root mean square normalisation is that of Zhang and Sennrich (1910.07467). This file has the contracts and the
+references in plain PyTorch; `triton_rms_norm` has the GPU kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mdkern.kernels.backbone.modulated_norm import gathered_norm_outputs, wide
+from mdkern.kernels.checks import check_tensor, check_written
+from mdkern.kernels.operator import operator
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> Tensor:
+    """`rms_norm` in plain PyTorch."""
+    if update is not None:
+        x.copy_(x.to(wide(x)) + update)
+    return normalise(x, weight, eps)
+
+
+def gathered_rms_norm_reference(table: Tensor, row_index: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`gathered_rms_norm` in plain PyTorch."""
+    outside = (row_index < 0) | (row_index >= table.shape[0])
+    x = table[row_index.masked_fill(outside, 0)].masked_fill(outside[:, None], torch.nan)
+    return x, normalise(x, weight, eps)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = x.to(wide(x))
+    return (rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide(x))).to(x.dtype)
+
+
+KERNELS = "mdkern.kernels.backbone.triton_rms_norm"
+rms_norm_operator = operator(
+    rms_norm_reference, lambda x, *_: torch.empty_like(x), f"{KERNELS}:rms_norm", mutates=("x",), name="rms_norm"
+)
+gathered_rms_norm_operator = operator(
+    gathered_rms_norm_reference, gathered_norm_outputs, f"{KERNELS}:gathered_rms_norm", name="gathered_rms_norm"
+)
+
+
+def rms_norm(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [D]
+    eps: float,
+    *,
+    update: Tensor | None = None,  # [N, D]
+) -> Tensor:
+    """``x += update`` in place, then ``x / sqrt(mean(x**2) + eps) * weight``.
+
+    Everything is computed in float32; the norm is of the updated `x` as it is stored.
+
+    Args:
+        x: floating ``[N, D]``, contiguous: the residual stream. Written only if there is an `update`.
+        weight: floating ``[D]``.
+        update: shape and dtype of `x`, any row stride: the output of the sublayer before.
+
+    Returns:
+        ``[N, D]`` of the dtype of `x`: the input of the next sublayer.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_rows(x, weight)
+    check_written("x", x)
+    check_tensor("update", update, x.shape, x.dtype, x.device)
+    normed: Tensor = rms_norm_operator(x, weight, eps, update)
+    return normed
+
+
+def gathered_rms_norm(
+    table: Tensor,  # [T, D]
+    row_index: Tensor,  # [N]
+    weight: Tensor,  # [D]
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``x = table[row_index]``, and its norm as by `rms_norm`: for an embedding, or for some rows only.
+
+    Args:
+        table: floating ``[T, D]``, any row stride.
+        row_index: int32 or int64 ``[N]``. An index outside 0..T-1 gives a row of NaN.
+        weight: floating ``[D]``.
+
+    Returns:
+        x and its norm, ``[N, D]`` of the dtype of `table`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_tensor("row_index", row_index, (row_index.numel(),), (torch.int64, torch.int32), table.device)
+    check_rows(table, weight)
+    x, normed = gathered_rms_norm_operator(table, row_index, weight, eps)
+    return x, normed
+
+
+def check_rows(x: Tensor, weight: Tensor) -> None:
+    check_tensor("x", x, x.shape, x.dtype, x.device)
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"rows must be floating [N, D], not {x.dtype} {list(x.shape)}")
+    check_tensor("weight", weight, (x.shape[1],), weight.dtype, x.device)

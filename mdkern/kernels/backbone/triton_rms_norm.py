@@ -1,0 +1,98 @@
+"""`mdkern.kernels.backbone.rms_norm` in Triton: each program holds a whole row in registers."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mdkern.kernels.backbone.modulated_norm import fits, gathered_norm_outputs
+from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
+from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
+
+
+@triton.jit(do_not_specialize=["table_rows"])
+def rms_norm_kernel(
+    x,  # the rows, or the table that they are gathered from
+    row_index,
+    update,
+    weight,
+    stream,  # output: the rows after gathering or updating
+    normed,
+    table_rows,
+    x_stride,
+    update_stride,
+    eps,
+    WIDTH: tl.constexpr,  # D
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    within = column < WIDTH
+    multiplier = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)
+    if row_index is None:
+        held = tl.load(x + row * x_stride + column, mask=within, other=0.0)
+    else:
+        source = tl.load(row_index + row).to(tl.int64)
+        known = (source >= 0) & (source < table_rows)
+        held = tl.load(x + source * x_stride + column, mask=within & known, other=float("nan"))
+    if update is not None:
+        change = tl.load(update + row * update_stride + column, mask=within, other=0.0)
+        held = (held.to(tl.float32) + change.to(tl.float32)).to(held.dtype)
+    if (update is not None) or (row_index is not None):
+        tl.store(stream + row * WIDTH + column, held, mask=within)
+    wide = tl.where(within, held.to(tl.float32), 0.0)
+    spread = tl.sqrt_rn(tl.sum(wide * wide, 0) / WIDTH + eps)
+    tl.store(
+        normed + row * WIDTH + column, (wide * (1.0 / spread) * multiplier).to(normed.dtype.element_ty), mask=within
+    )
+
+
+def launch(
+    x: Tensor,
+    row_index: Tensor | None,
+    update: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    stream: Tensor,
+    normed: Tensor,
+) -> None:
+    rows, width = normed.shape
+    if rows == 0 or width == 0:
+        return
+    block = triton.next_power_of_2(width)
+    rms_norm_kernel[(rows,)](
+        x,
+        row_index,
+        update,
+        unit_stride(weight),
+        stream,
+        normed,
+        x.shape[0],
+        x.stride(0),
+        0 if update is None else update.stride(0),
+        eps,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> Tensor:
+    """`rms_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(x):
+        return rms_norm_reference(x, weight, eps, update)
+    normed = torch.empty_like(x)
+    launch(x, None, unit_stride(update), weight, eps, x, normed)
+    return normed
+
+
+def gathered_rms_norm(table: Tensor, row_index: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`mdkern.kernels.backbone.rms_norm.gathered_rms_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(table):
+        return gathered_rms_norm_reference(table, row_index, weight, eps)
+    x, normed = gathered_norm_outputs(table, row_index)
+    launch(unit_stride(table), row_index.contiguous(), None, weight, eps, x, normed)
+    return x, normed

@@ -1,0 +1,102 @@
+"""Passes of a model built like Llama in few kernels, with the model's own weights, in place.
+
+Between the matrix products, which PyTorch runs, one kernel each is left: the residual addition with the norm, the
+rotation of queries and keys with the write to the KV cache, the activation of the MLP, and attention, which reads the
+cache where it is. The last block runs queries, attention and MLP at the wanted positions only. Times, and what was
+tried and left out: docs/notes/llama.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdkern.kernels.backbone.place_heads import place_heads
+from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm
+from mdkern.kernels.backbone.swiglu import swiglu
+from mdkern.models.dit import attention_priority
+from mdkern.models.hf.intercept import attend
+from mdkern.models.hf.llama_parts import Block, Linear, Parts
+
+
+def runs_now() -> bool:
+    """Whether the passes may stand in for the model's own: without gradients, autocast and compilers."""
+    autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast)
+
+
+def run(
+    parts: Parts,
+    input_ids: Tensor,
+    rows: Tensor | None,
+    positions: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    kept: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """The output layer's input at `rows`.
+
+    Args:
+        input_ids: int64 ``[B, W]``: whole sequences, or a window of each.
+        rows: int64 ``[B, R]`` in 0..W-1, the wanted entries; None: all.
+        positions: int64 ``[B, W]``, of the rotary embedding; None: 0..W-1.
+        attention_mask: bool ``[B, L]``, False at padding; None: no padding.
+        kept: ``[layers, 2, B, L + 1, H, head_dim]``, a KV cache, to be read and written; None: W = L.
+        columns: int64 ``[B, W]`` in 0..L, where the window's keys and values are kept; None: 0..W-1.
+
+    Returns:
+        ``[B, R, D]``.
+    """
+    batch, width = input_ids.shape
+    place, columns = (None if index is None else index.flatten() for index in (positions, columns))
+    with attention_priority(input_ids.device):
+        x, normed = gathered_rms_norm(parts.embedding, input_ids.flatten(), *parts.blocks[0].attn_norm)
+        update = None
+        for number, block in enumerate(parts.blocks):
+            if update is not None:
+                normed = rms_norm(x, *block.attn_norm, update=update)
+            pruned = rows is not None and number + 1 == len(parts.blocks)
+            query = None if pruned else heads_of(normed, block.query, parts)
+            key, value = (heads_of(normed, layer, parts) for layer in (block.key, block.value))
+            cache = None if kept is None else kept[number]
+            turn(parts, block, query, key, value, place, width, cache, columns)
+            if rows is not None and pruned:
+                first = torch.arange(0, batch * width, width, device=rows.device)[:, None]
+                x, normed = gathered_rms_norm(x, (first + rows).flatten(), *block.attn_norm)
+                query = heads_of(normed, block.query, parts)
+                wanted = rows if positions is None else positions.gather(1, rows)
+                turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
+            assert query is not None
+            keys, values = (x.unflatten(0, (batch, -1)) for x in (key, value)) if cache is None else cache[:, :, :-1]
+            queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
+            attended = attend(queries, keys, values, attention_mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
+            normed = rms_norm(x, *block.mlp_norm, update=F.linear(attended, *block.attn_out))
+            update = F.linear(swiglu(F.linear(normed, *block.gate), F.linear(normed, *block.up)), *block.down)
+        return rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))
+
+
+def heads_of(normed: Tensor, layer: Linear, parts: Parts) -> Tensor:
+    """``[N, heads, head_dim]`` of a projection."""
+    return F.linear(normed, *layer).unflatten(1, (-1, 2 * parts.cos.shape[1]))
+
+
+def turn(
+    parts: Parts,
+    block: Block,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    positions: Tensor | None,
+    length: int,
+    kept: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> None:
+    """`place_heads` of a block."""
+    norms = block.query_norm, block.key_norm
+    query_norm, key_norm = (None if norm is None else norm.weight for norm in norms)
+    place_heads(
+        parts.cos, parts.sin, query, key, value, positions=positions, length=length, query_norm=query_norm,
+        key_norm=key_norm, eps=max((norm.eps for norm in norms if norm is not None), default=0.0), kept=kept,
+        columns=columns,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""`rms_norm`, `swiglu` and `place_heads` by their definitions, in float64, and as operators of `torch.library`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdkern.kernels.backbone import place_heads, rms_norm, swiglu
+from tests.problems.backbone import HeadsCase, normal
+
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def rms_normed(row: Tensor, weight: Tensor, eps: float) -> list[float]:
+    """A row by the definition, in Python's floats."""
+    numbers = [float(x) for x in row]
+    spread = math.sqrt(sum(x * x for x in numbers) / len(numbers) + eps)
+    return [x / spread * float(w) for x, w in zip(numbers, weight)]
+
+
+def test_norm_by_definition() -> None:
+    x, update, weight = normal(1, 5, 12), normal(2, 5, 12), normal(3, 12)
+    stream = x.clone()
+    normed = rms_norm.rms_norm(stream, weight, 0.5, update=update)
+    torch.testing.assert_close(stream, x + update)
+    want = torch.tensor([rms_normed(row, weight, 0.5) for row in x + update])
+    torch.testing.assert_close(normed, want, **EXACT)
+    index = torch.tensor([4, 0, 4, -1, 5])
+    rows, normed = rms_norm.gathered_rms_norm(x, index, weight, 0.5)
+    assert torch.equal(rows[:3], x[[4, 0, 4]])
+    torch.testing.assert_close(normed[:3], torch.tensor([rms_normed(x[i], weight, 0.5) for i in (4, 0, 4)]), **EXACT)
+    assert rows[3:].isnan().all()
+    assert normed[3:].isnan().all()
+
+
+def test_swiglu_by_definition() -> None:
+    gate, up = normal(1, 3, 7), normal(2, 3, 7)
+    want = [[float(g) / (1 + math.exp(-g)) * float(u) for g, u in zip(*rows)] for rows in zip(gate, up)]
+    torch.testing.assert_close(swiglu.swiglu(gate, up), torch.tensor(want), **EXACT)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
+def test_heads_by_definition(normed: bool, where: str) -> None:
+    """Pair (i, i + half) of a head is a complex number, which is multiplied by cos + i sin of its position."""
+    case = HeadsCase(4, 2, 6, normed, where)
+    got = case.run(place_heads.place_heads_reference)
+    given: list[Tensor | None] = []
+    case.run(lambda *arguments: given.extend(x.clone() if isinstance(x, Tensor) else x for x in arguments))
+    cos, sin, query, key, value, positions, _, query_norm, key_norm, _, kept, columns = given
+    for heads, norm, result in ((query, query_norm, got[0]), (key, key_norm, got[1])):
+        assert heads is not None
+        if heads is key and kept is not None:
+            continue  # in the cache, below
+        for row, head in ((0, 0), (4, 1), (5, 0)):
+            want = turned_by_definition(heads[row, head], norm, cos, sin, position_of(row, positions))
+            torch.testing.assert_close(result[row, head], want, equal_nan=True, **EXACT)
+    if kept is not None:
+        assert key is not None
+        assert value is not None
+        assert torch.equal(got[1], key)  # not turned in place
+        for row in (0, 2, 4):
+            column = row % 3 if columns is None else int(columns[row])
+            keys, values = got[3][:, row // 3, column, :, :6]
+            want = turned_by_definition(key[row, 1], key_norm, cos, sin, position_of(row, positions))
+            torch.testing.assert_close(keys[1], want, equal_nan=True, **EXACT)
+            assert torch.equal(values, value[row])
+        written = {(row // 3, row % 3 if columns is None else int(columns[row])) for row in range(6)}
+        for sequence in range(2):
+            for column in range(4):
+                assert ((sequence, column) in written) == bool((got[3][:, sequence, column, :, :6] != 7.0).any())
+        assert (got[3][..., 6] == 7.0).all()  # between the rows
+
+
+def position_of(row: int, positions: Tensor | None) -> int:
+    return row % 3 if positions is None else int(positions[row])
+
+
+def turned_by_definition(
+    head: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, position: int
+) -> Tensor:
+    assert cos is not None
+    assert sin is not None
+    if not 0 <= position < len(cos):
+        return torch.full_like(head, torch.nan)
+    numbers = head if norm is None else torch.tensor(rms_normed(head, norm, 1e-2))
+    half = len(head) // 2
+    turned = torch.complex(numbers[:half], numbers[half:]) * torch.complex(cos[position], sin[position])
+    return torch.cat((turned.real, turned.imag))
+
+
+def test_the_operators_are_well_registered() -> None:
+    x, weight, index = normal(1, 6, 8), normal(2, 8), torch.tensor([3, 1, 1])
+    check = torch.library.opcheck
+    check(rms_norm.rms_norm_operator, (x, weight, 0.1, x.clone()))
+    check(rms_norm.rms_norm_operator, (x, weight, 0.1, None))
+    check(rms_norm.gathered_rms_norm_operator, (x, index, weight, 0.1))
+    check(swiglu.swiglu_operator, (x, x.clone()))
+    for where in ("in place", "kept at columns"):
+        HeadsCase(2, 1, 8, True, where).run(lambda *arguments: check(place_heads.place_heads_operator, arguments))
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    x, weight, angles = normal(1, 6, 8), normal(2, 8), torch.ones(4, 2)
+    heads, kept = x.view(6, 2, 4), torch.zeros(2, 2, 4, 2, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        rms_norm.rms_norm(normal(1, 8, 6).T, weight, 0.1, update=x)
+    with pytest.raises(ValueError, match="update"):
+        rms_norm.rms_norm(x, weight, 0.1, update=x[:5])
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm.rms_norm(x, weight[:7], 0.1)
+    with pytest.raises(ValueError, match="row_index"):
+        rms_norm.gathered_rms_norm(x, torch.rand(3), weight, 0.1)
+    with pytest.raises(ValueError, match="up"):
+        swiglu.swiglu(x, x[:5])
+    with pytest.raises(ValueError, match="each row together"):
+        swiglu.swiglu(normal(1, 8, 6).T, x)
+    place = place_heads.place_heads
+    for match, arguments, options in (
+        ("queries or keys", (None,), {}),
+        ("query must be floating", (x,), {}),
+        ("key must be", (heads, heads[:5]), {}),
+        ("lie together", (heads.transpose(0, 1).contiguous().transpose(0, 1),), {}),
+        ("length must divide", (heads,), {"length": 4}),
+        ("angles are not enough", (heads,), {"length": 6}),
+        ("columns without a cache", (heads,), {"columns": torch.arange(6)}),
+        ("query_norm", (heads,), {"query_norm": weight}),
+        ("positions", (heads,), {"positions": torch.arange(5)}),
+        ("values of one shape", (heads, heads), {"kept": kept}),
+        ("kept must be", (heads, heads, heads), {"kept": kept[:, :1]}),
+        ("more than 3 columns", (heads, heads, heads), {"kept": kept[:, :, :3]}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            place(angles, angles, *arguments, **({"length": 3} | options))
+
+
+def relative_error(got: Tensor, exact: Tensor) -> Tensor:
+    return (got.double() - exact).norm() / exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(32, 4096), (300, 3584), (3, 100)])
+def test_gpu_norm_and_swiglu_round_once(dtype: torch.dtype, rows: int, width: int) -> None:
+    x, update, weight = (normal(seed, rows, width, dtype=dtype, device="cuda") for seed in (1, 2, 3))
+    weight = weight[0]
+    stream = x.clone()
+    normed = rms_norm.rms_norm(stream, weight, 1e-5, update=update)
+    wide = x.double()
+    exact = rms_norm.rms_norm_reference(wide, weight.double(), 1e-5, update.double())
+    torch.testing.assert_close(stream, wide.to(dtype))
+    assert relative_error(normed, exact) < 2 * relative_error(exact.to(dtype), exact)
+    exact = swiglu.swiglu_reference(x.double(), update.double())
+    assert relative_error(swiglu.swiglu(x, update), exact) < 1.1 * relative_error(exact.to(dtype), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(32, 32, 128), (28, 4, 128), (9, 3, 80)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_gpu_heads_are_placed_exactly(
+    dtype: torch.dtype, where: str, queries: int, keys: int, head_dim: int, normed: bool
+) -> None:
+    case = HeadsCase(queries, keys, head_dim, normed, where, dtype, "cuda")
+
+    def in_float64(*arguments: object) -> None:
+        """The reference on wide copies, and its results in the tensors that were given."""
+        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+        place_heads.place_heads_reference(*wide)
+        exact.extend(wide[2:4] if where == "in place" else [wide[2], wide[10]])
+
+    exact: list[Tensor] = []
+    case.run(in_float64)
+    query, key, _, *kept = case.run(place_heads.place_heads_operator)
+    for got, want in ((query, exact[0]), (kept[0] if kept else key, exact[1][:, :, :-1] if kept else exact[1])):
+        there = ~want.isnan()
+        assert torch.equal(got.isnan(), ~there)
+        rounding = relative_error(want[there].to(dtype), want[there])
+        assert relative_error(got[there], want[there]) <= 1.1 * rounding + 1e-6

@@ -1,0 +1,301 @@
+"""Models built like Llama, run by mdkern's own passes: the same as by their own forward, which else runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from mdkern.models.denoiser import Denoiser
+from mdkern.models.hf import llama_fused
+from mdkern.models.hf.split import SplitDenoiser
+from tests.problems.hf_models import (
+    LONGEST,
+    MASK,
+    WIDTH,
+    WORDS,
+    adapted,
+    bert,
+    both_ways,
+    decoder_config,
+    dream,
+    llada,
+    llama,
+    qwen,
+    random_ids,
+)
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama, tied, biased": lambda: llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama, stretched positions": lambda: llama(
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "rope_theta": 1e4}
+    ),
+    "mistral": lambda: both_ways(MistralForCausalLM(decoder_config(MistralConfig, sliding_window=None, head_dim=16))),
+    "qwen 2": qwen,
+    "qwen 3": lambda: both_ways(Qwen3ForCausalLM(decoder_config(Qwen3Config, head_dim=8))),
+    "dream": dream,
+    "llada": llada,
+    "llada, tied and scaled": lambda: llada(weight_tying=True, scale_logits=True),
+    "llada, grouped": lambda: llada(kv_heads=2),
+}
+KEPT = torch.arange(WORDS) != MASK
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture
+def fused(model: Any, monkeypatch: pytest.MonkeyPatch) -> Denoiser:
+    """The model's denoiser, whose passes fail if the model's own forward runs."""
+    denoiser = adapted(model, shifted=False)
+    assert denoiser.description == "split at its output layer, with its backbone run by mdkern's own passes"
+    monkeypatch.setattr(SplitDenoiser, "run", lambda *_, **__: pytest.fail("the model's own forward ran"))
+    return denoiser
+
+
+class TestPasses:
+    def test_logits_are_the_models(self, model: Any, fused: Denoiser) -> None:
+        ids = random_ids(3, LONGEST)
+        want, got = model(ids).logits[..., :WORDS], fused.logits(ids)[..., :WORDS]
+        torch.testing.assert_close(got[..., KEPT], want[..., KEPT], **CLOSE)
+
+    def test_wanted_positions(self, fused: Denoiser) -> None:
+        ids, positions = random_ids(3, 9), torch.tensor([[8, 0, 0], [1, 2, 3], [4, 4, 7]])
+        rows, whole = fused.hidden(ids, None, positions), fused.hidden(ids)
+        torch.testing.assert_close(rows, whole.gather(1, positions[..., None].expand(-1, -1, WIDTH)), **CLOSE)
+
+    @pytest.mark.parametrize("before", [0, 3])
+    def test_padding_changes_nothing(self, fused: Denoiser, before: int) -> None:
+        ids, mask = random_ids(2, 9), torch.zeros(2, 14, dtype=torch.bool)
+        padded = random_ids(2, 14, seed=5)
+        padded[:, before : before + 9], mask[:, before : before + 9] = ids, True
+        got = fused.hidden(padded, None, None, mask)[:, before : before + 9]
+        torch.testing.assert_close(got, fused.hidden(ids), **CLOSE)
+
+    @pytest.mark.parametrize("padding", [0, 2])
+    def test_windows_are_those_of_its_own_forward(self, model: Any, fused: Denoiser, padding: int) -> None:
+        """The states of windows over caches that are out of date, and what the caches then hold."""
+        own = adapted(model, shifted=False)
+        ids, new, length = random_ids(2, 12), random_ids(2, 12, seed=1), 12
+        mask = torch.arange(length) >= torch.tensor([[0], [padding]])
+        columns = torch.tensor([[3, 4, 5, 6], [9, 10, 11, 12]])  # the last is past the end
+        positions = torch.tensor([[3, 0], [1, 1]])
+        every = torch.arange(length).expand(2, -1)
+        outcomes = []
+        for denoiser in (own, fused):
+            with pytest.MonkeyPatch.context() as patch:
+                if denoiser is own:
+                    patch.setattr(llama_fused, "runs_now", lambda: False)
+                    patch.setattr(SplitDenoiser, "run", OWN_RUN)
+                cache = torch.full(denoiser.cache_shape(2, length), torch.nan)
+                first = denoiser.window_hidden(cache, ids, None, every, None, mask)
+                inside = columns.clamp(max=length - 1)
+                rows = denoiser.window_hidden(cache, new.gather(1, inside), columns, positions, None, mask)
+                outcomes.append((first[mask], rows, cache[:, :, :, :-1]))
+        for want, got in zip(*outcomes):
+            torch.testing.assert_close(got, want, **CLOSE)
+
+    def test_a_shifted_model(self, fused: Denoiser, model: Any) -> None:
+        shifted = adapted(model, shifted=True)
+        ids = random_ids(2, 9)
+        plain, states = fused.hidden(ids), shifted.hidden(ids)
+        torch.testing.assert_close(states[:, 1:], plain[:, :-1], **CLOSE)
+        torch.testing.assert_close(states[:, 0], plain[:, 0], **CLOSE)
+
+
+OWN_RUN = SplitDenoiser.run
+
+
+class Adapter(nn.Module):
+    """As LoRA's: a layer and a change to it."""
+
+    def __init__(self, inside: nn.Linear) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * self.inside(x)
+
+
+class Quantised(nn.Linear):
+    """As a quantiser's: a linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).round(decimals=1)
+
+
+class Subclass(Tensor):
+    """As torchao's weights are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            return 2 * torch.nn.functional.linear(args[0], args[1].as_subclass(Tensor))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def layer_of(model: Any, number: int = 1) -> Any:
+    return model.model.layers[number]
+
+
+def with_adapter(model: Any) -> None:
+    layer_of(model).mlp.up_proj = Adapter(layer_of(model).mlp.up_proj)
+
+
+def with_quantised_layer(model: Any) -> None:
+    layer_of(model).self_attn.v_proj = quantised = Quantised(WIDTH, WIDTH // 2, bias=False)
+    nn.init.normal_(quantised.weight, generator=torch.Generator().manual_seed(1))
+
+
+def with_tensors_of_a_kind_of_their_own(model: Any) -> None:
+    layer = layer_of(model).mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Subclass), requires_grad=False)
+
+
+def with_hook(model: Any) -> None:
+    layer_of(model).mlp.register_forward_hook(lambda _, __, out: out * 1.1)
+
+
+def with_forward_of_its_own(model: Any) -> None:
+    norm = layer_of(model).input_layernorm
+    forward = norm.forward
+    norm.forward = lambda x: 1.1 * forward(x)
+
+
+def with_parametrization(model: Any) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    torch.nn.utils.parametrize.register_parametrization(layer_of(model).mlp.gate_proj, "weight", Twice())
+
+
+def with_layer_norm(model: Any) -> None:
+    layer_of(model, 0).input_layernorm = nn.LayerNorm(WIDTH, bias=False)
+
+
+def with_other_activation(model: Any) -> None:
+    for number in (0, 1):
+        layer_of(model, number).mlp.act_fn = nn.GELU()
+
+
+def with_scaled_embedding(model: Any) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 3 * super().forward(ids)
+
+    model.model.embed_tokens = Scaled.from_pretrained(model.model.embed_tokens.weight.detach())
+
+
+def with_more_parameters(model: Any) -> None:
+    layer_of(model).gain = nn.Parameter(torch.ones(1))
+
+
+CHANGES: list[tuple[Callable[[Any], None], str]] = [
+    (with_adapter, "its mlp.up_proj is a Adapter, not a plain linear layer"),
+    (with_quantised_layer, "its self_attn.v_proj is a Quantised, not a plain linear layer"),
+    (with_tensors_of_a_kind_of_their_own, "holds weights of a kind of their own"),
+    (with_hook, "model.layers.1.mlp has a hook or a forward of its own"),
+    (with_forward_of_its_own, "model.layers.1.input_layernorm has a hook or a forward of its own"),
+    (with_parametrization, "its mlp.gate_proj is a ParametrizedLinear, not a plain linear layer"),
+    (with_layer_norm, "a LayerNorm of it is no RMS norm"),
+    (with_other_activation, "its activation is not SiLU but a GELU"),
+    (with_scaled_embedding, "mdkern's own passes do not give what it gives"),
+    (with_more_parameters, "it has a parameter besides those of a Llama, model.layers.1.gain"),
+]
+
+
+class TestOthers:
+    @pytest.mark.parametrize(("change", "reason"), CHANGES)
+    def test_what_is_not_like_llama_runs_by_its_own_forward(self, change: Callable[[Any], None], reason: str) -> None:
+        model, ids = llama(), random_ids(2, 9)
+        change(model)
+        denoiser = adapted(model)
+        assert reason in denoiser.description, denoiser.description
+        torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
+
+    @pytest.mark.parametrize(("change", "_"), CHANGES[:6])
+    def test_a_change_after_adapting_is_heeded(self, change: Callable[[Any], None], _: str) -> None:
+        model, ids = llama(), random_ids(2, 9)
+        denoiser = adapted(model)
+        before = denoiser.logits(ids)
+        change(model)
+        want = model(ids).logits[..., KEPT]
+        assert not torch.allclose(before[..., KEPT], want, **CLOSE)
+        for kept in (denoiser, denoiser.current()):
+            torch.testing.assert_close(kept.logits(ids)[..., KEPT], want, **CLOSE)
+
+    def test_weights_that_change_are_heeded(self) -> None:
+        model, ids = llama(), random_ids(2, 9)
+        denoiser = adapted(model)
+        for assign in (False, True):
+            other = llama(seed=5 + assign)
+            model.load_state_dict(other.state_dict(), assign=assign)
+            for kept in (denoiser, denoiser.current()):
+                torch.testing.assert_close(kept.logits(ids)[..., KEPT], other(ids).logits[..., KEPT], **CLOSE)
+
+    def test_reasons(self) -> None:
+        assert "its blocks are not built like Llama's" in adapted(bert()).description
+        local = both_ways(MistralForCausalLM(decoder_config(MistralConfig, sliding_window=4)))
+        assert adapted(local).description.endswith("its own forward")  # for the reason why it has no cache
+        dynamic = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+        assert "rotary embedding is of the kind 'dynamic'" in adapted(dynamic).description
+
+    def test_gradients_and_autocast_need_its_own_forward(self) -> None:
+        denoiser, ids = adapted(llama()), random_ids(1, 5)
+        with torch.enable_grad():
+            assert denoiser.hidden(ids).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not llama_fused.runs_now()
+
+    def test_longer_texts_than_there_are_angles_for(self) -> None:
+        model, ids = llama(max_position_embeddings=12), random_ids(1, 2000)
+        denoiser = adapted(model, max_length=2000)
+        assert isinstance(denoiser, SplitDenoiser)
+        assert denoiser.parts_for(2000, None) is not None
+        assert denoiser.parts_for(2001, None) is None
+        torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [False, True])
+def test_gpu_errors_are_no_larger_than_its_own(model: Any, dtype: torch.dtype, kept: bool) -> None:
+    """Of whole passes, and of windows over a cache; against the model in float64, as far as it computes in it."""
+    ids, new = random_ids(2, 12).cuda(), random_ids(2, 12, seed=1).cuda()
+    columns, rows = torch.tensor([[3, 4, 5, 6], [8, 9, 10, 11]]).cuda(), torch.arange(4).expand(2, -1).cuda()
+
+    def states(denoiser: Any) -> Tensor:
+        if not kept:
+            return denoiser.hidden(ids).double()
+        cache = torch.zeros(denoiser.cache_shape(2, 12), dtype=denoiser.dtype, device="cuda")
+        denoiser.window_hidden(cache, ids, None, rows)
+        return denoiser.window_hidden(cache, new.gather(1, columns), columns, rows).double()
+
+    model.to("cuda", dtype)
+    ours = states(adapted(model, shifted=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_fused, "runs_now", lambda: False)
+        theirs = states(adapted(model, shifted=False))
+        exact = states(adapted(model.float(), shifted=False))
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+def test_a_llama_is_a_llama() -> None:
+    """Several configurations of one class, so that nothing depends on a class's defaults."""
+    model = both_ways(type(llama())(decoder_config(LlamaConfig, num_key_value_heads=1, rms_norm_eps=0.3)))
+    assert "mdkern's own passes" in adapted(model).description
