@@ -15,6 +15,7 @@ from mdkern.kernels.backbone import (
     hopper_linear,
     hopper_residual,
     launch_linear,
+    triton_combine,
     triton_folded_norm,
     triton_modulated_norm,
     triton_place_heads,
@@ -99,6 +100,11 @@ def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> Non
     build(triton_place_heads.place_heads_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
+def combine(capability: int) -> None:
+    types = {"rows": "*bf16", "place": "*i64", "weights": "*fp32", "out": "*bf16", "columns": "i32"}
+    build(triton_combine.combine_kernel, ASTSource, capability, types, {"K": 8, "BLOCK": 1024}, num_warps=4)
+
+
 def descriptor(element: str, block: list[int]) -> str:
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
@@ -143,6 +149,7 @@ def main() -> None:
         for head_dim in (64, 80):
             rotary(capability, head_dim, placed=head_dim == 80)
         fold(capability)
+        combine(capability)
         heads(capability)
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)

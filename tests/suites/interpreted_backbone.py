@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from mdkern.kernels.backbone import (
+    triton_combine,
     triton_folded_norm,
     triton_modulated_norm,
     triton_place_heads,
@@ -19,6 +20,7 @@ from mdkern.kernels.backbone import (
     triton_rotary,
     triton_swiglu,
 )
+from mdkern.kernels.backbone.combine import combine_reference
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
 from mdkern.kernels.backbone.place_heads import place_heads_reference
@@ -168,3 +170,12 @@ def test_heads_are_placed_as_by_the_reference(queries: int, keys: int, head_dim:
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     if case.where == "kept at columns" and queries:  # positions that are not there
         assert got[0].isnan().flatten(1).all(1).tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(7, 1500), (1, 3), (0, 8)])
+def test_combine_is_the_references(tokens: int, columns: int) -> None:
+    rows, place = normal(1, 20, columns), torch.arange(3 * tokens).view(tokens, 3) * 7 % 20
+    weights = normal(2, tokens, 3)
+    torch.testing.assert_close(
+        triton_combine.combine(rows, place, weights), combine_reference(rows, place, weights), rtol=1e-5, atol=1e-5
+    )

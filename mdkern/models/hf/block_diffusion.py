@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from mdkern.models.hf.lean import lean_copy
+
 CLASS = "DiffusionGemmaForBlockDiffusion"
 
 
@@ -114,6 +116,10 @@ class BlockDiffusion:
         self.weight: Tensor = head.weight
         self.bias: Tensor | None = None if head.bias is None else head.bias.float()
         self.table: Tensor = self.model.model.decoder.embed_tokens.weight
+        encoder, decoder = self.model.model.encoder, self.model.model.decoder
+        fast = self.device.type == "cuda"
+        self.encoder: Any = lean_copy(encoder) if fast else encoder
+        self.decoder: Any = lean_copy(decoder) if fast else decoder
         self.soft_cap = float(self.model.final_logit_softcapping or 0.0)
 
     @property
@@ -147,7 +153,7 @@ class BlockDiffusion:
             attention_mask: bool, of all tokens so far, ``[B, filled + n]``.
             inputs: what else the encoder is given: images.
         """
-        encoder, count = self.model.model.encoder, ids.shape[1]
+        encoder, count = self.encoder, ids.shape[1]
         total = attention_mask.shape[1]
         positions = torch.arange(total - count, total, dtype=torch.int32, device=ids.device)[None]
         masks = encoder.create_masks_for_generate(
@@ -168,7 +174,7 @@ class BlockDiffusion:
         `attention_mask` is bool, of the tokens in the cache and of the canvas.
         """
         dummy = torch.empty(attention_mask.shape[0], self.canvas_length, 0, dtype=self.weight.dtype, device=self.device)
-        made: dict[str, Tensor | None] = self.model.model.decoder.create_diffusion_decoder_attention_mask(
+        made: dict[str, Tensor | None] = self.decoder.create_diffusion_decoder_attention_mask(
             config=self.config,
             inputs_embeds=dummy,
             past_key_values=cache,
@@ -178,7 +184,7 @@ class BlockDiffusion:
 
     def hidden(self, canvas: Tensor, soft: Tensor, positions: Tensor, masks: Any, cache: Any) -> Tensor:
         """Hidden states ``[B, C, D]`` of a canvas of ids ``[B, C]``, given soft embeddings ``[B, C, D]``."""
-        output = self.model.model.decoder(
+        output = self.decoder(
             decoder_input_ids=canvas,
             past_key_values=cache,
             self_conditioning_logits=SoftInput(soft),
