@@ -17,12 +17,15 @@ from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held,
 from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.adapted import LogitsDenoiser
 from mdkern.models.hf.introspect import (
-    block_causal,
+    SHIFTED,
+    block_setting,
     check_evaluating,
     end_of_text,
     execution_device,
     first_setting,
     longest_input,
+    model_type,
+    own_blocks,
     wrapped_model,
 )
 from mdkern.models.hf.probe import examine
@@ -39,6 +42,7 @@ def adapt(
     num_blocks: int | None = None,
     device: torch.device | str | None = None,
     shifted: bool | None = None,
+    block_causal: int | None = None,
     allow_causal: bool = False,
     name: str | None = None,
 ) -> Denoiser:
@@ -62,7 +66,10 @@ def adapt(
         device: the device of a callable's ids; taken from a module's parameters otherwise.
         shifted: whether the logits at a position are for the token of the next one, as in models that were
             autoregressive. Position i then uses the logits at i - 1, or its own at the start of a text. None: True if
-            the config's ``model_type`` is Dream's.
+            the config's ``model_type`` is Dream's or Fast-dLLM v2's.
+        block_causal: B, for a Hugging Face model whose position i sees the columns below ``(i // B + 1) * B``: its own
+            block and those before it. The model's attention is replaced by that. None: taken from the config of SDAR,
+            LLaDA 2 and Fast-dLLM v2.
         allow_causal: also take a model that sees only what is to the left of a position, or nothing beyond the
             position's block, or whose config says that it was made for blocks. It then runs with the attention of its
             own forward.
@@ -71,23 +78,26 @@ def adapt(
     Raises:
         TypeError: not a model.
         ValueError: a `vocab_size` or `mask_id` that is missing, impossible or contradicts the model's own; `shifted`
-            for a DiT or a `Denoiser`; a model in training mode, or a causal one; a device that does not exist or is not
-            the model's.
+            for a DiT or a `Denoiser`; a model in training mode, or a causal one; attention that cannot be made
+            block-causal; a device that does not exist or is not the model's.
     """
     model = without_wrappers(model)
-    for argument, value in (("max_length", max_length), ("num_blocks", num_blocks)):
+    for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
         if value is not None and (not is_whole(value) or value < 1):
             raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
     if isinstance(model, Denoiser):
         check_same(
-            model, vocab_size=vocab_size, mask_id=mask_id, max_length=max_length, num_blocks=num_blocks, name=name
-        )
+            model, vocab_size=vocab_size, mask_id=mask_id, max_length=max_length, num_blocks=num_blocks, name=name,
+            block_causal=block_causal,
+        )  # fmt: skip
         if eos_id is not None:
             check_same(model, eos_ids=ids_of("eos_id", eos_id, model.vocab_size, model.mask_id))
         check_placed(model, model.device, device, shifted)
         return model
     if isinstance(model, DiT):
-        check_same(model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks)
+        check_same(
+            model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks, block_causal=block_causal
+        )
         check_placed(model, model.embedding.device, device, shifted)
         return DiTDenoiser(model, name, eos_id, max_length)
     if isinstance(model, str | PathLike):
@@ -102,14 +112,22 @@ def adapt(
         "eos_ids": ids_of("eos_id", eos_id, vocab_size, mask_id) or end_of_text(model, vocab_size, mask_id),
         "max_length": max_length if max_length is not None else longest_input(model),
         "num_blocks": num_blocks if num_blocks is not None else first_setting(model, "num_hidden_layers", "n_layers"),
-        "shifted": str(first_setting(model, "model_type")).lower() == "dream" if shifted is None else shifted,
+        "shifted": model_type(model) in SHIFTED if shifted is None else shifted,
         "name": name or str(getattr(model, "__name__", type(model).__name__)),
     }
     if isinstance(model, nn.Module) and device is not None:
         check_placed(model, execution_device(model) or torch.device(device), device, None)
-    anatomy = examine(model, vocab_size, described["max_length"], device)
-    if not allow_causal:
-        check_direction(described["name"], block_causal(model), anatomy.direction)
+    if block_causal is not None and allow_causal:
+        raise ValueError("allow_causal keeps the model's own attention, and block_causal replaces it: give one of them")
+    blocks = block_causal if block_causal is not None or allow_causal else own_blocks(model)
+    anatomy = examine(model, vocab_size, described["max_length"], device, blocks)
+    if blocks is not None and anatomy.reason:
+        raise ValueError(
+            f"{described['name']} cannot be run with block-causal attention, because {anatomy.reason}: load it with"
+            " attn_implementation='sdpa', on one device"
+        )
+    if not allow_causal and blocks is None:
+        check_direction(described["name"], block_setting(model), anatomy.direction)
     if not anatomy.reason:
         return SplitDenoiser(model, anatomy, **described)
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
@@ -144,15 +162,19 @@ def check_placed(model: Any, own: torch.device, device: torch.device | str | Non
             raise ValueError(f"device={asked} is not where the model is, {own}: move it by model.to({str(asked)!r})")
 
 
-def check_direction(name: str, configured: str, observed: str) -> None:
+def check_direction(name: str, configured: tuple[str, int] | None, observed: str) -> None:
     """Refuse models that do not see the whole text."""
-    if not configured and not observed:
+    if configured is None and not observed:
         return
-    seen = f"was made for attention by {configured}" if configured else observed
+    seen, length = observed, "B"
+    if configured is not None:
+        setting, length = configured[0], str(configured[1])
+        seen = f"was made for attention by blocks of {length} ({setting} in its config)"
     raise ValueError(
-        f"{name} {seen}, while a masked diffusion model needs attention to all of a text, on both sides of a position:"
-        " causal and block-causal models are not supported. If it has been made bidirectional, switch its causal mask"
-        " off; adapt(model, …, allow_causal=True) runs it as it is"
+        f"{name} {seen}, while a masked diffusion model needs attention to all of a text, on both sides of a position,"
+        " or to the blocks up to a position's own. If it was trained for the latter, adapt(model, …, block_causal="
+        f"{length}) runs it so. If it has been made bidirectional, switch its causal mask off. With allow_causal=True"
+        " it runs as it is"
     )
 
 

@@ -49,6 +49,7 @@ def from_pretrained(
     mask_id: int | None = None,
     eos_id: int | Sequence[int] | None = None,
     shifted: bool | None = None,
+    block_causal: int | None = None,
     name: str | None = None,
     **options: Any,
 ) -> Denoiser:
@@ -71,7 +72,7 @@ def from_pretrained(
         mask_id: the mask token's id. None: that of the config or of the tokenizer.
         eos_id: an id that ends a text, or several. None: all that the config, the generation config and the tokenizer
             name, and the token that its chat template puts after an answer.
-        shifted, name: as in `mdkern.adapt`.
+        shifted, block_causal, name: as in `mdkern.adapt`.
         options: passed on to ``from_pretrained`` of transformers (``cache_dir``, ``token``, ``local_files_only``,
             ``attn_implementation``, ``quantization_config``, ...). For a `DiT` only the first three have an effect, and
             others are refused.
@@ -109,7 +110,8 @@ def from_pretrained(
             check_weights(path)
         module = load_foreign(str(path if local else name_or_path), settings, dtype, device_map,
                               options | {"trust_remote_code": trust_remote_code})  # fmt: skip
-    denoiser = adapt(module, mask_id=None if own else mask, eos_id=eos_id, shifted=shifted, name=name)
+    facts: dict[str, Any] = {"eos_id": eos_id, "shifted": shifted, "block_causal": block_causal, "name": name}
+    denoiser = adapt(module, mask_id=None if own else mask, **facts)
     if found is not None:
         check_tokenizer(
             found, denoiser, "its tokenizer" if tokenizer is None else "the tokenizer", masks=mask_id is None

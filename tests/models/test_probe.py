@@ -96,19 +96,19 @@ class TestDirection:
             mdkern.sample(model)
 
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("setting", "length", "message"),
         [
-            ({"block_size": 4}, r"blocks of 4 \(block_size in its config\)"),
-            ({"bd_size": 8}, r"blocks of 8 \(bd_size in its config\)"),
-            ({"model_type": "sdar"}, "blocks .model_type 'sdar'"),
-            ({"model_type": "llada2_moe"}, "blocks .model_type 'llada2_moe'"),
+            ("block_size", 4, r"blocks of 4 \(block_size in its config\)"),
+            ("bd_size", 8, r"blocks of 8 \(bd_size in its config\)"),
         ],
     )
-    def test_models_made_for_blocks_are_known_by_their_config(self, settings: dict[str, Any], message: str) -> None:
-        model = llada(**{key: value for key, value in settings.items() if key != "model_type"})
-        vars(model.config).update(settings)
-        with pytest.raises(ValueError, match=f"LLaDAModelLM was made for attention by {message}"):
+    def test_models_made_for_blocks_are_known_by_their_config(self, setting: str, length: int, message: str) -> None:
+        model = llada(**{setting: length})
+        with pytest.raises(
+            ValueError, match=f"LLaDAModelLM was made for attention by {message}.*block_causal={length}"
+        ):
             adapt(model)
+        assert adapted(model, block_causal=length).block_causal == length
         assert adapted(model, allow_causal=True).hidden(random_ids(1, 5)).shape == (1, 5, 32)
         whole = llada(block_size=LONGEST)  # as some call the longest input
         adapted(whole)

@@ -206,6 +206,59 @@ def dream(layers: int = 2) -> DreamModel:
     return DreamModel(layers).eval()
 
 
+class BlockCausalModel(nn.Module):
+    """The outside of models that see the blocks up to a position's own, around Qwen2's inside; `kind` is whose.
+
+    SDAR must be given a mask, and asks whether it hides anything, as it then runs other attention. LLaDA 2 takes a
+    square one with a head dimension and nothing else. Fast-dLLM v2 makes its own, and its logits are for the next
+    position.
+    """
+
+    def __init__(self, kind: str, block_length: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        inside = qwen(layers=layers)
+        settings = {"sdar": "block_size", "Fast_dLLM_Qwen": "bd_size"}
+        told = {settings[kind]: block_length} if kind in settings else {}
+        self.config = Config(**(inside.config.to_dict() | {"model_type": kind} | told))
+        self.model, self.lm_head, self.block_length = inside.model, inside.lm_head, block_length
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> Output:
+        batch, length = input_ids.shape
+        if self.config.model_type == "Fast_dLLM_Qwen":
+            attention_mask = self.blocks(batch, length)
+        elif self.config.model_type == "llada2_moe" and attention_mask.size() != (batch, 1, length, length):
+            raise ValueError("only square masks of blocks")
+        elif torch.all(attention_mask):
+            raise NotImplementedError("its kernel for masks that hide nothing is not installed")
+        run = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+        return Output(self.lm_head(run[0]))
+
+    def blocks(self, batch: int, length: int) -> Tensor:
+        block = torch.arange(length) // self.block_length
+        return (block[:, None] >= block).expand(batch, 1, length, length)
+
+    def own_logits(self, input_ids: Tensor) -> Tensor:
+        """What its authors' code takes for the logits of each position."""
+        logits = self.lm_head(self.model(input_ids, attention_mask=self.blocks(*input_ids.shape))[0])
+        return torch.cat((logits[:, :1], logits[:, :-1]), 1) if self.config.model_type == "Fast_dLLM_Qwen" else logits
+
+
+BLOCK_CAUSAL: dict[str, Callable[[], BlockCausalModel]] = {
+    "SDAR": lambda: BlockCausalModel("sdar"),
+    "LLaDA 2": lambda: BlockCausalModel("llada2_moe"),
+    "Fast-dLLM v2": lambda: BlockCausalModel("Fast_dLLM_Qwen"),
+}
+
+
 def llada(seed: int = 0, **changes: Any) -> LLaDAModelLM:
     return randomize(LLaDAModelLM(**changes), seed)
 

@@ -46,10 +46,17 @@ class HeadPass(TorchFunctionMode):
         weight: Tensor,
         attention: Callable[[AttentionCall], Tensor] | None = None,
         inputs: SoftInputs | WatchedInputs | None = None,
+        told_mask: Tensor | None = None,
     ) -> None:
-        """`attention` replaces `scaled_dot_product_attention`, `inputs` is given the results of `embedding`."""
+        """
+        Args:
+            attention: replaces `scaled_dot_product_attention`.
+            inputs: is given the results of `embedding`.
+            told_mask: a mask that the model's call is given, and that hides something. SDAR asks whether it does, which
+                would wait for the device.
+        """
         super().__init__()
-        self.weight, self.attention, self.inputs = weight, attention, inputs
+        self.weight, self.attention, self.inputs, self.told_mask = weight, attention, inputs, told_mask
         self.calls = 0
         self.hidden: Tensor | None = None
         self.bias: Tensor | None = None
@@ -60,6 +67,8 @@ class HeadPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.attention is not None:
             return self.attention(AttentionCall(*args, **kwargs))
+        if func in (torch.all, Tensor.all) and len(args) == 1 and args[0] is self.told_mask:
+            return torch.tensor(False)
         if func is F.linear:
             hidden, weight, bias = linear_arguments(*args, **kwargs)
             if weight is self.weight:
@@ -132,20 +141,26 @@ def kept_ids(cache: Tensor) -> Tensor:
 class WatchedAttention:
     """Leaves attention as it is, and records what its calls tell in one pass over whole sequences."""
 
-    def __init__(self, kv_heads: int | None) -> None:
-        """`kv_heads`: number of distinct heads of keys and values, if they may be repeated."""
-        self.kv_heads = kv_heads
+    def __init__(self, kv_heads: int | None, replaced: bool = False) -> None:
+        """
+        Args:
+            kv_heads: number of distinct heads of keys and values, if they may be repeated.
+            replaced: whether masks of the model will not be used.
+        """
+        self.kv_heads, self.replaced = kv_heads, replaced
         self.seen: list[tuple[int, int]] = []  # heads and head_dim of each call
         self.reason = ""  # why keys and values can't be cached
         self.masked = False  # whether a call had a mask, though it may hide nothing
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        self.reason = self.reason or objection(call)
+        self.reason = self.reason or objection(call, self.replaced)
         self.masked = self.masked or call.attn_mask is not None
         heads, own = call.key.shape[1], self.kv_heads
         groups = call.key.unflatten(1, (own if own and heads % own == 0 else heads, -1))
         repeated = bool((groups == groups[:, :, :1]).all())  # to the number of query heads
         self.seen.append((groups.shape[1] if repeated else heads, call.key.shape[3]))
+        if self.replaced:  # the model's own mask may hide everything of a row
+            return attend(call.query, call.key, call.value, None, call.scale)
         return F.scaled_dot_product_attention(**call._asdict())
 
     def layout(self) -> Layout | str:
@@ -159,27 +174,30 @@ class WatchedAttention:
         return Layout(len(self.seen), *self.seen[0])
 
 
-def objection(call: AttentionCall) -> str:
-    """Why the keys and values of a call over whole sequences can't be cached; "" if they can."""
-    if call.is_causal:
+def objection(call: AttentionCall, replaced: bool) -> str:
+    """Why the keys and values of a call over whole sequences can't be cached; "" if they can.
+
+    `replaced`: whether its mask will not be used.
+    """
+    if call.is_causal and not replaced:
         return "its attention looks to the left only"
     if call.query.shape[2] != call.key.shape[2] or call.key.shape != call.value.shape:
         return "its keys, values and queries differ in their shapes"
     mask = call.attn_mask
-    if mask is None:
+    if mask is None or replaced:
         return ""
     open_to_all = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
     return "" if bool(open_to_all) else "its attention has a mask or a bias of its own"
 
 
-def whole_attention(attention_mask: Tensor | None) -> Callable[[AttentionCall], Tensor]:
-    """Attention over whole sequences that sees everything but padding, whatever mask the model makes.
+def whole_attention(mask: Tensor | None) -> Callable[[AttentionCall], Tensor]:
+    """Attention over whole sequences with this mask, whatever mask the model makes.
 
-    It replaces the model's mask also if there is no padding: while a graph is captured, some versions of transformers
-    make a mask that hides nothing (`is_tracing` in their masking_utils), with which faster kernels cannot be used.
-    `attention_mask` is bool ``[B, L]``, False at padding; None: there is none.
+    It replaces the model's mask also if it is None: while a graph is captured, some versions of transformers make a
+    mask that hides nothing (`is_tracing` in their masking_utils), with which faster kernels cannot be used. The mask is
+    bool and broadcastable to ``[B, H, L, L]``; None: everything is seen.
     """
-    return lambda call: attend(call.query, call.key, call.value, attention_mask, call.scale)
+    return lambda call: attend(call.query, call.key, call.value, mask, call.scale)
 
 
 class KeptAttention:
@@ -189,17 +207,17 @@ class KeptAttention:
     """
 
     def __init__(
-        self, layout: Layout, cache: Tensor, columns: Tensor | None, attention_mask: Tensor | None, turn: Turn | None
+        self, layout: Layout, cache: Tensor, columns: Tensor | None, mask: Tensor | None, turn: Turn | None
     ) -> None:
         """
         Args:
             cache: a tensor of `Layout.shape`.
             columns: int64 ``[B, W]`` in 0..L, the columns of the window; None: W = L, all columns.
-            attention_mask: bool ``[B, L]``, False at padding; None: no padding.
+            mask: bool, broadcastable to ``[B, H, W, L]``; None: everything is seen.
             turn: corrects the positions of the window, for models that count them from 0.
         """
         self.kept, self.columns, self.turn = layout.heads_of(cache), columns, turn
-        self.attention_mask = attention_mask
+        self.mask = mask
         self.sequence = torch.arange(cache.shape[2], device=cache.device)[:, None]
         self.layer = 0
 
@@ -216,17 +234,26 @@ class KeptAttention:
             else:
                 old[self.sequence, self.columns] = once
         keys, values = kept[:, :, :-1].transpose(2, 3).to(query.dtype)
-        return attend(query, keys, values, self.attention_mask, call.scale)
+        return attend(query, keys, values, self.mask, call.scale)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float | None) -> Tensor:
-    """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq; the mask is bool ``[B, L]`` or None."""
-    groups = query.shape[1] // key.shape[1]
-    mask = None if attention_mask is None else attention_mask[:, None, None, :]
-    if groups > 1 and mask is not None:  # PyTorch has no fast kernel for grouped queries with a mask
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        groups = 1
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``[B, Hq, W, head_dim]`` over ``[B, H, L, head_dim]``, H a divisor of Hq.
+
+    The mask is bool and broadcastable to ``[B, H, W, L]``; None: everything is seen.
+    """
+    (_, queries, width, _), heads = query.shape, key.shape[1]
+    if queries == heads or mask is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=queries > heads
+        )
+    # PyTorch has no fast kernel for grouped queries with a mask. They are put one after the other.
+    groups = queries // heads
+    if mask.shape[-2] > 1:
+        mask = mask.repeat(*([1] * (mask.ndim - 2)), groups, 1)
+    grouped = query.unflatten(1, (heads, groups)).flatten(2, 3)
+    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    return attended.unflatten(2, (groups, width)).flatten(1, 2)
 
 
 class Turn:

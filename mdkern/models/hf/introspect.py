@@ -90,20 +90,28 @@ def end_of_text(model: Any, vocab_size: int, mask_id: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size and item != mask_id))
 
 
-# model_type of models that were made for a mask that hides the blocks after a position's own.
-BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2", "llada2_moe", "bd3lm", "fast_dllm_qwen")
+# model_type of models that see the blocks up to a position's own, and the length of their blocks if the config does not
+# say it. SDAR: Cheng et al., 2510.06303; LLaDA 2: 2512.15745; Fast-dLLM v2: Wu et al., 2509.26328.
+BLOCK_CAUSAL = {"sdar": 4, "sdar_moe": 4, "llada2": 32, "llada2_moe": 32, "fast_dllm_qwen": 32}
 BLOCK_SETTINGS = ("block_size", "bd_size", "block_length")
+SHIFTED = ("dream", "fast_dllm_qwen")  # model_type of models whose logits are for the next position
 
 
-def block_causal(model: Any) -> str:
-    """What in a model's config says that it was made for a block-causal mask; "" if nothing does."""
-    kind = str(first_setting(model, "model_type") or "").lower()
+def model_type(model: Any) -> str:
+    return str(first_setting(model, "model_type") or "").lower()
+
+
+def block_setting(model: Any) -> tuple[str, int] | None:
+    """The setting of a model's config that is a length of blocks shorter than its texts, and that length."""
     longest = longest_input(model) or 1024
-    for name in BLOCK_SETTINGS:
-        length = first_setting(model, name)
-        if isinstance(length, int) and 1 <= length < longest:
-            return f"blocks of {length} ({name} in its config)"
-    return f"blocks (model_type {kind!r} in its config)" if kind in BLOCK_CAUSAL else ""
+    found = ((name, first_setting(model, name)) for name in BLOCK_SETTINGS)
+    return next(((name, length) for name, length in found if is_whole(length) and 1 <= length < longest), None)
+
+
+def own_blocks(model: Any) -> int | None:
+    """The length of the blocks of a model that is known to be block-causal; None for others."""
+    told = block_setting(model)
+    return None if model_type(model) not in BLOCK_CAUSAL else told[1] if told else BLOCK_CAUSAL[model_type(model)]
 
 
 class OutputLayer(NamedTuple):

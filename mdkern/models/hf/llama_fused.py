@@ -15,6 +15,7 @@ from torch import Tensor
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm
 from mdkern.kernels.backbone.swiglu import swiglu
+from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority
 from mdkern.models.hf.intercept import attend
 from mdkern.models.hf.llama_parts import Block, Linear, Parts
@@ -31,7 +32,7 @@ def run(
     input_ids: Tensor,
     rows: Tensor | None,
     positions: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     kept: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
@@ -41,7 +42,7 @@ def run(
         input_ids: int64 ``[B, W]``: whole sequences, or a window of each.
         rows: int64 ``[B, R]`` in 0..W-1, the wanted entries; None: all.
         positions: int64 ``[B, W]``, of the rotary embedding; None: 0..W-1.
-        attention_mask: bool ``[B, L]``, False at padding; None: no padding.
+        mask: bool, broadcastable to ``[B, H, W, L]``, what the entries see; None: everything.
         kept: ``[layers, 2, B, L + 1, H, head_dim]``, a KV cache, to be read and written; None: W = L.
         columns: int64 ``[B, W]`` in 0..L, where the window's keys and values are kept; None: 0..W-1.
 
@@ -67,10 +68,11 @@ def run(
                 query = heads_of(normed, block.query, parts)
                 wanted = rows if positions is None else positions.gather(1, rows)
                 turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
+                mask = mask_at(mask, rows)
             assert query is not None
             keys, values = (x.unflatten(0, (batch, -1)) for x in (key, value)) if cache is None else cache[:, :, :-1]
             queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
-            attended = attend(queries, keys, values, attention_mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
+            attended = attend(queries, keys, values, mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
             normed = rms_norm(x, *block.mlp_norm, update=F.linear(attended, *block.attn_out))
             update = F.linear(swiglu(F.linear(normed, *block.gate), F.linear(normed, *block.up)), *block.down)
         return rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))

@@ -28,11 +28,12 @@ from mdkern.models.hf.introspect import (
     output_layer,
 )
 from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of
-from mdkern.models.hf.split import Anatomy, SplitDenoiser
+from mdkern.models.hf.split import Anatomy, SplitDenoiser, square_mask
 
 logger = logging.getLogger(__name__)
 
 SEQUENCES, LENGTH = 2, 10  # of the ids of a probe
+PROBED_BLOCK = 4  # length of the blocks of a probe's text
 SPAN = 32  # length of the probe that finds out which part of the text a model sees
 ROUNDINGS = 8  # a change is counted if it is more than this many times the change by rounding
 LONG_PASS = 64  # length of the probe of mdkern's own passes
@@ -45,11 +46,18 @@ LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", 
 _examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
-def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.device | str | None = None) -> Anatomy:
+def examine(
+    model: Any,
+    vocab_size: int,
+    max_length: int | None,
+    device: torch.device | str | None = None,
+    blocks: int | None = None,
+) -> Anatomy:
     """Find out a model's anatomy: once for a module while it does not change, and each time for a function.
 
     Args:
         device: the device of a function's ids.
+        blocks: length of the blocks of block-causal attention, which then replaces the model's own.
     """
     place = available_device(device or execution_device(model) or "cpu")
     if not isinstance(model, nn.Module):
@@ -58,16 +66,18 @@ def examine(model: Any, vocab_size: int, max_length: int | None, device: torch.d
     autocast: Any = None
     if place.type != "meta":
         autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
-    state = fingerprint(model), vocab_size, max_length, autocast
+    state = fingerprint(model), vocab_size, max_length, autocast, blocks
     known = _examined.get(model)
     if known is None or known[0] != state:
         with torch.no_grad():
-            known = state, dissect(model, vocab_size, max_length or LONG, place)
+            known = state, dissect(model, vocab_size, max_length or LONG, place, blocks)
         _examined[model] = known
     return known[1]
 
 
-def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.device) -> Anatomy:
+def dissect(
+    model: nn.Module, vocab_size: int, longest: int, device: torch.device, blocks: int | None = None
+) -> Anatomy:
     layer = output_layer(model)
     reason = ""
     if hasattr(model, "_orig_mod"):
@@ -82,7 +92,7 @@ def dissect(model: nn.Module, vocab_size: int, longest: int, device: torch.devic
         reason = layer
     else:
         try:
-            return Probe(model, layer, min(vocab_size, len(layer.weight)), longest).anatomy()
+            return Probe(model, layer, min(vocab_size, len(layer.weight)), longest, blocks).anatomy()
         except torch.OutOfMemoryError:
             raise
         except CannotBeSplitError as error:
@@ -132,7 +142,7 @@ class Trial:
     def __init__(self, model: Any, vocab_size: int, longest: int, device: torch.device) -> None:
         self.vocab_size, self.longest, self.device = vocab_size, longest, device
         self.accepted, self.first_position = accepted_arguments(model), first_position(model)
-        self.length = min(LENGTH, longest)
+        self.length, self.spare = min(LENGTH, longest), 3
         shape, generator = (2, SEQUENCES, self.length), torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, shape, generator=generator)
         pad = first_setting(model, "pad_token_id")  # RoBERTa counts no position for it
@@ -188,7 +198,7 @@ class Trial:
         It must agree in all bits, or up to the change that the text of another sequence makes by rounding, as it does
         where tokens are sorted by experts.
         """
-        text = max(1, self.length - 3)
+        text = max(1, self.length - self.spare)
         column = torch.arange(self.length, device=self.device)
         mask = torch.stack((column < text, column >= self.length - text))
 
@@ -220,33 +230,59 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, part: float = 1.0) -
 class Probe(Trial):
     """Passes of a model that is to be split."""
 
-    def __init__(self, model: nn.Module, layer: OutputLayer, vocab_size: int, longest: int) -> None:
+    def __init__(
+        self, model: nn.Module, layer: OutputLayer, vocab_size: int, longest: int, blocks: int | None = None
+    ) -> None:
         super().__init__(model, vocab_size, longest, layer.weight.device)
-        self.model, self.weight, self.bias = model, layer.weight, layer.bias
+        self.model, self.weight, self.bias, self.blocks = model, layer.weight, layer.bias, blocks
         self.arguments: dict[str, Any] = {"t": self.t} if "t" in self.accepted else {}
+        self.told_mask = False
+        if blocks is not None:
+            self.spare = PROBED_BLOCK  # padding must not shift the blocks
+
+    def call(self, input_ids: Tensor, **more: Any) -> Any:
+        """The model's output."""
+        told = {"attention_mask": square_mask(input_ids)} if self.told_mask else {}
+        return self.model(input_ids, **self.arguments, **told, **more)
+
+    def needs_mask(self) -> bool:
+        """Whether the call fails without a mask."""
+        try:
+            self.call(self.ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # with a mask it is tried again
+            return "attention_mask" in self.accepted
+        return False
 
     def anatomy(self) -> Anatomy:
+        if self.blocks is not None:
+            self.told_mask = self.needs_mask()
         lean = "use_cache" in self.accepted and self.runs_lean()
         if lean:
             self.arguments["use_cache"] = False
-        head, layout = self.head()._replace(lean=lean), self.layout()
+        head, layout = self.head()._replace(lean=lean, told_mask=self.told_mask), self.layout()
         anatomy = self.cache(head, layout)
+        if self.blocks is not None:
+            if anatomy.layout is None:
+                raise CannotBeSplitError(f"its attention cannot be made block-causal: {anatomy.no_cache}")
+            anatomy = self.soft(anatomy._replace(padding=self.padding(["attention"], self.padded(anatomy))))
+            return self.backbone(anatomy)._replace(blocks=self.blocks)
         ways = ["attention"] if isinstance(layout, Layout) else []
         ways += ["bool", "int64"] if "attention_mask" in self.accepted else []
-        padding = self.padding(ways, lambda padding: self.denoiser(anatomy._replace(padding=padding)))
-        anatomy = self.soft(anatomy._replace(padding=padding))
+        anatomy = self.soft(anatomy._replace(padding=self.padding(ways, self.padded(anatomy))))
         return self.backbone(anatomy._replace(direction=self.direction(self.denoiser(anatomy))))
 
     def runs_lean(self) -> bool:
         """Whether use_cache=False changes nothing; it makes some versions' attention causal."""
-        plain, lean = (logits_of(self.model(self.ids, **self.arguments, **more)) for more in ({}, {"use_cache": False}))
+        plain, lean = (logits_of(self.call(self.ids, **more)) for more in ({}, {"use_cache": False}))
         comparable = isinstance(plain, Tensor) and isinstance(lean, Tensor) and plain.shape == lean.shape
         return not comparable or self.close(lean, plain)
 
     def head(self) -> Anatomy:
         """The anatomy with the scale, soft cap and bias that turn hidden states into the model's own logits."""
         with HeadPass(self.weight) as run:
-            self.model(self.ids, **self.arguments)
+            self.call(self.ids)
         hidden, bias = run.hidden, run.bias
         if hidden is None or run.calls != 1:
             raise CannotBeSplitError(f"its forward runs its output embedding {run.calls} times, not once")
@@ -254,7 +290,7 @@ class Probe(Trial):
             raise CannotBeSplitError(f"its output embedding is given {tuple(hidden.shape)}, not [B, L, D]")
         if bias is not None and bias is not self.bias:
             raise CannotBeSplitError("its output embedding is run with a bias that is not its own")
-        logits = logits_of(self.model(self.ids, **self.arguments))
+        logits = logits_of(self.call(self.ids))
         if not isinstance(logits, Tensor) or logits.shape != (*self.ids.shape, len(self.weight)):
             raise CannotBeSplitError("its output is not the logits of its output embedding")
         for scale, soft_cap in self.shapings():
@@ -276,6 +312,9 @@ class Probe(Trial):
         dtypes = self.weight.dtype, next(self.model.parameters()).dtype
         return close(ours, theirs, max(dtypes, key=lambda dtype: CLOSE.get(dtype, 0.0)), part)
 
+    def padded(self, anatomy: Anatomy) -> Callable[[Padding], SplitDenoiser]:
+        return lambda padding: self.denoiser(anatomy._replace(padding=padding))
+
     def denoiser(self, anatomy: Anatomy) -> SplitDenoiser:
         return SplitDenoiser(self.model, anatomy, vocab_size=self.vocab_size, mask_id=0, name="the probe")
 
@@ -286,8 +325,10 @@ class Probe(Trial):
         ways = [""] if "position_ids" in self.accepted else []
         ways += [name for name, module in self.model.named_modules() if turns_queries_and_keys(module)][:1]
         reason = "its call takes no position_ids"
+        blocks = None if self.blocks is None else PROBED_BLOCK
         for way in ways:
-            tried = anatomy._replace(layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
+            found = anatomy._replace(layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
+            tried = found._replace(blocks=blocks)
             try:
                 if self.windows_agree(self.denoiser(tried)):
                     return tried
@@ -300,7 +341,7 @@ class Probe(Trial):
         """The anatomy with the table in which the model looks up its ids, or the reason why these can't be mixed."""
         watched = WatchedInputs(self.ids)
         with HeadPass(self.weight, None, watched):
-            self.model(self.ids, **self.arguments)
+            self.call(self.ids)
         names = [
             name
             for name, parameter in self.model.named_parameters()
@@ -335,15 +376,15 @@ class Probe(Trial):
         if self.length < LENGTH // 2:
             return "its sequences are too short for windows"
         watched = self.watch(self.ids)
-        if watched.masked and not watched.reason:
+        if watched.masked and not watched.reason and self.blocks is None:
             watched = self.watch(self.ids.repeat(1, LONG // self.length)[:, : self.longest])
         return watched.layout()
 
     def watch(self, input_ids: Tensor) -> WatchedAttention:
         heads = first_setting(self.model, "num_key_value_heads", "n_kv_heads")
-        watched = WatchedAttention(heads if isinstance(heads, int) else None)
+        watched = WatchedAttention(heads if isinstance(heads, int) else None, self.blocks is not None)
         with HeadPass(self.weight, watched):
-            self.model(input_ids, **self.arguments)
+            self.call(input_ids)
         return watched
 
     def backbone(self, anatomy: Anatomy) -> Anatomy:
@@ -381,12 +422,19 @@ class Probe(Trial):
         return self.windows_agree(ours)
 
     def windows_agree(self, denoiser: SplitDenoiser) -> bool:
-        """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give."""
+        """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give.
+
+        Of a block-causal model one block is run after the other, whatever the cache holds of later ones.
+        """
         length, device = self.length, self.weight.device
         everything = torch.arange(length, device=device).expand(SEQUENCES, -1)
         some = torch.tensor([[1], [length - 2]], device=device) + torch.arange(length // 2 - 1, device=device)
         cache = torch.zeros(denoiser.cache_shape(SEQUENCES, length), dtype=denoiser.dtype, device=device)
-        for ids, columns in ((self.ids, None), (self.other_ids, everything), (self.other_ids, some.clamp(max=length))):
+        windows = [everything, some.clamp(max=length)]
+        if denoiser.block_causal is not None:
+            width = denoiser.block_causal
+            windows = [(everything[:, :width] + first).clamp(max=length) for first in range(0, length, width)]
+        for ids, columns in ((self.ids, None), *((self.other_ids, window) for window in windows)):
             at = everything if columns is None else columns
             inside = at.clamp(max=length - 1)
             rows = torch.arange(at.shape[1], device=device).expand(SEQUENCES, -1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdkern.models.block_causal import block_mask, window_mask, with_padding
 from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
 from mdkern.models.hf import llama_fused
@@ -49,6 +50,8 @@ class Anatomy(NamedTuple):
     padding: Padding = Padding()
     plan: Plan | None = None  # of its parts, if its backbone runs by mdkern's own passes
     own_forward: str = "nobody has tried"  # why it does not
+    blocks: int | None = None  # length of the blocks of its block-causal attention; None: it sees the whole text
+    told_mask: bool = False  # whether its call must be given a mask [B, 1, W, W], though another one is used
 
 
 class SplitDenoiser(AdaptedDenoiser):
@@ -70,6 +73,7 @@ class SplitDenoiser(AdaptedDenoiser):
         self.description = f"split at its output layer, with its backbone run by {backbone}"
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
         self.takes_soft, self.no_soft_reason = bool(anatomy.embedding), anatomy.no_soft
+        self.block_causal = anatomy.blocks
         self.tell_padding(anatomy.padding)
 
     @Live
@@ -101,7 +105,7 @@ class SplitDenoiser(AdaptedDenoiser):
         from mdkern.models.hf.probe import examine
 
         check_evaluating(self.model)
-        anatomy = examine(self.model, self.columns, self.max_length)
+        anatomy = examine(self.model, self.columns, self.max_length, blocks=self.block_causal)
         if anatomy.reason:
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
         now = copy(self)
@@ -122,12 +126,14 @@ class SplitDenoiser(AdaptedDenoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
+        mask = self.mask_of(input_ids, None, input_ids.shape[1], attention_mask)
         parts = self.parts_for(input_ids.shape[1], attention_mask)
         if parts is not None:
             if self.shifted:
                 positions = serving(input_ids, positions, attention_mask)
-            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), attention_mask)
-        attention = whole_attention(attention_mask) if self.padding.way == "attention" else None
+            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), mask)
+        replaced = self.padding.way == "attention" or self.block_causal is not None
+        attention = whole_attention(mask) if replaced else None
         hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
         return self.wanted(hidden, input_ids, positions, attention_mask)
 
@@ -144,6 +150,19 @@ class SplitDenoiser(AdaptedDenoiser):
         if attention_mask is None or self.padding.first_position is None:
             return None
         return self.padding.positions(None, attention_mask)
+
+    def mask_of(
+        self, input_ids: Tensor, columns: Tensor | None, length: int, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """What columns ``[B, W]`` see of sequences of this length, broadcastable to ``[B, H, W, L]``; None: everything.
+
+        `columns` may be None for all of them.
+        """
+        if self.block_causal is None:
+            return with_padding(None, attention_mask)
+        if columns is None:
+            return with_padding(block_mask(length, self.block_causal, input_ids.device), attention_mask)
+        return window_mask(columns, length, self.block_causal, attention_mask)
 
     def run(
         self,
@@ -166,7 +185,10 @@ class SplitDenoiser(AdaptedDenoiser):
         if self.weight is not None:
             table = self.model.get_parameter(self.anatomy.embedding)
             inputs = SoftInputs(table, self.mask_id, self.weight, positions)
-        with HeadPass(weight, attention, inputs) as run:
+        told = square_mask(input_ids) if self.anatomy.told_mask else None
+        if told is not None:
+            arguments["attention_mask"] = told
+        with HeadPass(weight, attention, inputs, told) as run:
             self.model(input_ids, **arguments)
         if inputs is not None and inputs.calls != 1:
             raise RuntimeError(f"{self.name} looked up its ids {inputs.calls} times, once when it was adapted")
@@ -202,11 +224,12 @@ class SplitDenoiser(AdaptedDenoiser):
         if columns is None:
             if self.shifted:
                 kept_ids(cache)[:, :-1] = input_ids
+            mask = self.mask_of(input_ids, None, input_ids.shape[1], attention_mask)
             if parts is not None:
                 if self.shifted:
                     positions = serving(input_ids, positions, attention_mask)
-                return llama_fused.run(parts, input_ids, positions, places, attention_mask, kept)
-            attention = KeptAttention(layout, cache, None, attention_mask, None)
+                return llama_fused.run(parts, input_ids, positions, places, mask, kept)
+            attention = KeptAttention(layout, cache, None, mask, None)
             hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
             return self.wanted(hidden, input_ids, positions, attention_mask)
         last = cache.shape[3] - 2
@@ -222,15 +245,22 @@ class SplitDenoiser(AdaptedDenoiser):
             columns = torch.cat((torch.full_like(before, last + 1), columns), dim=1)
             soft = soft + 1
         index = place if places is None else places.gather(1, place)
+        mask = self.mask_of(input_ids, place, last + 1, attention_mask)
         if parts is not None:
-            return llama_fused.run(parts, input_ids, positions, index, attention_mask, kept, columns)
+            return llama_fused.run(parts, input_ids, positions, index, mask, kept, columns)
         turn, arguments = None, dict[str, Tensor]()
         if rotary:
             turn = Turn(self.model.get_submodule(rotary), last + 1, layout.head_dim, place)
         else:
             arguments["position_ids"] = index
-        attention = KeptAttention(layout, cache, columns, attention_mask, turn)
+        attention = KeptAttention(layout, cache, columns, mask, turn)
         return gather_rows(self.run(input_ids, t, attention, soft, **arguments), positions)
+
+
+def square_mask(input_ids: Tensor) -> Tensor:
+    """A mask for calls that must be given one, bool ``[B, 1, W, W]``, that hides something but nothing of all rows."""
+    batch, width = input_ids.shape
+    return torch.ones(width, width, dtype=torch.bool, device=input_ids.device).tril().expand(batch, 1, width, width)
 
 
 def layer_of(model: nn.Module) -> OutputLayer:
