@@ -230,6 +230,29 @@ def test_the_roll_out_draws_from_the_models_distribution() -> None:
     assert float((p > 0.02).sum()) > 3  # it is no point mass
 
 
+def test_the_roll_out_takes_no_gradient_away_in_16_bits() -> None:
+    """Weights that are cast without gradients must not be used again with them."""
+    model, pairs = toy(), some_pairs()
+    generator = np.random.default_rng(1)
+    uniforms = generator.random(pairs.ids.shape, dtype=np.float32)
+    t = np.full(6, 0.75, np.float32)
+    [batch] = response_batches(Noise("oput", MASK, EOS, VOCAB), pairs, t, uniforms, uniforms, np.ones(6, bool))
+    gradients = []
+    for rolls in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if not rolls:
+                seen = rolled_out(model, *batch[:3], batch.rollout_index, batch.draws, sampled=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            rest = {} if rolls else {"noisy_ids": seen, "rollout_index": batch.rollout_index[:0]}
+            response_losses(model, *batch._replace(**rest)).sum().backward()
+        gradients.append(
+            torch.cat([torch.zeros(1) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+        )
+    assert torch.equal(*gradients)
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_uniform_noise_is_uniform_over_every_id_but_the_mask() -> None:
     noise = Noise("uniform", 3, EOS, 8, ratio=(1.0, 1.0))
     pairs = PaddedPairs(np.ones((100, 70), dtype=np.int64), np.zeros(100, dtype=np.int64))

@@ -4,7 +4,8 @@
     python -m training.finetune --model runs/base --data answers.jsonl --out runs/oput --objective oput
     torchrun --nproc-per-node 8 -m training.finetune ...
 
-A line of the data is {"prompt": ..., "response": ...}, texts or lists of token ids. Responses are padded with end of
+A line of the data is {"prompt": ..., "response": ...}, texts or lists of token ids, as `mdkern sample --prompts FILE
+--stop-at-eos --output pairs.jsonl` writes the model's own. Responses are padded with end of
 text to the longest of the batch; prompts are never masked. Objectives (`training.pairs.Noise`): sft is LLaDA's
 (2502.09992); oput is DMax's on-policy uniform training, for which the responses should be the model's own; masked and
 uniform are what it is to be compared with, on the same data. The run's folder and resumption are as of
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--grad-accum", type=int, help="micro-batches a step and process; default: by the memory")
     run.add_argument("--length", type=int, help="longest pair in tokens (default: the model's longest)")
     run.add_argument("--drop-long", action="store_true", help="leave out longer pairs instead of refusing them")
+    run.add_argument("--finished-only", action="store_true", help="leave out samples that did not end by themselves")
     run.add_argument("--round-to", type=int, default=32, help="batches' widths are multiples of so many tokens")
     run.add_argument("--random-length", type=float, default=0.0, help="share of steps cut to a random length")
     run.add_argument("--seed", type=int, default=0)
@@ -223,7 +225,8 @@ def open_data(args: argparse.Namespace, model: DiT) -> tuple[Pairs, Pairs]:
         raise ValueError(f"{args.tokenizer} is not the tokenizer of {args.model}: vocabulary or end of text differ")
     most = min(args.length or model.config.max_length, model.config.max_length)
     files = [args.data] if args.valid is None else [args.data, args.valid]
-    read = [fitting(read_pairs(path, encoder, eos_id, size), most, args.drop_long, path) for path in files]
+    found = [read_pairs(path, encoder, eos_id, size, args.finished_only) for path in files]
+    read = [fitting(pairs, most, args.drop_long, path) for pairs, path in zip(found, files)]
     if args.valid is not None:
         return read[0], read[1]
     order = np.random.default_rng(0).permutation(len(read[0]))

@@ -1,9 +1,10 @@
 """Prompts with their responses: files, batches for fine-tuning, and the noise of its objectives.
 
 A file has one JSON object a line with ``prompt`` and ``response``, each a text or a list of token ids; other keys are
-left alone, so that the output of ``mdkern sample --prompts`` is such a file. Prompt and response are tokenized apart,
-and the response is closed by one end of text. In a batch, responses are padded with end of text to one length, and the
-padding is learnt as any other token (LLaDA, 2502.09992, section 2.3).
+left alone, but ``prompt_ids`` and ``response_ids``, which the output of ``mdkern sample --prompts`` has, are read
+instead, because a text that a model wrote may have other tokens when it is tokenized. Texts of prompt and response are
+tokenized apart, and the response is closed by one end of text. In a batch, responses are padded with end of text to one
+length, and the padding is learnt as any other token (LLaDA, 2502.09992, section 2.3).
 """
 
 from __future__ import annotations
@@ -86,12 +87,15 @@ class PaddedPairs(NamedTuple):
         return found
 
 
-def read_pairs(path: Path, encoder: TextEncoder | None, eos_id: int, vocab_size: int) -> Pairs:
+def read_pairs(
+    path: Path, encoder: TextEncoder | None, eos_id: int, vocab_size: int, finished_only: bool = False
+) -> Pairs:
     """Read a file of pairs, plain or .xz. End-of-text tokens that close a response are taken for one.
 
     Args:
         encoder: the tokenizer; None: the file has token ids.
         vocab_size: ids must be below it.
+        finished_only: leave out lines whose ``stop_reason`` is not ``end_of_text``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,8 +112,11 @@ def read_pairs(path: Path, encoder: TextEncoder | None, eos_id: int, vocab_size:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-                prompt, response = record["prompt"], record["response"]
-            except (ValueError, KeyError, TypeError):
+                if finished_only and record.get("stop_reason") != "end_of_text":
+                    continue
+                has_ids = "prompt_ids" in record and "response_ids" in record
+                prompt, response = (record[f"{name}_ids" if has_ids else name] for name in ("prompt", "response"))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{where}: not a JSON object with `prompt` and `response`") from None
             before, after = (token_ids(value, encoder, vocab_size, where) for value in (prompt, response))
             while after and after[-1] == eos_id:
@@ -118,7 +125,7 @@ def read_pairs(path: Path, encoder: TextEncoder | None, eos_id: int, vocab_size:
             starts.append(len(tokens))
             prompt_lengths.append(len(before))
     if not prompt_lengths:
-        raise ValueError(f"{path} has no pairs")
+        raise ValueError(f"{path} has no pairs{' that are finished' if finished_only else ''}")
     return Pairs(np.array(tokens, dtype=np.int32), np.array(starts), np.array(prompt_lengths))
 
 

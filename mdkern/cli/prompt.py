@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,54 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         ) from None
     except OSError as error:
         raise ValueError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file of JSON lines, plain or .xz: each is an object with ``prompt``; other keys are left alone.
+
+    Raises:
+        ValueError: the file cannot be read, has a line that is none, or has no line.
+    """
+    from mdkern.files import open_text
+
+    prompts = []
+    try:
+        with open_text(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        prompts.append(check_text(json.loads(line)["prompt"]))
+                    except (ValueError, KeyError, TypeError):
+                        where = f"--prompts {file}, line {number}"
+                        raise ValueError(f"{where}: not a JSON object with a text `prompt`") from None
+    except OSError as error:
+        raise ValueError(f"--prompts {file} cannot be read: {error.strerror}") from None
+    if not prompts:
+        raise ValueError(f"--prompts {file} has no prompts")
+    return prompts
+
+
+def check_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is wanted, not {value!r}")
+    return value
+
+
+def all_start_ids(prompts: Sequence[str], tokenizer: Any, mask_id: int, length: int | None, longest: int) -> Tensor:
+    """`start_ids` of many prompts, all up to one length: int64 ``[N, L]``.
+
+    Raises:
+        ValueError: what `start_ids` raises, with the prompt's number.
+    """
+    import torch
+
+    rows = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            rows.append(start_ids(prompt, tokenizer, mask_id, length or longest, longest))
+        except ValueError as error:
+            raise ValueError(f"--prompts: prompt {number}: {error}") from None
+    return torch.cat(rows)
 
 
 def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, longest: int) -> Tensor:

@@ -25,7 +25,7 @@ class Job:
     models: dict[str, Denoiser]
     tokenizer: Any
     schedule: Schedule
-    ids: Tensor  # int64 [1, L], the start of each sample, with masks
+    ids: Tensor  # int64 [1, L], the start of every sample, with masks, or [N, L], of each
     decoder: Decoder
     seed: int
 
@@ -62,6 +62,29 @@ def sample_records(
         }
         for row, (number, token_ids) in enumerate(zip(output.sample_ids.tolist(), output.sequences.tolist()))
     ]
+
+
+def response_records(output: SampleOutput, tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompt and response of each sample, as texts and as ids, without the end of text and what follows it."""
+    from mdkern.trace import decode
+
+    assert output.sequences is not None
+    assert output.lengths is not None
+    assert output.prompt_lengths is not None
+    records = []
+    for ids, prompt, end in zip(
+        output.sequences.tolist(), output.prompt_lengths.tolist(), output.lengths.tolist(), strict=True
+    ):
+        before, after = ids[:prompt], ids[prompt:end]
+        records.append(
+            {
+                "prompt": decode(tokenizer, before),
+                "response": decode(tokenizer, after),
+                "prompt_ids": before,
+                "response_ids": after,
+            }
+        )
+    return records
 
 
 def history_record(history: History, row: int) -> dict[str, list[Any]]:
@@ -125,18 +148,20 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
     assert output.timings is not None
     denoisers = {name: job.models[name] for name in job.schedule.models}
     first = next(iter(denoisers.values()))
-    count, length, masked = len(output.tokens_per_forward), job.ids.shape[1], int((job.ids == first.mask_id).sum())
+    count, length = len(output.tokens_per_forward), job.ids.shape[1]
+    masked = float((job.ids == first.mask_id).sum()) / len(job.ids)  # of a sample
     where = f"{processes} processes on {first.device.type}" if processes > 1 else str(first.device)
     dtype = str(first.dtype).removeprefix("torch.")
     blocks = {name: denoiser.num_blocks for name, denoiser in denoisers.items() if denoiser.num_blocks is not None}
     passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
     sizes = {name: f" ({blocks[name]} blocks)" if name in blocks else "" for name in passes}
     each = ", ".join(f"{name} {passes[name]:.1f}{sizes[name]}" for name in passes)
+    steps = job.schedule.total or "their own number of"
     seconds = output.timings["total"]
     parts = ", ".join(f"{name} {output.timings[name]:.2f} s" for name in passes)
     lines = [
         f"{count} x {length} tokens, decoder {decoder}, schedule {job.schedule}, seed {output.seed}, {where}, {dtype}",
-        f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {job.schedule.total} steps",
+        f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {steps} steps",
         f"{seconds:.2f} s ({parts}), {count * masked / seconds:,.0f} tokens/s",
     ]
     if len(blocks) == len(denoisers) > 1:

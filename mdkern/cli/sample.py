@@ -21,9 +21,9 @@ from mdkern.cli.common import (
     unicode_text,
 )
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
-from mdkern.cli.prompt import LIGHT_SHARE, choose_schedule, read_prompt, start_ids
+from mdkern.cli.prompt import LIGHT_SHARE, all_start_ids, choose_schedule, read_prompt, read_prompts, start_ids
 from mdkern.cli.records import SampleFile, holds_samples, partial_path
-from mdkern.cli.report import Job, Printer, decode_texts, sample_records, summary, without_texts
+from mdkern.cli.report import Job, Printer, decode_texts, response_records, sample_records, summary, without_texts
 
 if TYPE_CHECKING:
     from mdkern.distributed import Ranks
@@ -38,6 +38,7 @@ examples:
   mdkern sample --prompt "She went[MASK:5] home." --decoder threshold:threshold=0.9
   mdkern sample --num-samples 1000 --output texts.jsonl            the texts, one JSON object a line
   mdkern sample --num-samples 1000 --output texts.jsonl --resume   the rest of them, after an interrupt
+  mdkern sample --prompts questions.jsonl --stop-at-eos --output pairs.jsonl   a response to each prompt of a file
   mdkern sample --heavy big/ --light small/ --tokenizer tokenizer.json --schedule "L32 H192 L32"
   torchrun --nproc-per-node 2 -m mdkern sample --num-samples 64    the samples shared out over two GPUs
 """
@@ -79,6 +80,13 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         "up to a --length that is given",
     )
     group.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt from a file in UTF-8, as it is")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="many prompts, a sample each: JSON lines with `prompt`. Records then have the prompt and the `response`, "
+        "as training.finetune reads them",
+    )
     group.add_argument("--temperature", metavar="X", type=float, default=1.0, help="0 is greedy (default: 1)")
     group.add_argument("--seed", metavar="S", type=int, help="whole number (default: a new one, told at the end)")
     group.add_argument("--batch-size", metavar="B", type=positive, help="speed and memory only (default: 16)")
@@ -170,6 +178,11 @@ def check_options(arguments: argparse.Namespace) -> None:
             check_target(option, path)
     if None not in targets.values() and same_file(arguments.output, arguments.trace):
         raise ValueError(f"--output and --trace are the same file {arguments.output}")
+    if arguments.prompts is not None:
+        others = {"--prompt": arguments.prompt, "--prompt-file": arguments.prompt_file}
+        taken = [name for name, value in others.items() if value is not None]
+        if taken or arguments.num_samples != 1:
+            raise ValueError(f"{taken[0] if taken else '--num-samples'} does not go with --prompts, a sample a prompt")
     if arguments.trace_title is not None and arguments.trace is None:
         raise ValueError("--trace-title goes with --trace")
     if arguments.history and arguments.output is None:
@@ -193,13 +206,19 @@ def prepare(arguments: argparse.Namespace) -> Job:
     from mdkern.engine.resolve import resolve_seed
     from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 
-    prompt = read_prompt(arguments.prompt, arguments.prompt_file)
+    if arguments.prompts is None:
+        prompts = [read_prompt(arguments.prompt, arguments.prompt_file)]
+    else:
+        prompts = read_prompts(arguments.prompts)
+        arguments.num_samples = len(prompts)
     make_decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     schedule = choose_schedule(arguments.schedule, tuple(models))
     first = next(iter(models.values()))
     longest = longest_of(models.values(), arguments.length)
-    ids = start_ids(prompt, tokenizer, first.mask_id, arguments.length, longest)
+    many = arguments.prompts is not None
+    where = tokenizer, first.mask_id, arguments.length, longest
+    ids = all_start_ids(prompts, *where) if many else start_ids(prompts[0], *where)
     decoder = make_decoder(tokenizer, first.vocab_size)
     used = {name: models[name] for name in schedule.models if name in models}
     block_length, causal = resolve_blocks(arguments.block_length, used, None)
@@ -207,7 +226,8 @@ def prepare(arguments: argparse.Namespace) -> Job:
     pace = resolve_pace(
         schedule, arguments.steps, block_length, arguments.steps_per_block, wanted, None, whole_text=causal
     )
-    schedule = schedule.fit(pace.most_steps)
+    if not many:  # else each sequence has its own steps
+        schedule = schedule.fit(pace.most_steps)
     return Job(models, tokenizer, schedule, ids.to(first.device), decoder, resolve_seed(arguments.seed, None))
 
 
@@ -240,9 +260,10 @@ def run_groups(
 
     if not numbers:
         return
+    many = arguments.prompts is not None
     call: dict[str, Any] = {
-        "input_ids": job.ids,
-        "num_samples": len(numbers),
+        "input_ids": job.ids[numbers] if many else job.ids,
+        "num_samples": None if many else len(numbers),
         "sample_ids": numbers,
         "batch_size": arguments.batch_size,
         "decoder": job.decoder,
@@ -272,7 +293,11 @@ class Receiver:
         self.printer.show(output.sample_ids.tolist(), texts)
         if self.file is not None:
             history = output.history if self.arguments.history else None
-            self.file.append(*sample_records(output, texts, self.job.schedule, self.arguments.decoder, history))
+            records = sample_records(output, texts, self.job.schedule, self.arguments.decoder, history)
+            if self.arguments.prompts is not None:
+                pairs = response_records(output, self.job.tokenizer)
+                records = [pair | record for pair, record in zip(pairs, records)]
+            self.file.append(*records)
         self.outputs.append(output if self.arguments.trace is not None else without_texts(output))
 
     def finish(self, processes: int) -> None:

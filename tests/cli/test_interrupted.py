@@ -19,6 +19,7 @@ import mdkern
 from mdkern import DiT, DiTConfig, pretrained
 from mdkern.cli import main as cli
 from mdkern.cli.records import SampleFile
+from training.pairs import read_pairs
 
 LENGTH = 12
 Run = Callable[..., tuple[int, str, str]]
@@ -250,6 +251,60 @@ def test_a_prompt_file_is_continued_or_its_encoding_named(run: Run, tmp_path: Pa
     code, _, err = run("--prompt-file", str(prompt))
     assert code == 2
     assert "is not UTF-8 (byte 3 is 0xe9)" in err
+
+
+def test_a_file_of_prompts_gives_pairs_and_is_gone_on_from(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what each prompt gives by itself, and what fine-tuning reads."""
+    prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    texts = ["Once upon", "It was", "He said that"]
+    prompts.write_text("".join(json.dumps({"prompt": text, "id": 1}) + "\n" for text in texts))
+    command = ["--prompts", str(prompts), "--output", str(pairs), "--seed", "3", "--temperature", "0", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mdkern.sampling.sample_groups", stop_after(1, KeyboardInterrupt()))
+        assert run(*command)[0] == 130
+    assert not pairs.exists()
+    code, _, err = run(*command[:-1], "--resume")
+    assert code == 0
+    assert "2 x 12 tokens" in err
+    assert "for their own number of steps" in err
+    records = lines(pairs)
+    assert [record["prompt"] for record in records] == texts
+    for record in records:
+        assert record["prompt_ids"] + record["response_ids"] == record["token_ids"]
+        assert record["text"] == record["prompt"] + record["response"]
+        assert len(record["token_ids"]) == LENGTH
+    read = read_pairs(pairs, None, 0, 4096)
+    assert read.prompt_lengths.tolist() == [len(record["prompt_ids"]) for record in records]
+    with pytest.raises(ValueError, match="no pairs that are finished"):
+        read_pairs(pairs, None, 0, 4096, finished_only=True)
+    alone = tmp_path / "alone.jsonl"
+    run("--prompt", texts[0], "--output", str(alone), "--seed", "3", "--temperature", "0", "--quiet")
+    assert lines(alone)[0]["token_ids"] == records[0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"prompt": "a"}\n["b"]\n', [], "line 2: not a JSON object with a text `prompt`"),
+        ('{"prompt": 3}\n', [], "line 1: not a JSON object"),
+        ("", [], "has no prompts"),
+        (None, [], "cannot be read"),
+        ('{"prompt": "a"}\n', ["--num-samples", "2"], "--num-samples does not go with --prompts"),
+        ('{"prompt": "a"}\n', ["--prompt", "b"], "--prompt does not go with --prompts"),
+        ('{"prompt": "a"}\n{"prompt": "a b c d e f g h i j k l m n o"}\n', [], "prompt 2: the prompt"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(
+    run: Run, tmp_path: Path, content: str | None, options: list[str], message: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    code, _, err = run("--prompts", str(path), *options)
+    assert code == 2
+    assert message in err
 
 
 FAKE = """
