@@ -1,4 +1,4 @@
-"""Draw the tables of README.md, benchmarks.md and study.md from benchmarks/results: ``python -m benchmarks.report``.
+"""Draw the tables of README.md and of the pages of docs/ from results: ``python -m benchmarks.report``.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; everything between is replaced. Sentences with
 figures in them are drawn the same way, so that no figure outlives the run that it is from. With ``--check`` nothing is
@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import decoder_tables, kernel_tables, paper_tables, study_tables
+from benchmarks import decoder_tables, kernel_tables, learning_tables, paper_tables, study_tables
 from benchmarks.bench_vocab_projection import GEMM
 from benchmarks.decoder_setting import Size
 from benchmarks.harness import write_text_whole
@@ -25,7 +25,7 @@ from benchmarks.paper_setting import HEAVY
 from benchmarks.paper_tables import LABELS, PAPER_CLOCK, PAPER_FLOPS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "study", "learning"))]
 PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NO_TOKEN = "CCE, logsumexp only"  # the one peer whose result no sampler could use
 
@@ -271,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **paper_tables.TABLES,
     **decoder_tables.TABLES,
     **study_tables.TABLES,
+    **learning_tables.TABLES,
 }
 
 
