@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mdkern.evaluation.likelihood import Likelihood, likelihood
     from mdkern.models import Denoiser, DiT, DiTConfig, adapt
     from mdkern.models.loading import from_pretrained
+    from mdkern.models.sharded import shard_head
     from mdkern.output import History, SampleOutput
     from mdkern.plan import RevealPlan
     from mdkern.pretrained import load_pair
@@ -33,6 +34,7 @@ _HOMES = {  # by module, the names that it defines; mypy reads the imports above
     "mdkern.models": ("Denoiser", "DiT", "DiTConfig", "adapt"),
     "mdkern.output": ("History", "SampleOutput"),
     "mdkern.models.loading": ("from_pretrained",),
+    "mdkern.models.sharded": ("shard_head",),
     "mdkern.plan": ("RevealPlan",),
     "mdkern.pretrained": ("load_pair",),
     "mdkern.sampling": ("sample", "sample_groups"),
@@ -61,6 +63,7 @@ __all__ = [
     "sample_canvas",
     "sample_distributed",
     "sample_groups",
+    "shard_head",
 ]
 
 

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
-from numbers import Real
 from typing import Any
 
 import torch
@@ -31,91 +30,14 @@ from mdkern.digest import digest, model_digest
 from mdkern.engine.groups import Groups
 from mdkern.engine.request import Request, rows_of
 from mdkern.engine.resolve import resolve
+from mdkern.models.sharded import refuse_sharded
 from mdkern.output import SampleOutput, flops_saved, joined
+from mdkern.ranks import TIMEOUT, Ranks, check_equal, check_timeout
 from mdkern.schedule import Schedule
 
-TIMEOUT = 1800.0  # seconds
-LONGEST_TIMEOUT = 1e8  # three years; beyond about three hundred the milliseconds overflow in PyTorch
-MOST_TOLD = 4  # ranks that a message names
 # Fields of a request that are not compared: each rank's own, those that follow from others, and those compared
 # otherwise.
 NOT_COMPARED = {"streamer", "stopping_criteria", "blocks", "edges", "denoisers", "seed"}
-# Types of errors that are raised as such on the other ranks; any other becomes a RuntimeError there.
-TOLD: tuple[type[Exception], ...] = (
-    torch.OutOfMemoryError,
-    ValueError,
-    TypeError,
-    FloatingPointError,
-    TimeoutError,
-    OSError,
-)
-
-
-class Ranks:
-    """The processes of the default group, with a gloo group over the same ones."""
-
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        """To be called on every rank. `timeout`: seconds that a rank waits for the others."""
-        check_timeout(timeout)
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("sample_distributed needs torch.distributed.init_process_group() to be called first")
-        self.rank, self.count, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
-        with self.waiting():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-
-    def close(self) -> None:
-        dist.destroy_process_group(self.group)
-
-    def gather(self, item: Any) -> list[Any]:
-        """The items of all ranks in order, on every rank."""
-        items: list[Any] = [None] * self.count
-        with self.waiting():
-            dist.all_gather_object(items, item, group=self.group)
-        return items
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Turn gloo's errors, a timeout or a lost connection, into a `TimeoutError` that says so."""
-        began = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:
-            raise TimeoutError(
-                f"rank {self.rank} lost another rank after waiting {time.perf_counter() - began:.1f} s of at most "
-                f"{self.timeout:g}: it has died or hangs ({first_line(error)})"
-            ) from error
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """An error inside on one rank is raised on all: there as it is, elsewhere with that rank's number."""
-        own: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            own = error
-        told = None if own is None else (kind_of(own).__name__, str(own))
-        failures = [(rank, failure) for rank, failure in enumerate(self.gather(told)) if failure is not None]
-        if own is not None:
-            raise own
-        if failures:
-            rank, (kind, message) = failures[0]
-            known = {error.__name__: error for error in TOLD}
-            raise known.get(kind, RuntimeError)(f"rank {rank}: {message}")
-
-
-def check_timeout(timeout: Any) -> None:
-    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < float(timeout) <= LONGEST_TIMEOUT:
-        raise ValueError(
-            f"timeout must be a number of seconds above 0 and at most {LONGEST_TIMEOUT:g}, not {timeout!r}"
-        )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def kind_of(error: Exception) -> type[Exception]:
-    return next((kind for kind in TOLD if isinstance(error, kind)), RuntimeError)
 
 
 def local_rank() -> int:
@@ -140,26 +62,16 @@ def torchrun_ranks(timeout: float = TIMEOUT) -> Iterator[Ranks | None]:
         dist.destroy_process_group()
 
 
-def request_digests(request: Request) -> dict[str, str]:
-    """Digests of everything that the samples of a call depend on, except the seed, by the names used in messages."""
+def request_digests(request: Request, models: bool = True) -> dict[str, str]:
+    """Digests of what the samples of a call depend on, except the seed, by the names used in messages.
+
+    `models`: whether those of the weights are among them, for which all weights are read.
+    """
     names = {field.name for field in fields(request)} - NOT_COMPARED
     digests = {name: digest(getattr(request, name)) for name in names}
+    if not models:
+        return digests
     return digests | {f"model {name}": model_digest(denoiser) for name, denoiser in request.denoisers.items()}
-
-
-def check_equal(facts: Sequence[Mapping[str, str]]) -> None:
-    """Refuse a call that differs between the ranks, with the ranks and what differs."""
-    differing: dict[int, str] = {}
-    for rank, theirs in enumerate(facts):
-        unequal = sorted(name for name in {*theirs, *facts[0]} if theirs.get(name) != facts[0].get(name))
-        if unequal:
-            differing[rank] = ", ".join(unequal)
-    if differing:
-        told = [f"on rank {rank} in {names}" for rank, names in differing.items()]
-        told[0] = told[0].replace(" in ", " differ from those on rank 0 in ", 1)
-        more = len(told) - MOST_TOLD
-        rest = [f"on {more} more ranks, too"] if more > 0 else []
-        raise ValueError(f"the arguments {'; '.join(told[:MOST_TOLD] + rest)}")
 
 
 def share(count: int, rank: int, ranks: int) -> slice:
@@ -208,6 +120,7 @@ def sample_distributed(
     try:
         with ranks.together():
             request = resolve(heavy, light, schedule, seed=seed, **options)
+            refuse_sharded(request.denoisers.values(), "sample_distributed")
             ids = request.input_ids
             facts = request_digests(request) | {"seed": digest(seed), "return_history": digest(return_history)}
         calls = ranks.gather((facts, request.seed))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdkern.agreed import resolve_agreed
 from mdkern.canvas import of_sample
 from mdkern.decoders import Decoder
 from mdkern.engine.checks import check_count
 from mdkern.engine.groups import Groups
-from mdkern.engine.resolve import resolve
 from mdkern.models.hf.block_diffusion import is_block_diffusion
 from mdkern.output import SampleOutput
 from mdkern.schedule import Schedule
@@ -137,7 +137,7 @@ def sample(
         given = {name: value for name, value in locals().items() if name != "heavy"}
         return of_sample(heavy, given, {name: own.default for name, own in signature(sample).parameters.items()})
     began = time.perf_counter()
-    request = resolve(
+    request = resolve_agreed(
         heavy,
         light,
         schedule,
@@ -200,5 +200,5 @@ def sample_groups(
     """
     began = time.perf_counter()
     size = None if group_size is None else check_count("group_size", group_size)
-    request = resolve(heavy, light, schedule, **arguments)
+    request = resolve_agreed(heavy, light, schedule, **arguments)
     return iter(Groups(request, size, return_history, cuda_graphs, progress, began))

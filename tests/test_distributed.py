@@ -20,6 +20,7 @@ from mdkern import DiT, DiTConfig, distributed, pretrained
 from mdkern.cli import main as cli
 from mdkern.distributed import sample_distributed, share
 from mdkern.engine.resolve import resolve_seed
+from mdkern.ranks import check_equal
 
 LENGTH, VOCAB, MASK = 12, 40, 39
 
@@ -223,9 +224,9 @@ def test_all_ranks_that_differ_are_told() -> None:
         {"decoder": "a", "model H": "d"},
     ]
     with pytest.raises(ValueError, match=r"on rank 2 differ from those on rank 0 in decoder; on rank 3 in model H$"):
-        distributed.check_equal(facts)
+        check_equal(facts)
     with pytest.raises(ValueError, match=r"; on 2 more ranks, too$"):
-        distributed.check_equal([facts[0], *[facts[2]] * 6])
+        check_equal([facts[0], *[facts[2]] * 6])
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), True, "60", None])
@@ -274,8 +275,8 @@ def test_the_commands_timeout_is_that_of_both_groups(monkeypatch: pytest.MonkeyP
     given: list[timedelta] = []
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, lambda *_, timeout, **__: given.append(timeout))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)

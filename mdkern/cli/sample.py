@@ -26,9 +26,9 @@ from mdkern.cli.records import SampleFile, holds_samples, partial_path
 from mdkern.cli.report import Job, Printer, decode_texts, response_records, sample_records, summary, without_texts
 
 if TYPE_CHECKING:
-    from mdkern.distributed import Ranks
     from mdkern.models import Denoiser
     from mdkern.output import SampleOutput
+    from mdkern.ranks import Ranks
 
 EXAMPLES = """\
 examples:

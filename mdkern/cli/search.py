@@ -23,8 +23,8 @@ from mdkern.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from mdkern.distributed import Ranks
     from mdkern.evaluation.search import Found
+    from mdkern.ranks import Ranks
 
 EXAMPLES = """\
 examples:

@@ -61,7 +61,7 @@ def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, *, dual: bool
         progress.slot.copy_(kv_cache.waiting)
         (refresh_step if refresh is None else refresh.captured.replay)()
         if progress.status.is_cuda or int(progress.status[0]):  # on a GPU, an idle step is cheaper than asking
-            run_steps(graph, step, progress, watch)
+            run_steps(graph, step, progress, watch, in_step=segment.denoiser.head.shard is not None)
         watch()
 
 

@@ -35,6 +35,7 @@ from mdkern.engine.state import SamplerState
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import PREPARED, Head
 from mdkern.models.fingerprint import describe, fingerprint
+from mdkern.models.sharded import ShardedDenoiser
 
 __all__ = ["clear", "held"]
 
@@ -139,12 +140,14 @@ class Workspace:
             step: runs the step with the head that it is given. It is run a few times to warm up.
             idle: called before each run of the warm-up, to point the step at scratch data. A step advances its state,
                 and repeated steps without it would read past the end of the ticks.
-            loop_while: also make a device-side loop that runs while this tensor's first entry is not 0.
+            loop_while: also make a device-side loop that runs while this tensor's first entry is not 0. It is not made
+                for a head that is divided over processes: a graph with NCCL's kernels can't be the body of a loop.
 
         Returns:
             None if the step could not be captured. A warning has then given the reason, once for each model.
         """
         model = model_of(denoiser)
+        loop_while = None if denoiser.head.shard is not None else loop_while
         if id(denoiser) not in self.marks:
             self.marks[id(denoiser)] = mark_of(denoiser)
         mark = self.marks[id(denoiser)]
@@ -366,6 +369,9 @@ def mark_of(denoiser: Denoiser) -> Hashable:
 
     None for a model that cannot be examined.
     """
+    if isinstance(denoiser, ShardedDenoiser):
+        inner = mark_of(denoiser.inner)
+        return None if inner is None else (inner, id(denoiser.shard))
     model = fingerprint(model_of(denoiser))
     if model is None:
         return None

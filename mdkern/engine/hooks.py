@@ -12,9 +12,11 @@ from torch import Tensor
 from mdkern.engine.processors import Processors, Rows
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.reference import CHUNK_ELEMENTS
+from mdkern.kernels.head.sharded import vocab_projection_sharded
 from mdkern.kernels.head.vocab_projection import RowStatistics
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
+from mdkern.models.shard import Shard
 
 SECONDS_BETWEEN_DRAFTS = 0.1
 
@@ -101,6 +103,8 @@ def row_statistics(
     flat, width = hidden.flatten(0, 1), hidden.shape[1]
     if processors is None:
         shaping: dict[str, Any] = {"row_count": row_count, "scale": head.scale, "soft_cap": head.soft_cap}
+        if head.shard is not None:
+            return of_shard(head, head.shard, flat, row, temperature, seed, keys, **shaping, **options)
         return vocab_projection(flat, head.weight, head.bias, row, temperature, seed, keys, **shaping, **options)
     count = int(row_count)
     chunk = max(1, CHUNK_ELEMENTS // head.padded_vocab_size)
@@ -129,6 +133,30 @@ def row_statistics(
     token, *statistics = zip(*parts)
     joined = whole(token, -1), *(whole(values, torch.nan) for values in statistics)
     return RowStatistics(*joined)  # type: ignore[arg-type]
+
+
+def of_shard(
+    head: Head,
+    shard: Shard,
+    hidden: Tensor,
+    row: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    keys: Tensor,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    top_p_rule: str = "reach",
+    **options: Any,
+) -> RowStatistics:
+    """`vocab_projection` of a head that is divided over processes, with filters that `resolve` has refused."""
+    assert head.weight is not None
+    assert (top_k, top_p, min_p) == (0, 1.0, 0.0)
+    bias = head.bias[shard.first : shard.stop]
+    return vocab_projection_sharded(
+        hidden, head.weight, bias, row, temperature, seed, keys, first=shard.first, exchange=shard.gather, **options
+    )
 
 
 class Drafts:

@@ -28,24 +28,36 @@ def watcher(progress: Progress, left: int, bar: tqdm, drafts: Drafts) -> Callabl
     return watch
 
 
-def run_steps(graph: Graph | None, step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Run steps until no slot has work: in one launch if the device can loop, else from the graph, else eagerly."""
+def run_steps(
+    graph: Graph | None,
+    step: Callable[[], None],
+    progress: Progress,
+    watch: Callable[[], None],
+    in_step: bool = False,
+) -> None:
+    """Run steps until no slot has work: in one launch if the device can loop, else from the graph, else eagerly.
+
+    `in_step`: other processes run the same steps and wait for this one in each, so all must run equally many.
+    """
     if graph is not None and graph.loop is not None:
         graph.loop.run(watch)
     else:
-        run_one_by_one(step if graph is None else graph.captured.replay, progress, watch)
+        run_one_by_one(step if graph is None else graph.captured.replay, progress, watch, 0 if in_step else LAG)
     watch()
 
 
-def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable[[], None]) -> None:
-    """Run steps until the flag says that no slot has work. On a GPU the host reads it `LAG` steps late."""
+def run_one_by_one(step: Callable[[], None], progress: Progress, watch: Callable[[], None], lag: int = LAG) -> None:
+    """Run steps until the flag says that no slot has work. On a GPU the host reads it `lag` steps late.
+
+    It may then see the flag of any step in between. Without a lag the number of steps depends on the flag alone.
+    """
     events: deque[torch.cuda.Event] = deque()
     while True:
         step()
         if progress.status.is_cuda:
             events.append(torch.cuda.Event())
             events[-1].record()
-            if len(events) <= LAG:
+            if len(events) <= lag:
                 continue
             events.popleft().synchronize()
         watch()

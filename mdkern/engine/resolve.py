@@ -18,8 +18,10 @@ from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 from mdkern.engine.resolve_decoder import check_decoder, resolve_decoder
 from mdkern.engine.resolve_models import resolve_models
+from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import listed
+from mdkern.models.sharded import sharded_over
 from mdkern.routing import Router
 from mdkern.schedule import Schedule
 
@@ -201,6 +203,19 @@ def check_router(router: Router, decoder: Any, cache: Any) -> None:
         raise ValueError(f"{kind} needs cache='none': kept keys and values are of no use to another model")
 
 
+def check_sharded(filters: Filters, processors: Any) -> None:
+    """Refuse what needs all logits of a row, if no process has them because the vocabulary is divided."""
+    if filters.active():
+        raise ValueError(
+            "top_k, top_p and min_p must be left out: where they cut is found by a search through all logits of a row,"
+            " and with shard_head no process has them"
+        )
+    if processors is not None:
+        raise ValueError(
+            "logits_processor must be None: it is given all logits of a row, and with shard_head no process has them"
+        )
+
+
 def check_cache(cache: Any, block_length: Any, decoder: Decoder, denoisers: Mapping[str, Denoiser]) -> str:
     """The kind of cache, refused if the decoder, the blocks or a model cannot use one."""
     if not isinstance(cache, str) or cache not in CACHES:
@@ -301,6 +316,8 @@ def resolve(
                 " pad on the right (tokenizer.padding_side = 'right'), or let its call take position_ids"
             )
     resolved_decoder = resolve_decoder(decoder, first)
+    if sharded_over(denoisers.values()) is not None:
+        check_sharded(filters, processors)
     wanted = ids == first.mask_id if mask is None else (ids == first.mask_id) & mask
     block_length, causal = resolve_blocks(block_length, denoisers, mask)
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)

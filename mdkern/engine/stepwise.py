@@ -175,7 +175,8 @@ def run_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, kind: str, tick:
     running, left = progress.status.tolist()
     if running:
         progress.report.copy_(progress.status)
-        run_steps(graph, partial(step, denoiser.head), progress, watcher(progress, left, bar, drafts))
+        head, watch = denoiser.head, watcher(progress, left, bar, drafts)
+        run_steps(graph, partial(step, head), progress, watch, in_step=head.shard is not None)
 
 
 def decode_tick(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels.head.reference import finish_logits
+from mdkern.models.shard import Shard
 
 # What prepared denoisers keep between calls of `sample`, by model: tuples of tensors, which CUDA graphs read.
 PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -66,9 +67,10 @@ class Head:
     """
 
     weight: Tensor | None  # [V, D] floating; None: the "hidden" rows are logits already
-    bias: Tensor  # [V] float32
+    bias: Tensor  # [V] float32, of the whole vocabulary
     scale: float = 1.0
     soft_cap: float = 0.0  # c; 0: no cap
+    shard: Shard | None = None  # the process's part of the vocabulary, whose rows `weight` has; None: all of it
 
     @property
     def padded_vocab_size(self) -> int:
@@ -77,6 +79,8 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits, float32 ``[..., V]``. For baselines, tests and training; the sampler does not call it."""
         logits = hidden if self.weight is None else torch.nn.functional.linear(hidden, self.weight)
+        if self.shard is not None:
+            logits = self.shard.joined(logits)
         return finish_logits(logits, self.bias, self.scale, self.soft_cap)
 
 

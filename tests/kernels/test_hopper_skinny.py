@@ -27,6 +27,7 @@ from tests.suites import gluon
 GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
 CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
 TEMPERED = {"WANT_ARGMAX": True, "OF_SAMPLER": True}
+SHARD = {"WANT_ARGMAX": True, "first_id": "i32"}
 
 
 def build(rows: int, **constants: Any) -> Any:
@@ -39,18 +40,26 @@ def build(rows: int, **constants: Any) -> Any:
         "HAS_CAP": False,
         "WANT_ARGMAX": False,
         "OF_SAMPLER": False,
+        "first_id": None,
     }
     types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.hidden_dim])}
+    fixed |= constants
+    if fixed["first_id"]:
+        types["first_id"] = fixed.pop("first_id")
     return gluon.build(
         hopper_skinny.vocab_projection_skinny_kernel,
-        fixed | constants,
+        fixed,
         types,
         num_warps=4,
         maxnreg=launch_skinny.REGISTERS,
     )
 
 
-@pytest.mark.parametrize("constants", [{}, GREEDY, CAPPED, TEMPERED], ids=["drawn", "greedy", "capped", "tempered"])
+@pytest.mark.parametrize(
+    "constants",
+    [{}, GREEDY, CAPPED, TEMPERED, SHARD],
+    ids=["drawn", "greedy", "capped", "tempered", "a shard"],
+)
 @pytest.mark.parametrize("rows", [8, 16])
 def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
     built = build(rows, **constants)
@@ -58,10 +67,13 @@ def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
     assert f"wgmma.mma_async.sync.aligned.m64n{rows}k16" in built.asm["ptx"]  # not a slot more than rows
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-def test_the_choosing_kernel_compiles(mode: int) -> None:
-    fixed = {"MODE": mode, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True}
-    fixed |= {"WANT_ARGMAX": True, "OF_SAMPLER": mode == 1}
+@pytest.mark.parametrize("constants", [{"MODE": 0}, {"MODE": 1}, {"MODE": 1, "shard_records": "written"}], ids=str)
+def test_the_choosing_kernel_compiles(constants: dict[str, Any]) -> None:
+    fixed = {"shard_records": None, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True} | constants
+    fixed = {"WANT_ARGMAX": True, "OF_SAMPLER": constants["MODE"] == 1} | fixed
+    if fixed["shard_records"]:  # a shard has no other outputs
+        del fixed["shard_records"]
+        fixed |= dict.fromkeys(("token_out", "log_prob", "logsumexp", "top1", "top2", "entropy", "argmax"))
     built = gluon.build(hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel, fixed, {}, num_warps=1)
     assert "ld.global.v4" in built.asm["ptx"]  # a record is two loads, not eight
 

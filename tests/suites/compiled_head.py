@@ -92,13 +92,22 @@ def projection(
         "FROM_LOGITS": False,
         "PRECISION": "ieee",
         "PDL": capability >= 90,
+        "first_id": None,
     }
+    if constants.pop("shard", False):
+        types["first_id"] = "i32"
+        del fixed["first_id"]
     build(triton_projection.vocab_projection_kernel, capability, SHARED | fixed | constants, types, warps)
 
 
 def finish(capability: int, mode: int) -> None:
     constants = {"BM": 64, "BN": 128, "PROGRAMS": 132, "ROWS": 1, "SPLITS": 256, "MODE": mode, "PDL": capability >= 90}
-    build(triton_reduce.vocab_projection_reduce_kernel, capability, SHARED | constants, {}, 1)
+    reduce = triton_reduce.vocab_projection_reduce_kernel
+    build(reduce, capability, SHARED | constants | {"records": None}, {}, 1)
+    none = dict.fromkeys(("token", "log_prob", "logsumexp", "top1", "top2", "entropy", "argmax"))
+    build(reduce, capability, SHARED | constants | none, {}, 1)
+    merging = {"SHARDS": 8, "SPLITS": 8, "ROWS": 16, "MODE": mode}
+    build(triton_reduce.merge_shards_kernel, capability, SHARED | merging, {}, 1)
 
 
 def main() -> None:
@@ -108,6 +117,7 @@ def main() -> None:
         if bulk:
             projection(capability, 1, (128, 256, 64), 8, bulk, HIDDEN_TMA=True, bias=None, row_count=None)
         projection(capability, 0, (16, 128, 64), 4, False, FROM_LOGITS=True, weight=None)
+        projection(capability, 1, (16, 128, 64), 4, bulk, shard=True)
         finish(capability, 1)
         for rule in (0, 3):
             constants = {"RULE": rule, "RANDOM": rule == 0, "BLOCK": 1024, "BITS": 42}

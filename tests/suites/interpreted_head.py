@@ -15,8 +15,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mdkern.kernels import noise, triton_noise
-from mdkern.kernels.head import launch
+from mdkern.kernels.head import launch, launch_sharded
 from mdkern.kernels.head.launch import Tiling, vocab_projection
+from mdkern.kernels.head.sharded import shard_of
 from mdkern.kernels.head.triton_projection import count_items, locate_item, schedule_tiles
 from tests.problems.projection import SEED, Problem, check_against_reference
 
@@ -227,3 +228,20 @@ def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) ->
     assert abs(top1[3] - 1 / 3) < 1e-6
     assert abs(top2[3] - 1 / 3) < 1e-6
     assert (token[3:] >= 0).all()
+
+
+@pytest.mark.parametrize("of", ["model", "sampler"])
+@pytest.mark.parametrize("temperature", ["greedy", "mixed"])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_shards_agree_with_the_reference(tiling: str, temperature: str, of: str) -> None:
+    """Records of each shard, the last of them ragged and one without ids, merged by the kernel."""
+    problem = Problem(columns=800, biased=True, count=17, temperature=temperature, of=of)
+    hidden, head, rows, wanted = problem.arguments(temperature == "greedy")
+    assert head.weight is not None
+    assert head.bias is not None
+    records = []
+    for rank in range(5):
+        first, stop = shard_of(problem.columns, rank, 5)
+        part = head._replace(weight=head.weight[first:stop], bias=head.bias[first:stop])
+        records.append(launch_sharded.project_shard(hidden, part, rows, wanted, first, TILINGS[tiling], 3))
+    check_against_reference(problem, launch_sharded.merge_shards(torch.stack(records), rows, wanted))

@@ -120,7 +120,7 @@ def _consume(
 ):
     """A consumer warpgroup: multiplies its 64 rows by every tile, and folds each result into the state of the rows."""
     hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
-    count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
+    count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
     hidden_ring, weight_ring, full, empty, asked = rings
     program, items, schedule = work
     GROUPS: gl.constexpr = BN // GROUP_SIZE
@@ -185,6 +185,9 @@ def _consume(
         zero = gl.full([ROWS], 0, gl.int32, layout=ROW)
         state = top, total, nothing, lowest, best, zero, leader, zero
         for tile in range(first, last, stride):
+            place = tile  # in the whole vocabulary, by which the noise is keyed
+            if first_id is not None:
+                place = tile + first_id // BN
             if bias is not None:
                 ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
                 shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
@@ -192,7 +195,7 @@ def _consume(
             if MODE == GREEDY:
                 races = ()
             else:
-                races = _races(tile, seed_value, sample, position, step, GROUPS)
+                races = _races(place, seed_value, sample, position, step, GROUPS)
             product = gl.zeros([ROWS, BN], gl.float32, layout=wide)
             previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
             for k in range(K_TILES):
@@ -223,7 +226,7 @@ def _consume(
                 x = _sloped(x, slope, GROUPS)
             state = _absorb(
                 x,
-                tile,
+                place,
                 state,
                 inv_temperature,
                 races,
@@ -252,7 +255,7 @@ def _consume(
         gl.store(at, leader, mask=inside[:, None])
 
 
-@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
+@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows", "first_id"])
 def vocab_projection_hopper_kernel(
     hidden,  # [N, D] where STATIONARY, else a descriptor of the M gathered rows
     weight,  # descriptor of [V, D]
@@ -272,6 +275,7 @@ def vocab_projection_hopper_kernel(
     hidden_stride,
     scale,
     soft_cap,
+    first_id,  # of the rows of `weight`, a multiple of BN; None: 0
     K_TILES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     BN: gl.constexpr,
@@ -313,7 +317,7 @@ def vocab_projection_hopper_kernel(
     rings = (hidden_ring, weight_ring, full, empty, asked)
     work = (program, count_items(program, schedule, PROGRAMS), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
-    sizes = (count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap)
+    sizes = (count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [

@@ -70,6 +70,15 @@ def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START:
 
 
 @gluon.jit
+def _in_whole(group, first_id):
+    """A group's number in the whole vocabulary, by which the noise is keyed."""
+    place = group
+    if first_id is not None:
+        place = group + first_id // GROUP_SIZE
+    return place
+
+
+@gluon.jit
 def _group_race(seed, keys, group):
     """``1 / exponential`` of a group for each row."""
     sample, position, step = keys
@@ -90,7 +99,18 @@ def _token_noise(seed, keys, pair):
 
 
 @gluon.jit
-def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROGRAMS: gl.constexpr, MODE: gl.constexpr):
+def _produce_noise(
+    keys,
+    row_count,
+    seed,
+    capacity,
+    draws,
+    program,
+    groups,
+    first_id,
+    PROGRAMS: gl.constexpr,
+    MODE: gl.constexpr,
+):
     """The producer warps of noise: for all rows, the race of each group and the noise of its ids."""
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
@@ -107,8 +127,9 @@ def _produce_noise(keys, row_count, seed, capacity, draws, program, groups, PROG
         noise_stage = program * 0
         phase = noise_stage + 1
         for group in range(program, groups, PROGRAMS):
-            race = _group_race(seed_value, group_keys, group)
-            token_noise = _token_noise(seed_value, token_keys, pair + group * (GROUP_SIZE // 2))
+            place = _in_whole(group, first_id)
+            race = _group_race(seed_value, group_keys, place)
+            token_noise = _token_noise(seed_value, token_keys, pair + place * (GROUP_SIZE // 2))
             mbarrier.wait(used.index(noise_stage), phase)
             races.index(noise_stage).store(race)
             noises.index(noise_stage).store(token_noise)
@@ -218,7 +239,7 @@ def _consume(
 ):
     """The consumer warps: multiply this program's groups by all rows, then write a record for each row."""
     hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
-    capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap = sizes
+    capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
     tile: gl.constexpr = _tile(ROWS)
@@ -278,7 +299,9 @@ def _consume(
             token_noise = noises.index(noise_stage).load(tile)
             mbarrier.arrive(used.index(noise_stage))
             noise_stage, noise_phase = ring_advance(noise_stage, noise_phase, NOISE_STAGES)
-        state = _absorb(x, ids, group, state, inv_temperature, race, token_noise, MODE, WANT_ARGMAX)
+        place = _in_whole(group, first_id)
+        ids = place * GROUP_SIZE + id_in_group
+        state = _absorb(x, ids, place, state, inv_temperature, race, token_noise, MODE, WANT_ARGMAX)
 
     top, total, moment, second, best, best_group, leader, leader_value, top_id = state
     ids = best_group[None, :] * GROUP_SIZE + gl.expand_dims(id_in_group, 1)
@@ -290,7 +313,7 @@ def _consume(
         gl.store(record + number, numbers[number], mask=row < count)
 
 
-@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
+@gluon.jit(do_not_specialize=["capacity", "vocab", "hidden_rows", "first_id"])
 def vocab_projection_skinny_kernel(
     hidden,  # [N, D]
     weight,  # descriptor of [V, D]
@@ -309,6 +332,7 @@ def vocab_projection_skinny_kernel(
     hidden_stride,
     scale,
     soft_cap,
+    first_id,  # of the rows of `weight`, a multiple of 64; None: 0
     K_TILES: gl.constexpr,
     ROWS: gl.constexpr,
     BK: gl.constexpr,
@@ -346,13 +370,13 @@ def vocab_projection_skinny_kernel(
     rings = (hidden_tiles, weight_ring, full, empty, asked)
     draws = (races, noises, drawn, used)
     rows = (hidden, bias, row_index, row_count, temperature, uniform_temperature, records)
-    sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap)
+    sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
     gl.warp_specialize(
         [
             (_consume, (
                 rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
             )),
-            (_produce_noise, (keys, row_count, seed, capacity, draws, program, groups, PROGRAMS, MODE)),
+            (_produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
             (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
         ],
         [4, 1],

@@ -8,12 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from mdkern.kernels.head.triton_projection import MIXED
-from mdkern.kernels.head.triton_reduce import write_outputs
+from mdkern.kernels.head.triton_reduce import RECORD, write_outputs, write_record
 from mdkern.kernels.triton_common import LOG2E, LOWEST, NOWHERE, flip_order, halves, load_row_count
-
-# Numbers for each row and program: maximum, sum of exponentials, their first moment, second maximum, score, token (as
-# bits), the token's logit, and the id of the maximum (as bits). These are 32 bytes, a sector of memory.
-RECORD = gl.constexpr(8)
 
 
 @gluon.jit
@@ -50,6 +46,7 @@ def vocab_projection_skinny_reduce_kernel(
     top2,
     entropy,
     argmax,
+    shard_records,  # [M, RECORD], written instead of the outputs unless it is None
     capacity,
     PROGRAMS: gl.constexpr,
     SPLITS: gl.constexpr,  # a power of two, at least PROGRAMS
@@ -59,7 +56,10 @@ def vocab_projection_skinny_reduce_kernel(
     WANT_ARGMAX: gl.constexpr,
     OF_SAMPLER: gl.constexpr,
 ):
-    """Each warp has one row, and its lanes read whole records: `triton_reduce._merge` for one row without a token."""
+    """Each warp has one row, and its lanes read whole records: `triton_reduce._merge` for one row.
+
+    The records are those of `mdkern.kernels.head.sharded`, one for each program.
+    """
     row = gl.program_id(0)
     count = load_row_count(row_count, capacity)
     value = uniform_temperature
@@ -83,7 +83,8 @@ def vocab_projection_skinny_reduce_kernel(
     if MODE == MIXED:
         scores = gl.where(inv_temperature == 0.0, scores, scores * gl.exp2(shift * inv_temperature))
     scores = gl.where(split < PROGRAMS, scores, -float("inf"))
-    tokens = gl.where(scores == _largest(scores), tokens, NOWHERE)
+    best = _largest(scores)
+    tokens = gl.where(scores == best, tokens, NOWHERE)
     token = gl.min(tokens, 0)
     logit = _largest(gl.where(tokens == token, logits, -float("inf")))
     total = gl.sum(totals * rescale, 0)
@@ -91,7 +92,12 @@ def vocab_projection_skinny_reduce_kernel(
     top_id = gl.min(gl.where(tops == top, top_ids, NOWHERE), 0)
     place = gl.min(gl.where(tops == top, split, NOWHERE), 0)
     second = _largest(gl.where(split == place, seconds, tops))
-    write_outputs(
-        row, row < capacity, row < count, token, logit, top, total, moment, second, top_id, token_out, log_prob,
-        logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
-    )  # fmt: skip
+    if shard_records is not None:
+        write_record(
+            shard_records, row, row < capacity, row < count, top, total, moment, second, best, token, logit, top_id
+        )
+    else:
+        write_outputs(
+            row, row < capacity, row < count, token, logit, top, total, moment, second, top_id, token_out, log_prob,
+            logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
+        )  # fmt: skip

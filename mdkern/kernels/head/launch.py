@@ -92,9 +92,30 @@ def vocab_projection(
 
         return launch_filter.vocab_projection(hidden, head, rows, wanted, filters)
     outputs = empty_outputs(hidden, head, rows, wanted)
+    project_parts(hidden, head, rows, wanted, tiling, programs, outputs)
+    return outputs
+
+
+def project_parts(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    wanted: Wanted,
+    tiling: Tiling | HopperTiling | SkinnyTiling | None,
+    programs: int | None,
+    outputs: tuple[Tensor | None, ...],
+    records: Tensor | None = None,
+    first: int | None = None,
+) -> None:
+    """Run both kernels for as many rows at a time as may be gathered.
+
+    Args:
+        outputs, records: what is written: the outputs, or a shard's records ``[M, RECORD]``.
+        first: the id of the weight's first row, for a shard.
+    """
     capacity = rows.row_index.shape[0]
     if capacity == 0:
-        return outputs
+        return
     hidden, head, rows = *with_unit_strides(hidden, head), rows.contiguous()
     bulk_copy = head.weight is not None and copies_in_bulk(head.weight)
     tiling = tiling or choose_tiling(capacity, hidden, bulk_copy, head.weight is None)
@@ -108,9 +129,8 @@ def vocab_projection(
         "OF_SAMPLER": wanted.of == "sampler" and not greedy,
     }
     for part in parts(capacity, hidden, tiling.gather):
-        results = tuple(output[part] for output in outputs)
-        project_part(hidden, head, rows.part(part), tiling, bulk_copy, constants, results)
-    return outputs
+        results = tuple(None if output is None else output[part] for output in (*outputs, records))
+        project_part(hidden, head, rows.part(part), tiling, bulk_copy, constants, results, first)
 
 
 def parts(capacity: int, hidden: Tensor, gather: bool) -> list[slice]:
@@ -129,30 +149,31 @@ def project_part(
     tiling: Tiling | HopperTiling | SkinnyTiling,
     bulk_copy: bool,
     constants: dict[str, Any],
-    outputs: tuple[Tensor, ...],
+    results: tuple[Tensor | None, ...],
+    first: int | None,
 ) -> None:
-    """Run both kernels for some rows."""
+    """Run both kernels for some rows. `results`: the outputs and the shard's records."""
     device, capacity, programs = hidden.device, rows.row_index.shape[0], constants["PROGRAMS"]
     hopper = None if isinstance(tiling, Tiling) else hopper_launcher(device)
     if hopper is not None and isinstance(tiling, hopper.SkinnyTiling):
-        hopper.project_skinny(hidden, head, rows, tiling, constants, outputs)
+        hopper.project_skinny(hidden, head, rows, tiling, constants, results, first)
         return
     row_tiles = triton.cdiv(capacity, tiling.rows)
     partials = row_tiles + programs
     statistics = torch.empty((partials, tiling.rows, STATISTICS), dtype=torch.float32, device=device)
     leaders = torch.empty((partials, tiling.rows, GROUP_SIZE), dtype=torch.float32, device=device)
     if isinstance(tiling, Tiling):
-        project(hidden, head, rows, (statistics, leaders), tiling, bulk_copy, constants)
+        project(hidden, head, rows, (statistics, leaders), tiling, bulk_copy, constants, first)
     else:
         assert hopper is not None
-        hopper.project_on_hopper(hidden, head, rows, (statistics, leaders), tiling, constants)
+        hopper.project_on_hopper(hidden, head, rows, (statistics, leaders), tiling, constants, first)
 
     split_rows = row_tiles % programs  # number of row tiles whose vocabulary is split, if all rows are used
     full_splits = programs // split_rows if split_rows else 1
     # Few rows have many splits: one warp for each row reads them all at once. There are only three shapes.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     early = launches_early(device)
-    token, log_prob, top1, top2, entropy, logsumexp, argmax = outputs
+    token, log_prob, top1, top2, entropy, logsumexp, argmax, records = results
     vocab_projection_reduce_kernel[(triton.cdiv(capacity, rows_at_once),)](
         statistics,
         leaders,
@@ -164,6 +185,7 @@ def project_part(
         top2,
         entropy,
         argmax,
+        records,
         capacity,
         head.vocab(hidden),
         BM=tiling.rows,
@@ -185,6 +207,7 @@ def project(
     tiling: Tiling,
     bulk_copy: bool,
     constants: dict[str, Any],
+    first: int | None,
 ) -> None:
     """Run the first kernel: statistics and leading groups of each part of the vocabulary."""
     source, table, flags = operands(hidden, head, rows.row_index, tiling, bulk_copy)
@@ -201,6 +224,7 @@ def project(
         0 if head.weight is None else head.weight.stride(0),
         head.scale,
         head.soft_cap,
+        first,
         BM=tiling.rows,
         BN=tiling.vocab,
         PDL=launches_early(hidden.device),

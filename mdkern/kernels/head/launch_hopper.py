@@ -77,6 +77,7 @@ def project_on_hopper(
     partial_results: tuple[Tensor, Tensor],
     tiling: HopperTiling,
     constants: dict[str, Any],
+    first: int | None,
 ) -> None:
     """Run the first kernel: statistics and leading groups of each part of the vocabulary."""
 
@@ -100,6 +101,7 @@ def project_on_hopper(
         hidden.stride(0),
         head.scale,
         head.soft_cap,
+        first,
         HAS_SCALE=head.scale != 1.0,
         HAS_CAP=head.soft_cap > 0.0,
         num_warps=4,

@@ -66,9 +66,10 @@ def project_skinny(
     rows: Rows,
     tiling: SkinnyTiling,
     constants: dict[str, Any],
-    outputs: tuple[Tensor, ...],
+    results: tuple[Tensor | None, ...],
+    first: int | None,
 ) -> None:
-    """Run both kernels."""
+    """Run both kernels. `results`: the outputs and the shard's records, of which either is None."""
     assert head.weight is not None
     capacity, vocab = rows.row_index.shape[0], head.vocab(hidden)
     programs = min(constants["PROGRAMS"], triton.cdiv(vocab, GROUP_SIZE))
@@ -88,6 +89,7 @@ def project_skinny(
         hidden.stride(0),
         head.scale,
         head.soft_cap,
+        first,
         PROGRAMS=programs,
         MODE=constants["MODE"],
         WANT_ARGMAX=constants["WANT_ARGMAX"],
@@ -99,7 +101,7 @@ def project_skinny(
         launch_pdl=True,
         **tiling_constants(tiling, hidden.shape[1]),
     )
-    token, log_prob, top1, top2, entropy, logsumexp, argmax = outputs
+    token, log_prob, top1, top2, entropy, logsumexp, argmax, shard_records = results
     hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel[(capacity,)](
         records,
         rows.row_count,
@@ -112,6 +114,7 @@ def project_skinny(
         top2,
         entropy,
         argmax,
+        shard_records,
         capacity,
         SPLITS=max(32, triton.next_power_of_2(programs)),
         num_warps=1,

@@ -13,6 +13,8 @@ from mdkern.kernels.head.arguments import NO_FILTERS, Filters, Head, Outputs, Ro
 
 GROUP_SIZE = 64  # ids of a group, see `sample_token`
 CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time: 128 MiB of float32
+LOWEST = -(2.0**100)  # in place of -inf in the records of shards, so that neither differences nor products are NaN
+NOWHERE = 2**31 - 1  # larger than every id
 
 
 def vocab_projection(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, filters: Filters) -> Outputs:
@@ -96,6 +98,95 @@ def soft_embedding(
         logits = row_logits(hidden[:, part] if weight is None else hidden, head._replace(weight=weight, bias=bias))
         soft += (logits / divisor - logsumexp[:, None]).exp() @ embedding[part].float()
     return soft.to(embedding.dtype)
+
+
+def project_shard(hidden: Tensor, head: Head, rows: Rows, wanted: Wanted, first: int) -> Tensor:
+    """The records ``[M, 8]`` of `mdkern.kernels.head.sharded`, `CHUNK_ELEMENTS` logits at a time."""
+    row_index, row_count, temperature, uniform, seed, keys = rows
+    capacity, device, vocab = row_index.shape[0], hidden.device, head.vocab(hidden)
+    count = capacity
+    if device.type == "cpu":
+        count = capacity if row_count is None else min(capacity, int(row_count))
+        check_values(row_index[:count], None if temperature is None else temperature[:count], hidden.shape[0])
+    if temperature is None:
+        temperature = torch.full((capacity,), uniform, dtype=torch.float32, device=device)
+    records = nothing_found(torch.empty((capacity, 8), dtype=torch.float32, device=device))
+    chunk = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    for start in range(0, count if vocab else 0, chunk):
+        part = slice(start, min(start + chunk, count))
+        logits = row_logits(hidden[row_index[part]], head)
+        records[part] = shard_records(logits, temperature[part], seed, keys[part], first, wanted.of)
+    return records
+
+
+def nothing_found(records: Tensor) -> Tensor:
+    """Fill with the records of a shard without ids, and return them."""
+    for number, value in enumerate((LOWEST, 0.0, 0.0, -torch.inf, LOWEST, 0.0, 0.0, -torch.inf)):
+        records[:, number].fill_(value)
+    records.view(torch.int32)[:, 5:7].fill_(NOWHERE)
+    return records
+
+
+def shard_records(
+    logits: Tensor, temperature: Tensor, seed: Tensor, keys: Tensor, first: int, of: str = "model"
+) -> Tensor:
+    """The records of a shard's float32 logits ``[M, V]``, whose first id is `first`."""
+    greedy, divisor = temperature == 0, temperature.masked_fill(temperature == 0, 1.0)
+    scaled, largest = logits / divisor[:, None], lowest_argmax(logits)
+    drawn, score = best_token(scaled, seed, keys, first)
+    token = torch.where(greedy, largest, drawn)
+    raised = (scaled if of == "sampler" else logits).clamp(min=LOWEST)
+    divisor = torch.ones_like(divisor) if of == "sampler" else divisor
+    top = raised.topk(min(2, logits.shape[1]), dim=-1).values
+    second = top[:, 1] if top.shape[1] == 2 else torch.full_like(top[:, 0], -torch.inf)
+    below = raised - top[:, :1]
+    weight = below.exp()
+    moment = (weight * below).sum(-1) / math.log(2.0)
+    race = torch.where(greedy, top[:, 0], (score - top[:, 0] / divisor).exp())
+    logit = raised.gather(1, token[:, None])[:, 0]
+    token, largest = ((ids + first).to(torch.int32).view(torch.float32) for ids in (token, largest))
+    return torch.stack((top[:, 0], weight.sum(-1), moment, second, race, token, largest, logit), 1)
+
+
+def merge_shards(records: Tensor, rows: Rows, wanted: Wanted) -> Outputs:
+    """The outputs of `mdkern.kernels.vocab_projection` from the records of all shards, ``[R, M, 8]``."""
+    top, total, moment, second, race, ids, largest, logit = records.unbind(-1)
+    capacity = records.shape[1]
+    temperature = rows.temperature
+    if temperature is None:
+        temperature = records.new_full((capacity,), rows.uniform_temperature)
+    greedy, divisor = temperature == 0, temperature.masked_fill(temperature == 0, 1.0)
+    peak = top.amax(0)
+    below = top - peak
+    divisor = torch.ones_like(divisor) if wanted.of == "sampler" else divisor
+    candidate = torch.where(greedy, race, race * (below / divisor).exp())
+    best = candidate.amax(0)
+    ids, largest = (bits.contiguous().view(torch.int32).long() for bits in (ids, largest))
+    token, shard = ids.masked_fill(candidate != best, NOWHERE).min(0)
+    argmax = largest.masked_fill(top != peak, NOWHERE).amin(0)
+    sums = (total * below.exp()).sum(0)
+    moments = ((moment * math.log(2.0) + total * below) * below.exp()).sum(0)
+    logsumexp = peak + sums.log()
+    held = lowest_argmax(top.T)  # of equal maxima only one is the largest
+    others = top.scatter(0, held[None], second.gather(0, held[None]))
+    log_prob = logit.gather(0, shard[None])[0] - logsumexp
+    bad = (peak < LOWEST / 2) | ~logsumexp.isfinite()
+    if rows.row_count is not None:
+        bad |= torch.arange(capacity, device=records.device) >= rows.row_count
+    statistics = (
+        log_prob,
+        (peak - logsumexp).exp(),
+        (others.amax(0) - logsumexp).exp(),
+        sums.log() - moments / sums,
+        logsumexp,
+    )
+    log_prob, top1, top2, entropy, logsumexp = (value.masked_fill(bad, torch.nan) for value in statistics)
+    if not wanted.want_top:
+        top1, top2 = top1.new_empty(0), top2.new_empty(0)
+    if not wanted.want_entropy:
+        entropy = entropy.new_empty(0)
+    argmax = argmax.masked_fill(bad, -1) if wanted.want_argmax else argmax.new_empty(0)
+    return token.masked_fill(bad, -1), log_prob, top1, top2, entropy, logsumexp, argmax
 
 
 def check_values(row_index: Tensor, temperature: Tensor | None, hidden_rows: int) -> None:
@@ -206,7 +297,14 @@ def keep_first(logits: Tensor, least: Tensor, fewest: Callable[[Tensor, Tensor],
 
 
 def sample_token(scaled: Tensor, seed: Tensor, keys: Tensor) -> Tensor:
-    """An exact draw from ``softmax(scaled)`` for each row, int64 ``[M]``.
+    """An exact draw from ``softmax(scaled)`` for each row, int64 ``[M]``."""
+    return best_token(scaled, seed, keys)[0]
+
+
+def best_token(scaled: Tensor, seed: Tensor, keys: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """An exact draw from ``softmax(scaled)`` for each row, int64 ``[M]``, and the score with which it won.
+
+    `first` is the id of the first column. The best of draws from parts of the vocabulary is a draw from all of it.
 
     Gumbel-max in two stages: each group of `GROUP_SIZE` consecutive ids gets one Gumbel number added to its logsumexp,
     and the largest sum picks the group; then a Gumbel number for each id of that group picks the token. The maximum of
@@ -219,13 +317,13 @@ def sample_token(scaled: Tensor, seed: Tensor, keys: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(scaled, (0, groups * size - columns), value=-torch.inf)
     grouped = padded.view(rows, groups, size)
     sample, position, step = keys[:, :, None].unbind(1)
-    ids = torch.arange(groups, device=scaled.device)
-    group_noise = noise.gumbel(seed, sample, position, step, ids, noise.GROUP)
-    group = lowest_argmax(grouped.logsumexp(-1) + group_noise)
+    ids = first // GROUP_SIZE + torch.arange(groups, device=scaled.device)
+    scores = grouped.logsumexp(-1) + noise.gumbel(seed, sample, position, step, ids, noise.GROUP)
+    group = lowest_argmax(scores)
     within = grouped[torch.arange(rows, device=scaled.device), group]
-    ids = group[:, None] * size + torch.arange(size, device=scaled.device)
+    ids = first + group[:, None] * size + torch.arange(size, device=scaled.device)
     token_noise = noise.gumbel(seed, sample, position, step, ids, noise.TOKEN)
-    return group * size + lowest_argmax(within + token_noise)
+    return group * size + lowest_argmax(within + token_noise), scores.amax(-1)
 
 
 def lowest_argmax(values: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
     return mixed
 
 
-@triton.jit(do_not_specialize=["capacity", "vocab", "hidden_rows"])
+@triton.jit(do_not_specialize=["capacity", "vocab", "hidden_rows", "first_id"])
 def vocab_projection_kernel(
     hidden,  # [N, D], or a descriptor of the M gathered rows
     weight,  # [V, D], or a descriptor of it
@@ -252,6 +252,7 @@ def vocab_projection_kernel(
     weight_stride,
     scale,
     soft_cap,
+    first_id,  # of the rows of `weight`, a multiple of BN; None: 0
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -326,9 +327,12 @@ def vocab_projection_kernel(
                     x = tl.where(ids[None, :] < vocab, x, LOWEST)
             if OF_SAMPLER and MODE == MIXED:
                 x = tl.where(x < IMPOSSIBLE, LOWEST, x * slope[:, None])
+            place = tile  # in the whole vocabulary, by which the noise is keyed
+            if first_id is not None:
+                place = tile + first_id // BN
             state = _absorb(
-                x, tile, state, inv_temperature, seed_value, sample, position, step, any_greedy, all_unit, MODE,
-                WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
+                x, place, state, inv_temperature, seed_value, sample, position, step, any_greedy, all_unit,
+                MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
             )  # fmt: skip
 
         top, total, moment, second, best, best_group, leader, top_id = state

@@ -1,4 +1,7 @@
-"""The second kernel of `vocab_projection`: combines the parts of the vocabulary of each row and picks its token."""
+"""The second kernel of `vocab_projection`: combines the parts of the vocabulary of each row and picks its token.
+
+Of a shard of the vocabulary it writes a record for each row, and `merge_shards_kernel` combines those of all shards.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -20,6 +23,9 @@ from mdkern.kernels.triton_common import (
     load_row_count,
 )
 
+# Numbers of a record, see `mdkern.kernels.head.sharded`; eight are a sector of memory.
+RECORD = tl.constexpr(8)
+
 
 @triton.jit
 def _largest(x):
@@ -37,7 +43,7 @@ def _merge(
     first_partial,
     inv_temperature,
     state,
-    BM: tl.constexpr,
+    BM,
     SPLITS: tl.constexpr,
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
@@ -137,6 +143,21 @@ def write_outputs(
         tl.store(argmax + rows, tl.where(good, top_id, -1).to(tl.int64), mask=inside)
 
 
+@triton.jit
+def write_record(records, rows, inside, valid, top, total, moment, second, best, winner, winner_logit, top_id):
+    """Write a shard's record of rows, as `mdkern.kernels.head.sharded` defines it; undefined past the last row."""
+    at = records + rows.to(tl.int64) * RECORD
+    write = inside & valid
+    tl.store(at, top, mask=write)
+    tl.store(at + 1, total, mask=write)
+    tl.store(at + 2, moment, mask=write)
+    tl.store(at + 3, second, mask=write)
+    tl.store(at + 4, best, mask=write)
+    tl.store(at + 5, winner.to(tl.float32, bitcast=True), mask=write)
+    tl.store(at + 6, top_id.to(tl.float32, bitcast=True), mask=write)
+    tl.store(at + 7, winner_logit, mask=write)
+
+
 @triton.jit(do_not_specialize=["capacity", "vocab"])
 def vocab_projection_reduce_kernel(
     statistics,
@@ -153,6 +174,7 @@ def vocab_projection_reduce_kernel(
     top2,
     entropy,
     argmax,
+    records,  # [M, RECORD], written instead of the outputs unless it is None
     capacity,
     vocab,
     BM: tl.constexpr,
@@ -197,7 +219,7 @@ def vocab_projection_reduce_kernel(
                 statistics, start, rows, valid, split_count, first_partial, inv_temperature, state, BM, SPLITS, MODE,
                 WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
             )  # fmt: skip
-    top, total, moment, second, _, best_group, best_split, top_id = state
+    top, total, moment, second, best, best_group, best_split, top_id = state
 
     lane = tl.arange(0, GROUP_SIZE)
     at = leaders + ((first_partial + best_split) * BM + rows % BM)[:, None] * GROUP_SIZE + lane[None, :]
@@ -217,6 +239,56 @@ def vocab_projection_reduce_kernel(
     if WANT_TOP and MODE == GREEDY:  # the leading group holds the maximum, and perhaps the second largest as well
         second = tl.maximum(second, tl.max(tl.where(ids == winner[:, None], -float("inf"), leader), 1))
 
+    if records is not None:
+        write_record(
+            records, rows, rows < capacity, valid, top, total, moment, second, best, winner, winner_logit, top_id
+        )
+    else:
+        write_outputs(
+            rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, top_id, token, log_prob,
+            logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def merge_shards_kernel(
+    records,  # [SHARDS, M, RECORD]
+    row_count,
+    temperature,
+    uniform_temperature,
+    token,
+    log_prob,
+    logsumexp,
+    top1,
+    top2,
+    entropy,
+    argmax,
+    capacity,
+    SHARDS: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two, at least SHARDS
+    ROWS: tl.constexpr,
+    MODE: tl.constexpr,
+    WANT_TOP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr,
+    OF_SAMPLER: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < load_row_count(row_count, capacity)
+    inv_temperature = tl.full([ROWS], 1.0, tl.float32)
+    if MODE == MIXED:
+        value = load_temperatures(temperature, uniform_temperature, rows, valid, ROWS)
+        inv_temperature = tl.where(value == 0.0, 0.0, 1.0 if OF_SAMPLER else 1.0 / value)
+    nothing, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
+    nobody = tl.full([ROWS], NOWHERE, tl.int32)
+    state = tl.full([ROWS], LOWEST, tl.float32), nothing, nothing, lowest, lowest, nobody, rows * 0, nobody
+    shards, first = tl.full([ROWS], SHARDS, tl.int32), tl.zeros([ROWS], tl.int64)
+    top, total, moment, second, _, winner, shard, top_id = _merge(
+        records, 0, rows, valid, shards, first, inv_temperature, state, capacity, SPLITS, MODE, WANT_TOP, WANT_ENTROPY,
+        WANT_ARGMAX,
+    )  # fmt: skip
+    at = records + (shard.to(tl.int64) * capacity + rows) * RECORD + 7
+    winner_logit = tl.load(at, mask=valid, other=0.0)
     write_outputs(
         rows, rows < capacity, valid, winner, winner_logit, top, total, moment, second, top_id, token, log_prob,
         logsumexp, top1, top2, entropy, argmax, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX,
