@@ -34,10 +34,8 @@ from mdkern.models.denoiser import Denoiser, Head, Live
 from mdkern.models.shard import Shard
 from mdkern.ranks import TIMEOUT, Ranks, check_equal
 
-FACTS = (  # attributes of a denoiser that do not depend on its output layer
-    "vocab_size", "mask_id", "eos_ids", "max_length", "num_blocks", "time_conditioning", "takes_attention_mask",
-    "right_padding_only", "takes_cache", "no_cache_reason",
-)  # fmt: skip
+OWN = {"name", "description", "device", "dtype", "head"}
+FACTS = [name for name in Denoiser.__annotations__ if name not in OWN]  # what does not depend on the output layer
 
 
 class ShardedDenoiser(Denoiser):
@@ -73,11 +71,17 @@ class ShardedDenoiser(Denoiser):
     def prepared(self, rows: int) -> ShardedDenoiser:
         return self.around(self.inner.prepared(rows))
 
+    def softened(self, weight: Tensor) -> ShardedDenoiser:
+        return self.around(self.inner.softened(weight))
+
     def hidden(self, *arguments: Any, **options: Any) -> Tensor:
         return self.inner.hidden(*arguments, **options)
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return self.inner.cache_shape(batch, length)
+
+    def paired_hidden(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.inner.paired_hidden(*arguments, **options)
 
     def window_hidden(self, *arguments: Any, **options: Any) -> Tensor:
         return self.inner.window_hidden(*arguments, **options)
