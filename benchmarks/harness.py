@@ -57,7 +57,7 @@ class GpuTimer:
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
             for _ in range(turns):
                 self.empty_cache()
                 run()

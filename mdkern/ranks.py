@@ -27,28 +27,23 @@ TOLD: tuple[type[Exception], ...] = (
 
 
 class Ranks:
-    """Some processes, with a gloo group over them."""
+    """The processes of the default group, with a gloo group over them; or those of a group."""
 
-    def __init__(
-        self, timeout: float = TIMEOUT, members: Sequence[int] | None = None, what: str = "sample_distributed"
-    ) -> None:
+    def __init__(self, timeout: float = TIMEOUT, group: Any = None, what: str = "sample_distributed") -> None:
         """To be called on every one of them.
 
         Args:
-            timeout: seconds that a rank waits for the others.
-            members: their ranks in the default group; None: all.
+            timeout: seconds that a rank waits for the others; those of `group`, if it is given, are its own.
             what: what needs them, for the message.
         """
         check_timeout(timeout)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(f"{what} needs torch.distributed.init_process_group() to be called first")
-        self.timeout, self.rank = timeout, dist.get_rank()
-        limit = timedelta(seconds=timeout)
-        with self.waiting():
-            self.group = dist.new_group(
-                members, backend="gloo", timeout=limit, use_local_synchronization=members is not None
-            )
-        self.rank, self.count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rank, self.count, self.timeout = dist.get_rank(group), dist.get_world_size(group), timeout
+        self.group = group
+        if group is None:
+            with self.waiting():
+                self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def close(self) -> None:
         dist.destroy_process_group(self.group)

@@ -36,6 +36,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    float32: bool = False
 
     def largest(self, *numbers: int) -> list[int]:
         """Of each number or flag the largest that a process has."""
@@ -46,12 +47,12 @@ class World:
         return found.tolist()
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on CUDA, nothing on the CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        """bfloat16 on CUDA, unless float32 was asked for; nothing on the CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and not self.float32)
 
 
 @contextlib.contextmanager
-def joined_world(device: str) -> Iterator[World]:
+def joined_world(device: str, float32: bool = False) -> Iterator[World]:
     """Join torchrun's processes if there are any (nccl on CUDA, gloo on the CPU), and leave them at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = torch.device(device)
@@ -61,7 +62,7 @@ def joined_world(device: str) -> Iterator[World]:
     if size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, chosen, float32)
     finally:
         if size > 1:
             dist.destroy_process_group()

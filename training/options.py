@@ -44,6 +44,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--float32", action="store_true", help="neither bfloat16 nor TF32 (both are for CUDA only)")
     group.add_argument("--no-compile", action="store_true", help="no torch.compile (used on CUDA only)")
     group.add_argument("--workers", type=int, default=3, help="threads that prepare batches")
     group.add_argument("--log-every", type=int, default=20, help="steps between two readings of the loss")
@@ -116,8 +117,8 @@ def run_command(
     try:
         check_arguments(args)
         check(args)
-        torch.set_float32_matmul_precision("high")
-        with joined_world(args.device) as world:
+        torch.set_float32_matmul_precision("highest" if args.float32 else "high")
+        with joined_world(args.device, args.float32) as world:
             if world.rank:
                 set_level(logging.WARNING)
             work(args, world, started)

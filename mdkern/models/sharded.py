@@ -32,7 +32,7 @@ from mdkern.kernels.head.sharded import shard_of
 from mdkern.models.adapters import adapt
 from mdkern.models.denoiser import Denoiser, Head, Live
 from mdkern.models.shard import Shard
-from mdkern.ranks import TIMEOUT, Ranks, check_equal
+from mdkern.ranks import Ranks, check_equal
 
 OWN = {"name", "description", "device", "dtype", "head"}
 FACTS = [name for name in Denoiser.__annotations__ if name not in OWN]  # what does not depend on the output layer
@@ -93,7 +93,7 @@ class ShardedDenoiser(Denoiser):
         return self.inner.named_weights()
 
 
-def shard_head(model: Any, group: Any = None, *, timeout: float = TIMEOUT) -> ShardedDenoiser:
+def shard_head(model: Any, group: Any = None) -> ShardedDenoiser:
     """Divide a model's output layer over processes, so that each computes the logits of its part of the vocabulary.
 
     Call it on every process of the group, with the same model on the process's own device; then call `mdkern.sample` or
@@ -107,7 +107,6 @@ def shard_head(model: Any, group: Any = None, *, timeout: float = TIMEOUT) -> Sh
     Args:
         model: a model that `mdkern.adapt` takes and can split, or a `Denoiser`.
         group: a `torch.distributed` group, of NCCL for GPUs. None: the default group.
-        timeout: seconds that a process waits for the others to agree on a call. Default: half an hour.
 
     Raises:
         RuntimeError: there is no process group.
@@ -119,8 +118,8 @@ def shard_head(model: Any, group: Any = None, *, timeout: float = TIMEOUT) -> Sh
         raise ValueError("the model's output layer is divided already: give shard_head the model itself")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("shard_head needs torch.distributed.init_process_group() to be called first")
+    ranks = Ranks(group=group, what="shard_head")
     group = dist.group.WORLD if group is None else group
-    ranks = Ranks(timeout, dist.get_process_group_ranks(group), "shard_head")
     with ranks.together():
         head = denoiser.head
         if head.weight is None:

@@ -1,0 +1,472 @@
+"""All measurements that want several GPUs of one host, by one command:
+
+    python -m benchmarks.many_gpus --out runs/many-gpus
+
+It says first what it will run and for about how long. Each part is kept as soon as it is measured; the same command
+goes on after an interruption, and after a part that fails. The parts:
+
+- sampling: `sample_distributed` at the paper's size on 1, 2, 4, ... GPUs (`bench_distributed`);
+- sharded: the output layer with its vocabulary divided over 2, 4, ... GPUs (`bench_sharded`);
+- training: a 12-block denoiser: tokens a second; the losses of one GPU in float32, with one rank killed on the way;
+- search: `mdkern search`, 210 schedules.
+
+What one GPU has to do for comparison is run first, side by side on the GPUs. Without GPUs, `--size tiny` runs
+everything small on two CPU processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shlex import split
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import environment, write_text_whole
+from training.data import TokenFileInfo
+
+JUDGE = Path(__file__).parent / "judge"
+LONGEST = 300.0  # seconds of a command
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of `training.train` with random tokens."""
+
+    width: int
+    heads: int
+    length: int
+    batch_size: int
+    vocab_size: int
+    steps: int
+    blocks: int = 12
+    log_every: int = 5
+
+
+@dataclass(frozen=True)
+class Size:
+    sampling: Sequence[str]  # arguments of `bench_distributed`
+    sharded: Sequence[str]  # of `bench_sharded`
+    speed: Training
+    losses: Training
+    checkpoint_every: float  # seconds, in the run that is killed
+    search: Sequence[str]  # of `mdkern search`
+
+
+SIZES = {
+    "full": Size(
+        ("--num-samples", "128", "--rounds", "3"),
+        (),
+        Training(768, 12, 1024, 64, 50_258, 40, log_every=10),
+        Training(384, 6, 256, 16, 4096, 100),
+        2.0,
+        ("--num-samples", "256", "--batch-size", "256"),
+    ),
+    "tiny": Size(
+        split("--blocks 1 --width 64 --vocab-size 300 --num-samples 4 --length 16 --steps 8 --rounds 1"),
+        split("--shapes 700x32 --rows 1 5 --rounds 2"),
+        Training(32, 2, 16, 4, 300, 4, blocks=1, log_every=1),
+        Training(32, 2, 16, 4, 300, 60, blocks=2, log_every=1),
+        0.01,
+        split("--segments 4 --light-segments 2 --num-samples 2 --batch-size 2 --length 16 --steps 8"),
+    ),
+}
+# Seconds on four H200s, of which starting Python, PyTorch and NCCL is 10 to 15 for each command.
+EXPECTED = {"alone": 60, "sampling": 70, "sharded": 60, "training": 60, "search": 30}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How commands are run here: on how many GPUs, or CPU processes."""
+
+    count: int
+    on_gpu: bool
+    out: Path
+
+    def run(self, command: Sequence[str], log: str, gpu: int | None = None) -> float:
+        """Run a Python command, its output kept in a file. Returns its seconds.
+
+        Raises:
+            RuntimeError: it failed, or took longer than `LONGEST`; the message has the end of its output.
+        """
+        began = time.perf_counter()
+        process = self.start(command, log, gpu)
+        try:
+            status = process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end(process)
+        if status:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{self.tail(log)}")
+        if status is None:
+            raise RuntimeError(f"{' '.join(command)} took longer than {LONGEST:g} s:\n{self.tail(log)}")
+        return time.perf_counter() - began
+
+    def start(self, command: Sequence[str], log: str, gpu: int | None = None) -> subprocess.Popen[bytes]:
+        """Begin a Python command in a process group of its own; `gpu`: the only one that it sees."""
+        child = dict(os.environ)
+        if gpu is not None:
+            child["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        if not self.on_gpu:
+            child["OMP_NUM_THREADS"] = "1"
+        with (self.out / f"{log}.log").open("wb") as file:
+            return subprocess.Popen(
+                [sys.executable, *command], env=child, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def tail(self, log: str) -> str:
+        return (self.out / f"{log}.log").read_text(errors="replace")[-3000:]
+
+    def torchrun(self, *command: str) -> list[str]:
+        """The command in all processes; without ``torchrun`` if there is one only."""
+        if self.count == 1:
+            return ["-m", *command]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.count)]
+        return [*launch, "-m", *command]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command with all its processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def token_file(machine: Machine, training: Training) -> Path:
+    """Random tokens to train on; the file is made once."""
+    path = machine.out / f"tokens-{training.vocab_size}.bin"
+    if not path.with_suffix(".json").exists():
+        tokens = np.random.default_rng(0).integers(1, training.vocab_size - 1, 1 << 18).astype(np.uint16)
+        tokens.tofile(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        info = TokenFileInfo(
+            "uint16", len(tokens), training.vocab_size, 0, training.vocab_size - 1, "", digest, len(tokens), ["random"]
+        )
+        write_text_whole(path.with_suffix(".json"), json.dumps(asdict(info)))
+    return path
+
+
+def train_command(machine: Machine, training: Training, name: str, *more: str) -> list[str]:
+    tokens = str(token_file(machine, training))
+    settings = {
+        "--data": tokens,
+        "--valid": tokens,
+        "--out": machine.out / name,
+        "--preset": "mdlm",
+        "--blocks": training.blocks,
+        "--width": training.width,
+        "--heads": training.heads,
+        "--length": training.length,
+        "--batch-size": training.batch_size,
+        "--tokens": training.steps * training.batch_size * training.length,
+        "--warmup": 10,
+        "--log-every": training.log_every,
+        "--eval-samples": 8,
+        "--eval-batch-size": 8,
+    }
+    return ["training.train", *(str(item) for pair in settings.items() for item in pair), "--no-compile", *more]
+
+
+def search_command(machine: Machine, size: Size, name: str) -> list[str]:
+    judge = str(JUDGE)
+    return ["mdkern", "search", "--judge", judge, *size.search, "--output", str(machine.out / f"{name}.jsonl")]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a training log so far."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last one may be cut
+            found.append(json.loads(line))
+    return [record for record in found if "loss" in record]
+
+
+def tokens_per_second(folder: Path, training: Training) -> float:
+    """Of the steps after the first reading of the losses."""
+    log = records(folder)
+    first = next(record["seconds"] for record in log)
+    later = [record for record in log if record["seconds"] > first]
+    return len(later) * training.batch_size * training.length / (later[-1]["seconds"] - first)
+
+
+def timed_search(machine: Machine, command: list[str], name: str, gpu: int | None) -> dict[str, float]:
+    """Seconds of a search: of the command, and from its first result to its last."""
+    files = machine.out.glob
+    for path in files(f"{name}.jsonl*"):
+        path.unlink()
+    began = time.perf_counter()
+    process, first, last, lines = machine.start(command, name, gpu), 0.0, 0.0, 0
+    try:
+        while process.poll() is None and time.perf_counter() - began < LONGEST:
+            time.sleep(0.02)
+            now = sum(path.read_bytes().count(b"\n") for path in files(f"{name}.jsonl*"))
+            if now > lines:
+                lines, last = now, time.perf_counter()
+                first = first or last
+        status = process.poll()
+    finally:
+        end(process)
+    if status != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{machine.tail(name)}")
+    return {"command": time.perf_counter() - began, "search": last - first}
+
+
+# ---------------------------------------------------------------------------------------------------------- the parts
+
+
+def run_alone(machine: Machine, size: Size) -> dict[str, Any]:
+    """What one GPU needs for the parts training and search, side by side on several GPUs."""
+
+    def search(gpu: int | None) -> Any:
+        return timed_search(machine, ["-m", *search_command(machine, size, "search-1")], "search-1", gpu)
+
+    def speed(gpu: int | None) -> Any:
+        machine.run(["-m", *train_command(machine, size.speed, "speed-1")], "speed-1", gpu)
+        return tokens_per_second(machine.out / "speed-1", size.speed)
+
+    def losses(gpu: int | None) -> Any:
+        machine.run(["-m", *train_command(machine, size.losses, "losses-1", "--float32")], "losses-1", gpu)
+        return [record["loss"] for record in records(machine.out / "losses-1")]
+
+    for training in (size.speed, size.losses):
+        token_file(machine, training)
+    jobs: dict[str, Callable[[int | None], Any]] = {"search": search, "tokens_per_second": speed, "losses": losses}
+    gpus = range(machine.count) if machine.on_gpu else range(1)
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        futures = {
+            name: pool.submit(job, number % len(gpus) if machine.on_gpu else None)
+            for number, (name, job) in enumerate(jobs.items())
+        }
+    return {name: future.result() for name, future in futures.items()}
+
+
+def run_sampling(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
+    command = ["benchmarks.bench_distributed", *size.sampling, "--out", str(machine.out)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.count), "-m"]
+    machine.run([*launch, *command], "sampling")
+    content: dict[str, Any] = json.loads((machine.out / "distributed.json").read_text())
+    return content
+
+
+def run_sharded(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
+    command = ["benchmarks.bench_sharded", *size.sharded, "--out", str(machine.out)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.count), "-m"]
+    machine.run([*launch, *command], "sharded")
+    content: dict[str, Any] = json.loads((machine.out / "sharded.json").read_text())
+    return content
+
+
+def run_training(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second on all GPUs, and a float32 run of which one rank is killed, and which is then gone on with."""
+    machine.run(machine.torchrun(*train_command(machine, size.speed, "speed-n")), "speed-n")
+    speed = tokens_per_second(machine.out / "speed-n", size.speed)
+    more = "--float32", "--checkpoint-every", str(size.checkpoint_every)
+    command = machine.torchrun(*train_command(machine, size.losses, "losses-n", *more))
+    killed = kill_one(machine, command, size.losses.steps // 3)
+    machine.run(command, "losses-n-resumed")
+    ours = {record["step"]: record["loss"] for record in records(machine.out / "losses-n")}
+    theirs = alone["losses"]
+    furthest = max(abs(ours[step] - loss) / abs(loss) for step, loss in enumerate(theirs, start=1))
+    return {
+        "environment": environment(),
+        "processes": machine.count,
+        "speed_of": asdict(size.speed),
+        "losses_of": asdict(size.losses),
+        "tokens_per_second": {"1": alone["tokens_per_second"], str(machine.count): speed},
+        "ratio": speed / alone["tokens_per_second"],
+        "killed_at_step": killed,
+        "resumed_at_step": resumed_at(machine.tail("losses-n-resumed")),
+        "steps": len(theirs),
+        "largest_relative_difference_of_losses": furthest,
+    }
+
+
+def kill_one(machine: Machine, command: list[str], after: int) -> int | None:
+    """Begin a training run, and kill its last rank once it has a checkpoint and `after` steps.
+
+    Returns:
+        The last step that was logged, or None if the run was over first.
+    """
+    folder = machine.out / "losses-n"
+    process, began = machine.start(command, "losses-n"), time.perf_counter()
+    try:
+        while process.poll() is None and time.perf_counter() - began < LONGEST:
+            time.sleep(0.005)
+            steps = len(records(folder))
+            if steps >= after and (folder / "checkpoint.pt").exists():
+                os.kill(children(process.pid)[-1] if machine.count > 1 else process.pid, signal.SIGKILL)
+                process.wait(LONGEST)
+                return steps
+        return None
+    finally:
+        end(process)
+
+
+def children(parent: int) -> list[int]:
+    """The process numbers of the ranks that a torchrun has started."""
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(number) for number in listed]
+
+
+def resumed_at(log: str) -> int | None:
+    """The step at which a training run says that it has resumed."""
+    after = log.partition("resumed at step ")[2].split()
+    return int(after[0]) if after else None
+
+
+def run_search(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
+    seconds = timed_search(machine, machine.torchrun(*search_command(machine, size, "search-n")), "search-n", None)
+    ours, theirs = (found_by(machine.out / f"{name}.jsonl") for name in ("search-n", "search-1"))
+    return {
+        "environment": environment(),
+        "processes": machine.count,
+        "arguments": list(size.search),
+        "schedules": len(ours),
+        "seconds": {"1": alone["search"], str(machine.count): seconds},
+        "ratio": {name: alone["search"][name] / seconds[name] for name in seconds},
+        "same_schedules": ours.keys() == theirs.keys(),
+        "same_scores": sum(ours[name] == score for name, score in theirs.items()),
+    }
+
+
+def found_by(path: Path) -> dict[str, Any]:
+    """The scores of a search's schedules."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {"".join(line["models"]): line["scores"] for line in lines if "scores" in line}
+
+
+PARTS: dict[str, tuple[Callable[[Machine, Size, dict[str, Any]], dict[str, Any]], str]] = {
+    "sampling": (run_sampling, "distributed.json"),
+    "sharded": (run_sharded, "sharded.json"),
+    "training": (run_training, "training-gpus.json"),
+    "search": (run_search, "search-gpus.json"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- the driver
+
+
+def say_plan(machine: Machine, parts: list[str], done: dict[str, Any], size: str) -> None:
+    where = f"{machine.count} GPUs" if machine.on_gpu else f"{machine.count} CPU processes"
+    names = [name for name in (("alone", *parts) if needs_alone(parts) else parts) if name not in done]
+    print(f"on {where}, size {size}, results in {machine.out}; done already: {', '.join(done) or 'nothing'}")
+    for name in names:
+        print(f"  {name:10} about {EXPECTED[name]} s" if machine.on_gpu else f"  {name}")
+    if machine.on_gpu:
+        print(f"  about {sum(EXPECTED[name] for name in names)} s in all (four H200s)", flush=True)
+
+
+def needs_alone(parts: list[str]) -> bool:
+    return "training" in parts or "search" in parts
+
+
+def summary_of(name: str, content: dict[str, Any]) -> list[str]:
+    """The lines of the table that is printed at the end."""
+    if name == "sampling":
+        return [
+            f"{count} GPUs: {run['samples_per_second']:.2f} samples/s, {run['ratio']:.2f} x, {run['efficiency']:.1%}; "
+            f"{run['same']:.1%} of the samples the same"
+            for count, run in content["runs"].items()
+        ]
+    if name == "sharded":
+        return [
+            f"V = {row['columns']:,}, D = {row['depth']:,}, M = {row['rows']:,}: "
+            + ", ".join(f"{count} GPUs {1e3 * ms['median']:.0f} µs" for count, ms in row["ms"].items())
+            + f"; differing tokens {row['tokens_differing']} of {row['tokens_compared']:,}"
+            for row in content["table"]
+        ]
+    if name == "training":
+        speeds = ", ".join(f"{count} GPUs {speed:,.0f}" for count, speed in content["tokens_per_second"].items())
+        return [
+            f"tokens/s: {speeds}; {content['ratio']:.2f} x",
+            f"killed at step {content['killed_at_step']}, resumed at {content['resumed_at_step']}; losses of "
+            f"{content['steps']} steps within {content['largest_relative_difference_of_losses']:.1e} of one GPU's",
+        ]
+    return [
+        f"{content['schedules']} schedules: command {content['ratio']['command']:.2f} x, search alone "
+        f"{content['ratio']['search']:.2f} x; {content['same_scores']} with the same scores"
+    ]
+
+
+def run(machine: Machine, parts: list[str], size: str, record: dict[str, Any], keep: Callable[[], None]) -> list[str]:
+    """Run the parts that are not done. Returns the names of those that failed."""
+    failed, chosen = [], SIZES[size]
+    names = ["alone", *parts] if needs_alone(parts) else parts
+    for name in names:
+        if name in record:
+            continue
+        began = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        try:
+            if name == "alone":
+                record[name] = run_alone(machine, chosen)
+            else:
+                function, file = PARTS[name]
+                content = function(machine, chosen, record.get("alone", {}))
+                write_text_whole(machine.out / file, json.dumps(content, indent=1) + "\n")
+                record[name] = file
+            keep()
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_gpus", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/many-gpus"), help="folder of results and logs")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--processes", type=int, help="default: all GPUs, or two CPU processes")
+    parser.add_argument("--anew", action="store_true", help="forget what is in the folder")
+    arguments = parser.parse_args(argv)
+    found = torch.cuda.device_count()
+    count = arguments.processes or found or 2
+    if found and count > found:
+        parser.error(f"--processes {count}: there are {found} GPUs")
+    if not found and arguments.size == "full":
+        parser.error("there is no GPU: --size tiny runs everything small on the CPU")
+    machine = Machine(count, bool(found), arguments.out.resolve())
+    machine.out.mkdir(parents=True, exist_ok=True)
+    path, setting = machine.out / "many-gpus.json", {"processes": count, "size": arguments.size}
+    content = json.loads(path.read_text()) if path.exists() and not arguments.anew else {}
+    record = content.get("done", {}) if content.get("setting") == setting else {}
+    say_plan(machine, arguments.parts, record, arguments.size)
+
+    def keep() -> None:
+        write_text_whole(path, json.dumps({"setting": setting, "done": record}, indent=1) + "\n")
+
+    failed = run(machine, arguments.parts, arguments.size, record, keep)
+    for name in arguments.parts:
+        if name in record:
+            print(f"\n{name}")
+            for line in summary_of(name, json.loads((machine.out / record[name]).read_text())):
+                print(f"  {line}")
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}; the same command tries them again")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
