@@ -77,18 +77,19 @@ def compare(
     sample(model, progress=False, **options | {"num_samples": min(16, options["num_samples"])})
     store.set("compiled", "yes")
     found: dict[int, dict[str, Any]] = {count: {"seconds": [], "share": [], "same": 1.0} for count in counts}
-    expected: torch.Tensor | None = None
+    expected: Any = None
     for turn in range(rounds):
         for count in counts:
             if rank >= count:
                 continue
             with first_ranks(store, f"{turn} {count}", rank, count) if count > 1 else nullcontext():
                 seconds, output = timed(model, options)
-            expected = output.sequences if expected is None else expected
+            drawn: Any = output.sequences
+            expected = drawn if expected is None else expected
             run = found[count]
             run["seconds"].append(seconds)
             run["share"].append(share_seconds(output))
-            run["same"] = min(run["same"], float((expected == output.sequences).all(-1).float().mean()))
+            run["same"] = min(run["same"], float((expected == drawn).all(-1).float().mean()))
     return found
 
 

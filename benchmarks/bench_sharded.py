@@ -32,8 +32,8 @@ from mdkern.models.shard import ALL_GATHER
 # LLaDA-8B's output layer, Gemma 3's, and the one of FlashSampling's published figures.
 SHAPES = ((126_464, 4096), (262_144, 2816), (128_256, 8192))
 ROWS = (1, 16, 64, 256, 1024)
-# Microseconds that FlashSampling (2603.15854) publishes for V = 128,256, D = 8,192 on B200, by GPUs and rows; means of four
-# or five runs, from imgs/tp-scaling/tp-scaling-runs-summary.csv in its repository. Tokens alone, no statistics.
+# Microseconds that FlashSampling (2603.15854) publishes for V = 128,256, D = 8,192 on B200, by GPUs and rows; means
+# of four or five runs, from imgs/tp-scaling/tp-scaling-runs-summary.csv in its repository. Tokens alone, no statistics.
 PUBLISHED = {
     1: {16: 337.88, 64: 348.64, 256: 718.25},
     2: {16: 203.82, 64: 215.94, 256: 372.66},
