@@ -21,6 +21,7 @@ ABSENT = "Not measured yet.\n"
 MODELS = {
     "base": "base",
     "masked": "masked only, own answers",
+    "supervised": "LLaDA's objective, own answers",
     "masked_true": "masked only, true answers",
     "uniform": "uniform noise, own answers",
     "oput": "on-policy (OPUT), own answers",
@@ -118,6 +119,7 @@ def ratio(seeds: Sequence[Mapping[str, Any]], above: Cell, below: Cell, count: s
 
 STEPS: dict[str, tuple[Cell, Cell]] = {  # what the gain is made of: each is what is above over what is below
     "self-distillation": (("masked", RULES), ("base", RULES)),
+    "self-distillation with LLaDA's objective": (("supervised", RULES), ("base", RULES)),
     "more training on true answers": (("masked_true", RULES), ("base", RULES)),
     "on-policy training, decoded as before": (("oput", RULES), ("masked", RULES)),
     "revision, of the on-policy model": (("oput", ("revision",)), ("oput", RULES)),
@@ -125,6 +127,7 @@ STEPS: dict[str, tuple[Cell, Cell]] = {  # what the gain is made of: each is wha
     "revision, of the masked-only model": (("masked", ("revision",)), ("masked", RULES)),
     "on-policy instead of uniform noise, best decoder": (("oput", tuple(DECODERS)), ("uniform", tuple(DECODERS))),
 }
+STRONGEST: tuple[Cell, Cell] = ("oput", ("soft",)), ("supervised", RULES)
 WHOLE: tuple[Cell, Cell] = ("oput", ("soft",)), ("masked", RULES)
 
 
@@ -167,7 +170,11 @@ def headline(shown: Mapping[str, Any]) -> str:
 def parts(shown: Mapping[str, Any]) -> str:
     """What the gain is made of."""
     body = []
-    for name, (above, below) in (*STEPS.items(), ("**all of it: OPUT + soft over masked only**", WHOLE)):
+    for name, (above, below) in {
+        **STEPS,
+        "**all of it: OPUT + soft over masked only**": WHOLE,
+        "**OPUT + soft over LLaDA's objective on the same answers**": STRONGEST,
+    }.items():
         seeds = evaluated(shown, "base", above[0], below[0])
         cells = [ratio(seeds, above, below, count) for count in COUNTS]
         body.append([name, *("–" if cell is None else f"{cell} ×" for cell in cells), f"{len(seeds)}"])

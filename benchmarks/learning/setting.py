@@ -55,7 +55,7 @@ class Size:
     tune_lr: float = 1e-4
     problems: int = 4096
     sample_batch: int = 2048
-    thresholds: tuple[float, ...] = (0.99, 0.95, 0.9, 0.8, 0.65, 0.5, 0.3, 0.0)
+    thresholds: tuple[float, ...] = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3, 0.0)
     gsm_epochs: float = 40
     gsm_batch: int = 256
     gsm_test: int = 1024

@@ -42,6 +42,7 @@ FINAL, ANSWERS_FILE = "final", "answers.npy"
 TUNED = {  # objective, and whether on the base model's own answers or on fresh true ones
     "oput": ("oput", True),
     "masked": ("masked", True),
+    "supervised": ("sft", True),
     "uniform": ("uniform", True),
     "masked_true": ("masked", False),
 }
@@ -233,6 +234,8 @@ PARTS: dict[str, Part] = {
     "eval_oput": Part(partial(evaluate, name="oput"), ("oput",), 40),
     "eval_masked": Part(partial(evaluate, name="masked"), ("masked",), 40),
     "eval_base": Part(partial(evaluate, name="base"), ("base",), 40),
+    "supervised": Part(partial(tune, name="supervised"), ("answers",), 30),
+    "eval_supervised": Part(partial(evaluate, name="supervised"), ("supervised",), 40),
     "uniform": Part(partial(tune, name="uniform"), ("answers",), 30),
     "eval_uniform": Part(partial(evaluate, name="uniform"), ("uniform",), 40),
     "masked_true": Part(partial(tune, name="masked_true"), ("base",), 30),

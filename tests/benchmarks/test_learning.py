@@ -19,7 +19,7 @@ from benchmarks.learning.__main__ import build_parser
 from benchmarks.learning.problems import END_ID, MASK_ID, PROMPT, answers, draw, prompts
 from benchmarks.learning.runner import Record, run_parts
 from benchmarks.learning.setting import SIZES, LeftmostRun, Study, Written, commits_needed, measure, write_answers
-from benchmarks.learning.stages import PARTS, Part, Wide, own_answers
+from benchmarks.learning.stages import PARTS, TUNED, Part, Wide, own_answers
 from mdkern.decoders import Threshold
 from mdkern.decoders.base import Proposal, View
 from training.data import TextEncoder
@@ -71,7 +71,7 @@ class TestRun:
         assert learning_figures.source_of(shown) in drawn[0].read_text()
 
     def test_all_models_start_from_the_base_model_and_are_trained_for_as_long(self, whole: Record) -> None:
-        steps = {name: whole.parts()[name]["found"]["steps"] for name in ("oput", "masked", "uniform", "masked_true")}
+        steps = {name: whole.parts()[name]["found"]["steps"] for name in TUNED}
         assert set(steps.values()) == {SIZES["tiny"].tune_steps}
 
     def test_own_answers_are_closed_by_one_end(self, whole: Record) -> None:
