@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdkern.canvas import sample_canvas
+    from mdkern.compat.generation import generate
     from mdkern.decoders import Ancestral
     from mdkern.distributed import sample_distributed
     from mdkern.engine import graphs
@@ -27,6 +28,7 @@ __version__ = "0.1.0"  # the only place: the package's metadata are built from i
 
 _HOMES = {  # by module, the names that it defines; mypy reads the imports above, Python this
     "mdkern.canvas": ("sample_canvas",),
+    "mdkern.compat.generation": ("generate",),
     "mdkern.decoders": ("Ancestral",),
     "mdkern.distributed": ("sample_distributed",),
     "mdkern.engine": ("graphs",),
@@ -56,6 +58,7 @@ __all__ = [
     "Schedule",
     "adapt",
     "from_pretrained",
+    "generate",
     "graphs",
     "likelihood",
     "load_pair",

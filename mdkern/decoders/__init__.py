@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mdkern.decoders.base import DECODERS, Canvas, Choice, Decoder, Planned, Proposal, Stepwise, View, even_quota
 from mdkern.decoders.position_aware import reference_frequencies
-from mdkern.decoders.quotas import dream_quota
+from mdkern.decoders.quotas import DreamQuota, dream_quota
 
 if TYPE_CHECKING:  # for editors and type checkers
     from mdkern.decoders.ancestral import Ancestral as Ancestral
@@ -65,6 +65,7 @@ __all__ = [
     "Canvas",
     "Choice",
     "Decoder",
+    "DreamQuota",
     "Planned",
     "Proposal",
     "Stepwise",

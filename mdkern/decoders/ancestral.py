@@ -48,6 +48,8 @@ class Ancestral(Planned, name="ancestral"):
         alpha: probability that a position is revealed by time t: ``"linear"``, ``"cosine"`` or a function of float64
             times, at most 1, that rises as t falls and is below 1 at t = 1. It is kept as the function. A denoiser with
             time conditioning is given t, so use the alpha that it was trained with.
+        closing_pass: False: the last step reveals everything that is left, with or without blocks, and there is no
+            closing pass. This is Dream's ``origin``.
         grid: the times of the steps: ``"linear"``, or ``"cosine"`` for ``cos(pi / 2 (1 - t))`` of the linear ones, as
             in MD4's code. With alpha ``"linear"`` this reveals as many positions at each step as alpha ``"cosine"`` on
             a linear grid does, but a denoiser with time conditioning is given other times.
@@ -56,10 +58,13 @@ class Ancestral(Planned, name="ancestral"):
     eps: float = 1e-5
     alpha: Any = "linear"  # may be given as a name, and becomes a function of times
     grid: str = "linear"
+    closing_pass: bool = True
 
     def __post_init__(self) -> None:
         check_number(self, "eps", 0.0, 1.0, below=True)
         check_choice("grid", self.grid, GRIDS)
+        if not isinstance(self.closing_pass, bool):
+            raise ValueError(f"closing_pass must be true or false, not {self.closing_pass!r}")
         if not callable(self.alpha):
             check_choice("alpha", self.alpha, ALPHAS)
             object.__setattr__(self, "alpha", ALPHAS[self.alpha])
@@ -81,7 +86,8 @@ class Ancestral(Planned, name="ancestral"):
         probability ``(1 - alpha_t) / (1 - alpha_1)``.
         """
         step = by_block_steps(canvas, self.block_step)
-        return RevealPlan(torch.where(canvas.blocks == 1, step, steps_of_run(canvas, step)), canvas.steps)
+        closes = (canvas.blocks == 1) & self.closing_pass
+        return RevealPlan(torch.where(closes, step, steps_of_run(canvas, step)), canvas.steps)
 
     def block_step(self, canvas: Canvas, steps: int) -> Tensor:
         """int64 ``[N, L]``: the step of its block at which each position is revealed; `steps` for the closing pass."""

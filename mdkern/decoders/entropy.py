@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
 from mdkern.decoders.checks import check_of
@@ -16,7 +16,7 @@ class Entropy(Stepwise, name="entropy"):
 
     Args:
         position_temperature: if above 0, positions are drawn from ``softmax(-entropy / position_temperature)``.
-        quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+        quota: ``"even"`` (LLaDA), ``"dream"`` or a `DreamQuota`, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: entropies after temperature and filters, as in Dream's code.
     """
 
@@ -24,7 +24,7 @@ class Entropy(Stepwise, name="entropy"):
     scores_draw: ClassVar[bool] = False
 
     position_temperature: float = 0.0
-    quota: str = "even"
+    quota: Any = "even"
     of: str = "model"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mdkern.decoders.base import Choice, Proposal, Stepwise, View
 from mdkern.decoders.checks import check_of
@@ -15,12 +16,12 @@ class TopProbability(Stepwise, name="top_probability"):
 
     Args:
         position_temperature: if above 0, positions are drawn from ``softmax(probability / position_temperature)``.
-        quota: ``"even"`` (LLaDA) or ``"dream"``, see `mdkern.decoders.quotas`.
+        quota: ``"even"`` (LLaDA), ``"dream"`` or a `DreamQuota`, see `mdkern.decoders.quotas`.
         of: ``"model"``, or ``"sampler"``: probabilities after temperature and filters, as in Dream's code.
     """
 
     position_temperature: float = 0.0
-    quota: str = "even"
+    quota: Any = "even"
     of: str = "model"
 
     def __post_init__(self) -> None:

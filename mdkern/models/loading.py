@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -82,6 +82,48 @@ def from_pretrained(
         ValueError: it is not a masked diffusion language model, has no mask token, is broken, or does not fit the
             tokenizer; its code may not be run. The message says what to do.
     """
+    loaded = load_checkpoint(
+        name_or_path,
+        dtype=dtype,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer,
+        mask_id=mask_id,
+        **options,
+    )
+    found = loaded.tokenizer
+    facts: dict[str, Any] = {"eos_id": eos_id, "shifted": shifted, "block_causal": block_causal, "name": name}
+    denoiser = adapt(loaded.module, mask_id=loaded.mask_id, **facts)
+    if found is not None:
+        what = "its tokenizer" if tokenizer is None else "the tokenizer"
+        check_tokenizer(found, denoiser, what, masks=mask_id is None)
+        if eos_id is None:
+            denoiser.eos_ids = tuple(dict.fromkeys((*denoiser.eos_ids, *ends_of(found, denoiser))))
+    denoiser.tokenizer = found
+    return denoiser
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in memory."""
+
+    module: nn.Module  # a `DiT`, or a model of transformers
+    tokenizer: Any  # None: there is none
+    mask_id: int | None  # None: the module has it
+
+
+def load_checkpoint(
+    name_or_path: PathLike,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    mask_id: int | None = None,
+    **options: Any,
+) -> Loaded:
+    """The model of a checkpoint, not yet tried, with what belongs to it. See `from_pretrained`."""
     options = {**options, **({} if revision is None else {"revision": revision})}
     hub = {key: options[key] for key in HUB if key in options}
     if isinstance(device_map, str | int | torch.device) and device_map not in ("auto", "balanced", "sequential"):
@@ -110,16 +152,7 @@ def from_pretrained(
             check_weights(path)
         module = load_foreign(str(path if local else name_or_path), settings, dtype, device_map,
                               options | {"trust_remote_code": trust_remote_code})  # fmt: skip
-    facts: dict[str, Any] = {"eos_id": eos_id, "shifted": shifted, "block_causal": block_causal, "name": name}
-    denoiser = adapt(module, mask_id=None if own else mask, **facts)
-    if found is not None:
-        check_tokenizer(
-            found, denoiser, "its tokenizer" if tokenizer is None else "the tokenizer", masks=mask_id is None
-        )
-        if eos_id is None:
-            denoiser.eos_ids = tuple(dict.fromkeys((*denoiser.eos_ids, *ends_of(found, denoiser))))
-    denoiser.tokenizer = found
-    return denoiser
+    return Loaded(module, found, None if own else mask)
 
 
 def first_of(*values: Any) -> Any:

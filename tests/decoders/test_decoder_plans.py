@@ -143,6 +143,11 @@ class TestAncestral:
         for block in range(3):
             assert fits(plan.step[:, 20 * block : 20 * block + 20] - 4 * block, in_block)
 
+    def test_without_a_closing_pass_the_last_step_reveals_what_is_left(self) -> None:
+        plan = Ancestral(0.2, closing_pass=False).plan(canvas_of(all_masked(1000, 60), self.STEPS))
+        law = self.law(lambda t: 1 - t, 0.2)
+        assert fits(plan.step, [*law[:-2], law[-2] + law[-1]])
+
     def test_without_blocks_it_is_the_plan_of_before(self) -> None:
         canvas, decoder = canvas_of(all_masked(20, 30), 16), Ancestral(1e-5)
         alpha = 1 - torch.linspace(1.0, 1e-5, 17, dtype=torch.float64)

@@ -19,6 +19,7 @@ from mdkern import decoders
 from mdkern.decoders import (
     DECODERS,
     Ancestral,
+    DreamQuota,
     Edit,
     Entropy,
     EntropyBound,
@@ -237,6 +238,19 @@ class TestQuotas:
             zeros += want.count(0)
             assert dream_quota(quota_view(masked, step, steps)).tolist() == [max(1, quota) for quota in want]
         assert steps == 1 or zeros > 0, "Dream's rule would have idled"
+
+    @pytest.mark.parametrize("eps", [1e-3, 0.05])
+    @pytest.mark.parametrize("steps", [1, 2, 6, 9, 27, 64])
+    def test_dream_with_zeros_rounds_as_dreams_code(self, steps: int, eps: float) -> None:
+        """int(masked (1 - s / t)) in float32, for times of `torch.linspace`; of 999 masks that is a whole number at
+        times, where exact fractions and float32 may differ."""
+        counts = [1, 2, 37, 334, 446, 668, 963, 999]
+        times, masked = torch.linspace(1, eps, steps + 1), first_masked(counts, 1000)
+        for step in range(steps - 1):
+            share = 1 - times[step + 1] / times[step]
+            want = [int(torch.tensor(float(count)) * share) for count in counts]
+            assert DreamQuota(eps, least=0)(quota_view(masked, step, steps)).tolist() == want
+        assert DreamQuota(eps, least=0)(quota_view(masked, steps - 1, steps)).tolist() == counts
 
     def test_no_batch_mean(self) -> None:
         """Dream's code takes the mean over the batch: 2 and 38 masks in 4 steps then lose 4 each at first."""

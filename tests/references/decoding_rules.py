@@ -101,6 +101,18 @@ def factor(rows: Sequence[Row], masked: Sequence[bool], block: range, bound: flo
     return {i: rows[i].token for i in order[: max(length, 1)]}
 
 
+def factor_in_code(rows: Sequence[Row], masked: Sequence[bool], block: range, bound: float) -> dict[int, int]:
+    """Fast-dLLM's code: ranks n = 1, 2, … pass while c >= 1 - bound / (n + 1), the first one always; if only the last
+    of all fails, it comes along."""
+    order = best({i: rows[i].probability for i in block if masked[i]}, len(block))
+    passing = 1
+    while passing < len(order) and rows[order[passing]].probability >= 1.0 - bound / (passing + 2):
+        passing += 1
+    if passing == len(order) - 1:
+        passing += 1
+    return {i: rows[i].token for i in order[:passing]}
+
+
 def entropy_bound(rows: Sequence[Row], masked: Sequence[bool], block: range, gamma: float) -> dict[int, int]:
     """EB-Sampler: by ascending entropy the longest prefix with sum H - max H <= gamma, at least one."""
     scores = {i: -rows[i].entropy for i in block if masked[i]}
@@ -317,6 +329,8 @@ CASES = {
     "threshold 0.6": Case("threshold", {"threshold": 0.6}, threshold, (0.6,)),
     "factor": Case("factor", {}, factor, (1.0,)),
     "factor 2.3": Case("factor", {"factor": 2.3}, factor, (2.3,)),
+    "factor, code": Case("factor", {"rule": "code"}, factor_in_code, (1.0,)),
+    "factor 2.3, code": Case("factor", {"factor": 2.3, "rule": "code"}, factor_in_code, (2.3,)),
     "entropy_bound": Case("entropy_bound", {}, entropy_bound, (0.1,)),
     "entropy_bound 3": Case("entropy_bound", {"gamma": 3.0}, entropy_bound, (3.0,)),
     "entropy_bound inf": Case("entropy_bound", {"gamma": math.inf}, entropy_bound, (math.inf,)),
