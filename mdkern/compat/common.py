@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,20 +17,14 @@ class AutoModel:
     def from_pretrained(name_or_path: Any, **options: Any) -> Any:
         """The model as transformers returns it, in eval mode, also if its code was written for transformers 4.
 
-        A model of Dream's kind gets `mdkern.compat.dream.diffusion_generate` as its method.
-
         Args:
             name_or_path, options: as in `mdkern.from_pretrained`; ``torch_dtype`` is another name of ``dtype``.
         """
-        from mdkern.compat.dream import diffusion_generate
         from mdkern.models.loading import load_checkpoint
 
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
-        model: Any = load_checkpoint(name_or_path, **options).module
-        if hasattr(model, "diffusion_generate"):
-            model.diffusion_generate = MethodType(diffusion_generate, model)
-        return model
+        return load_checkpoint(name_or_path, **options).module
 
 
 def denoiser_of(model: Any, mask_id: int | None) -> Denoiser:

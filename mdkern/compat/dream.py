@@ -6,12 +6,14 @@ Fast-dLLM's additions for Dream are here as well: ``alg="confidence_threshold"``
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mdkern.compat.common import AutoModel, denoiser_of, refuse, with_masks
+from mdkern.compat import common
+from mdkern.compat.common import denoiser_of, refuse, with_masks
 from mdkern.decoders import Ancestral, Decoder, Entropy, Margin, Threshold, TopProbability
 from mdkern.decoders.quotas import DreamQuota
 from mdkern.decoders.threshold import PacedThreshold
@@ -186,6 +188,16 @@ def after_each_step(out: SampleOutput, mask_id: int) -> tuple[Tensor, ...]:
     assert out.history is not None
     step = out.history.step
     return tuple(out.sequences.masked_fill(step > number, mask_id) for number in range(out.history.steps))
+
+
+class AutoModel(common.AutoModel):
+    """As `mdkern.compat.common.AutoModel`, and a model's ``diffusion_generate`` is the one of this module."""
+
+    @staticmethod
+    def from_pretrained(name_or_path: Any, **options: Any) -> Any:
+        model = common.AutoModel.from_pretrained(name_or_path, **options)
+        model.diffusion_generate = MethodType(diffusion_generate, model)
+        return model
 
 
 class DreamGenerationMixin:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mdkern.compat import dream
-from mdkern.compat.common import AutoModel, check_blocks, denoiser_of, with_masks
+from mdkern.compat.common import check_blocks, denoiser_of, with_masks
+from mdkern.compat.dream import AutoModel
 from mdkern.compat.llada import REMASKING
 from mdkern.decoders import Decoder, Factor, Threshold
 from mdkern.sampling import sample

@@ -13,7 +13,6 @@ from torch import Tensor
 import mdkern
 from mdkern import decoders
 from mdkern.compat import dream, fast_dllm, llada
-from mdkern.compat.common import AutoModel
 from tests.problems.checkpoints import make_tokenizer, save
 from tests.problems.hf_models import MASK, WORDS, bert, random_ids
 from tests.problems.hf_models import dream as make_dream
@@ -198,9 +197,9 @@ def test_what_could_have_no_effect_is_refused(case: str) -> None:
 
 def test_auto_model_loads_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "it", bert(), make_tokenizer())
-    assert type(AutoModel.from_pretrained(path)) is transformers.BertForMaskedLM
+    assert type(llada.AutoModel.from_pretrained(path)) is transformers.BertForMaskedLM
     monkeypatch.setattr(transformers.BertForMaskedLM, "diffusion_generate", pytest.fail, raising=False)
-    model = AutoModel.from_pretrained(path, torch_dtype=torch.bfloat16).eval()
+    model = dream.AutoModel.from_pretrained(path, torch_dtype=torch.bfloat16).eval()
     assert model.dtype == torch.bfloat16
     options: dict[str, Any] = {"max_new_tokens": 4, "steps": 4, "alg": "entropy"}
     assert model.diffusion_generate(PROMPT, **options).shape == (1, 9)
