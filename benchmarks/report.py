@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import decoder_tables, kernel_tables, learning_tables, paper_tables, study_tables
+from benchmarks import decoder_tables, gpu_tables, kernel_tables, learning_tables, paper_tables, study_tables
 from benchmarks.bench_vocab_projection import GEMM
 from benchmarks.decoder_setting import Size
 from benchmarks.harness import write_text_whole
@@ -122,17 +122,6 @@ def output_layer(columns: int, depth: int) -> str:
         "L2 emptied; × is over the GEMM alone.\n\n"
     )
     return caption + markdown(["rows", *OURS, GEMM, "fastest other that gives a token"], body)
-
-
-def distributed() -> str:
-    """Two GPUs beside one, in one sentence."""
-    found = load("distributed")
-    return (
-        f"{found['processes']} GPUs ({found['environment']['device']}) draw {found['num_samples']} samples of "
-        f"{found['length']:,} tokens in {found['steps']:,} steps, {found['blocks']} blocks, width {found['width']}, "
-        f"{found['ratio']:.2f} times as fast as one (medians of {len(found['seconds']['together'])} runs); "
-        f"in bfloat16, {100 * found['same']:.1f} % of the samples are the same to the token.\n"
-    )
 
 
 def agreement() -> str:
@@ -262,12 +251,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses-line": losses_line,
     "output-layer": partial(output_layer, 50_258, 768),
     "decoder-range": decoder_range,
-    "distributed": distributed,
     "agreement": agreement,
     "sampling-cpu": partial(sampling, "cpu"),
     "sampling-cuda": partial(sampling, "cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
+    **gpu_tables.TABLES,
     **paper_tables.TABLES,
     **decoder_tables.TABLES,
     **study_tables.TABLES,
