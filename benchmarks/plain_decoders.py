@@ -21,6 +21,8 @@ from torch import Tensor
 from benchmarks.decoder_cases import Case, Gauge
 from benchmarks.plain_loop import Plain, Step
 from mdkern import decoders
+from mdkern.decoders import Policy, Proposal
+from mdkern.decoders.policy import features
 from mdkern.profiling.eager import categorical
 
 Level = Callable[[float, Tensor, int], Tensor]  # (time, position int64 [n], n) -> noise level [n]
@@ -143,6 +145,39 @@ def entropy_bound(step: Step, gamma: float = 0.1) -> Tensor:
     return write(step, token, chosen)
 
 
+def learned(step: Step, policy: Policy) -> Tensor:
+    """A filter as in Learn2PD: all that a network takes for right, and the best of each row.
+
+    Their network sees the confidences alone; ours also sees the margins, entropies and neighbours.
+    """
+    token = draw(step.logits, step)
+    p = step.logits.double().softmax(-1)
+    top = p.topk(2, -1).values.float()
+    probability, entropy = p.gather(-1, token[..., None])[..., 0].float(), torch.special.entr(p).sum(-1).float()
+    first = step.wanted.int().argmax(-1, keepdim=True)
+    offset = torch.arange(token.shape[1], device=token.device) - first
+    proposal = Proposal(token, probability, top[..., 0], top[..., 1], entropy)
+    length = policy.block_length or step.wanted.sum(-1, keepdim=True)
+    score = policy.score(features(step.masked, offset, proposal, policy.vocab_size - 1, length))
+    chosen = torch.zeros_like(step.masked)
+    for row in range(len(chosen)):
+        best, order = score[row].masked_fill(~step.masked[row], -math.inf).topk(int(step.masked[row].sum()))
+        take = best.sigmoid() >= policy.bound
+        take[:1] = True
+        chosen[row, order[take]] = True
+    return write(step, token, chosen)
+
+
+def random_policy(vocab_size: int, block_length: int | None, device: torch.device) -> Policy:
+    """A network of the usual size that mostly follows the logit of p."""
+    generator = torch.Generator().manual_seed(0)
+    first, last = torch.randn(32, 10, generator=generator) / 20, torch.randn(1, 32, generator=generator) / 20
+    first[0, 0], last[0, 0] = 1.0, 1.0
+    layers = ((first, torch.zeros(32)), (last, torch.zeros(1)))
+    facts: dict[str, Any] = {"kind": "filter", "block_length": block_length, "vocab_size": vocab_size}
+    return Policy(layers, torch.zeros(10), torch.ones(10), bound=0.5, **facts).on(device)
+
+
 def edit(step: Step, mask_threshold: float = 0.7, edit_threshold: float = 0.5) -> Tensor:
     """LLaDA 2.1: masks become tokens above one threshold, or the best does; tokens become others above another."""
     token = draw(step.logits, step)
@@ -259,9 +294,10 @@ def make_cases(
     editing = decoders.Edit(*gauge.edit)
     in_blocks: dict[str, Any] = {"temperature": greedy, "block_length": block_length}
 
-    def adaptive(rule: Callable[..., Tensor], closing_steps: int = 0, **bounds: float) -> Plain:
+    def adaptive(rule: Callable[..., Tensor], closing_steps: int = 0, **bounds: Any) -> Plain:
         return Plain(partial(rule, **bounds), adaptive=True, closing_steps=closing_steps)
 
+    policy = random_policy(vocab_size, None, device)
     edits = {"mask_threshold": editing.mask_threshold, "edit_threshold": editing.edit_threshold}
     unsure: dict[str, Any] = {"temperature": greedy}
     return [
@@ -280,6 +316,7 @@ def make_cases(
              Plain(partial(dream, confidence_of=certainty)), **unsure),
         Case("position aware", "PC-Sampler", decoders.PositionAware(frequency),
              Plain(partial(position_aware, frequency=frequency)), **unsure),
+        Case("learned", "Learn2PD", decoders.Learned(policy), adaptive(learned, policy=policy), **in_blocks),
         Case("edit", "LLaDA 2.1", editing, adaptive(edit, editing.closing_steps, **edits), **in_blocks),
         Case("soft parallel, hard inputs", "DMax", decoders.SoftParallel(gauge.threshold, soft=False),
              Plain(partial(soft_parallel, bound=gauge.threshold), True, length, is_settled),

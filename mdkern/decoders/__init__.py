@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from mdkern.decoders.base import DECODERS, Canvas, Choice, Decoder, Planned, Proposal, Stepwise, View, even_quota
+from mdkern.decoders.policy import Policy
 from mdkern.decoders.position_aware import reference_frequencies
 from mdkern.decoders.quotas import DreamQuota, dream_quota
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from mdkern.decoders.first_hitting import FirstHitting as FirstHitting
     from mdkern.decoders.genmd4 import GenMD4 as GenMD4
     from mdkern.decoders.hyperschedule import Hyperschedule as Hyperschedule
+    from mdkern.decoders.learned import Learned as Learned
     from mdkern.decoders.margin import Margin as Margin
     from mdkern.decoders.position_aware import PositionAware as PositionAware
     from mdkern.decoders.random_remask import RandomRemask as RandomRemask
@@ -67,6 +69,7 @@ __all__ = [
     "Decoder",
     "DreamQuota",
     "Planned",
+    "Policy",
     "Proposal",
     "Stepwise",
     "View",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdkern.decoders import Decoder, Planned, Stepwise, by_name
-from mdkern.decoders.base import settles
+from mdkern.decoders.base import keeps_blocks
 from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_filters, check_flag, check_real
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
@@ -323,8 +323,8 @@ def resolve(
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
     guidance_scale = check_guidance(guidance_scale, denoisers)
     temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
-    check_decoder(resolved_decoder, temperature, guidance_scale > 0.0, denoisers)
-    keep_block = cache != "none" or settles(resolved_decoder)
+    check_decoder(resolved_decoder, temperature, block_length, guidance_scale > 0.0, denoisers)
+    keep_block = cache != "none" or keeps_blocks(resolved_decoder)
     pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, keep_block, whole_text=causal)
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in listed(denoiser.eos_ids)))

@@ -89,13 +89,13 @@ def resolve_pace(
     if steps is not None:
         schedule.edges(steps)  # refuses steps that contradict a schedule of step counts
     count, length = wanted.shape
+    first = wanted.int().argmax(-1)
     given = steps or schedule.total
     if block_length is None:
         own = wanted.new_full((count,), length, dtype=torch.int64) if attention_mask is None else attention_mask.sum(-1)
-        blocks, start = torch.ones_like(own), torch.zeros_like(own)
+        blocks, start = torch.ones_like(own), first
     else:
         block_length = check_count("block_length", block_length)
-        first = wanted.int().argmax(-1)
         start = first - first % block_length if whole_text else first
         end = length - wanted.flip(-1).int().argmax(-1)  # behind the last masked position
         span, blocks = end - first, (end - start + block_length - 1) // block_length

@@ -18,11 +18,17 @@ def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     return fitted
 
 
-def check_decoder(decoder: Decoder, temperature: float, guided: bool, denoisers: Mapping[str, Denoiser]) -> None:
-    """Refuse a decoder that cannot do its work at this temperature, with guidance, or with these models."""
+def check_decoder(
+    decoder: Decoder, temperature: float, block_length: int | None, guided: bool, denoisers: Mapping[str, Denoiser]
+) -> None:
+    """Refuse a decoder that cannot do its work at this temperature, in these blocks, guided, or with these models."""
     if not isinstance(decoder, Stepwise):
         return
     name = type(decoder).__name__
+    if decoder.block_length not in (None, block_length):
+        raise ValueError(
+            f"block_length must be {decoder.block_length}, not {block_length}: this {name} was made for such blocks"
+        )
     if decoder.greedy and temperature > 0.0:
         raise ValueError(
             f"temperature must be 0 with {name}, not {temperature:g}: it takes the token of a pass for the most"

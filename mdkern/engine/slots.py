@@ -64,6 +64,8 @@ def look(
     steps, block_steps, _ = pace.unbind(-1)
     step = torch.minimum(progress.schedule_step(settings, left, sequence, pace), steps - 1)
     key_step = progress.passes[sequence] if settings.decoder.adaptive else step
+    if not settings.decoder.fresh_noise:
+        key_step = torch.zeros_like(key_step)
     origin = progress.start[sequence]
     if settings.block_length is not None:
         origin = origin + progress.block[sequence] * settings.block_length

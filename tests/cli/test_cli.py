@@ -15,6 +15,7 @@ from mdkern.engine import planned
 from mdkern.models.tokenizers import load_tokenizer
 from tests.problems.checkpoints import make_tokenizer, save
 from tests.problems.hf_models import bert
+from tests.problems.policies import random_policy
 
 LENGTH = 24
 
@@ -217,7 +218,8 @@ def test_frequencies_are_read_off_a_text(run, tmp_path, monkeypatch):
 def test_every_decoder_has_a_trace(run, tmp_path):
     text = tmp_path / "reference.txt"
     text.write_text("one two one")
-    needed = {"genmd4": ":exponents=2", "position_aware": f":frequency={text}"}
+    random_policy(vocab_size=4096).save(tmp_path / "policy")
+    needed = {"genmd4": ":exponents=2", "position_aware": f":frequency={text}", "learned": f":policy={tmp_path}/policy"}
     for name in decoders.DECODERS:
         file = tmp_path / f"{name}.html"
         options = ["--decoder", name + needed.get(name, ""), "--schedule", "L12 H12", "--trace", str(file)]

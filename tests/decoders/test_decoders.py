@@ -26,6 +26,7 @@ from mdkern.decoders import (
     Factor,
     GenMD4,
     Hyperschedule,
+    Learned,
     Margin,
     PositionAware,
     ReMDM,
@@ -91,7 +92,8 @@ def test_reveals_are_those_of_the_published_rule(name: str, tied: bool) -> None:
 
 def test_every_decoder_that_looks_at_the_model_has_a_published_rule() -> None:
     stepwise = {name for name, kind in DECODERS.items() if issubclass(kind, Stepwise)}
-    assert stepwise == {case.decoder for case in reference.CASES.values()} | {"edit", "remdm"}  # tested by themselves
+    by_themselves = {"edit", "remdm", "learned"}
+    assert stepwise == {case.decoder for case in reference.CASES.values()} | by_themselves
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -299,7 +301,7 @@ def test_positions_drawn_at_a_temperature_follow_the_softmax(
 
 def test_every_name_gives_its_decoder_or_says_what_it_needs() -> None:
     for name, kind in DECODERS.items():
-        if kind in (GenMD4, PositionAware):
+        if kind in (GenMD4, Learned, PositionAware):
             with pytest.raises(ValueError, match=f"decoder '{name}' has no default .*{kind.__name__}"):
                 by_name(name)
         else:

@@ -16,6 +16,7 @@ from mdkern.engine import graphs, stepwise
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState
 from tests.conftest import random_dit
+from tests.problems.policies import random_policy
 from tests.references.slow_sampler import PairModel, decode
 from tests.test_sampling import OPEN
 
@@ -39,6 +40,8 @@ STEPWISE: dict[str, Stepwise] = {
     "remdm loop": decoders.ReMDM("loop", eta=0.2),
     "edit": decoders.Edit(0.5, 0.3, 3),
     "soft parallel": decoders.SoftParallel(0.2, 0.6, soft=False),
+    "learned": decoders.Learned(random_policy(vocab_size=VOCAB + 1), 0.8),
+    "learned order": decoders.Learned(random_policy("order", vocab_size=VOCAB + 1), 0.8, fresh_noise=False),
 }
 TESTED = tuple({type(decoder) for decoder in STEPWISE.values()})
 STEPWISE |= {
@@ -272,6 +275,8 @@ class TestBlocksAndStops:
 SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_heads": 2}
 GPU_DECODERS = STEPWISE | {
     "position aware": decoders.PositionAware(torch.full((70,), 1 / 70)),
+    "learned": decoders.Learned(random_policy(vocab_size=70)),
+    "learned order": decoders.Learned(random_policy("order", vocab_size=70), 0.8, fresh_noise=False),
     "soft inputs": decoders.SoftParallel(0.05, 0.1),
 }
 

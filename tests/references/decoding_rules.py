@@ -189,6 +189,85 @@ def is_settled(rows: Sequence[Row], ours: Sequence[bool], block: range, confiden
     return all(rows[i].probability >= confident for i in block if ours[i])
 
 
+def gelu(x: float) -> float:
+    return x * (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def learned_features(
+    rows: Sequence[Row], masked: Sequence[bool], block: range, outcomes: int, length: int
+) -> dict[int, list[float]]:
+    """The ten inputs of every masked position of a block."""
+
+    def logit(p: float) -> float:
+        return 12.0 if p >= 1.0 else min(12.0, max(-12.0, math.log(p / (1 - p))))
+
+    ours = [i for i in block if masked[i]]
+    return {
+        i: [
+            logit(rows[i].probability),
+            logit(rows[i].top1),
+            rows[i].top1 - rows[i].top2,
+            rows[i].entropy / math.log(outcomes),
+            (i - block.start) / length,
+            len(ours) / length,
+            sum(j < i for j in ours) / length,
+            float(i == block.start or not masked[i - 1]),
+            max(logit(rows[j].probability) for j in ours),
+            math.fsum(rows[j].probability for j in ours) / len(ours),
+        ]
+        for i in ours
+    }
+
+
+class Network(NamedTuple):
+    """Weights [out][in] and biases of linear layers, and the inputs' means and deviations."""
+
+    layers: list[tuple[list[list[float]], list[float]]]
+    mean: list[float]
+    deviation: list[float]
+
+    def score(self, inputs: list[float]) -> float:
+        x = [(value - mean) / deviation for value, mean, deviation in zip(inputs, self.mean, self.deviation)]
+        for number, (weight, bias) in enumerate(self.layers):
+            x = [gelu(value) for value in x] if number else x
+            x = [math.fsum(w * value for w, value in zip(row, x)) + b for row, b in zip(weight, bias)]
+        return x[0]
+
+
+def learned_filter(
+    rows: Sequence[Row],
+    masked: Sequence[bool],
+    block: range,
+    network: Network,
+    outcomes: int,
+    length: int,
+    chance: float,
+) -> dict[int, int]:
+    """Learn2PD's rule on other inputs: all that are taken for right, at least the best."""
+    inputs = learned_features(rows, masked, block, outcomes, length)
+    scores = {i: network.score(values) for i, values in inputs.items()}
+    sure = [i for i in scores if 1 / (1 + math.exp(-scores[i])) >= chance]
+    return {i: rows[i].token for i in sure or best(scores, 1)}
+
+
+def learned_order(
+    rows: Sequence[Row],
+    masked: Sequence[bool],
+    block: range,
+    network: Network,
+    outcomes: int,
+    length: int,
+    budget: float,
+) -> dict[int, int]:
+    """The best-scored while what they may be wrong by stays below a budget, at least the best."""
+    inputs = learned_features(rows, masked, block, outcomes, length)
+    order = best({i: network.score(values) for i, values in inputs.items()}, len(inputs))
+    count = 1
+    while count < len(order) and math.fsum(1 - rows[i].probability for i in order[: count + 1]) < budget:
+        count += 1
+    return {i: rows[i].token for i in order[:count]}
+
+
 def positions_law(scores: dict[int, float], count: int, temperature: float) -> dict[frozenset[int], float]:
     """Probability of each set of positions drawn one by one, without replacement, from softmax(score / temperature)."""
     law: dict[frozenset[int], float] = {}

@@ -152,6 +152,7 @@ class _Run:
                 step = key_step = number * block_steps + block_step
                 if block_step == block_steps:
                     return
+            key_step = key_step if self.decoder.fresh_noise else 0
             view = self.view(places, step, key_step, block_step, block_steps)
             changed = self.run_step(view, places, step, logits_of)
             block_step += 1
