@@ -74,7 +74,7 @@ SIZES = {
         (),
         Training(768, 12, 1024, 64, 50_258, 40, log_every=10),
         Training(384, 6, 256, 16, 4096, 100),
-        2.0,
+        1.0,
         ("--num-samples", "160", "--batch-size", "160"),
     ),
     "tiny": Size(
@@ -235,8 +235,15 @@ def timed_search(machine: Machine, command: list[str], name: str, gpu: int | Non
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 
-def run_alone(machine: Machine, size: Size) -> dict[str, Any]:
-    """What one GPU needs for the parts training and search, side by side on several GPUs."""
+ALONE = "search", "tokens_per_second", "losses"
+
+
+def run_alone(machine: Machine, size: Size, done: dict[str, Any]) -> None:
+    """What one GPU needs for the parts training and search, side by side on several GPUs; results go to `done`.
+
+    Raises:
+        RuntimeError: some of it failed; the rest is done all the same.
+    """
 
     def search(gpu: int | None) -> Any:
         return timed_search(machine, ["-m", *search_command(machine, size, "search-1")], "search-1", gpu)
@@ -251,14 +258,17 @@ def run_alone(machine: Machine, size: Size) -> dict[str, Any]:
 
     for training in (size.speed, size.losses):
         token_file(machine, training)
-    jobs: dict[str, Callable[[int | None], Any]] = {"search": search, "tokens_per_second": speed, "losses": losses}
+    jobs = {name: job for name, job in zip(ALONE, (search, speed, losses)) if name not in done}
     gpus = range(machine.count) if machine.on_gpu else range(1)
     with ThreadPoolExecutor(len(gpus)) as pool:
         futures = {
             name: pool.submit(job, number % len(gpus) if machine.on_gpu else None)
             for number, (name, job) in enumerate(jobs.items())
         }
-    return {name: future.result() for name, future in futures.items()}
+    failed = [future.exception() for future in futures.values() if future.exception() is not None]
+    done |= {name: future.result() for name, future in futures.items() if future.exception() is None}
+    if failed:
+        raise RuntimeError("\n".join(map(str, failed)))
 
 
 def run_sampling(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +289,7 @@ def run_sharded(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str
 
 def run_training(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second on all GPUs, and a float32 run of which one rank is killed, and which is then gone on with."""
+    theirs, one = alone["losses"], alone["tokens_per_second"]
     machine.run(machine.torchrun(*train_command(machine, size.speed, "speed-n")), "speed-n")
     speed = tokens_per_second(machine.out / "speed-n", size.speed)
     more = "--float32", "--checkpoint-every", str(size.checkpoint_every)
@@ -286,15 +297,14 @@ def run_training(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[st
     killed = kill_one(machine, command, size.losses.steps // 3)
     machine.run(command, "losses-n-resumed")
     ours = {record["step"]: record["loss"] for record in records(machine.out / "losses-n")}
-    theirs = alone["losses"]
     furthest = max(abs(ours[step] - loss) / abs(loss) for step, loss in enumerate(theirs, start=1))
     return {
         "environment": environment(),
         "processes": machine.count,
         "speed_of": asdict(size.speed),
         "losses_of": asdict(size.losses),
-        "tokens_per_second": {"1": alone["tokens_per_second"], str(machine.count): speed},
-        "ratio": speed / alone["tokens_per_second"],
+        "tokens_per_second": {"1": one, str(machine.count): speed},
+        "ratio": speed / one,
         "killed_at_step": killed,
         "resumed_at_step": resumed_at(machine.tail("losses-n-resumed")),
         "steps": len(theirs),
@@ -337,6 +347,7 @@ def resumed_at(log: str) -> int | None:
 
 
 def run_search(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str, Any]:
+    one = alone["search"]
     seconds = timed_search(machine, machine.torchrun(*search_command(machine, size, "search-n")), "search-n", None)
     ours, theirs = (found_by(machine.out / f"{name}.jsonl") for name in ("search-n", "search-1"))
     return {
@@ -344,8 +355,8 @@ def run_search(machine: Machine, size: Size, alone: dict[str, Any]) -> dict[str,
         "processes": machine.count,
         "arguments": list(size.search),
         "schedules": len(ours),
-        "seconds": {"1": alone["search"], str(machine.count): seconds},
-        "ratio": {name: alone["search"][name] / seconds[name] for name in seconds},
+        "seconds": {"1": one, str(machine.count): seconds},
+        "ratio": {name: one[name] / seconds[name] for name in seconds},
         "same_schedules": ours.keys() == theirs.keys(),
         "same_scores": sum(ours[name] == score for name, score in theirs.items()),
     }
@@ -370,16 +381,20 @@ PARTS: dict[str, tuple[Callable[[Machine, Size, dict[str, Any]], dict[str, Any]]
 
 def say_plan(machine: Machine, parts: list[str], done: dict[str, Any], size: str) -> None:
     where = f"{machine.count} GPUs" if machine.on_gpu else f"{machine.count} CPU processes"
-    names = [name for name in (("alone", *parts) if needs_alone(parts) else parts) if name not in done]
-    print(f"on {where}, size {size}, results in {machine.out}; done already: {', '.join(done) or 'nothing'}")
+    names = left(parts, done)
+    finished = [name for name in done if name not in names]
+    print(f"on {where}, size {size}, results in {machine.out}; done already: {', '.join(finished) or 'nothing'}")
     for name in names:
         print(f"  {name:10} about {EXPECTED[name]} s" if machine.on_gpu else f"  {name}")
     if machine.on_gpu:
         print(f"  about {sum(EXPECTED[name] for name in names)} s in all (four H200s)", flush=True)
 
 
-def needs_alone(parts: list[str]) -> bool:
-    return "training" in parts or "search" in parts
+def left(parts: list[str], done: dict[str, Any]) -> list[str]:
+    """What is still to be run for these parts: one GPU's share of it first."""
+    needed = any(name in parts and name not in done for name in ("training", "search"))
+    alone = ["alone"] if needed and not {*ALONE} <= {*done.get("alone", {})} else []
+    return alone + [name for name in parts if name not in done]
 
 
 def summary_of(name: str, content: dict[str, Any]) -> list[str]:
@@ -413,24 +428,21 @@ def summary_of(name: str, content: dict[str, Any]) -> list[str]:
 def run(machine: Machine, parts: list[str], size: str, record: dict[str, Any], keep: Callable[[], None]) -> list[str]:
     """Run the parts that are not done. Returns the names of those that failed."""
     failed, chosen = [], SIZES[size]
-    names = ["alone", *parts] if needs_alone(parts) else parts
-    for name in names:
-        if name in record:
-            continue
+    for name in left(parts, record):
         began = time.perf_counter()
         print(f"{name} ...", flush=True)
         try:
             if name == "alone":
-                record[name] = run_alone(machine, chosen)
+                run_alone(machine, chosen, record.setdefault(name, {}))
             else:
                 function, file = PARTS[name]
                 content = function(machine, chosen, record.get("alone", {}))
                 write_text_whole(machine.out / file, json.dumps(content, indent=1) + "\n")
                 record[name] = file
-            keep()
         except Exception:
             traceback.print_exc()
             failed.append(name)
+        keep()
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     return failed
 

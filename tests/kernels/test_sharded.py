@@ -149,21 +149,30 @@ def test_kernels_in_the_interpreter() -> None:
     run_in_the_interpreter("tests/suites/interpreted_head.py", "shards")
 
 
+GPU_PROBLEMS: list[dict[str, Any]] = [  # each has another kernel
+    {"rows": 1, "columns": 50_258, "depth": 768},
+    {"rows": 16, "columns": 50_258, "depth": 768, "biased": True, "count": 13},
+    {"rows": 16, "columns": 9000, "depth": 4096, "of": "sampler"},
+    {"rows": 60, "columns": 50_258, "depth": 768, "temperature": "greedy"},
+    {"rows": 200, "columns": 9000, "depth": 4096, "biased": True},
+    {"rows": 500, "columns": 50_258, "depth": 768, "of": "sampler", "biased": True},
+    {"rows": 3000, "columns": 12_000, "depth": 1000, "biased": True, "count": 2900},
+    {"rows": 40, "columns": 5000, "depth": 100, "dtype": torch.float32},
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [2, 3, 8])
-@pytest.mark.parametrize("rows", [1, 16, 60, 200, 1024, 3000])
-@pytest.mark.parametrize(("columns", "depth"), [(50_258, 768), (9000, 4096), (12_000, 1000)])
-def test_shards_on_the_gpu_give_what_the_whole_gives(rows: int, columns: int, depth: int, ranks: int) -> None:
-    """All kernels: few and many rows, shallow and deep, each shard on this one GPU."""
-    for changes in ({}, {"biased": True, "count": max(1, rows - 3)}, {"temperature": "greedy"}, {"of": "sampler"}):
-        problem = Problem(rows=rows, columns=columns, depth=depth, dtype=torch.bfloat16, device="cuda", **changes)
-        got, whole = in_shards(problem, ranks), problem.run()
-        count = rows if problem.count is None else problem.count
-        assert int((got.token != whole.token).sum()) <= (0 if rows < 1000 else 1)
-        assert (got.token[count:] == -1).all()
+@pytest.mark.parametrize("changes", GPU_PROBLEMS, ids=str)
+def test_shards_on_the_gpu_give_what_the_whole_gives(changes: dict[str, Any]) -> None:
+    """Each shard on this one GPU."""
+    problem = Problem(**{"dtype": torch.bfloat16, "device": "cuda"} | changes)
+    whole = problem.run()
+    assert whole.argmax is not None
+    for ranks in (2, 3, 8):
+        got = in_shards(problem, ranks)
         same = got.token == whole.token
+        assert int((~same).sum()) <= problem.rows // 1000  # near-ties
         assert torch.equal(got.argmax, whole.argmax)
         for name in NAMES:
-            torch.testing.assert_close(
-                getattr(got, name)[same], getattr(whole, name)[same], rtol=2e-5, atol=2e-5, equal_nan=True, msg=name
-            )
+            ours, theirs = getattr(got, name)[same], getattr(whole, name)[same]
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, equal_nan=True, msg=name)
