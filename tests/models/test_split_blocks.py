@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -47,9 +48,12 @@ class TestSplit:
         got = denoiser.head.logits(denoiser.hidden(ids, positions=positions))[..., KEPT]
         torch.testing.assert_close(got, expected, **CLOSE)
 
-    def test_windows_of_one_block_after_the_other(self, name: str) -> None:
+    @pytest.mark.parametrize("own_forward", [False, True])
+    def test_windows_of_one_block_after_the_other(self, name: str, own_forward: bool) -> None:
         """Whatever is in the cache, and whatever lies behind; each sequence at its own block."""
-        denoiser, ids = DENOISERS[name], prompts(16, 7, length=16)
+        denoiser, ids = copy(DENOISERS[name]), prompts(16, 7, length=16)
+        if own_forward:
+            denoiser.settle(denoiser.anatomy._replace(plan=None))
         own = MODELS[name].own_logits(ids)
         cache = torch.randn(denoiser.cache_shape(2, 16), generator=torch.Generator().manual_seed(0))
         rows = torch.arange(BLOCK).expand(2, -1)
