@@ -197,7 +197,9 @@ def test_bad_rows_are_reported(fill: float) -> None:
     problem.hidden[problem.row_index[2], 400] = fill
     result = problem.run()
     assert result.token[2] == -1
-    assert all(bool(value[2].isnan()) for value in reordered(result)[1:])
+    *statistics, argmax = reordered(result)[1:]
+    assert all(bool(value[2].isnan()) for value in statistics)
+    assert argmax[2] == -1
     assert (result.token[[0, 1, 3, 4]] >= 0).all()
 
 
