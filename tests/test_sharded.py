@@ -181,14 +181,16 @@ def test_needs_a_process_group() -> None:
         mdkern.shard_head(models()["H"])
 
 
+SHARED_OUT: dict[str, Any] = {"schedule": "L3 H6 L3", "num_samples": 5, "length": LENGTH, "seed": 3, "progress": False}
 GPU_CASES = [name for name in SAME if name != "entropies"]
 
 
 def gpu_worker(rank: int, ranks: int, folder: str) -> None:
     torch.cuda.set_device(rank)
     join(rank, ranks, folder, "nccl")
-    sharded = {name: mdkern.shard_head(model) for name, model in models(f"cuda:{rank}").items()}
-    results = {}
+    whole = models(f"cuda:{rank}")
+    sharded = {name: mdkern.shard_head(model) for name, model in whole.items()}
+    results: dict[Any, Any] = {"shared out": mdkern.sample_distributed(whole, **SHARED_OUT).sequences.cpu()}
     for name in GPU_CASES:
         options = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in SAME[name].items()}
         for graphs in (True, False):
@@ -202,7 +204,7 @@ def gpu_worker(rank: int, ranks: int, folder: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_have_the_samples_of_one(tmp_path: Any) -> None:
-    """With NCCL, its exchange inside CUDA graphs and outside of them."""
+    """Of a divided vocabulary, with NCCL inside CUDA graphs and outside of them; and of samples that are shared out."""
     found = run(gpu_worker, 2, str(tmp_path))
     whole = models("cuda")
     for name in GPU_CASES:
@@ -212,3 +214,5 @@ def test_two_gpus_have_the_samples_of_one(tmp_path: Any) -> None:
             assert torch.equal(theirs[name, True], alone), name
             assert torch.equal(theirs[name, False], alone), name
     assert all(theirs["graphs"] > 1 for theirs in found)
+    alone = mdkern.sample(whole, **SHARED_OUT).sequences.cpu()
+    assert all(torch.equal(theirs["shared out"], alone) for theirs in found)
