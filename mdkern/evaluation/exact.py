@@ -21,10 +21,11 @@ from mdkern.engine import stepwise
 from mdkern.engine.groups import device_of, prepared
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.progress import Settings
-from mdkern.engine.propose import arranged, project, spread
+from mdkern.engine.propose import Propose, arranged, project, spread
+from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
 from mdkern.engine.slots import Slots
-from mdkern.engine.state import IncompleteError, SamplerState, Timings
+from mdkern.engine.state import IncompleteError, Outcome, SamplerState, Timings
 from mdkern.evaluation.scores import target_logit
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
@@ -70,11 +71,22 @@ def exact_nats(
     asked = {"input_ids": masked, "attention_mask": attention_mask, "decoder": decoder, "temperature": 0.0}
     request = resolve(denoisers, None, schedule, seed=0, **asked, **options)
     true = TrueTokens.of(input_ids)
+    outcome = run_forced(request, true.propose, disable)
+    return -torch.where(wanted, true.log_prob[:-1], 0.0).double().sum(-1), outcome.nfe
+
+
+def run_forced(request: Request, propose: Propose, disable: bool | None = True) -> Outcome:
+    """Run a request, all samples in one group and without graphs, with tokens that `propose` gives.
+
+    Raises:
+        FloatingPointError: NaN or infinite logits.
+        RuntimeError: a decoder that leaves masks for good.
+    """
     state, drafts = SamplerState.of(request), Drafts(None, request.input_ids, ~request.masked)
     drafts.begin(0, state.input_ids)
-    decode = partial(stepwise.decode_segment, propose=true.propose)
+    decode = partial(stepwise.decode_segment, propose=propose)
     with torch.no_grad(), device_of(request), tqdm(unit="pass", desc="likelihood", leave=False, disable=disable) as bar:
-        request = prepared(request, len(input_ids))
+        request = prepared(request, len(request.input_ids))
         try:
             outcome = stepwise.run(request, state, None, bar, drafts, Timings(perf_counter()), decode)
         except IncompleteError as incomplete:
@@ -82,9 +94,9 @@ def exact_nats(
     if outcome.failure is not None:
         raise outcome.failure
     if not bool(outcome.finished.all()):
-        row = int((~outcome.finished).nonzero()[0, 0])
-        raise RuntimeError(f"{type(decoder).__name__} left masks in row {row}: it must reveal every wanted position")
-    return -torch.where(wanted, true.log_prob[:-1], 0.0).double().sum(-1), outcome.nfe
+        row, name = int((~outcome.finished).nonzero()[0, 0]), type(request.decoder).__name__
+        raise RuntimeError(f"{name} left masks in row {row}: it must reveal every wanted position")
+    return outcome
 
 
 def check_decoder(decoder: Any, by: str | None) -> Any:
