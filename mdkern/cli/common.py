@@ -241,12 +241,16 @@ def shared_tokenizer(models: Mapping[str, Denoiser], first_path: str) -> Any:
     return own[first]
 
 
-def longest_of(models: Iterable[Denoiser], length: int | None, option: str = "--length") -> int:
-    """The most positions that all models take; with models that know no limit, the length that an option gives."""
+def longest_of(models: Iterable[Denoiser], length: int | None, new_tokens: int | None = None) -> int:
+    """The most positions that all models take; with models that know no limit, what the options ask for."""
     limits = [model.max_length for model in models if model.max_length is not None]
-    if not limits and length is None:
-        raise ValueError(f"{option} must be given: the models' configs do not say how long a text may be")
-    return min(limits) if limits else length or 0
+    if limits:
+        return min(limits)
+    if new_tokens is not None:
+        return LARGEST
+    if length is None:
+        raise ValueError("--length must be given: the models' configs do not say how long a text may be")
+    return length
 
 
 def add_judge(group: argparse._ArgumentGroup, required: bool = False) -> None:

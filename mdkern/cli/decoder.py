@@ -24,18 +24,24 @@ EXPLAINED = {
 }
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> None:
+def add_decoding(parser: argparse.ArgumentParser, decoder: str = "ancestral", blocks: str = "none") -> None:
+    """`decoder`: the default; `blocks`: what the help says about the default of the block length."""
     group = parser.add_argument_group("how it is written")
     group.add_argument(
         "--decoder",
         metavar="NAME[:KEY=VALUE,...]",
-        default="ancestral",
+        default=decoder,
         help="which positions are revealed at a step, e.g. threshold:threshold=0.9 or remdm:kind=cap,eta=0.01; a "
         "wrong name is answered with all that there are. position_aware:frequency=FILE takes the tokens' frequencies "
         "from a text file, genmd4:exponents=FILE numbers, which may also be given as in genmd4:exponents=[2,1,0.5] "
-        "(default: ancestral)",
+        f"(default: {decoder})",
     )
-    group.add_argument("--block-length", metavar="N", type=positive, help="reveal in blocks of N from left to right")
+    group.add_argument(
+        "--block-length",
+        metavar="N",
+        type=positive,
+        help=f"reveal in blocks of N from left to right (default: {blocks})",
+    )
     group.add_argument("--steps-per-block", metavar="T", type=positive, help="steps for each block, instead of --steps")
     group.add_argument(
         "--cache",

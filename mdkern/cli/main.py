@@ -1,4 +1,4 @@
-"""The command line: ``mdkern sample``, ``profile``, ``evaluate``, ``importance``, ``search``.
+"""The command line: ``mdkern sample``, ``chat``, ``profile``, ``evaluate``, ``importance``, ``search``.
 
 Results go to standard output, everything else to standard error.
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mdkern import __version__
+from mdkern.cli.chat import add_chat
 from mdkern.cli.common import discard_stdout, one_line
 from mdkern.cli.evaluate import add_evaluate
 from mdkern.cli.importance import add_importance
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"mdkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_sample(commands)
+    add_chat(commands)
     add_profile(commands)
     add_evaluate(commands)
     add_importance(commands)

@@ -86,8 +86,21 @@ def all_start_ids(prompts: Sequence[str], tokenizer: Any, mask_id: int, length: 
     return torch.cat(rows)
 
 
-def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, longest: int) -> Tensor:
-    """The prompt's tokens, and mask ids for its placeholders and for what follows: int64 ``[1, L]``."""
+def in_conversation(prompts: Sequence[str], tokenizer: Any, system: str | None) -> list[str]:
+    """Each prompt as a user's turn in the tokenizer's chat template, after the system's turn if there is one."""
+    from mdkern.models.tokenizers import chat_text
+
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [chat_text(tokenizer, [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def start_ids(
+    prompt: str, tokenizer: Any, mask_id: int, length: int | None, longest: int, new_tokens: int | None = None
+) -> Tensor:
+    """The prompt's tokens, and mask ids for its placeholders and for what follows: int64 ``[1, L]``.
+
+    `new_tokens`: length of what follows, where there is no `length`.
+    """
     import torch
 
     if length is not None and length > longest:
@@ -100,6 +113,13 @@ def start_ids(prompt: str, tokenizer: Any, mask_id: int, length: int | None, lon
             raise ValueError(f"the prompt's [MASK:{piece}] goes beyond the {longest} positions of the models")
         else:
             ids += [mask_id] * int(piece)
+    if new_tokens is not None:
+        length = len(ids) + new_tokens
+        if length > longest:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and --new-tokens {new_tokens} are more than the {longest} positions of"
+                " the models: lower --new-tokens, or shorten the prompt"
+            )
     most = length or longest
     if len(ids) > most:
         raise ValueError(

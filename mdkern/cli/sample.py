@@ -21,7 +21,15 @@ from mdkern.cli.common import (
     unicode_text,
 )
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
-from mdkern.cli.prompt import LIGHT_SHARE, all_start_ids, choose_schedule, read_prompt, read_prompts, start_ids
+from mdkern.cli.prompt import (
+    LIGHT_SHARE,
+    all_start_ids,
+    choose_schedule,
+    in_conversation,
+    read_prompt,
+    read_prompts,
+    start_ids,
+)
 from mdkern.cli.records import SampleFile, holds_samples, partial_path
 from mdkern.cli.report import Job, Printer, decode_texts, response_records, sample_records, summary, without_texts
 
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from mdkern.output import SampleOutput
     from mdkern.ranks import Ranks
 
+ANSWER = 128  # tokens of an answer with --chat
 EXAMPLES = """\
 examples:
   mdkern sample --prompt "Once upon a time" --length 32 --seed 0 --quiet
@@ -40,6 +49,7 @@ examples:
   mdkern sample --num-samples 1000 --output texts.jsonl --resume   the rest of them, after an interrupt
   mdkern sample --prompts questions.jsonl --stop-at-eos --output pairs.jsonl   a response to each prompt of a file
   mdkern sample --heavy big/ --light small/ --tokenizer tokenizer.json --schedule "L32 H192 L32"
+  mdkern sample --model instruct/ --chat --prompt "Why is the sky blue?" --decoder threshold --block-length 32
   torchrun --nproc-per-node 2 -m mdkern sample --num-samples 64    the samples shared out over two GPUs
 """
 
@@ -86,6 +96,20 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="many prompts, a sample each: JSON lines with `prompt`. Records then have the prompt and the `response`, "
         "as training.finetune reads them",
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a question, in the tokenizer's chat template; print the answer",
+    )
+    group.add_argument(
+        "--system", metavar="TEXT", type=unicode_text, help="with --chat: what comes before the question"
+    )
+    group.add_argument(
+        "--new-tokens",
+        metavar="N",
+        type=positive,
+        help=f"instead of --length: tokens after the prompt (default with --chat: {ANSWER}, or what fits)",
     )
     group.add_argument("--temperature", metavar="X", type=float, default=1.0, help="0 is greedy (default: 1)")
     group.add_argument("--seed", metavar="S", type=int, help="whole number (default: a new one, told at the end)")
@@ -183,6 +207,13 @@ def check_options(arguments: argparse.Namespace) -> None:
         taken = [name for name, value in others.items() if value is not None]
         if taken or arguments.num_samples != 1:
             raise ValueError(f"{taken[0] if taken else '--num-samples'} does not go with --prompts, a sample a prompt")
+    if arguments.chat and arguments.prompts is None and arguments.prompt is None and arguments.prompt_file is None:
+        raise ValueError("--chat needs --prompt, --prompt-file or --prompts, the question; mdkern chat asks for it")
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system goes with --chat")
+    if arguments.new_tokens is not None and (arguments.length is not None or arguments.prompts is not None):
+        other = "--length" if arguments.length is not None else "--prompts, whose texts have one --length"
+        raise ValueError(f"--new-tokens does not go with {other}")
     if arguments.trace_title is not None and arguments.trace is None:
         raise ValueError("--trace-title goes with --trace")
     if arguments.history and arguments.output is None:
@@ -213,12 +244,18 @@ def prepare(arguments: argparse.Namespace) -> Job:
         arguments.num_samples = len(prompts)
     make_decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
+    if arguments.chat:
+        prompts = in_conversation(prompts, tokenizer, arguments.system)
+        arguments.stop_at_eos = True
     schedule = choose_schedule(arguments.schedule, tuple(models))
     first = next(iter(models.values()))
-    longest = longest_of(models.values(), arguments.length)
-    many = arguments.prompts is not None
+    many, new_tokens = arguments.prompts is not None, arguments.new_tokens
+    longest = longest_of(models.values(), arguments.length, new_tokens)
     where = tokenizer, first.mask_id, arguments.length, longest
-    ids = all_start_ids(prompts, *where) if many else start_ids(prompts[0], *where)
+    if arguments.chat and not many and arguments.length is None and new_tokens is None:
+        room = longest - len(tokenizer.encode(prompts[0], add_special_tokens=False))
+        new_tokens = max(1, min(ANSWER, room))
+    ids = all_start_ids(prompts, *where) if many else start_ids(prompts[0], *where, new_tokens)
     decoder = make_decoder(tokenizer, first.vocab_size)
     used = {name: models[name] for name in schedule.models if name in models}
     block_length, causal = resolve_blocks(arguments.block_length, used, None)
@@ -289,7 +326,10 @@ class Receiver:
 
     def take(self, output: SampleOutput) -> None:
         assert output.sample_ids is not None
-        texts = decode_texts(output, self.job.tokenizer, self.arguments.stop_at_eos)
+        if self.arguments.chat:
+            texts = output.decode(self.job.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        else:
+            texts = decode_texts(output, self.job.tokenizer, self.arguments.stop_at_eos)
         self.printer.show(output.sample_ids.tolist(), texts)
         if self.file is not None:
             history = output.history if self.arguments.history else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.models.weight_files import PathLike, find_local, plain_file, read_json
+from mdkern.models.weight_files import CONFIG_FILE, PathLike, find_local, plain_file, read_json
 
 if TYPE_CHECKING:
     from mdkern.models.denoiser import Denoiser
@@ -42,7 +43,8 @@ def load_tokenizer(name_or_path: PathLike, trust_remote_code: bool = False, **op
                 "it needs code of its own, which is not run: save it as a fast one, a tokenizer.json, or read the code"
                 " and allow it by trust_remote_code=True (--trust-remote-code)"
             )
-        if code:
+        ours = (local / CONFIG_FILE).exists() and not read_json(local / CONFIG_FILE).get("architectures")
+        if code or (ours and (local / "tokenizer.json").exists()):  # beside a config that transformers does not know
             return PreTrainedTokenizerFast.from_pretrained(str(name_or_path), local_files_only=True)
         options["local_files_only"] = True
     return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **options)
@@ -77,6 +79,26 @@ def end_of_turn(tokenizer: Any) -> int | None:
     specials = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     found = [number for number, token in specials.items() if after.strip().startswith(token)]
     return max(found, key=lambda number: len(specials[number]), default=None) if answered else None
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the tokenizer's chat template, up to where the next answer begins.
+
+    Args:
+        messages: each with ``role`` (``"system"``, ``"user"``, ``"assistant"``) and ``content``.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so that its model was not made for conversations: continue texts with"
+            " mdkern sample --prompt, or give an instruct model"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program
+        raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
 
 def check_tokenizer(
