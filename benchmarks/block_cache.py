@@ -4,8 +4,9 @@
     python -m benchmarks.block_cache FOLDER --tiny       # small models on a CPU, to try it out
 
 Weights are random, so that texts mean nothing; the passes are what they would be. Every block takes the same number of
-steps. Tokens a second count the tokens that are written, and all passes. The last part times single passes over windows
-of one block, of two (which would commit a block and begin the next), and of many (a prompt at once).
+steps. Tokens a second count the tokens that are written, and all passes. The cache is run with windows of one, two and
+four blocks (`mdkern.engine.block_cached.FREE_COLUMNS` chooses between them); the last part times single passes over
+windows of more columns.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import mdkern
 from benchmarks.harness import GpuTimer, compare_on_host, environment, host_environment
 from mdkern import Denoiser, DiT, DiTConfig
+from mdkern.engine import block_cached
 from mdkern.files import write_whole
 
 STEPS_PER_BLOCK = 8
@@ -38,7 +41,7 @@ class Case:
     batch: int
     length: int
     prompt: int
-    caches: tuple[str, ...] = ("none", "block")
+    windows: tuple[int, ...] = (0, 1, 2, 4)  # blocks that a pass runs; 0: whole sequences
     rounds: int = 3
 
 
@@ -84,13 +87,13 @@ MODELS: dict[str, Callable[[], Denoiser]] = {
 CASES = [
     *(Case("DiT 12 x 768", batch, 1024, 100) for batch in (1, 8)),
     *(Case("SDAR-4B's shape", batch, 1024, 896) for batch in (1, 8)),
-    *(Case("SDAR-4B's shape", batch, 1024, 128, ("block",)) for batch in (1, 8)),
+    *(Case("SDAR-4B's shape", batch, 1024, 128, (1, 2, 4), 1) for batch in (1, 8)),
 ]
 TINY_MODELS: dict[str, Callable[[], Denoiser]] = {
     "DiT 2 x 64": partial(dit, 2, 64, 128, 8, 64, "cpu"),
     "Qwen3 2 x 64": partial(qwen3, SMALL, 8, "cpu"),
 }
-TINY_CASES = [Case(model, batch, 64, 20, rounds=1) for model in TINY_MODELS for batch in (1, 3)]
+TINY_CASES = [Case(model, batch, 64, 20, (0, 1, 2), 1) for model in TINY_MODELS for batch in (1, 3)]
 
 
 def prompts(denoiser: Denoiser, case: Case) -> torch.Tensor:
@@ -103,7 +106,7 @@ def prompts(denoiser: Denoiser, case: Case) -> torch.Tensor:
 
 
 def run(denoiser: Denoiser, case: Case) -> dict[str, Any]:
-    """Seconds, tokens a second, passes and peak memory, by cache; the runs take turns."""
+    """Seconds, tokens a second, passes and peak memory, by blocks of a pass; the runs take turns."""
     on_gpu = denoiser.device.type == "cuda"
     options: dict[str, Any] = {
         "input_ids": prompts(denoiser, case),
@@ -114,29 +117,34 @@ def run(denoiser: Denoiser, case: Case) -> dict[str, Any]:
         "progress": False,
         "seed": 0,
     }
-    seconds: dict[str, list[float]] = {cache: [] for cache in case.caches}
-    found: dict[str, Any] = {cache: {} for cache in case.caches}
+    seconds: dict[int, list[float]] = {blocks: [] for blocks in case.windows}
+    found: dict[int, Any] = {blocks: {} for blocks in case.windows}
     for turn in range(case.rounds + 1):  # the first one captures and compiles
-        for cache in case.caches:
+        for blocks in case.windows:
             if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            out = mdkern.sample(denoiser, cache=cache, **options)
+            with patch.object(block_cached, "blocks_of_window", lambda _, blocks=blocks: blocks):
+                out = mdkern.sample(denoiser, cache="block" if blocks else "none", **options)
             if on_gpu:
                 torch.cuda.synchronize()
-                found[cache]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                found[blocks]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if turn:
-                seconds[cache].append(time.perf_counter() - began)
+                seconds[blocks].append(time.perf_counter() - began)
             assert out.nfe is not None
             assert out.sequences is not None
             commits = 0 if out.commits is None else int(out.commits["H"][0])
-            found[cache] |= {"passes": int(out.nfe["H"][0]), "commits": commits, "ids": out.sequences.cpu()}
-    texts = [found[cache].pop("ids") for cache in case.caches]
-    written = case.batch * (case.length - case.prompt)
-    for cache in case.caches:
-        found[cache] |= {"seconds": seconds[cache], "tokens_per_second": written / min(seconds[cache])}
-    return asdict(case) | {"by_cache": found, "same_tokens": float((texts[0] == texts[-1]).double().mean())}
+            found[blocks] |= {"passes": int(out.nfe["H"][0]), "commits": commits, "ids": out.sequences.cpu()}
+    texts = {blocks: found[blocks].pop("ids") for blocks in case.windows}
+    written, first = case.batch * (case.length - case.prompt), texts[case.windows[0]]
+    for blocks in case.windows:
+        found[blocks] |= {
+            "seconds": seconds[blocks],
+            "tokens_per_second": written / min(seconds[blocks]),
+            "same_tokens": float((texts[blocks] == first).double().mean()),
+        }
+    return asdict(case) | {"by_window": found}
 
 
 def passes(denoiser: Denoiser, batch: int, length: int, widths: Sequence[int]) -> dict[str, Any]:
@@ -199,12 +207,13 @@ def measure(folder: Path, tiny: bool) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """What was measured, for a person."""
-    lines = ["model             batch prompt cache  passes commits  seconds  tokens/s   GB"]
+    lines = ["model             batch prompt blocks passes commits  seconds  tokens/s    GB  same"]
     for row in content["sampling"]:
-        for cache, kept in row["by_cache"].items():
+        for blocks, kept in row["by_window"].items():
             lines.append(
-                f"{row['model']:17} {row['batch']:5} {row['prompt']:6} {cache:6} {kept['passes']:6} {kept['commits']:7}"
-                f" {min(kept['seconds']):8.3f} {kept['tokens_per_second']:9.0f} {kept.get('peak_gb', 0.0):5.1f}"
+                f"{row['model']:17} {row['batch']:5} {row['prompt']:6} {blocks or 'all':>6} {kept['passes']:6}"
+                f" {kept['commits']:7} {min(kept['seconds']):8.3f} {kept['tokens_per_second']:9.0f}"
+                f" {kept.get('peak_gb', 0.0):5.1f} {kept['same_tokens']:5.3f}"
             )
     for row in content["passes"]:
         times = ", ".join(f"{width}: {value:.3f}" for width, value in row["milliseconds"].items())

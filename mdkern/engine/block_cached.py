@@ -1,14 +1,14 @@
 """Decoding of block-causal models with a KV cache that is exact: no block sees those after it.
 
-Keys and values of a finished block depend on its tokens and the blocks before it, so that they are computed once. Each
-step runs one block of each slot. If the keys and values of an earlier one are not yet final, because it has just been
-finished or belongs to the prompt, the step is a *commit*: it runs that block with its tokens and reveals nothing. Else
-it decodes. (Those that the last decoding step left are not final: its input still had masks.) All steps have one shape
-and slots need not wait for each other, so that one graph runs a segment. A change of model, or of a slot's sequence,
-begins with the first block.
+Keys and values of a finished block depend on its tokens and the blocks before it, so that they are computed once. Those
+that the last decoding step left are not final: its input still had masks. Each step runs a window of ``n`` blocks of
+each slot, from the first block whose keys and values are not final, and makes those final that it runs with all their
+tokens. If the block to be decoded is in the window, the step decodes it; else it is a *commit*, which reveals nothing.
+All steps have one shape and slots need not wait for each other, so that one graph runs a segment. A change of model, or
+of a slot's sequence, begins with the first block.
 
 The tokens are those of decoding without a cache, to rounding. A sequence with P tokens given before its first mask and
-n blocks to write takes ``P // B + n - 1`` commits.
+m blocks to write takes ``P // B // n`` commits, and with n = 1 another m - 1.
 """
 
 from __future__ import annotations
@@ -29,10 +29,24 @@ from mdkern.engine.stepwise import SegmentRun, decode_tick, run_segment
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
+FREE_COLUMNS = 64  # a pass over so many columns takes no longer on a GPU than one over fewer: it waits for the weights
+
 
 def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts) -> None:
-    """Run a segment's steps, each a pass over one block of each sequence."""
-    run_segment(segment, bar, drafts, "block", partial(block_tick, cache=keys_and_values(segment)))
+    """Run a segment's steps, each a pass over one block of each sequence, or over a few."""
+    blocks = blocks_of_window(segment)
+    tick = partial(block_tick, cache=keys_and_values(segment), blocks=blocks)
+    run_segment(segment, bar, drafts, f"{blocks} blocks", tick)
+
+
+def blocks_of_window(segment: SegmentRun) -> int:
+    """Number of blocks that a step runs: as many as cost nothing on a GPU, where batches and blocks are small."""
+    block_length, state = segment.settings.block_length, segment.state
+    assert block_length is not None
+    if not state.input_ids.is_cuda:
+        return 1
+    rows = len(segment.progress.slot) * (2 if segment.settings.guidance_scale else 1)
+    return max(1, min(FREE_COLUMNS // (rows * block_length), -(-state.input_ids.shape[1] // block_length)))
 
 
 def block_tick(
@@ -43,24 +57,28 @@ def block_tick(
     progress: Progress,
     model: int,
     cache: Tensor,
+    blocks: int = 1,
 ) -> None:
-    """`decode_tick`, in which a slot with an earlier block to commit has no work; its pass runs that block."""
-    assert settings.block_length is not None
+    """`decode_tick` over windows of `blocks` blocks, in which a slot that only commits has no work."""
+    length = settings.block_length
+    assert length is not None
     sequence, none = progress.slot.clone(), len(progress.start) - 1
-    first = progress.start[sequence] + progress.block[sequence] * settings.block_length
-    commits = progress.kept[sequence] < first
-    first = torch.minimum(first, progress.kept[sequence])
+    kept, first = progress.kept[sequence], progress.start[sequence] + progress.block[sequence] * length
+    behind = (first - kept).clamp(min=0)  # columns that are to be made final before the block
+    commits = behind >= blocks * length
     progress.slot.copy_(torch.where(commits, none, sequence))
 
     def forward(
         denoiser: Denoiser, settings: Settings, state: SamplerState, progress: Progress, slots: Slots
     ) -> Tensor:
-        run = replace(slots, sequence=sequence, ids=state.input_ids[sequence], column=first[:, None])
-        return windows(denoiser, settings, state, progress, run, cache, settings.block_length)
+        column = torch.minimum(first, kept)[:, None]
+        run = replace(slots, sequence=sequence, ids=state.input_ids[sequence], column=column)
+        offset = None if blocks == 1 else behind.clamp(max=(blocks - 1) * length)
+        return windows(denoiser, settings, state, progress, run, cache, blocks * length, offset)
 
     decode_tick(denoiser, head, settings, state, progress, model, forward)
     progress.slot.copy_(torch.where(commits, sequence, progress.slot))
-    progress.kept.index_add_(0, sequence, commits.long() * settings.block_length)
+    progress.kept.index_add_(0, sequence, behind.clamp(max=blocks * length))
     progress.nfe[model].index_add_(0, sequence, commits.long())
     progress.commits[model].index_add_(0, sequence, commits.long())
     progress.count_slots()

@@ -148,8 +148,12 @@ def windows(
     slots: Slots,
     cache: Tensor,
     window: int | None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the windows."""
+    """Hidden states of the slots' blocks, ``[B, R, D]``, from a pass of the windows.
+
+    `offset`, int64 ``[B]``, is the entry of its window at which each slot's block begins; None: 0.
+    """
     ids, columns, positions, soft = slots.ids, None, slots.column, slots.column
     given = state.given[slots.sequence] if settings.guidance_scale else None
     if window is not None:
@@ -157,8 +161,11 @@ def windows(
         columns = (slots.column[:, :1] + torch.arange(window, device=device)).clamp(max=length)
         inside = columns.clamp(max=length - 1)
         ids, given = ids.gather(1, inside), None if given is None else given.gather(1, inside)
-        soft = inside[:, : slots.view.ids.shape[1]]
         positions = torch.arange(slots.view.ids.shape[1], device=device).expand_as(slots.view.ids)
+        soft = inside[:, : positions.shape[1]]
+        if offset is not None:
+            positions = offset[:, None] + positions
+            soft = inside.gather(1, positions)
     return guided_hidden(
         Windowed(softened(denoiser, settings, progress, slots.sequence, soft), cache, columns),
         settings.guidance_scale,

@@ -18,9 +18,11 @@ def test_it_runs_and_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.Mon
     assert block_cache.main([str(tmp_path), "--tiny"]) == 1
     kept = json.loads((tmp_path / "block-cache.json").read_text())
     (row,) = kept["sampling"]
-    assert row["same_tokens"] == 1.0
-    assert row["by_cache"]["none"]["passes"] == row["by_cache"]["block"]["passes"] - row["by_cache"]["block"]["commits"]
-    assert row["by_cache"]["block"]["commits"] == 7  # 2 blocks of the prompt, and 5 of the 6 that are written
+    ways = row["by_window"]
+    assert all(way["same_tokens"] == 1.0 for way in ways.values())
+    assert len({way["passes"] - way["commits"] for way in ways.values()}) == 1
+    # 2 blocks of the prompt, and 5 of the 6 that are written; those 2 in one pass, and none.
+    assert {blocks: way["commits"] for blocks, way in ways.items()} == {"0": 0, "1": 7, "2": 1}
     assert len(kept["passes"]) == 2
     content = block_cache.measure(tmp_path, tiny=True)
     assert content["failed"] == ["broken"]

@@ -262,6 +262,26 @@ class TestCache:
         assert_same(out, draw(MODELS, schedule, **options))
         assert {name: count.tolist() for name, count in out.commits.items()} == {"H": [2], "L": [3]}
 
+    @pytest.mark.parametrize("blocks", [2, 3, 5])
+    @pytest.mark.parametrize("name", ["threshold", "top probability", "edit", "soft inputs"])
+    def test_windows_of_several_blocks(self, name: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a GPU: finished blocks ride along with the pass that begins the next, prompts take fewer passes."""
+        monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: blocks)
+        ids = prompts((0, 1, 3, 4, 9, 13, 16, 18), 23)
+        ids[1, 4:8] = torch.tensor([3, 1, 4, 1])  # after the first block, two are to be committed
+        options = {"input_ids": ids, "decoder": CACHED[name], "temperature": 0.0, "return_history": True}
+        plain, out = (draw(cache=cache, **options) for cache in ("none", "block"))
+        assert_same(out, plain)
+        assert out.commits["H"].tolist() == [finished // blocks for finished in (0, 2, 0, 1, 2, 3, 4, 4)]
+        assert_same(draw(MODELS, TWO, cache="block", **options), draw(MODELS, TWO, **options))
+
+    def test_windows_of_several_blocks_with_padding_and_guidance(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: 2)
+        ids = torch.nn.functional.pad(prompts(), (8, 1), value=3)
+        mask = torch.nn.functional.pad(torch.ones_like(prompts()), (8, 1))
+        options = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 1.5, "return_history": True}
+        assert_same(draw(cache="block", **options), draw(**options))
+
     def test_a_pass_runs_one_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
         denoiser = mdkern.adapt(HEAVY)
@@ -336,7 +356,8 @@ class TestGpu:
         assert not bool((out.sequences == 69).any())
         assert sum(out.commits.values()).tolist() == sum(self.draw(cache="block").commits.values()).tolist()
 
-    def test_no_host_synchronisation_in_a_step(self) -> None:
+    @pytest.mark.parametrize("blocks", [1, 2])
+    def test_no_host_synchronisation_in_a_step(self, blocks: int) -> None:
         model = random_dit(0, num_blocks=2, **ON_GPU).to("cuda")
         ids = torch.full((4, 44), 69, device="cuda")
         ids[1:, :19] = 5
@@ -353,9 +374,9 @@ class TestGpu:
                     torch.cuda.synchronize()
                     torch.cuda.set_sync_debug_mode("error")
                 try:
-                    block_cached.block_tick(denoiser, denoiser.head, settings, state, progress, 0, cache)
+                    block_cached.block_tick(denoiser, denoiser.head, settings, state, progress, 0, cache, blocks)
                 finally:
                     if turn == 3:
                         torch.cuda.set_sync_debug_mode("default")
-        assert progress.commits[0, 1:4].tolist() == [2] * 3
+        assert progress.commits[0, 1:4].tolist() == [2 // blocks] * 3
         assert int((state.input_ids[:4] != 69).sum()) > 3 * 19

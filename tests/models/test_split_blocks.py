@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mdkern
 from mdkern import adapt, decoders
+from mdkern.engine import block_cached
 from tests.problems.hf_models import BLOCK_CAUSAL, LONGEST, MASK, WORDS, BlockCausalModel, adapted, bert, llada, llama
 from tests.references.slow_sampler import decode
 
@@ -91,6 +92,13 @@ class TestSample:
         assert torch.equal(out.history.step, plain.history.step)
         assert torch.equal(out.nfe["H"] - out.commits["H"], plain.nfe["H"])
         assert out.commits["H"].tolist() == [3] * 5
+
+    def test_windows_of_several_blocks(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: 2)
+        plain, out = (draw(DENOISERS[name], cache=cache) for cache in ("none", "block"))
+        assert torch.equal(out.sequences, plain.sequences)
+        assert torch.equal(out.nfe["H"] - out.commits["H"], plain.nfe["H"])
+        assert out.commits["H"].tolist() == [prompt // BLOCK // 2 for prompt in (0, 3, 4, 9, 12)]
 
     @pytest.mark.parametrize("cache", ["none", "block"])
     def test_the_slow_loops_sequences(self, name: str, cache: str) -> None:
