@@ -182,7 +182,7 @@ def train_order(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        bounds.append(float((sums[0] + sums[1]).mean() / 2))
+        bounds.append(float((sums[0] + sums[1]).detach().mean() / 2))
     facts |= {"kind": ORDER, "block_length": block_length}
     policy = as_policy(networks.policy, networks.mean, networks.deviation, **facts)
     return policy, bounds
