@@ -34,7 +34,7 @@ from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import PREPARED, Head
-from mdkern.models.fingerprint import describe, fingerprint
+from mdkern.models.fingerprint import Mark, describe, fingerprint
 from mdkern.models.sharded import ShardedDenoiser
 
 __all__ = ["clear", "held"]
@@ -77,7 +77,7 @@ class Workspace:
     used: set[Hashable] = field(default_factory=set)  # keys of the parts that the current or the last call used
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
     sizes: set[int] = field(default_factory=set)  # sizes of the tick buffers, see `round_up`
-    marks: dict[int, Hashable] = field(default_factory=dict)  # `mark_of` of this call's prepared denoisers
+    marks: dict[int, Mark | None] = field(default_factory=dict)  # `mark_of` of this call's prepared denoisers
     pool: Any = None  # memory that the graphs share, as they never run at the same time
 
     def forget_the_dead(self) -> None:
@@ -149,7 +149,8 @@ class Workspace:
         model = model_of(denoiser)
         loop_while = None if denoiser.head.shard is not None else loop_while
         if id(denoiser) not in self.marks:
-            self.marks[id(denoiser)] = mark_of(denoiser)
+            content = mark_of(denoiser)
+            self.marks[id(denoiser)] = None if content is None else Mark(content)
         mark = self.marks[id(denoiser)]
         if (id(model), mark) in _refused:
             return None

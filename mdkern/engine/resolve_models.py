@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device, ids_of
 from mdkern.schedule import NAME, Schedule
+
+FINITE = WeakTensorKeyDictionary()  # weights that were found finite, and their `version_of` then
+UNKNOWN: tuple[int, ...] = ()
 
 
 def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
@@ -99,13 +103,31 @@ def open_ids(denoiser: Denoiser) -> list[int]:
 
 
 def not_finite(denoiser: Denoiser) -> list[str]:
-    """Names of the weights that hold a NaN or an infinity. One synchronisation for all weights."""
-    weights = dict(denoiser.named_weights())
-    largest = [size for weight in weights.values() if (size := largest_entry(weight, denoiser.device)) is not None]
-    if not largest or bool(torch.stack(largest).isfinite().all()):
-        return []
-    sizes = ((name, largest_entry(weight, denoiser.device)) for name, weight in weights.items())
-    return [name for name, size in sizes if size is not None and not bool(size.isfinite())]
+    """Names of the weights that hold a NaN or an infinity. One synchronisation for all weights.
+
+    Weights of billions of parameters take milliseconds to read, so those that were finite are not read again while
+    PyTorch counts no change of them. It does not count changes through ``.data``; the passes then notice.
+    """
+    weights = {name: weight for name, weight in denoiser.named_weights() if not known_finite(weight)}
+    sizes = {name: largest_entry(weight, denoiser.device) for name, weight in weights.items()}
+    largest = [size for size in sizes.values() if size is not None]
+    if largest and not bool(torch.stack(largest).isfinite().all()):
+        return [name for name, size in sizes.items() if size is not None and not bool(size.isfinite())]
+    FINITE.update({weight: version for weight in weights.values() if (version := version_of(weight)) != UNKNOWN})
+    return []
+
+
+def known_finite(weight: Tensor) -> bool:
+    found: tuple[int, ...] = FINITE.get(weight, UNKNOWN)
+    return found != UNKNOWN and found == version_of(weight)
+
+
+def version_of(weight: Tensor) -> tuple[int, ...]:
+    """Changes with every change of a tensor that PyTorch counts."""
+    try:
+        return weight.data_ptr(), weight._version
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # inference tensors, other libraries' tensors
+        return UNKNOWN
 
 
 def largest_entry(weight: Tensor, device: torch.device) -> Tensor | None:

@@ -10,6 +10,24 @@ from torch import Tensor, nn
 
 from mdkern.models.denoiser import Denoiser, Head
 
+PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
+
+
+class Mark:
+    """A hashable thing as a key of dictionaries that is asked for often: its hash is computed once.
+
+    That of a fingerprint takes as long as a kernel, as Python does not keep the hashes of tuples.
+    """
+
+    def __init__(self, content: Hashable) -> None:
+        self.content, self.hash = content, hash(content)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Mark) and self.hash == other.hash and self.content == other.content)
+
 
 def fingerprint(model: Any) -> Hashable:
     """What a captured graph assumes not to change in a model: addresses of tensors, settings, and its modules.
@@ -35,17 +53,20 @@ def fingerprint(model: Any) -> Hashable:
 
 
 def describe(value: Any) -> Hashable:
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
     if isinstance(value, Tensor):
         try:
             return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
         except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse tensors, and other libraries' ones
             return id(value)
-    if isinstance(value, dict):
-        return tuple((key, describe(item)) for key, item in value.items())
+    if isinstance(value, dict):  # most are the empty ones of modules
+        return tuple([(key, describe(item)) for key, item in value.items()]) if value else ()
     if isinstance(value, list | tuple | set | frozenset):
-        return tuple(describe(item) for item in value)
+        return tuple([describe(item) for item in value])
     if isinstance(value, Head):
         return describe(vars(value))
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return type(value), value
+    if isinstance(value, bool | int | float | str):  # of a subclass
+        return kind, value
     return id(value)

@@ -691,3 +691,16 @@ def test_logits_that_allow_nothing_are_an_error(models: Models) -> None:
         denoiser = adapt(lambda ids: torch.full((*ids.shape, VOCAB), -torch.inf), vocab_size=VOCAB, mask_id=MASK)
     with pytest.raises(FloatingPointError, match="forbade every id"):
         sample(denoiser, **GOOD)
+
+
+def test_weights_that_were_finite_are_looked_at_again_when_they_change() -> None:
+    denoiser = CountingDenoiser()
+    weight = denoiser.head.weight
+    assert weight is not None
+    for change in (lambda: weight[2].fill_(torch.nan), lambda: setattr(weight, "data", weight / 0)):
+        weight.zero_()
+        sample(denoiser, **GOOD)
+        change()
+        with pytest.raises(ValueError, match="NaN or infinite weights in head.weight"):
+            sample(denoiser, **GOOD)
+        weight.data = torch.zeros_like(weight)
