@@ -24,7 +24,7 @@ from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState, TickBuffer, Timings
-from mdkern.models.fingerprint import fingerprint
+from mdkern.models.fingerprint import Mark, fingerprint
 from tests.conftest import random_dit
 from tests.test_sampling import OPEN
 
@@ -41,6 +41,13 @@ class TestFingerprint:
         with torch.no_grad():
             model.head_bias += 1.0
         assert fingerprint(model) == before
+
+    def test_a_mark_is_as_equal_as_its_content(self) -> None:
+        """Also to one with the same hash, as -1 and -2 have in Python."""
+        known = {Mark((1, "a", -1)): "first"}
+        assert known.get(Mark((1, "a", -1))) == "first"
+        assert Mark((1, "a", -2)) not in known
+        assert hash(Mark((1, "a", -2))) == hash(Mark((1, "a", -1)))
 
     @pytest.mark.parametrize(
         "change",
