@@ -385,9 +385,16 @@ class DiT(nn.Module):
         return blocks + conditioning + 2 * rows * width * self.config.padded_vocab_size
 
 
-def attention_priority(device: torch.device) -> AbstractContextManager[None]:
+def attention_priority(device: torch.device, divide_keys: bool = False) -> AbstractContextManager[None]:
     """A context in which SDPA tries its backends in the order of their speed on this card. On CPUs, and when compiling,
-    PyTorch's order stays."""
+    PyTorch's order stays.
+
+    Args:
+        divide_keys: first the backend that gives parts of one query's keys to several multiprocessors.
+    """
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
-    return sdpa_kernel(HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:], set_priority=True)
+    order = HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:]
+    return sdpa_kernel(
+        sorted(order, key=SDPBackend.FLASH_ATTENTION.__ne__) if divide_keys else order, set_priority=True
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone import place_heads, rms_norm, swiglu
+from mdkern.kernels.backbone import place_heads, rms_norm, skinny, swiglu
 from tests.problems.backbone import HeadsCase, normal
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -40,6 +40,39 @@ def test_swiglu_by_definition() -> None:
     gate, up = normal(1, 3, 7), normal(2, 3, 7)
     want = [[float(g) / (1 + math.exp(-g)) * float(u) for g, u in zip(*rows)] for rows in zip(gate, up)]
     torch.testing.assert_close(swiglu.swiglu(gate, up), torch.tensor(want), **EXACT)
+
+
+def test_norm_adds_parts_by_definition() -> None:
+    x, parts, weight = normal(1, 5, 12), normal(2, 3, 5, 12), normal(3, 12)
+    stream = x.clone()
+    normed = rms_norm.rms_norm(stream, weight, 0.5, update=parts)
+    torch.testing.assert_close(stream, x + parts[0] + parts[1] + parts[2], **EXACT)
+    want = torch.tensor([rms_normed(row, weight, 0.5) for row in stream])
+    torch.testing.assert_close(normed, want, **EXACT)
+
+
+def product_by_definition(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    added = [0.0] * len(weight) if bias is None else bias.tolist()
+    return torch.tensor(
+        [
+            [math.fsum(map(math.prod, zip(row, column))) + b for column, b in zip(weight.tolist(), added)]
+            for row in x.tolist()
+        ]
+    )
+
+
+def test_skinny_products_by_definition() -> None:
+    x, weights, bias = normal(1, 3, 8), [normal(2, 5, 8), normal(3, 7, 8), normal(4, 5, 8)], normal(5, 7)
+    layers = [(weights[0], None), (weights[1], bias), (weights[2], None)]
+    want = [product_by_definition(x, *layer) for layer in layers]
+    for count in (1, 2, 3):
+        for got, expected in zip(skinny.skinny_linear(x, *layers[:count]), want[:count], strict=True):
+            torch.testing.assert_close(got, expected, **EXACT)
+    activated = want[0] / (1 + (-want[0]).exp()) * want[2]
+    torch.testing.assert_close(skinny.skinny_swiglu(x, layers[0], layers[2]), activated, **EXACT)
+    parts = skinny.skinny_parts(x, *layers[1])
+    assert parts.shape == (skinny.SPLITS, 3, 7)
+    torch.testing.assert_close(parts.sum(0), want[1], **EXACT)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -98,7 +131,11 @@ def test_the_operators_are_well_registered() -> None:
     check(rms_norm.rms_norm_operator, (x, weight, 0.1, x.clone()))
     check(rms_norm.rms_norm_operator, (x, weight, 0.1, None))
     check(rms_norm.gathered_rms_norm_operator, (x, index, weight, 0.1))
+    check(rms_norm.rms_norm_operator, (x, weight, 0.1, normal(4, 2, 6, 8)))
     check(swiglu.swiglu_operator, (x, x.clone()))
+    check(skinny.skinny_linear_operator, (x, normal(3, 4, 8), normal(4, 2, 8), None, None, normal(5, 2), None))
+    check(skinny.skinny_swiglu_operator, (x, normal(3, 4, 8), normal(4, 4, 8), None, normal(5, 4)))
+    check(skinny.skinny_parts_operator, (x, normal(3, 4, 8), normal(5, 4)))
     for where in ("in place", "kept at columns"):
         HeadsCase(2, 1, 8, True, where).run(lambda *arguments: check(place_heads.place_heads_operator, arguments))
 
@@ -110,8 +147,22 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         rms_norm.rms_norm(normal(1, 8, 6).T, weight, 0.1, update=x)
     with pytest.raises(ValueError, match="update"):
         rms_norm.rms_norm(x, weight, 0.1, update=x[:5])
+    with pytest.raises(ValueError, match="update"):
+        rms_norm.rms_norm(x, weight, 0.1, update=torch.zeros(2, 5, 8))
+    with pytest.raises(ValueError, match="parts of an update must be contiguous"):
+        rms_norm.rms_norm(x, weight, 0.1, update=torch.zeros(2, 8, 6).mT)
     with pytest.raises(ValueError, match="weight"):
         rms_norm.rms_norm(x, weight[:7], 0.1)
+    with pytest.raises(ValueError, match="one to three layers"):
+        skinny.skinny_linear(x)
+    with pytest.raises(ValueError, match="weight must be"):
+        skinny.skinny_linear(x, (x[:, :7], None))
+    with pytest.raises(ValueError, match="bias must be"):
+        skinny.skinny_swiglu(x, (x, weight), (x, weight[:6]))
+    with pytest.raises(ValueError, match="of one shape"):
+        skinny.skinny_swiglu(x, (x, None), (x[:4], None))
+    with pytest.raises(ValueError, match="7 numbers cannot be divided"):
+        skinny.skinny_parts(normal(1, 6, 7), normal(2, 3, 7))
     with pytest.raises(ValueError, match="row_index"):
         rms_norm.gathered_rms_norm(x, torch.rand(3), weight, 0.1)
     with pytest.raises(ValueError, match="up"):
@@ -155,6 +206,41 @@ def test_gpu_norm_and_swiglu_round_once(dtype: torch.dtype, rows: int, width: in
     assert relative_error(normed, exact) < 2 * relative_error(exact.to(dtype), exact)
     exact = swiglu.swiglu_reference(x.double(), update.double())
     assert relative_error(swiglu.swiglu(x, update), exact) < 1.1 * relative_error(exact.to(dtype), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 17, 32, 64])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gpu_skinny_products_round_once(dtype: torch.dtype, rows: int, biased: bool) -> None:
+    """Grouped heads, a product of the length of an MLP, and x as columns of a wider matrix."""
+
+    def layer(seed: int, columns: int, inner: int) -> tuple[Tensor, Tensor | None]:
+        weight = normal(seed, columns, inner, device="cuda") * inner**-0.5
+        return weight.to(dtype), normal(seed + 1, columns, dtype=dtype, device="cuda") if biased else None
+
+    def exact(x: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor:
+        return torch.nn.functional.linear(
+            x.double(), layer[0].double(), None if layer[1] is None else layer[1].double()
+        )
+
+    x = normal(1, rows, 2 * 3584, dtype=dtype, device="cuda")[:, 512 : 512 + 3584]
+    layers = layer(2, 3584, 3584), layer(4, 512, 3584), layer(6, 512, 3584)
+    assert skinny.runs_skinny(x, *(weight for weight, _ in layers))
+    for got, one in zip(skinny.skinny_linear(x, *layers), layers, strict=True):
+        want = exact(x, one)
+        assert relative_error(got, want) < 1.05 * relative_error(want.to(dtype), want)
+    gate, up = layer(8, 18944, 3584), layer(10, 18944, 3584)
+    want = torch.nn.functional.silu(exact(x, gate)) * exact(x, up)
+    activated = skinny.skinny_swiglu(x, gate, up)
+    assert relative_error(activated, want) < 1.05 * relative_error(want.to(dtype), want)
+    down = layer(12, 3584, 18944)
+    parts, want = skinny.skinny_parts(activated, *down), exact(activated, down)
+    assert relative_error(parts.double().sum(0), want) < 1e-5
+    stream = x.contiguous()
+    rms_norm.rms_norm(stream, layers[0][0][0], 1e-5, update=parts)
+    want = x.double() + want
+    assert relative_error(stream, want) < 1.05 * relative_error(want.to(dtype), want)
 
 
 @pytest.mark.gpu

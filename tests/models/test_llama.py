@@ -58,9 +58,10 @@ def model(request: pytest.FixtureRequest) -> Any:
     return FAMILIES[request.param]()
 
 
-@pytest.fixture
-def fused(model: Any, monkeypatch: pytest.MonkeyPatch) -> Denoiser:
-    """The model's denoiser, whose passes fail if the model's own forward runs."""
+@pytest.fixture(params=["many rows", "few rows"])
+def fused(model: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Denoiser:
+    """The model's denoiser, whose passes fail if the model's own forward runs; also as a GPU runs few rows."""
+    monkeypatch.setattr(llama_fused, "runs_skinny", lambda *_: request.param == "few rows")
     denoiser = adapted(model, shifted=False)
     assert denoiser.description == "split at its output layer, with its backbone run by mdkern's own passes"
     monkeypatch.setattr(SplitDenoiser, "run", lambda *_, **__: pytest.fail("the model's own forward ran"))

@@ -21,6 +21,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_skinny,
     triton_swiglu,
 )
 
@@ -76,12 +77,29 @@ def fold(capability: int) -> None:
     build(triton_folded_norm.fold_norm_kernel, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
 
 
-def rms_norm(capability: int, width: int, gathered: bool) -> None:
+def rms_norm(capability: int, width: int, gathered: bool, parts: int = 1) -> None:
     types = dict.fromkeys(("x", "weight", "stream", "normed"), "*bf16")
-    types |= {"row_index": "*i64"} if gathered else {"update": "*bf16"}
-    types |= {"table_rows": "i32", "x_stride": "i64", "update_stride": "i64", "eps": "fp32"}
-    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
+    types |= {"row_index": "*i64"} if gathered else {"update": "*fp32" if parts > 1 else "*bf16"}
+    types |= {"table_rows": "i32", "x_stride": "i64", "update_stride": "i64", "part_stride": "i64", "eps": "fp32"}
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "PARTS": parts}
     build(triton_rms_norm.rms_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
+
+
+def skinny(capability: int, tiling: triton_skinny.Tiling, rows: int, splits: int, weights: int, biased: bool) -> None:
+    """Three weights of the shapes of Qwen 2.5 7B, two for the MLP, one that is divided."""
+    names = ("first", "second", "third")[:weights]
+    types = dict.fromkeys(("x", *names), "*bf16") | {"rows": "i32", "x_stride": "i32"}
+    types |= {f"{name}_bias": "*bf16" for name in names} if biased else {}
+    types |= {"out": "*fp32" if splits > 1 else "*bf16"}
+    columns = {3: (3584, 512, 512), 2: (18944, 18944, 0), 1: (3584, 0, 0)}[weights]
+    constants = dict(zip(("FIRST", "SECOND", "THIRD"), columns)) | {"INNER": 3584, "GATED": weights == 2}
+    constants |= {"SPLITS": splits, "BLOCK_ROWS": rows, "BLOCK": tiling.columns, "BLOCK_INNER": tiling.inner}
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    built = build(triton_skinny.skinny_kernel, ASTSource, capability, types, constants, **options)
+    if capability == 90:  # the one on which it runs
+        assert built.metadata.shared <= 227 * 1024
+        assert "HGMMA" in built.asm["sass"]
+        assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
 
 
 def swiglu(capability: int) -> None:
@@ -153,6 +171,11 @@ def main() -> None:
         heads(capability)
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)
+        rms_norm(capability, 4096, gathered=False, parts=4)
+        for rows, linear_tiling in ((32, triton_skinny.FEW_LINEAR), (64, triton_skinny.LINEAR)):
+            skinny(capability, linear_tiling, rows, splits=1, weights=3, biased=rows == 32)
+            skinny(capability, triton_skinny.GATED, rows, splits=1, weights=2, biased=False)
+            skinny(capability, triton_skinny.PARTS, rows, splits=4, weights=1, biased=rows == 64)
         swiglu(capability)
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)

@@ -18,6 +18,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_skinny,
     triton_swiglu,
 )
 from mdkern.kernels.backbone.combine import combine_reference
@@ -26,6 +27,11 @@ from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modu
 from mdkern.kernels.backbone.place_heads import place_heads_reference
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
 from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
+from mdkern.kernels.backbone.skinny import (
+    skinny_linear_reference,
+    skinny_parts_reference,
+    skinny_swiglu_reference,
+)
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from tests.problems.backbone import HeadsCase, modulation, normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
@@ -158,6 +164,38 @@ def test_swiglu_is_the_references(columns: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         triton_swiglu.swiglu(gate, up), swiglu_reference(gate, up), rtol=precision, atol=precision
     )
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_rms_norm_adds_the_parts_of_an_update(parts: int) -> None:
+    update = normal(2, parts, 5, 100)
+    outcomes = []
+    for implementation in (rms_norm_reference, triton_rms_norm.rms_norm):
+        stream = normal(1, 5, 100).half()
+        outcomes.append((stream, implementation(stream, normal(3, 100), 0.1, update)))
+    for want, got in zip(*outcomes):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(outcomes[1][0], (normal(1, 5, 100).half() + update.sum(0)).half())
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64])
+@pytest.mark.parametrize("biased", [(False, False, False), (True, True, True), (False, True, False)])
+def test_skinny_products_are_the_references(rows: int, biased: tuple[bool, ...]) -> None:
+    """One, two and three layers of unequal size, of which all, none or some have a bias."""
+    x = normal(1, rows, 1024)[:, 256:768].half()
+    weights = [normal(2 + n, columns, 512, dtype=torch.float16) / 20 for n, columns in enumerate((128, 256, 128))]
+    biases = [normal(5 + n, len(w)).half() if has else None for n, (w, has) in enumerate(zip(weights, biased))]
+    same = [weights[0], weights[2]], [biases[0], biases[1][:128] if biased[1] else None]
+    for reference, kernel, arguments in (
+        (skinny_linear_reference, triton_skinny.skinny_linear, (*weights, *biases)),
+        (skinny_linear_reference, triton_skinny.skinny_linear, (*weights[:2], None, *biases[:2], None)),
+        (skinny_linear_reference, triton_skinny.skinny_linear, (weights[1], None, None, biases[1], None, None)),
+        (skinny_swiglu_reference, triton_skinny.skinny_swiglu, (*same[0], *same[1])),
+        (skinny_parts_reference, triton_skinny.skinny_parts, (weights[1], biases[1])),
+    ):
+        want, got = reference(x, *arguments), kernel(x, *arguments)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(32, 8, 16), (3, 1, 10), (9, 9, 2), (0, 4, 8), (5, 0, 8)])

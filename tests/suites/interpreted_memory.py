@@ -26,6 +26,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_skinny,
     triton_swiglu,
 )
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
@@ -177,7 +178,18 @@ class TestEveryEntryIsWritten:
         x, weight, index = normal(1, rows, 20), normal(2, 20), torch.arange(-1, rows - 1)
         assert not is_poisoned(triton_rms_norm.rms_norm(x, weight, 0.1, normal(3, rows, 20)))
         assert not any(map(is_poisoned, triton_rms_norm.gathered_rms_norm(x, index, weight, 0.1)))
+        assert not is_poisoned(triton_rms_norm.rms_norm(x, weight, 0.1, normal(3, 2, rows, 20)))
         assert not is_poisoned(triton_swiglu.swiglu(x, normal(3, rows, 20)))
+
+    @pytest.mark.parametrize("rows", [1, 17])
+    def test_skinny_products(self, rows: int) -> None:
+        x, weight, bias = normal(1, rows, 512).half(), normal(2, 128, 512).half(), normal(3, 128).half()
+        products = (
+            triton_skinny.skinny_linear(x, weight, weight, weight, bias, bias, bias),
+            triton_skinny.skinny_swiglu(x, weight, weight, bias, bias),
+            triton_skinny.skinny_parts(x, weight, bias),
+        )
+        assert not any(map(is_poisoned, products))
 
     @pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
     def test_placed_heads(self, where: str) -> None:

@@ -17,7 +17,7 @@ from mdkern.kernels.operator import operator
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> Tensor:
     """`rms_norm` in plain PyTorch."""
     if update is not None:
-        x.copy_(x.to(wide(x)) + update)
+        x.copy_(x.to(wide(x)) + (update if update.ndim == 2 else update.sum(0)))
     return normalise(x, weight, eps)
 
 
@@ -47,7 +47,7 @@ def rms_norm(
     weight: Tensor,  # [D]
     eps: float,
     *,
-    update: Tensor | None = None,  # [N, D]
+    update: Tensor | None = None,  # [N, D] or [P, N, D]
 ) -> Tensor:
     """``x += update`` in place, then ``x / sqrt(mean(x**2) + eps) * weight``.
 
@@ -56,7 +56,8 @@ def rms_norm(
     Args:
         x: floating ``[N, D]``, contiguous: the residual stream. Written only if there is an `update`.
         weight: floating ``[D]``.
-        update: shape and dtype of `x`, any row stride: the output of the sublayer before.
+        update: shape and dtype of `x`, any row stride: the output of the sublayer before. Or parts of it as by
+            `skinny_parts`, float32 (float64 for float64) and contiguous ``[P, N, D]``, whose sum it is.
 
     Returns:
         ``[N, D]`` of the dtype of `x`: the input of the next sublayer.
@@ -66,7 +67,12 @@ def rms_norm(
     """
     check_rows(x, weight)
     check_written("x", x)
-    check_tensor("update", update, x.shape, x.dtype, x.device)
+    if update is not None and update.ndim == 3:
+        check_tensor("update", update, (len(update), *x.shape), wide(x), x.device)
+        if not len(update) or not update.is_contiguous():
+            raise ValueError(f"parts of an update must be contiguous, not {list(update.shape)}, {update.stride()}")
+    else:
+        check_tensor("update", update, x.shape, x.dtype, x.device)
     normed: Tensor = rms_norm_operator(x, weight, eps, update)
     return normed
 

@@ -24,7 +24,9 @@ def rms_norm_kernel(
     table_rows,
     x_stride,
     update_stride,
+    part_stride,
     eps,
+    PARTS: tl.constexpr,  # of the update
     WIDTH: tl.constexpr,  # D
     BLOCK: tl.constexpr,
 ):
@@ -39,8 +41,12 @@ def rms_norm_kernel(
         known = (source >= 0) & (source < table_rows)
         held = tl.load(x + source * x_stride + column, mask=within & known, other=float("nan"))
     if update is not None:
-        change = tl.load(update + row * update_stride + column, mask=within, other=0.0)
-        held = (held.to(tl.float32) + change.to(tl.float32)).to(held.dtype)
+        read = update + row * update_stride + column
+        change = tl.load(read, mask=within, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, PARTS):
+            read += part_stride
+            change += tl.load(read, mask=within, other=0.0)
+        held = (held.to(tl.float32) + change).to(held.dtype)
     if (update is not None) or (row_index is not None):
         tl.store(stream + row * WIDTH + column, held, mask=within)
     wide = tl.where(within, held.to(tl.float32), 0.0)
@@ -63,6 +69,7 @@ def launch(
     if rows == 0 or width == 0:
         return
     block = triton.next_power_of_2(width)
+    parts = len(update) if update is not None and update.ndim == 3 else 1
     rms_norm_kernel[(rows,)](
         x,
         row_index,
@@ -72,8 +79,10 @@ def launch(
         normed,
         x.shape[0],
         x.stride(0),
-        0 if update is None else update.stride(0),
+        0 if update is None else update.stride(-2),
+        update.stride(0) if parts > 1 else 0,
         eps,
+        PARTS=parts,
         WIDTH=width,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),

@@ -1,12 +1,14 @@
 """Passes of a model built like Llama in few kernels, with the model's own weights, in place.
 
-Between the matrix products, which PyTorch runs, one kernel each is left: the residual addition with the norm, the
-rotation of queries and keys with the write to the KV cache, the activation of the MLP, and attention, which reads the
-cache where it is. The last block runs queries, attention and MLP at the wanted positions only. Times, and what was
-tried and left out: docs/notes/llama.md.
+Between the matrix products one kernel each is left: the residual addition with the norm, the rotation of queries and
+keys with the write to the KV cache, the activation of the MLP, and attention, which reads the cache where it is.
+PyTorch runs the products of many rows, `mdkern.kernels.backbone.skinny` those of few rows. The last block runs queries,
+attention and MLP at the wanted positions only. Times, and what was tried and left out: docs/notes/llama.md.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,15 @@ from torch import Tensor
 
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm
+from mdkern.kernels.backbone.skinny import runs_skinny, skinny_linear, skinny_parts, skinny_swiglu
 from mdkern.kernels.backbone.swiglu import swiglu
+from mdkern.kernels.device import num_sms
 from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority
 from mdkern.models.hf.intercept import attend
 from mdkern.models.hf.llama_parts import Block, Linear, Parts
+
+LONG = 1024  # keys of which one multiprocessor, which has 64 queries of a head, takes longer than several together
 
 
 def runs_now() -> bool:
@@ -51,21 +57,23 @@ def run(
     """
     batch, width = input_ids.shape
     place, columns = (None if index is None else index.flatten() for index in (positions, columns))
-    with attention_priority(input_ids.device):
+    divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
+    with attention_priority(input_ids.device, divide_keys=divided):
         x, normed = gathered_rms_norm(parts.embedding, input_ids.flatten(), *parts.blocks[0].attn_norm)
         update = None
         for number, block in enumerate(parts.blocks):
             if update is not None:
                 normed = rms_norm(x, *block.attn_norm, update=update)
             pruned = rows is not None and number + 1 == len(parts.blocks)
-            query = None if pruned else heads_of(normed, block.query, parts)
-            key, value = (heads_of(normed, layer, parts) for layer in (block.key, block.value))
+            layers = block.key, block.value, *(() if pruned else (block.query,))
+            key, value, *others = heads_of(normed, layers, parts)
+            query = None if pruned else others[0]
             cache = None if kept is None else kept[number]
             turn(parts, block, query, key, value, place, width, cache, columns)
             if rows is not None and pruned:
                 first = torch.arange(0, batch * width, width, device=rows.device)[:, None]
                 x, normed = gathered_rms_norm(x, (first + rows).flatten(), *block.attn_norm)
-                query = heads_of(normed, block.query, parts)
+                (query,) = heads_of(normed, (block.query,), parts)
                 wanted = rows if positions is None else positions.gather(1, rows)
                 turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
                 mask = mask_at(mask, rows)
@@ -73,14 +81,34 @@ def run(
             keys, values = (x.unflatten(0, (batch, -1)) for x in (key, value)) if cache is None else cache[:, :, :-1]
             queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
             attended = attend(queries, keys, values, mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
-            normed = rms_norm(x, *block.mlp_norm, update=F.linear(attended, *block.attn_out))
-            update = F.linear(swiglu(F.linear(normed, *block.gate), F.linear(normed, *block.up)), *block.down)
+            normed = rms_norm(x, *block.mlp_norm, update=update_by(attended, block.attn_out))
+            update = update_by(activated(normed, block), block.down)
         return rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))
 
 
-def heads_of(normed: Tensor, layer: Linear, parts: Parts) -> Tensor:
-    """``[N, heads, head_dim]`` of a projection."""
-    return F.linear(normed, *layer).unflatten(1, (-1, 2 * parts.cos.shape[1]))
+def has_few_queries(parts: Parts, batch: int, width: int, length: int, device: torch.device) -> bool:
+    """Whether attention of `width` queries over `length` keys would leave multiprocessors idle and take long."""
+    heads = len(parts.blocks[0].query.weight) // (2 * parts.cos.shape[1])
+    return length >= LONG and batch * heads * -(-width // 64) <= num_sms(device)
+
+
+def heads_of(normed: Tensor, layers: Sequence[Linear], parts: Parts) -> list[Tensor]:
+    """``[N, heads, head_dim]`` of each of some projections."""
+    skinny = runs_skinny(normed, *(layer.weight for layer in layers))
+    products = skinny_linear(normed, *layers) if skinny else (F.linear(normed, *layer) for layer in layers)
+    return [product.unflatten(1, (-1, 2 * parts.cos.shape[1])) for product in products]
+
+
+def activated(normed: Tensor, block: Block) -> Tensor:
+    """The input of the last product of the MLP."""
+    if runs_skinny(normed, block.gate.weight, block.up.weight):
+        return skinny_swiglu(normed, block.gate, block.up)
+    return swiglu(F.linear(normed, *block.gate), F.linear(normed, *block.up))
+
+
+def update_by(x: Tensor, layer: Linear) -> Tensor:
+    """A sublayer's output, as `rms_norm` takes it."""
+    return skinny_parts(x, *layer) if runs_skinny(x, layer.weight) else F.linear(x, *layer)
 
 
 def turn(
