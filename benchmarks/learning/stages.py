@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.learning import gsm
 from benchmarks.learning.problems import ANSWER, END_ID, PROMPT, Stream, prompts, score
+from benchmarks.learning.problems_choice import compare_choices
 from benchmarks.learning.setting import (
     ANSWER_STREAM,
     CAREFUL,
@@ -226,6 +227,11 @@ def scheduling(study: Study, found: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "blocks": {name: model.config.num_blocks for name, model in models.items()}}
 
 
+def learned(study: Study, found: dict[str, Any]) -> dict[str, Any]:
+    """A learned choice of positions, for the base model."""
+    return compare_choices(study, model_of(study, "base"))
+
+
 PARTS: dict[str, Part] = {
     "base": Part(base, seconds=150),
     "answers": Part(answers, ("base",), 20),
@@ -240,6 +246,7 @@ PARTS: dict[str, Part] = {
     "eval_uniform": Part(partial(evaluate, name="uniform"), ("uniform",), 40),
     "masked_true": Part(partial(tune, name="masked_true"), ("base",), 30),
     "eval_masked_true": Part(partial(evaluate, name="masked_true"), ("masked_true",), 40),
+    "learned": Part(learned, ("base",), 60),
     "light": Part(light, ("base",), 60),
     "scheduling": Part(scheduling, ("light",), 60),
     "gsm": Part(gsm.gsm, (), 120),

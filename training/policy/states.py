@@ -69,11 +69,15 @@ class Recorder:
         for kept, values in zip((self.inputs, self.token, self.sample, self.position, self.best), noted):
             kept.append(values[masked])
 
-    def states(self, reference: Tensor, first: int, leave_out_best: bool) -> States:
-        """What was noted, held against ``reference [N, L]`` of samples ``first``, first + 1, ..."""
+    def states(self, reference: Tensor, first: int, leave_out_best: bool, last: Tensor | None = None) -> States:
+        """What was noted, held against ``reference [N, L]`` of samples ``first``, first + 1, ...
+
+        Positions after ``last [N]`` do not count.
+        """
         sample, position = torch.cat(self.sample), torch.cat(self.position)
         right = torch.cat(self.token) == reference[sample - first, position]
         counts = ~torch.cat(self.best) if leave_out_best else torch.ones_like(right)
+        counts &= True if last is None else position <= last[sample - first]
         return States(torch.cat(self.inputs), right, sample, counts)
 
 
@@ -138,13 +142,20 @@ def run_oracle(denoiser: Denoiser, input_ids: Tensor, decoder: OracleRun, **opti
 
 
 def collect(
-    denoiser: Denoiser, input_ids: Tensor, first: int, block_length: int, temperature: float, seed: int
+    denoiser: Denoiser,
+    input_ids: Tensor,
+    first: int,
+    block_length: int,
+    temperature: float,
+    seed: int,
+    end_id: int | None = None,
 ) -> tuple[States, Tensor]:
     """The states of both kinds of runs, and the references, int64 ``[N, L]``.
 
     Args:
         input_ids: int64 ``[N, L]``, with masks.
         first: number of the first text, which with the others' keys its noise.
+        end_id: what is written after the first of this id does not count; None: all counts.
     """
     count = len(input_ids)
     options: dict[str, Any] = {
@@ -162,4 +173,9 @@ def collect(
     assert reference is not None
     decoder = OracleRun(oracle, reference, first, torch.full_like(reference, -1))
     run_oracle(denoiser, input_ids, decoder, **options)
-    return States.join([plain.states(reference, first, True), oracle.states(reference, first, False)]), reference
+    last = None
+    if end_id is not None:
+        ends = (reference == end_id) & (input_ids == denoiser.mask_id)
+        last = torch.where(ends.any(-1), ends.int().argmax(-1), reference.shape[1])
+    kinds = plain.states(reference, first, True, last), oracle.states(reference, first, False, last)
+    return States.join(list(kinds)), reference

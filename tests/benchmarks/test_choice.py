@@ -1,0 +1,85 @@
+"""The experiment on a learned choice of positions runs at a tiny size, and compares at equal numbers of passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.learning import choice
+from benchmarks.learning.choice import Written, at_passes, main, still
+from mdkern import decoders
+from mdkern.decoders import Learned
+from tests.problems.policies import random_policy
+
+TEXT = "\n".join(f"{number} and {number + 1} make {2 * number + 1}, they said." for number in range(200))
+
+
+def written(passes: float, nats: list[float]) -> Written:
+    values = torch.tensor(nats, dtype=torch.float64)
+    return Written(values, values + 1, values / 10, torch.tensor([passes - 1, passes + 1], dtype=torch.float64))
+
+
+def test_between_two_settings_texts_are_mixed_one_by_one() -> None:
+    curve = [written(40, [1.0, 2.0]), written(20, [3.0, 6.0]), written(10, [5.0, 5.0])]
+    found = at_passes(curve, 25.0)
+    assert found is not None
+    assert found.nats.tolist() == [2.5, 5.0]
+    assert found.entropy.tolist() == [3.5, 6.0]
+    assert float(found.passes.mean()) == 25.0
+    assert at_passes(curve, 9.0) is None
+    assert at_passes(curve, 41.0) is None
+
+
+def test_rules_keep_their_parameters_with_still_noise() -> None:
+    for decoder in (decoders.Threshold(0.3), decoders.Factor(2.0), Learned(random_policy(), 0.4)):
+        quiet = still(decoder)
+        assert isinstance(quiet, type(decoder))
+        assert not quiet.fresh_noise
+        assert type(quiet) is type(still(decoder))
+        for name in vars(decoder):
+            assert name == "fresh_noise" or getattr(quiet, name) == getattr(decoder, name)
+
+
+@pytest.mark.slow
+def test_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    path = tmp_path / "found.json"
+    arguments = [
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--output",
+        str(path),
+    ]
+    assert main(arguments) == 0
+    found = json.loads(path.read_text())["seeds"]["0"]
+    assert set(found) == {"infill", "continue"}
+    rules = {row["rule"] for row in found["infill"]["rows"]}
+    assert rules == {
+        "threshold", "factor", "entropy bound", "top probability", "margin", "linear", "mlp", "closed loop",
+    }  # fmt: skip
+    for task in found.values():
+        for row in task["rows"]:
+            assert 0.0 <= row["agreement"]["mean"] <= 1.0
+            assert 2.0 <= row["passes"]["mean"] <= 8.0
+            assert row["exact_nats"]["mean"] > 0.0
+    careful = found["infill"]["rows"][0]
+    assert (careful["rule"], careful["bound"]) == ("threshold", 0.9)
+    assert careful["agreement"]["mean"] > 0.9
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(choice, "fit", fail)
+    before = path.read_text()
+    assert main(arguments) == 0  # all of it is there
+    assert path.read_text() == before
+    assert main([*arguments, "--seed", "1"]) == 1
+    assert "no such kernel" in capsys.readouterr().out
+    assert path.read_text() == before
