@@ -208,8 +208,11 @@ def load_model(
     name: str, path: str, dtype: torch.dtype, device: torch.device, tokenizer: Any = None, **options: Any
 ) -> Denoiser:
     """`mdkern.from_pretrained`, with the model's name in the error."""
+    from transformers.utils.logging import disable_progress_bar
+
     from mdkern.models.loading import from_pretrained
 
+    disable_progress_bar()  # of the weights: it flashes past, terminal or not
     try:
         return from_pretrained(path, dtype=dtype, device_map=device, tokenizer=tokenizer, **options)
     except Exception as error:  # a foreign file may raise anything: KeyError, SafetensorError, UnpicklingError, …
@@ -273,7 +276,7 @@ def load_judge(
 
     if not Path(path).is_dir():
         raise ValueError(f"--judge {path} is not a folder with a causal language model of transformers")
-    disable_progress_bar()  # of the weights: it flashes past, terminal or not
+    disable_progress_bar()  # as above
     try:
         judge: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above

@@ -27,6 +27,7 @@ from mdkern.models.weight_files import (
     PathLike,
     download,
     find_local,
+    read_json,
     read_settings,
     read_shapes,
     weight_files,
@@ -35,7 +36,8 @@ from mdkern.models.weight_files import (
 OURS = (MODEL_TYPE, "mdlm", *OTHERS)  # kinds of checkpoints that `load_dit` reads, or refuses with the reason
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # everything in a repository except the weights
 HUB = ("revision", "cache_dir", "token", "local_files_only")  # options of everything that is fetched from the Hub
-OWN_FORMATS = ("subfolder", "variant", "gguf_file", "quantization_config")  # then the weights are in other files
+ADAPTER_FILE = "adapter_config.json"  # peft's
+OWN_FORMATS = ("variant", "gguf_file", "quantization_config")  # then the weights are in other files
 
 
 def from_pretrained(
@@ -130,8 +132,19 @@ def load_checkpoint(
         with suppress(RuntimeError):  # no device: a word of accelerate's
             device_map = available_device(torch.device(device_map))
     local = find_local(name_or_path, "model", single_names=True)
-    path = local or download(str(name_or_path), "model", list(SMALL), **hub)
-    run = path
+    if local is not None and hub.keys() - {"local_files_only"}:
+        unused = min(hub.keys() - {"local_files_only"})
+        raise ValueError(f"{unused} is for names on the Hugging Face Hub, but {name_or_path} is here: leave it out")
+    run = local or download(str(name_or_path), "model", list(SMALL), **hub)
+    path = run / str(options.get("subfolder") or "")
+    if local is not None:
+        options.pop("subfolder", None)
+    if not (path / CONFIG_FILE).exists() and (path / ADAPTER_FILE).exists():
+        base = read_json(path / ADAPTER_FILE).get("base_model_name_or_path")
+        raise ValueError(
+            f"{name_or_path} is an adapter of {base}: load that one, put the adapter on its model by"
+            " peft.PeftModel.from_pretrained(denoiser.model, ...), and give the result to mdkern.adapt"
+        )
     if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / FINAL / CONFIG_FILE).exists():
         path = path / FINAL
     settings = read_settings(path)
@@ -142,11 +155,16 @@ def load_checkpoint(
         if settings.get("model_type") != MODEL_TYPE:
             refuse_others(path, settings)
         if local is None:
-            path = download(str(name_or_path), "checkpoint", [*SMALL, "*.safetensors", "*.bin"], **hub)
-        module = load_own(path, dtype, device_map, set(options) - set(HUB), mask_id)
+            download(str(name_or_path), "checkpoint", [*SMALL, "*.safetensors", "*.bin"], **hub)
+        module = load_own(path, dtype, device_map, set(options) - {*HUB, "subfolder"}, mask_id)
     else:
         mask = mask_id if mask_id is not None else first_of(settings.get("mask_token_id"), mask_of(found))
         check_masked(str(name_or_path), settings, mask, trust_remote_code)
+        if mask_id is None and found is not None and found.mask_token_id not in (None, mask):
+            raise ValueError(
+                f"{name_or_path} has mask id {mask}, but its tokenizer has {found.mask_token_id}: give mask_id, the one"
+                " that the model was trained with, or the tokenizer that belongs to it"
+            )
         refuse_others(path, settings, layout=False)
         if local is not None and not any(option in options for option in OWN_FORMATS):
             check_weights(path)
@@ -190,7 +208,9 @@ def tokenizer_for(path: Path, run: Path, given: Any, trusted: bool, hub: Mapping
     """The tokenizer that was given, as it is or by its name, or the checkpoint's own; None if there is none."""
     if given is not None and not isinstance(given, str | Path):
         return given
-    folders = [folder for folder in (path, run / "data" / "tokenizer") if folder.is_dir() and has_tokenizer(folder)]
+    folders = [
+        folder for folder in (path, run, run / "data" / "tokenizer") if folder.is_dir() and has_tokenizer(folder)
+    ]
     where = given if given is not None else next(iter(folders), None)
     if where is None:
         return None

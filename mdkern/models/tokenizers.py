@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.models.weight_files import CONFIG_FILE, PathLike, find_local, plain_file, read_json
+from mdkern.models.weight_files import PathLike, find_local, plain_file, read_json
 
 if TYPE_CHECKING:
     from mdkern.models.denoiser import Denoiser
 
 # Any one of these in a folder says that it has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the class of a tokenizer that is all in its tokenizer.json
 PROBE = "\u2402 answer \u2403"  # an answer that no chat template has in it
 
 
@@ -36,15 +37,16 @@ def load_tokenizer(name_or_path: PathLike, trust_remote_code: bool = False, **op
     if local is not None:
         for file in local.glob("*.json"):
             plain_file(file)
-        config = local / "tokenizer_config.json"
-        code = read_json(config).get("auto_map") if config.exists() and not trust_remote_code else None
+        file = local / "tokenizer_config.json"
+        settings = read_json(file) if file.exists() else {}
+        code = settings.get("auto_map") if not trust_remote_code else None
         if code and not (local / "tokenizer.json").exists():
             raise ValueError(
                 "it needs code of its own, which is not run: save it as a fast one, a tokenizer.json, or read the code"
                 " and allow it by trust_remote_code=True (--trust-remote-code)"
             )
-        ours = (local / CONFIG_FILE).exists() and not read_json(local / CONFIG_FILE).get("architectures")
-        if code or (ours and (local / "tokenizer.json").exists()):  # beside a config that transformers does not know
+        plain = settings.get("tokenizer_class") in PLAIN and not settings.get("auto_map")
+        if code or (plain and (local / "tokenizer.json").exists()):  # without a look at the model's config, as Auto has
             return PreTrainedTokenizerFast.from_pretrained(str(name_or_path), local_files_only=True)
         options["local_files_only"] = True
     return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **options)

@@ -104,6 +104,16 @@ def test_its_weights_and_frequencies_are_the_checkpoints(make_folder: Any, kind:
     assert mdkern.sample(model, num_samples=2, length=8, seed=0).sequences.shape == (2, 8)
 
 
+def test_its_code_and_its_facts_by_the_usual_door(make_folder: Any) -> None:
+    folder, weights = make_folder("OldWithPostInit")
+    denoiser = mdkern.from_pretrained(str(folder), trust_remote_code=True)
+    assert (denoiser.mask_id, denoiser.eos_ids, denoiser.max_length) == (27, (3, 5), 24)
+    ids = random_ids(2, 9)
+    want = logits_by_hand(weights, ids)
+    want[..., 27] = -torch.inf
+    torch.testing.assert_close(denoiser.logits(ids).double(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_in_the_dtype_that_is_asked_for(make_folder: Any) -> None:
     folder, weights = make_folder("OldWithPostInit")
     model = load_pretrained(str(folder), trust_remote_code=True, dtype=torch.bfloat16)

@@ -133,7 +133,12 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "uniform noise": (bert, None, {"diffusion": "uniform"}, "its noise is 'uniform', not masking"),
     "scores": (bert, None, {"parameterization": "score"}, "ratios of probabilities"),
     "another tokenizer": (bert, make_tokenizer(words=40), {}, "has 40 ids, the model only 30: it belongs to another"),
-    "another mask": (bert, make_tokenizer(), {"mask_token_id": 4}, "has mask id 27, the model has 4"),
+    "another mask": (
+        bert,
+        make_tokenizer(),
+        {"mask_token_id": 4},
+        "has mask id 4, but its tokenizer has 27: give mask_id",
+    ),
     "no such class": (bert, None, {"architectures": ["BertLMHeadModel"], "is_decoder": True}, "looks to the left only"),
 }
 
@@ -171,12 +176,31 @@ def test_missing_and_broken_shards_are_named(tmp_path: Path) -> None:
         mdkern.from_pretrained(path)
 
 
+def test_a_folder_inside_with_the_tokenizer_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    make_tokenizer().save_pretrained(tmp_path / "all")
+    save(tmp_path / "all" / "inner", bert())
+    model = mdkern.from_pretrained(tmp_path / "all", subfolder="inner")
+    assert (model.mask_id, len(model.tokenizer)) == (MASK, WORDS)
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    with pytest.raises(ValueError, match="is an adapter of owner/base: load that one"):
+        mdkern.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"dtype": "int8"}, ValueError, "dtype must be 'auto' or a floating dtype"),
         ({"device_map": "cuda:77"}, ValueError, "device cuda:77 was asked for, but the GPUs"),
         ({"tokenizer": "/no/such"}, ValueError, "the tokenizer /no/such cannot be loaded: no tokenizer at /no/such"),
+        (
+            {"revision": "main"},
+            ValueError,
+            "revision is for names on the Hugging Face Hub, but .* is here: leave it out",
+        ),
         ({"mask_id": 99}, ValueError, "mask_id must lie in 0..30"),
     ],
 )
