@@ -29,7 +29,7 @@ from mdkern.engine.stepwise import SegmentRun, decode_tick, run_segment
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
-FREE_COLUMNS = 64  # a pass over so many columns takes no longer on a GPU than one over fewer: it waits for the weights
+FREE_COLUMNS = 64  # of a pass on a GPU, which waits for the weights: docs/notes/block-causal.md
 
 
 def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts) -> None:

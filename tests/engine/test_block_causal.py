@@ -354,7 +354,7 @@ class TestGpu:
     def test_in_bfloat16_it_runs_to_the_end(self) -> None:
         out = self.draw(torch.bfloat16, cache="block")
         assert not bool((out.sequences == 69).any())
-        assert sum(out.commits.values()).tolist() == sum(self.draw(cache="block").commits.values()).tolist()
+        assert out.stop_reason == ["all_revealed"] * 7
 
     @pytest.mark.parametrize("blocks", [1, 2])
     def test_no_host_synchronisation_in_a_step(self, blocks: int) -> None:

@@ -70,6 +70,7 @@ class TestSplit:
         assert denoiser.block_causal == (32 if name == "LLaDA 2" else BLOCK)
         assert denoiser.shifted == (name == "Fast-dLLM v2")
         assert denoiser.takes_cache
+        assert denoiser.anatomy.plan is not None  # mdkern's own passes agree with its forward, masks included
         assert denoiser.takes_attention_mask
         assert not denoiser.right_padding_only
 
