@@ -18,6 +18,8 @@ MODULES = [
     "mdkern",
     "mdkern.schedule",
     "mdkern.decoders",
+    "mdkern.compat",
+    *(f"mdkern.compat.{name}" for name in ("llada", "dream", "fast_dllm")),
     "mdkern.models",
     "mdkern.kernels",
     "mdkern.engine.graphs",

@@ -20,7 +20,7 @@ from mdkern.decoders.threshold import PacedThreshold
 from mdkern.output import SampleOutput
 from mdkern.sampling import sample
 
-__all__ = ["AutoModel", "DreamGenerationConfig", "DreamModelOutput", "diffusion_generate"]
+__all__ = ["AutoModel", "DreamGenerationConfig", "DreamGenerationMixin", "DreamModelOutput", "diffusion_generate"]
 
 RANKED: dict[str, type[Any]] = {"maskgit_plus": TopProbability, "topk_margin": Margin, "entropy": Entropy}
 REFUSED = {

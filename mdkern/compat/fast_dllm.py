@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mdkern.compat import dream
-from mdkern.compat.common import check_blocks, denoiser_of, with_masks
+from mdkern.compat import dream, llada
+from mdkern.compat.common import denoiser_of
 from mdkern.compat.dream import AutoModel
-from mdkern.compat.llada import REMASKING
 from mdkern.decoders import Decoder, Factor, Threshold
-from mdkern.sampling import sample
 
 __all__ = ["AutoModel", "DreamGenerationMixin", "generate", "generate_with_dual_cache", "generate_with_prefix_cache"]
 
@@ -46,19 +44,9 @@ def generate(
     Raises:
         ValueError: arguments that do not fit, before any forward pass.
     """
-    denoiser = denoiser_of(model, mask_id)
-    check_blocks(gen_length, block_length, steps)
-    ids, mask = with_masks(denoiser, prompt, options.pop("attention_mask", None), gen_length, fill_in=False)
-    out = sample(
-        denoiser,
-        input_ids=ids,
-        attention_mask=mask,
-        steps=steps,
-        block_length=block_length,
-        temperature=temperature,
-        decoder=decoder_of(remasking, threshold, factor),
-        **options,
-    )
+    mask = options.pop("attention_mask", None)
+    options |= {"temperature": temperature, "decoder": decoder_of(remasking, threshold, factor)}
+    out = llada.answers(denoiser_of(model, mask_id), prompt, mask, steps, gen_length, block_length, **options)
     assert out.sequences is not None
     assert out.nfe is not None
     return out.sequences, max(int(passes.max()) for passes in out.nfe.values())
@@ -76,10 +64,9 @@ def generate_with_dual_cache(model: Any, prompt: Tensor, *arguments: Any, **opti
 
 def decoder_of(remasking: str, threshold: float | None, factor: float | None) -> Decoder:
     """The decoder that these arguments mean."""
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, not {remasking!r}")
+    ordered = llada.decoder_of(remasking)
     if threshold is None and factor is None:
-        return REMASKING[remasking]()
+        return ordered
     if threshold is not None and factor is not None:
         raise ValueError("threshold and factor must not both be given: each of them alone says what is revealed")
     if remasking != "low_confidence":

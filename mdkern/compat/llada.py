@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mdkern.compat.common import AutoModel, check_blocks, denoiser_of, with_masks
 from mdkern.decoders import Decoder, RandomRemask, TopProbability
+from mdkern.models import Denoiser
+from mdkern.output import SampleOutput
 from mdkern.sampling import sample
 
 __all__ = ["AutoModel", "generate"]
@@ -53,9 +55,7 @@ def generate(
         ValueError: arguments that do not fit, before any forward pass.
     """
     denoiser = denoiser_of(model, mask_id)
-    check_blocks(gen_length, block_length, steps)
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, not {remasking!r}")
+    decoder = decoder_of(remasking)
     if confidence_eos_eot_inf:
         raise ValueError(
             "confidence_eos_eot_inf is not served here: it ranks positions by a distribution without the ends of text,"
@@ -63,20 +63,32 @@ def generate(
         )
     if logits_eos_inf:
         options["logits_processor"] = without_end(denoiser.eos_ids, options.get("logits_processor"))
-    ids, mask = with_masks(denoiser, prompt, attention_mask, gen_length, fill_in=False)
-    out = sample(
-        denoiser,
-        input_ids=ids,
-        attention_mask=mask,
-        steps=steps,
-        block_length=block_length,
-        temperature=temperature,
-        guidance_scale=cfg_scale,
-        decoder=REMASKING[remasking](),
-        **options,
-    )
+    options |= {"guidance_scale": cfg_scale, "temperature": temperature, "decoder": decoder}
+    out = answers(denoiser, prompt, attention_mask, steps, gen_length, block_length, **options)
     assert out.sequences is not None
     return out.sequences
+
+
+def decoder_of(remasking: str) -> Decoder:
+    """The decoder of that name."""
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, not {remasking!r}")
+    return REMASKING[remasking]()
+
+
+def answers(
+    denoiser: Denoiser,
+    prompt: Tensor,
+    attention_mask: Tensor | None,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    **options: Any,
+) -> SampleOutput:
+    """`sample` for masks after prompts, in blocks that divide them and with steps that divide among the blocks."""
+    check_blocks(gen_length, block_length, steps)
+    ids, mask = with_masks(denoiser, prompt, attention_mask, gen_length, fill_in=False)
+    return sample(denoiser, input_ids=ids, attention_mask=mask, steps=steps, block_length=block_length, **options)
 
 
 def without_end(eos_ids: tuple[int, ...], others: Any) -> list[Any]:

@@ -203,3 +203,24 @@ def test_auto_model_loads_the_model_itself(tmp_path: Path, monkeypatch: pytest.M
     assert model.dtype == torch.bfloat16
     options: dict[str, Any] = {"max_new_tokens": 4, "steps": 4, "alg": "entropy"}
     assert model.diffusion_generate(PROMPT, **options).shape == (1, 9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_on_a_gpu_the_tokens_are_those_of_the_cpu(graphs: bool) -> None:
+    """In float32, with and without CUDA graphs: quotas, factors and thresholds are worked out on the device."""
+    blocks: dict[str, Any] = {"steps": 12, "gen_length": 12, "block_length": 6}
+    text: dict[str, Any] = {"max_new_tokens": 12, "steps": 9}
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (make_llada, llada.generate, blocks),
+        (make_llada, fast_dllm.generate, blocks | {"threshold": 0.4}),
+        (make_llada, fast_dllm.generate_with_dual_cache, blocks | {"factor": 1.5}),
+        (make_dream, dream.diffusion_generate, text | {"alg": "entropy"}),
+        (make_dream, dream.diffusion_generate, text | {"alg": "confidence_threshold", "threshold": 0.3}),
+    ]
+    for make, function, options in calls:
+        want = function(make(), PROMPT, **options)
+        got = function(make().to("cuda"), PROMPT.to("cuda"), **options, cuda_graphs=graphs)
+        for ours, theirs in zip(got if isinstance(got, tuple) else [got], want if isinstance(want, tuple) else [want]):
+            assert ours == theirs if isinstance(ours, int) else ours.cpu().equal(theirs), options
