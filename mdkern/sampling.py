@@ -49,6 +49,7 @@ def sample(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
+    batch_invariant: bool = False,
     return_history: bool = False,
     cuda_graphs: bool = True,
     progress: bool | None = None,
@@ -116,6 +117,10 @@ def sample(
         seed: 64-bit number. None takes one from `generator`, or from PyTorch's default generator.
         generator: source of the seed when none is given.
         sample_ids: the N sample numbers that key the randomness. Default 0..N-1.
+        batch_invariant: on a GPU, compute every sequence with the same bits whatever is computed with it: whatever the
+            batch size, the order, the other sequences, and the padding after the text. Otherwise rounding in the last
+            bits may differ and, rarely, change a token. It needs padding after the text, if any, and models that run by
+            mdkern's own passes.
         return_history: return when, and by which model, each position was revealed.
         cuda_graphs: on a GPU, capture each denoiser's step once and replay it. A model that can't be captured runs
             eagerly, with a warning. Graphs are kept for later calls (`mdkern.graphs`). False runs eagerly, which is
@@ -165,6 +170,7 @@ def sample(
         seed=seed,
         generator=generator,
         sample_ids=sample_ids,
+        batch_invariant=batch_invariant,
     )
     return Groups(request, None, return_history, cuda_graphs, progress, began).all()
 

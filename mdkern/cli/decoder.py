@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mdkern.decoders import Decoder
 
 SAMPLE_OPTIONS = ("block_length", "steps_per_block", "cache", "stop_at_eos", "top_k", "top_p", "top_p_rule", "min_p",
-                  "cuda_graphs")  # fmt: skip
+                  "batch_invariant", "cuda_graphs")  # fmt: skip
 REFERENCE_TEXT = "frequency"  # the parameter that is computed from a text, whose file the option names
 EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # examples of values for parameters without a default
 EXPLAINED = {
@@ -64,6 +64,11 @@ def add_decoding(parser: argparse.ArgumentParser, decoder: str = "ancestral", bl
     )
     group.add_argument(
         "--min-p", metavar="P", type=float, default=0.0, help="among those P times as probable as the first only"
+    )
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="on a GPU, the same bits for every text whatever the batch size and the other texts, somewhat slower",
     )
     group.add_argument(
         "--no-cuda-graphs",

@@ -50,6 +50,12 @@ class Decoder:
     A class can be given a name for ``decoder=``, as in ``class Threshold(Stepwise, name="threshold")``.
     """
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether its choices for a text have the same bits whatever the other texts, and the columns after it. Sums in
+        floating point over a text do not, as their order depends on the number of columns."""
+        return True
+
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if name is None:

@@ -49,6 +49,10 @@ class Learned(Stepwise, name="learned"):
         check_flag(self, "fresh_noise")
 
     @property
+    def batch_invariant(self) -> bool:
+        return False  # the network reads sums over the columns
+
+    @property
     def network(self) -> Policy:
         assert isinstance(self.policy, Policy)
         return self.policy

@@ -56,6 +56,10 @@ class ReMDM(Stepwise, name="remdm"):
         check_number(self, "t_off", 0.0, self.t_on, above=True, below=True)
         check_number(self, "alpha_on", 0.0, 1.0, above=True, below=True)
 
+    @property
+    def batch_invariant(self) -> bool:
+        return self.kind != "conf"  # whose softmax is over the columns
+
     def alpha(self, times: Tensor) -> Tensor:
         """Probability that a position is revealed at time t, float64."""
         if self.kind != "loop":

@@ -50,6 +50,10 @@ class SoftParallel(Stepwise, name="soft_parallel"):
         check_number(self, "confident", 0.0, 1.0)
         check_flag(self, "soft")
 
+    @property
+    def batch_invariant(self) -> bool:
+        return not self.soft  # models other than a DiT run soft inputs by their own forward
+
     def rows(self, view: View) -> Tensor:
         return view.masked | view.revealed
 

@@ -46,7 +46,7 @@ def run_schedules(
     """
     if len({len(schedule) for schedule in schedules}) > 1:
         raise ValueError("schedules must have the same number of segments")
-    refused = {"stop_at_eos", "stopping_criteria", "streamer", "return_history"} & arguments.keys()
+    refused = {"stop_at_eos", "stopping_criteria", "streamer", "return_history", "batch_invariant"} & arguments.keys()
     if refused:
         raise ValueError(f"{refused.pop()} is not for runs of many schedules: call sample for one")
     if not schedules:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mdkern.engine.device_loop import DeviceLoop, make_loop
 from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
+from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import PREPARED, Head
 from mdkern.models.fingerprint import Mark, describe, fingerprint
@@ -380,4 +381,4 @@ def mark_of(denoiser: Denoiser) -> Hashable:
     modules = tuple(fingerprint(value) for value in around.values() if isinstance(value, nn.Module))
     head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # each call copies the bias
     process = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.backends.cuda.matmul.allow_tf32
-    return type(denoiser), model, describe(around), modules, describe(head), process
+    return type(denoiser), model, describe(around), modules, describe(head), process, is_batch_invariant()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from mdkern.engine.graphs import lease
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request, rows_of
 from mdkern.engine.state import FAILED, RUNNING, IncompleteError, Outcome, SamplerState, Timings
+from mdkern.kernels.invariant import batch_invariant
 from mdkern.output import SampleOutput, flops_saved, joined, summarise
 
 logger = logging.getLogger(__name__)
@@ -169,9 +169,12 @@ class Groups:
         return summarise(request, none, outcome, {"total": time.perf_counter() - self.began})
 
 
-def device_of(request: Request) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
-    return torch.cuda.device(request.device) if request.device.type == "cuda" else nullcontext()
+@contextmanager
+def device_of(request: Request) -> Iterator[None]:
+    """Kernels are launched on the current device, and in the batch-invariant mode if the request asks for it."""
+    device = torch.cuda.device(request.device) if request.device.type == "cuda" else nullcontext()
+    with device, batch_invariant() if request.batch_invariant else nullcontext():
+        yield
 
 
 def prepared(request: Request, most: int) -> Request:

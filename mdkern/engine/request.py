@@ -45,6 +45,7 @@ class Request:
     streamer: Any
     seed: int
     router: Router | None = None  # chooses the models instead of the schedule
+    batch_invariant: bool = False  # whether the samples' bits must not depend on the rest of the batch
     record: bool = False  # whether log-probabilities are recorded as tokens are revealed
 
     @property

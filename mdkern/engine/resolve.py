@@ -15,6 +15,7 @@ from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_f
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
+from mdkern.engine.resolve_batch_invariant import check_batch_invariant
 from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
 from mdkern.engine.resolve_decoder import check_decoder, resolve_decoder
 from mdkern.engine.resolve_models import resolve_models
@@ -285,6 +286,7 @@ def resolve(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Request:
     """Check every argument of `mdkern.sample` and fill in the defaults."""
     temperature = check_real("temperature", temperature, 0, MOST_FLOAT32)
@@ -326,6 +328,9 @@ def resolve(
     check_decoder(resolved_decoder, temperature, block_length, guidance_scale > 0.0, denoisers)
     keep_block = cache != "none" or keeps_blocks(resolved_decoder)
     pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, keep_block, whole_text=causal)
+    batch_invariant = check_flag("batch_invariant", batch_invariant)
+    if batch_invariant:
+        check_batch_invariant(denoisers, resolved_decoder, router, ids.shape[1], mask)
     stop_at_eos = check_flag("stop_at_eos", stop_at_eos)
     eos_ids = tuple(dict.fromkeys(item for denoiser in denoisers.values() for item in listed(denoiser.eos_ids)))
     stops = "stop_at_eos" if stop_at_eos else "stopping_criteria"
@@ -351,4 +356,5 @@ def resolve(
         streamer=check_streamer(streamer, len(ids)),
         seed=resolve_seed(seed, generator),
         router=router,
+        batch_invariant=batch_invariant,
     )

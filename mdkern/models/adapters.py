@@ -274,6 +274,10 @@ class DiTDenoiser(Denoiser):
         prepared.folds = folds
         return prepared
 
+    def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
+        changed = next((name for name, part in self.model.named_modules() if not dit_fused.is_plain(part)), None)
+        return "" if changed is None else f"its module {changed or 'as a whole'} is not as mdkern made it"
+
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return dit_window.cache_shape(self.model.config, batch, length)
 

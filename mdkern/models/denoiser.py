@@ -241,6 +241,10 @@ class Denoiser:
         """
         raise NotImplementedError
 
+    def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
+        """Why the bits of its passes may depend on the rest of the batch (`mdkern.kernels.invariant`); "" if not."""
+        return "its forward is not mdkern's own, so its sums may depend on the number of rows"
+
     def check_states(self, states: Any, batch: int, count: int) -> Tensor:
         """The result of `hidden` or `window_hidden`, refused if it is not ``[B, count, D]`` as the head needs it.
 

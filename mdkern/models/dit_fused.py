@@ -18,6 +18,7 @@ from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
+from mdkern.kernels.invariant import rows_to_choose_by
 from mdkern.models.block_causal import mask_at
 from mdkern.models.denoiser import PREPARED
 from mdkern.models.soft import soften
@@ -150,7 +151,7 @@ def folds_fit(model: DiT, rows: int) -> bool:
     return (
         model.time_embedding is None
         and is_hopper(model.embedding.device)
-        and rows >= products.FEWEST_ROWS
+        and rows_to_choose_by(rows) >= products.FEWEST_ROWS
         and config.width % SPAN == 0
         and products.rotates_fused(model.rotary[0], config.num_heads)
     )
@@ -209,7 +210,7 @@ def hidden(
     `folds` must have been made from the present weights, which is not checked.
     """
     batch, length = input_ids.shape
-    if batch * length < products.FEWEST_ROWS:
+    if rows_to_choose_by(batch * length) < products.FEWEST_ROWS:
         folds = None
     stream = None
     blocks = cast("list[Block]", list(model.blocks))

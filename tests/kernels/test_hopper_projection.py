@@ -23,7 +23,7 @@ def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     """Compile the kernel for compute capability 9, as `project_on_hopper` would ask for it."""
     fixed = launch_hopper.tiling_constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
     fixed |= {"WANT_ARGMAX": False, "OF_SAMPLER": False}
-    fixed |= {"PROGRAMS": 132, "HAS_SCALE": False, "HAS_CAP": False, "first_id": None} | constants
+    fixed |= {"PROGRAMS": 132, "FIXED": False, "HAS_SCALE": False, "HAS_CAP": False, "first_id": None} | constants
     types = {"weight": gluon.descriptor([tiling.vocab, HIDDEN_DIM])}
     if fixed["first_id"]:
         types["first_id"] = fixed.pop("first_id")
@@ -57,6 +57,7 @@ TEMPERED = {"WANT_TOP": False, "WANT_ARGMAX": True, "OF_SAMPLER": True, "HAS_CAP
         ("middling", {}),
         ("many", {}),
         ("many", GREEDY),
+        ("many", {"FIXED": True}),
         ("few", TEMPERED),
         ("middling", TEMPERED),
         ("many", TEMPERED),

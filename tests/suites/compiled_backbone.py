@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -17,6 +18,8 @@ from mdkern.kernels.backbone import (
     launch_linear,
     triton_combine,
     triton_folded_norm,
+    triton_invariant_attention,
+    triton_invariant_linear,
     triton_modulated_norm,
     triton_place_heads,
     triton_rms_norm,
@@ -123,6 +126,35 @@ def combine(capability: int) -> None:
     build(triton_combine.combine_kernel, ASTSource, capability, types, {"K": 8, "BLOCK": 1024}, num_warps=4)
 
 
+def options_of(tile: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and compiler options of a tile, with which it must fit into shared memory."""
+    return ({name: value for name, value in tile.items() if part == name.isupper()} for part in (True, False))  # type: ignore[return-value]
+
+
+def invariant(capability: int) -> None:
+    """Products and attention of the batch-invariant mode."""
+    room = (163 if capability == 80 else 227) * 1024
+    for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        types = dict.fromkeys(("x", "weight", "bias", "out"), f"*{element}")
+        types |= dict.fromkeys(("rows", "columns", "depth"), "i32")
+        types |= dict.fromkeys(("x_stride", "weight_stride"), "i64")
+        constants, options = options_of(triton_invariant_linear.tile_of(dtype))
+        kernel = triton_invariant_linear.invariant_linear_kernel
+        built = build(kernel, ASTSource, capability, types, constants | {"GROUP": 8, "EVEN_K": True}, **options)
+        assert built.metadata.shared <= room
+        for head_dim in (64, 128, 256):
+            kernel = triton_invariant_attention.invariant_attention_kernel
+            types = dict.fromkeys(("query", "key", "value", "out"), f"*{element}") | {"mask": "*u8", "scale": "fp32"}
+            types |= dict.fromkeys(("queries", "keys", "row_tiles", "heads", "shared"), "i32")
+            parts = ("_batch", "_head", "_row", "_column")
+            types |= {name: "i64" for name in kernel.arg_names if name.endswith(parts)}
+            tile = triton_invariant_attention.tile_of(dtype, head_dim, torch.device("cpu"))
+            constants, options = options_of(tile | ({"num_stages": 2} if capability == 80 else {}))
+            constants |= {"DIM": head_dim, "DIM_BLOCK": head_dim}
+            built = build(kernel, ASTSource, capability, types, constants, **options)
+            assert built.metadata.shared <= room
+
+
 def descriptor(element: str, block: list[int]) -> str:
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
@@ -168,6 +200,7 @@ def main() -> None:
             rotary(capability, head_dim, placed=head_dim == 80)
         fold(capability)
         combine(capability)
+        invariant(capability)
         heads(capability)
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)

@@ -40,7 +40,7 @@ NUMBERS = {
     "limit": "i64",
 }
 SCALARS = ("scale", "soft_cap", "bound", "uniform_temperature")
-SHARED = {"HAS_SCALE": False, "HAS_CAP": False, "PROGRAMS": 132, "WANT_TOP": True, "WANT_ENTROPY": True}
+SHARED = {"HAS_SCALE": False, "HAS_CAP": False, "PROGRAMS": 132, "FIXED": False, "WANT_TOP": True, "WANT_ENTROPY": True}
 SHARED |= {"WANT_ARGMAX": True, "OF_SAMPLER": True}
 
 
@@ -92,6 +92,7 @@ def projection(
         "FROM_LOGITS": False,
         "PRECISION": "ieee",
         "PDL": capability >= 90,
+        "FIXED": capability == 90,
         "first_id": None,
     }
     if constants.pop("shard", False):
@@ -101,7 +102,16 @@ def projection(
 
 
 def finish(capability: int, mode: int) -> None:
-    constants = {"BM": 64, "BN": 128, "PROGRAMS": 132, "ROWS": 1, "SPLITS": 256, "MODE": mode, "PDL": capability >= 90}
+    constants = {
+        "BM": 64,
+        "BN": 128,
+        "PROGRAMS": 132,
+        "FIXED": capability == 90,
+        "ROWS": 1,
+        "SPLITS": 256,
+        "MODE": mode,
+        "PDL": capability >= 90,
+    }
     reduce = triton_reduce.vocab_projection_reduce_kernel
     build(reduce, capability, SHARED | constants | {"records": None}, {}, 1)
     none = dict.fromkeys(("token", "log_prob", "logsumexp", "top1", "top2", "entropy", "argmax"))

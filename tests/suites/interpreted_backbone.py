@@ -14,6 +14,8 @@ from torch import Tensor
 from mdkern.kernels.backbone import (
     triton_combine,
     triton_folded_norm,
+    triton_invariant_attention,
+    triton_invariant_linear,
     triton_modulated_norm,
     triton_place_heads,
     triton_rms_norm,
@@ -23,6 +25,7 @@ from mdkern.kernels.backbone import (
 )
 from mdkern.kernels.backbone.combine import combine_reference
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
+from mdkern.kernels.backbone.invariant_attention import invariant_attention_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
 from mdkern.kernels.backbone.place_heads import place_heads_reference
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
@@ -217,3 +220,68 @@ def test_combine_is_the_references(tokens: int, columns: int) -> None:
     torch.testing.assert_close(
         triton_combine.combine(rows, place, weights), combine_reference(rows, place, weights), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 32, 9), (70, 50, 70), (130, 96, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_invariant_product_is_the_products(rows: int, depth: int, columns: int, biased: bool) -> None:
+    x, weight = normal(1, rows, 2 * depth)[:, :depth], normal(2, columns, depth)
+    bias = normal(3, columns) if biased else None
+    got = triton_invariant_linear.invariant_linear(x, weight, bias)
+    want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_invariant_product_of_rows_alone() -> None:
+    x, weight, bias = normal(1, 150, 72), normal(2, 40, 72), normal(3, 40)
+    together = triton_invariant_linear.invariant_linear(x, weight, bias)
+    for rows in (slice(0, 1), slice(77, 78), slice(60, 131)):
+        assert torch.equal(triton_invariant_linear.invariant_linear(x[rows], weight, bias), together[rows])
+
+
+def attention_case(batch: int, heads: int, shared: int, queries: int, keys: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values as slices of one product, as models have them."""
+    query = normal(1, batch * queries, heads * head_dim).view(batch, queries, heads, head_dim).transpose(1, 2)
+    both = normal(2, batch * keys, 2 * (heads // shared) * head_dim).view(batch, keys, 2, heads // shared, head_dim)
+    key, value = both.permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("masked", ["", "padding", "pairs"])
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(40, 40, 16), (3, 70, 24)])
+def test_invariant_attention_is_attention(shared: int, masked: str, queries: int, keys: int, head_dim: int) -> None:
+    query, key, value = attention_case(2, 4, shared, queries, keys, head_dim)
+    mask = None
+    if masked == "padding":
+        mask = (torch.arange(keys) < torch.tensor([keys, keys // 3])[:, None])[:, None, None]
+    elif masked == "pairs":
+        mask = (normal(5, queries, keys) > 0) | (torch.arange(keys) == 0)
+    want = invariant_attention_reference(query.double(), key.double(), value.double(), mask, 0.3)
+    got = triton_invariant_attention.invariant_attention(query, key, value, mask, 0.3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_invariant_attention_of_a_text_alone() -> None:
+    """Beside others, with padding after it, at some of its queries."""
+    query, key, value = attention_case(3, 2, 1, 90, 90, 16)
+    own = torch.tensor([50, 33, 90])
+    together = triton_invariant_attention.invariant_attention(
+        query, key, value, (torch.arange(90) < own[:, None])[:, None, None], 0.25
+    )
+    for number, length in enumerate(own.tolist()):
+        parts = [x[number : number + 1, :, :length] for x in (query, key, value)]
+        alone = triton_invariant_attention.invariant_attention(*parts, None, 0.25)
+        assert torch.equal(alone[0], together[number, :length])
+        some = torch.tensor([length - 1, 4, 17])
+        pruned = triton_invariant_attention.invariant_attention(parts[0][:, :, some], *parts[1:], None, 0.25)
+        assert torch.equal(pruned[0], together[number, some])
+
+
+def test_a_query_that_sees_nothing_gives_0() -> None:
+    query, key, value = attention_case(1, 1, 1, 3, 40, 16)
+    mask = torch.zeros(3, 40, dtype=torch.bool)
+    mask[1, 35] = True
+    got = triton_invariant_attention.invariant_attention(query, key, value, mask, 0.25)
+    assert got[0, [0, 2]].abs().max() == 0
+    torch.testing.assert_close(got[0, 1], value[0, :, 35])

@@ -16,9 +16,11 @@ from triton.runtime import interpreter
 
 from mdkern.kernels import noise, triton_noise
 from mdkern.kernels.head import launch, launch_sharded
+from mdkern.kernels.head.arguments import Filters
 from mdkern.kernels.head.launch import Tiling, vocab_projection
 from mdkern.kernels.head.sharded import shard_of
 from mdkern.kernels.head.triton_projection import count_items, locate_item, schedule_tiles
+from mdkern.kernels.invariant import batch_invariant
 from tests.problems.projection import SEED, Problem, check_against_reference
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -134,13 +136,23 @@ def test_programs_do_not_matter(programs: int) -> None:
 
 
 @triton.jit
-def walk_kernel(visits, slots, loads, count, columns, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+def walk_kernel(
+    visits,
+    slots,
+    loads,
+    count,
+    columns,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FIXED: tl.constexpr,
+):
     """Count who is where, as the projections' kernels walk."""
     program = tl.program_id(0)
-    schedule = schedule_tiles(count, columns, BM, BN, PROGRAMS)
+    schedule = schedule_tiles(count, columns, BM, BN, PROGRAMS, FIXED)
     whole, _, chunk, _, _, vocab_tiles = schedule
-    for item in range(count_items(program, schedule, PROGRAMS)):
-        row_tile, part, slot = locate_item(item, program, schedule, PROGRAMS)
+    for item in range(count_items(program, schedule, PROGRAMS, FIXED)):
+        row_tile, part, slot = locate_item(item, program, schedule, PROGRAMS, FIXED)
         first, last = 0, vocab_tiles
         if row_tile >= whole:
             first, last = part * chunk, tl.minimum((part + 1) * chunk, vocab_tiles)
@@ -159,7 +171,7 @@ def test_every_tile_is_visited_once_and_work_is_even(programs: int, rows: int, c
     visits = torch.zeros(row_tiles, vocab_tiles, dtype=torch.int32)
     slots = torch.zeros(row_tiles + programs, dtype=torch.int32)
     loads = torch.zeros(programs, dtype=torch.int32)
-    walk_kernel[(programs,)](visits, slots, loads, rows, columns, BM=16, BN=64, PROGRAMS=programs)
+    walk_kernel[(programs,)](visits, slots, loads, rows, columns, BM=16, BN=64, PROGRAMS=programs, FIXED=False)
     assert (visits == 1).all()
     assert slots.max() == 1  # nobody overwrites another's results
     rest = row_tiles % programs
@@ -167,6 +179,40 @@ def test_every_tile_is_visited_once_and_work_is_even(programs: int, rows: int, c
     assert loads.max() <= row_tiles // programs * vocab_tiles + alone
     if (rows, columns, programs) == (130, 3000, 13):  # 9 row tiles of 47: 4 programs are left, and take 3 x 11
         assert loads.max() == 36
+
+
+@pytest.mark.parametrize("columns", [60, 3000])
+@pytest.mark.parametrize("rows", [1, 40, 208])
+@pytest.mark.parametrize("programs", [1, 7, 60])
+def test_fixed_splits_visit_every_tile_once(programs: int, rows: int, columns: int) -> None:
+    row_tiles, vocab_tiles = triton.cdiv(rows, 16), triton.cdiv(columns, 64)
+    parts = triton.cdiv(vocab_tiles, triton.cdiv(vocab_tiles, programs))
+    visits = torch.zeros(row_tiles, vocab_tiles, dtype=torch.int32)
+    slots = torch.zeros(row_tiles * parts, dtype=torch.int32)
+    loads = torch.zeros(programs, dtype=torch.int32)
+    walk_kernel[(programs,)](visits, slots, loads, rows, columns, BM=16, BN=64, PROGRAMS=programs, FIXED=True)
+    assert (visits == 1).all()
+    assert (slots == 1).all()
+
+
+@pytest.mark.parametrize("filters", [None, Filters(top_k=5, top_p=0.9)])
+@pytest.mark.parametrize("temperature", ["greedy", "mixed"])
+def test_rows_alone_have_the_bits_of_rows_in_a_batch(temperature: str, filters: Filters | None) -> None:
+    problem = Problem(rows=37, columns=390, depth=64, temperature=temperature)
+    hidden, head, rows, wanted = problem.arguments(temperature == "greedy")
+    options = {} if filters is not None else {"programs": 3}
+
+    def outputs(part: slice) -> list[torch.Tensor | None]:
+        with batch_invariant():
+            own = wanted._replace(want_argmax=filters is None)
+            given = hidden, head, rows.part(part), own
+            return list(vocab_projection(*given, *([] if filters is None else [filters]), **options))
+
+    together = outputs(slice(0, 37))
+    for part in (slice(0, 1), slice(20, 21), slice(5, 23)):
+        for alone, all_of_them in zip(outputs(part), together):
+            if alone is not None and all_of_them is not None:
+                assert torch.equal(alone.nan_to_num(7.0), all_of_them[part].nan_to_num(7.0))
 
 
 def test_strides() -> None:

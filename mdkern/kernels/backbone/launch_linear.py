@@ -18,6 +18,7 @@ from mdkern.kernels.backbone.hopper_residual import linear_residual_kernel
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS
 from mdkern.kernels.device import num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
+from mdkern.kernels.invariant import is_batch_invariant
 
 DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memory swizzle
 SUB = [ROWS.value, PART.value]  # what one store writes
@@ -37,9 +38,11 @@ def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 
 def cut(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int, int]:
-    """Number of row tiles, of column tiles, and of programs."""
+    """Number of row tiles, of column tiles, and of programs, which is compiled in: all that the card has in the
+    batch-invariant mode, so that any number of rows runs the same code."""
     row_tiles, column_tiles = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
-    return row_tiles, column_tiles, min(num_sms(device), row_tiles * column_tiles)
+    most = num_sms(device)
+    return row_tiles, column_tiles, most if is_batch_invariant() else min(most, row_tiles * column_tiles)
 
 
 def linear(

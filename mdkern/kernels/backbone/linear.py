@@ -11,21 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.kernels.backbone.folded_norm import SPAN, one_over_spread, row_sums
+from mdkern.kernels.backbone.invariant_linear import invariant_linear
 from mdkern.kernels.backbone.modulated_norm import per_row, wide
 from mdkern.kernels.backbone.rotary import check_angles, check_heads, check_length, rotary
 from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.device import copies_in_bulk, is_hopper
+from mdkern.kernels.invariant import is_batch_invariant, rows_to_choose_by
 from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
+def product_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``. Inside of operators the batch-invariant mode does not replace PyTorch's functions."""
+    return invariant_linear(x, weight, bias) if is_batch_invariant() else F.linear(x, weight, bias)
+
+
 def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``; with `sums`, each row of the product is divided by the standard deviation of its row."""
     if sums is None:
-        return F.linear(x, weight, bias)
-    product = F.linear(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums)[:, None]
+        return product_of(x, weight, bias)
+    product = product_of(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums)[:, None]
     return (product if bias is None else product + bias).to(x.dtype)
 
 
@@ -47,7 +54,8 @@ def linear_rotary_reference(
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None = None) -> Tensor:
     """`linear_gelu` in plain PyTorch; on a GPU the GELU is the epilogue of cuBLASLt's product where there is one."""
-    if x.is_cuda and sums is None and hasattr(torch, "_addmm_activation"):  # a private name, which may be removed
+    private = hasattr(torch, "_addmm_activation")  # a private name, which may be removed
+    if x.is_cuda and sums is None and private and not is_batch_invariant():
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
     return F.gelu(product_reference(x, weight, bias, sums), approximate="tanh")
 
@@ -56,7 +64,7 @@ def linear_residual_reference(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
     """`linear_residual` in plain PyTorch: a product, then a pass over its output."""
-    stream.copy_(stream.to(wide(stream)) + per_row(gate, stream) * F.linear(x, weight, bias))
+    stream.copy_(stream.to(wide(stream)) + per_row(gate, stream) * product_of(x, weight, bias))
     if sums is not None:
         sums.copy_(row_sums(stream))
 
@@ -125,7 +133,7 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
     """Whether a Hopper kernel runs the product: many rows, whole column tiles, matrices that bulk copies can read."""
     return (
         is_hopper(x.device)
-        and x.shape[0] >= FEWEST_ROWS
+        and rows_to_choose_by(x.shape[0]) >= FEWEST_ROWS
         and weight.shape[0] % COLUMN_TILE == 0
         and x.dtype in (torch.bfloat16, torch.float16)
         and copies_in_bulk(x)
@@ -140,7 +148,7 @@ def rotates_fused(cos: Tensor, heads: int) -> bool:
 
 def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
     """Whether `linear_residual` is one pass. Where it is not, the norm that follows should do the addition."""
-    whole = gate.ndim == 1 or (x.shape[0] // gate.shape[0]) % 64 == 0
+    whole = gate.ndim == 1 or (not is_batch_invariant() and (x.shape[0] // gate.shape[0]) % 64 == 0)
     return runs_fused(x, weight) and whole and gate.stride(-1) == 1
 
 

@@ -16,6 +16,7 @@ from mdkern.kernels.backbone.modulated_norm import wide
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.device import is_hopper
+from mdkern.kernels.invariant import rows_to_choose_by
 from mdkern.kernels.operator import operator
 
 MOST_ROWS = 64  # with more, cuBLAS is as fast
@@ -79,7 +80,8 @@ skinny_parts_operator = operator(skinny_parts_reference, new_parts, f"{KERNELS}:
 
 def runs_skinny(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernel is the fast way for these products: few rows, on the card that it was measured on."""
-    return is_hopper(x.device) and x.shape[0] <= MOST_ROWS and all(fits(x, weight) for weight in weights)
+    few = rows_to_choose_by(x.shape[0]) <= MOST_ROWS
+    return is_hopper(x.device) and few and all(fits(x, weight) for weight in weights)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

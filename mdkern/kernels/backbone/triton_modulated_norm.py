@@ -17,6 +17,7 @@ from mdkern.kernels.backbone.modulated_norm import (
     modulated_norm_reference,
 )
 from mdkern.kernels.backbone.norm_constants import EPS
+from mdkern.kernels.invariant import is_batch_invariant, rows_to_choose_by
 
 
 @triton.jit(do_not_specialize=["rows", "table_rows", "group"])
@@ -76,10 +77,12 @@ def modulated_norm_kernel(
     tl.store(normed + here, result.to(normed.dtype.element_ty), mask=inside)
 
 
-def choose_rows(rows: int, sequences: int) -> int:
+def choose_rows(rows: int, sequences: int, constant: bool) -> int:
     """Rows of a program. Several rows read the modulation once; with few rows in all, one each keeps more
-    multiprocessors busy."""
-    most = 4 if rows >= 4096 else 1
+    multiprocessors busy. In the batch-invariant mode it depends only on whether the modulation is constant."""
+    most = 4 if rows_to_choose_by(rows) >= 4096 else 1
+    if is_batch_invariant():
+        return most if constant else 1
     return most if sequences == 1 else math.gcd(most, rows // sequences)
 
 
@@ -100,7 +103,7 @@ def launch(
     if rows == 0 or width == 0:
         return
     sequences = shift.shape[0] if shift.ndim == 2 else 1
-    rows_of_program = rows_of_program or choose_rows(rows, sequences)
+    rows_of_program = rows_of_program or choose_rows(rows, sequences, shift.ndim == 1)
     block = triton.next_power_of_2(width)
     shift, scale, gate = unit_stride(shift), unit_stride(scale), unit_stride(gate)
     modulated_norm_kernel[(triton.cdiv(rows, rows_of_program),)](

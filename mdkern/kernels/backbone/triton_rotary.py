@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels.backbone.rotary import gathered_qkv_outputs, gathered_qkv_reference, rotary_reference
+from mdkern.kernels.invariant import rows_to_choose_by
 
 
 @triton.jit
@@ -133,7 +134,8 @@ def rotary(
         return
     half_block = triton.next_power_of_2(head_dim // 2)
     head_block = head_block or min(8, triton.next_power_of_2(heads))
-    rows_of_program = rows_of_program or max(1, min(4 if rows >= 4096 else 1, 1024 // (head_block * half_block)))
+    most = 4 if rows_to_choose_by(rows) >= 4096 else 1
+    rows_of_program = rows_of_program or max(1, min(most, 1024 // (head_block * half_block)))
     rotary_kernel[(triton.cdiv(rows, rows_of_program),)](
         x,
         cos,
@@ -161,7 +163,7 @@ def gathered_qkv(
     rows, half = row_index.shape[0], cos.shape[1]
     x, qkv = gathered_qkv_outputs(embedding, table, row_index)
     if rows:
-        rows_of_program = 4 if rows >= 4096 else 1
+        rows_of_program = 4 if rows_to_choose_by(rows) >= 4096 else 1
         gathered_qkv_kernel[(triton.cdiv(rows, rows_of_program),)](
             embedding,
             table,

@@ -38,11 +38,11 @@ from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, l
 
 
 @gluon.jit
-def _position(item, program, schedule, PROGRAMS: gl.constexpr):
+def _position(item, program, schedule, PROGRAMS: gl.constexpr, FIXED: gl.constexpr):
     """An item of a program's work: its row tile; the first and last of its vocabulary tiles and their distance; and the
     number of its partial result."""
     whole, _, chunk, splits, _, vocab_tiles = schedule
-    row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
+    row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS, FIXED)
     first = part
     last = vocab_tiles
     stride = program * 0 + 1
@@ -64,6 +64,7 @@ def _produce(
     work,
     K_TILES: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    FIXED: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
@@ -81,7 +82,7 @@ def _produce(
     stage = program * 0
     phase = stage + 1
     for item in range(items):
-        row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS)
+        row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS, FIXED)
         for tile in range(first, last, stride):
             for k in range(K_TILES):
                 if HEAD_START > 0:
@@ -104,6 +105,7 @@ def _consume(
     K_TILES: gl.constexpr,
     HALF: gl.constexpr,  # number of the consumer, which has 64 of the tile's rows
     PROGRAMS: gl.constexpr,
+    FIXED: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
@@ -134,7 +136,7 @@ def _consume(
     stage = program * 0
     phase = program * 0
     for item in range(items):
-        row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS)
+        row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS, FIXED)
         if STATIONARY:  # first of all, as otherwise these loads wait behind the copies of the weights
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index, _ = load_row_index(row_index, gathered, gathered < count, hidden_rows)
@@ -284,6 +286,7 @@ def vocab_projection_hopper_kernel(
     STATIONARY: gl.constexpr,
     HEAD_START: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    FIXED: gl.constexpr,
     MODE: gl.constexpr,
     WANT_TOP: gl.constexpr,
     WANT_ENTROPY: gl.constexpr,
@@ -312,21 +315,22 @@ def vocab_projection_hopper_kernel(
     gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = gl.program_id(0)
     count = load_row_count(row_count, capacity)
-    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
+    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS, FIXED)
     # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
     rings = (hidden_ring, weight_ring, full, empty, asked)
-    work = (program, count_items(program, schedule, PROGRAMS), schedule)
+    work = (program, count_items(program, schedule, PROGRAMS, FIXED), schedule)
     rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
     sizes = (count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (_consume, (
-                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                    MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_produce, (
-                    hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                    hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                    HEAD_START,
                 )),
             ],
             [1],
@@ -336,15 +340,16 @@ def vocab_projection_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    rows, sizes, rings, work, K_TILES, 0, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                    MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_consume, (
-                    rows, sizes, rings, work, K_TILES, 1, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START, MODE,
-                    WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    rows, sizes, rings, work, K_TILES, 1, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                    MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                 )),
                 (_produce, (
-                    hidden, weight, rings, work, K_TILES, PROGRAMS, BM, BN, BK, STAGES, STATIONARY, HEAD_START,
+                    hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                    HEAD_START,
                 )),
             ],
             [4, 1],

@@ -16,6 +16,7 @@ from mdkern.kernels.device import copies_in_bulk, is_hopper, launches_early, num
 from mdkern.kernels.head import triton_projection as kernels
 from mdkern.kernels.head.arguments import NO_FILTERS, Filters, Head, Outputs, Rows, Wanted, empty_outputs
 from mdkern.kernels.head.triton_reduce import vocab_projection_reduce_kernel
+from mdkern.kernels.invariant import is_batch_invariant, rows_to_choose_by
 
 if TYPE_CHECKING:
     from mdkern.kernels.head.launch_hopper import HopperTiling
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
 GATHERED = 32 << 20  # most bytes of rows that are gathered for bulk copies
+FIXED_ROWS = 2048  # most rows at a time in the batch-invariant mode, where each has many partial results
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ def project_parts(
         return
     hidden, head, rows = *with_unit_strides(hidden, head), rows.contiguous()
     bulk_copy = head.weight is not None and copies_in_bulk(head.weight)
-    tiling = tiling or choose_tiling(capacity, hidden, bulk_copy, head.weight is None)
+    tiling = tiling or choose_tiling(rows_to_choose_by(capacity), hidden, bulk_copy, head.weight is None)
     greedy = rows.temperature is None and rows.uniform_temperature == 0.0
     constants: dict[str, Any] = {
         "PROGRAMS": programs or num_sms(hidden.device) * tiling.programs_per_sm,
+        "FIXED": is_batch_invariant(),
         "MODE": kernels.GREEDY if greedy else kernels.MIXED,
         "WANT_TOP": wanted.want_top,
         "WANT_ENTROPY": wanted.want_entropy,
@@ -135,6 +138,8 @@ def project_parts(
 
 def parts(capacity: int, hidden: Tensor, gather: bool) -> list[slice]:
     """Slices of the rows: all at once, or, if they are gathered first, of at most `GATHERED` bytes each."""
+    if is_batch_invariant():
+        return [slice(start, start + FIXED_ROWS) for start in range(0, capacity, FIXED_ROWS)]
     held = capacity * hidden.shape[1] * hidden.element_size()
     if not gather or held <= GATHERED:
         return [slice(0, capacity)]
@@ -160,6 +165,9 @@ def project_part(
         return
     row_tiles = triton.cdiv(capacity, tiling.rows)
     partials = row_tiles + programs
+    if constants["FIXED"]:
+        vocab_tiles = triton.cdiv(head.vocab(hidden), tiling.vocab)
+        partials = row_tiles * triton.cdiv(vocab_tiles, triton.cdiv(vocab_tiles, programs))
     statistics = torch.empty((partials, tiling.rows, STATISTICS), dtype=torch.float32, device=device)
     leaders = torch.empty((partials, tiling.rows, GROUP_SIZE), dtype=torch.float32, device=device)
     if isinstance(tiling, Tiling):
@@ -169,7 +177,7 @@ def project_part(
         hopper.project_on_hopper(hidden, head, rows, (statistics, leaders), tiling, constants, first)
 
     split_rows = row_tiles % programs  # number of row tiles whose vocabulary is split, if all rows are used
-    full_splits = programs // split_rows if split_rows else 1
+    full_splits = programs if constants["FIXED"] else programs // split_rows if split_rows else 1
     # Few rows have many splits: one warp for each row reads them all at once. There are only three shapes.
     split_block, rows_at_once = (32, 8) if full_splits <= 32 else (256 if programs <= 256 else 512, 1)
     early = launches_early(device)

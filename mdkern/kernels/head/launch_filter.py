@@ -16,6 +16,7 @@ from mdkern.kernels.head import triton_filter as kernels
 from mdkern.kernels.head.arguments import Filters, Head, Outputs, Rows, Wanted, empty_outputs
 from mdkern.kernels.head.launch import Tiling, operands, with_unit_strides
 from mdkern.kernels.head.triton_filter_search import PER_LANE
+from mdkern.kernels.invariant import rows_to_choose_by
 
 GROUP_SIZE = kernels.GROUP_SIZE.value
 STATISTICS = kernels.STATISTICS.value
@@ -68,7 +69,8 @@ def vocab_projection(
     groups = triton.cdiv(vocab, GROUP_SIZE)
     collected = PER_LANE.value * 32 * search.warps
     most_rows = max(1, chunk_elements // max(groups * GROUP_SIZE, collected))
-    tiling = tiling or choose_tiling(min(capacity, most_rows), hidden.dtype, bulk_copy, head.weight is None)
+    most_at_once = min(rows_to_choose_by(capacity), most_rows)
+    tiling = tiling or choose_tiling(most_at_once, hidden.dtype, bulk_copy, head.weight is None)
     if most_rows > tiling.rows:
         most_rows -= most_rows % tiling.rows
     held = min(capacity, most_rows)

@@ -73,7 +73,7 @@ def project_skinny(
     assert head.weight is not None
     capacity, vocab = rows.row_index.shape[0], head.vocab(hidden)
     programs = min(constants["PROGRAMS"], triton.cdiv(vocab, GROUP_SIZE))
-    constants = constants | {"PROGRAMS": programs}
+    constants = {name: value for name, value in constants.items() if name != "FIXED"} | {"PROGRAMS": programs}
     records = torch.empty((capacity, programs, RECORD), dtype=torch.float32, device=hidden.device)
     block = [GROUP_SIZE, tiling.hidden_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[hidden.dtype])

@@ -38,52 +38,71 @@ STATISTICS = tl.constexpr(8)
 
 
 @triton.jit
-def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr):
+def schedule_tiles(count, vocab, BM: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr, FIXED: tl.constexpr):
     """How the work is divided among programs, computed on the device from the number of rows.
 
     Row tiles that fill whole waves get one program each, for the whole vocabulary. Each remaining row tile is split
     among `splits` programs of `chunk` vocabulary tiles each. The programs that are still left take the end of the
     vocabulary, for several row tiles each; `chunk` is chosen such that they finish with the others, if each row tile
     costs them the time of one more tile.
+
+    With FIXED, every row tile is split as if it were the only one, so that the order of a row's sums does not depend on
+    the number of rows. Programs then take the parts in turn.
     """
     row_tiles = tl.cdiv(count, BM)
     vocab_tiles = tl.cdiv(vocab, BN)
-    whole = (row_tiles // PROGRAMS) * PROGRAMS
-    rest = row_tiles - whole
-    splits = tl.minimum(PROGRAMS // tl.maximum(rest, 1), vocab_tiles)
-    left = PROGRAMS - rest * splits
-    turns = tl.cdiv(rest, tl.maximum(left, 1))  # number of row tiles of each program that is left
-    shared = tl.cdiv((vocab_tiles + 1) * turns, splits * turns + 1)
-    chunk = tl.maximum(tl.where(left > 0, shared, tl.cdiv(vocab_tiles, splits)), 1)
-    splits = tl.minimum(splits, tl.cdiv(vocab_tiles, chunk))
-    parts = splits + (splits * chunk < vocab_tiles).to(tl.int32)
+    if FIXED:
+        whole = count * 0
+        rest = row_tiles
+        chunk = tl.maximum(tl.cdiv(vocab_tiles, PROGRAMS), 1)
+        splits = tl.cdiv(vocab_tiles, chunk)
+        parts = splits
+    else:
+        whole = (row_tiles // PROGRAMS) * PROGRAMS
+        rest = row_tiles - whole
+        splits = tl.minimum(PROGRAMS // tl.maximum(rest, 1), vocab_tiles)
+        left = PROGRAMS - rest * splits
+        turns = tl.cdiv(rest, tl.maximum(left, 1))  # number of row tiles of each program that is left
+        shared = tl.cdiv((vocab_tiles + 1) * turns, splits * turns + 1)
+        chunk = tl.maximum(tl.where(left > 0, shared, tl.cdiv(vocab_tiles, splits)), 1)
+        splits = tl.minimum(splits, tl.cdiv(vocab_tiles, chunk))
+        parts = splits + (splits * chunk < vocab_tiles).to(tl.int32)
     return whole, rest, chunk, splits, parts, vocab_tiles
 
 
 @triton.jit
-def count_items(program, schedule, PROGRAMS: tl.constexpr):
-    """Number of row tiles that a program works on."""
+def count_items(program, schedule, PROGRAMS: tl.constexpr, FIXED: tl.constexpr):
+    """Number of row tiles, or parts of them, that a program works on."""
     whole, rest, _, splits, parts, _ = schedule
-    left = PROGRAMS - rest * splits
-    turns = tl.cdiv(tl.maximum(PROGRAMS - left + rest - program, 0), tl.maximum(left, 1))
-    return whole // PROGRAMS + tl.where(program < rest * splits, 1, turns * (parts - splits))
+    if FIXED:
+        items = tl.cdiv(tl.maximum(rest * parts - program, 0), PROGRAMS)
+    else:
+        left = PROGRAMS - rest * splits
+        turns = tl.cdiv(tl.maximum(PROGRAMS - left + rest - program, 0), tl.maximum(left, 1))
+        items = whole // PROGRAMS + tl.where(program < rest * splits, 1, turns * (parts - splits))
+    return items
 
 
 @triton.jit
-def locate_item(item, program, schedule, PROGRAMS: tl.constexpr):
+def locate_item(item, program, schedule, PROGRAMS: tl.constexpr, FIXED: tl.constexpr):
     """An item of a program's work: its row tile, its part of the vocabulary (number `splits` is the end that the others
     leave), and the place of its partial result."""
     whole, rest, _, splits, parts, _ = schedule
     row_tile = item * PROGRAMS + program
     part = program * 0
     partial = row_tile
-    if row_tile >= whole:
-        row, part = program % rest, program // rest
-        if program >= rest * splits:
-            turn = item - whole // PROGRAMS
-            row, part = program - rest * splits + turn * (PROGRAMS - rest * splits), splits
-        row_tile = whole + row
-        partial = whole + row * parts + part
+    if FIXED:  # programs at work at the same time read the same weights
+        part = row_tile // rest
+        row_tile = row_tile % rest
+        partial = row_tile * parts + part
+    else:
+        if row_tile >= whole:
+            row, part = program % rest, program // rest
+            if program >= rest * splits:
+                turn = item - whole // PROGRAMS
+                row, part = program - rest * splits + turn * (PROGRAMS - rest * splits), splits
+            row_tile = whole + row
+            partial = whole + row * parts + part
     return row_tile, part, partial
 
 
@@ -257,6 +276,7 @@ def vocab_projection_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FIXED: tl.constexpr,
     MODE: tl.constexpr,
     WANT_TOP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
@@ -275,11 +295,11 @@ def vocab_projection_kernel(
         gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = tl.program_id(0)
     count = load_row_count(row_count, capacity)
-    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
+    schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS, FIXED)
     whole, _, chunk, _, _, vocab_tiles = schedule
     seed_value = tl.load(seed)
-    for item in range(count_items(program, schedule, PROGRAMS)):
-        row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS)
+    for item in range(count_items(program, schedule, PROGRAMS, FIXED)):
+        row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS, FIXED)
         first, last = 0, vocab_tiles
         if row_tile >= whole:
             first = part * chunk

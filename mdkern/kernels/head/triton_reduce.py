@@ -180,6 +180,7 @@ def vocab_projection_reduce_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FIXED: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     MODE: tl.constexpr,
@@ -190,7 +191,7 @@ def vocab_projection_reduce_kernel(
     PDL: tl.constexpr,
 ):
     count = load_row_count(row_count, capacity)
-    whole, _, _, _, parts, _ = schedule_tiles(count, vocab, BM, BN, PROGRAMS)
+    whole, _, _, _, parts, _ = schedule_tiles(count, vocab, BM, BN, PROGRAMS, FIXED)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
     sample, position, step = load_keys(keys, rows, valid)

@@ -145,6 +145,11 @@ class SplitDenoiser(AdaptedDenoiser):
         masked = attention_mask is not None and self.padding.way != "attention"
         return None if masked else self.parts
 
+    def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
+        with torch.no_grad():
+            own = self.parts_for(length, attention_mask) is None
+        return super().why_not_invariant(length, attention_mask) if own else ""
+
     def places(self, attention_mask: Tensor | None) -> Tensor | None:
         """Rotary positions ``[B, L]`` in padded text; None: they are the columns."""
         if attention_mask is None or self.padding.first_position is None:
