@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
-from benchmarks import decoder_tables, gpu_tables, kernel_tables, learning_tables, paper_tables, study_tables
+from benchmarks import (
+    bench_people,
+    decoder_tables,
+    gpu_tables,
+    kernel_tables,
+    learning_tables,
+    paper_tables,
+    study_tables,
+)
 from benchmarks.bench_vocab_projection import GEMM
 from benchmarks.decoder_setting import Size
 from benchmarks.harness import write_text_whole
@@ -192,8 +201,28 @@ def compare_samplers() -> Iterator[Comparison]:
                 yield Comparison(f"the shipped pair, {device}", "mdkern", peer, row["label"], 1 / ratio)
 
 
+def compare_people() -> Iterator[Comparison]:
+    """Models built like Llama: passes with the model's own forward, whole runs also with the plain loop."""
+    if not bench_people.KEPT.exists():
+        return
+    content = load("people")
+    for row in content["passes"]:
+        own, ours = row["ms"]["own forward"], row["ms"]["mdkern"]
+        for kind in ours:
+            where = " of ".join((f"{kind} pass", bench_people.place(row)))
+            yield Comparison("LLaDA-8B's shape", "mdkern's passes", "own forward", where, ours[kind] / own[kind])
+    for row in content["runs"]:
+        times = {name: statistics.median(values) for name, values in row["seconds"].items()}
+        for cache in bench_people.CACHES:
+            ours = times[f"mdkern, {cache}"]
+            for peer in (f"own forward, {cache}", "plain loop"):
+                name = f"mdkern, cache {cache}"
+                yield Comparison("LLaDA-8B's shape", name, peer, bench_people.place(row), ours / times[peer])
+
+
 def all_comparisons() -> list[Comparison]:
-    return [*compare_projections(), *compare_selections(), *compare_decoders(), *compare_samplers()]
+    compared = compare_projections(), compare_selections(), compare_decoders(), compare_people(), compare_samplers()
+    return list(chain(*compared))
 
 
 def losses_line() -> str:
@@ -256,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-cuda": partial(sampling, "cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
+    "people": bench_people.people,
     **gpu_tables.TABLES,
     **paper_tables.TABLES,
     **decoder_tables.TABLES,

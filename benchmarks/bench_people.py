@@ -1,0 +1,272 @@
+"""Models that people use: a Llama of LLaDA-8B's shape by mdkern's own passes, by its own forward, and in a plain loop.
+
+    python -m benchmarks.bench_people FOLDER              # one GPU, two minutes; writes FOLDER/people.json
+    python -m benchmarks.bench_people FOLDER --tiny       # a small model on a CPU, to try it out
+
+The model is transformers' Llama with attention in both directions and random weights, so that texts mean nothing; the
+passes are what they would be. All three decode with LLaDA's rule, 32 columns a block and 32 steps, greedily. The plain
+loop has no cache and computes the logits of all positions. Beside single passes stands the larger of two floors: their
+FLOPs at the rate of a large product, and their weights at the rate at which memory is read, both measured in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import mdkern
+from benchmarks.harness import RESULTS, GpuTimer, compare_on_host, environment, host_environment, seconds
+from benchmarks.kernel_tables import caption, markdown
+from benchmarks.plain_decoders import top_probability
+from benchmarks.plain_loop import Plain, decode
+from mdkern import Denoiser
+from mdkern.files import write_whole
+from mdkern.models.hf import llama_fused
+
+LLADA_8B: dict[str, Any] = {
+    "vocab_size": 126464, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+BLOCK, STEPS = 32, 32
+CASES = ((1, 128, 128), (8, 128, 128), (1, 512, 256), (1, 2048, 256))  # texts, tokens given, tokens written
+TINY_CASES = ((2, 32, 64),)
+CACHES = ("none", "dual")
+KEPT = RESULTS / "people.json"
+ABSENT = "Not measured yet.\n"
+
+
+def bidirectional_llama(sizes: dict[str, Any], device: str) -> Any:
+    """The model and its denoiser."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    return model, mdkern.adapt(model, mask_id=sizes["vocab_size"] - 1)
+
+
+@contextmanager
+def by_its_own_forward() -> Iterator[None]:
+    """Runs backbones by the model's own forward instead of mdkern's passes."""
+    mdkern.graphs.clear()
+    try:
+        with patch.object(llama_fused, "runs_now", lambda: False):
+            yield
+    finally:
+        mdkern.graphs.clear()
+
+
+def texts(denoiser: Denoiser, batch: int, given: int, written: int) -> Tensor:
+    """Random tokens, then masks."""
+    ids = torch.full((batch, given + written), denoiser.mask_id)
+    generator = torch.Generator().manual_seed(0)
+    ids[:, :given] = torch.randint(1, denoiser.mask_id, (batch, given), generator=generator)
+    return ids.to(denoiser.device)
+
+
+def runs(model: Any, denoiser: Denoiser, rounds: int, batch: int, given: int, written: int) -> dict[str, Any]:
+    """Seconds of whole runs by each contender, and their passes."""
+    ids, device = texts(denoiser, batch, given, written), denoiser.device.type
+
+    def ours(cache: str) -> Any:
+        return mdkern.sample(
+            denoiser, input_ids=ids, decoder="top_probability", steps=STEPS, block_length=BLOCK, cache=cache,
+            batch_size=batch, temperature=0.0, seed=0, progress=False,
+        )  # fmt: skip
+
+    def plain() -> Tensor:
+        def logits_of(ids: Tensor) -> Tensor:
+            logits: Tensor = model(ids, use_cache=False).logits
+            logits[..., denoiser.mask_id] = -torch.inf
+            return logits
+
+        return decode(logits_of, ids, Plain(top_probability), steps=STEPS, mask_id=denoiser.mask_id, block_length=BLOCK)
+
+    found: dict[str, list[float]] = {}
+    passes = {}
+
+    def measure(name: str, run: Callable[[], Any]) -> Any:
+        result = run()  # compiles and captures
+        found[name] = [seconds(run, device)[0] for _ in range(rounds)]
+        return result
+
+    for cache in CACHES:
+        passes[cache] = int(measure(f"mdkern, {cache}", partial(ours, cache)).nfe["H"].max())
+    with by_its_own_forward():
+        for cache in CACHES:
+            measure(f"own forward, {cache}", partial(ours, cache))
+    measure("plain loop", plain)
+    return {"batch": batch, "given": given, "written": written, "passes": passes, "seconds": found}
+
+
+def passes(denoiser: Denoiser, batch: int, given: int, written: int) -> dict[str, Any]:
+    """Milliseconds of a pass over whole texts whose first masked block is wanted, and of one over this block."""
+    now, length = denoiser.current(), given + written
+    ids = texts(denoiser, batch, given, written)
+    cache = torch.zeros(now.cache_shape(batch, length), dtype=now.dtype, device=now.device)
+    columns = (given + torch.arange(BLOCK, device=now.device)).expand(batch, -1).contiguous()
+    rows = torch.arange(BLOCK, device=now.device).expand(batch, -1).contiguous()
+    block = ids[:, given : given + BLOCK].contiguous()
+    ways: dict[str, Callable[[], object]] = {
+        "whole": lambda: now.hidden(ids, None, columns),
+        "window": lambda: now.window_hidden(cache, block, columns, rows),
+    }
+    with torch.no_grad():
+        times = {"mdkern": medians(now, ways)}
+        with by_its_own_forward():
+            times["own forward"] = medians(now, ways)
+    counts = {"whole": batch * length, "window": batch * BLOCK}
+    return {"batch": batch, "given": given, "written": written, "columns": counts, "ms": times}
+
+
+def medians(denoiser: Denoiser, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    if denoiser.device.type == "cuda":
+        timings = GpuTimer().compare(ways, turns=2, rounds=5)
+    else:
+        timings = compare_on_host(ways, 3)
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def rates(device: str) -> dict[str, float]:
+    """TFLOP/s of a product of 8,192³ in bfloat16, and TB/s of reading memory."""
+    if device == "cpu":
+        return {"tflops": 0.1, "tb_per_second": 0.01}  # not measured: a CPU's times are not shown
+    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    large, sink = torch.ones(1 << 30, device=device), torch.zeros((), device=device)
+    product, out = torch.empty_like(left), GpuTimer()
+    times = out.compare(
+        {"product": partial(torch.mm, left, right, out=product), "read": partial(torch.amax, large, 0, out=sink)}, 4, 9
+    )
+    return {
+        "tflops": 2 * 8192**3 / times["product"].median / 1e9,
+        "tb_per_second": 4 * 2**30 / times["read"].median / 1e9,
+    }
+
+
+def floor(content: dict[str, Any], columns: int) -> float:
+    """Milliseconds that a pass over so many columns takes at least, attention and the output layer left out."""
+    weights, measured = content["weights_of_blocks"], content["rates"]
+    arithmetic = 2 * columns * weights / measured["tflops"] / 1e9
+    return max(arithmetic, 2 * weights / measured["tb_per_second"] / 1e9)
+
+
+def measure(folder: Path, tiny: bool) -> dict[str, Any]:
+    """Run all cases, write what there is after each, and go on after one that fails."""
+    device = "cpu" if tiny else "cuda"
+    sizes, cases, rounds = (SMALL, TINY_CASES, 1) if tiny else (LLADA_8B, CASES, 2)
+    model, denoiser = bidirectional_llama(sizes, device)
+    content: dict[str, Any] = {
+        "environment": host_environment() | {"triton": "–"} if tiny else environment("transformers"),
+        "sizes": sizes,
+        "weights_of_blocks": sum(parameter.numel() for parameter in model.model.layers.parameters()),
+        "how": denoiser.description,
+        "rates": rates(device),
+        "block": BLOCK,
+        "steps": STEPS,
+        "passes": [],
+        "runs": [],
+        "failed": [],
+    }
+    for case in cases:
+        jobs: dict[str, Callable[[], dict[str, Any]]] = {
+            "passes": partial(passes, denoiser, *case),
+            "runs": partial(runs, model, denoiser, rounds, *case),
+        }
+        for part, job in jobs.items():
+            began = time.perf_counter()
+            try:
+                content[part].append(job())
+            except Exception:
+                traceback.print_exc()
+                content["failed"].append(f"{part} {case}")
+            print(f"{part} {case}: {time.perf_counter() - began:.1f} s", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "people.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def place(row: dict[str, Any]) -> str:
+    return f"{row['batch']} × ({row['given']:,} + {row['written']})"
+
+
+def table(content: dict[str, Any]) -> str:
+    """Single passes with their floor, then whole runs."""
+    sizes, found = content["sizes"], content["rates"]
+    text = (
+        f"{caption(content)}. {sizes['num_hidden_layers']} blocks, width {sizes['hidden_size']:,}, V = "
+        f"{sizes['vocab_size']:,}, bfloat16, random weights; blocks of {content['block']}. Milliseconds of a pass "
+        "without its output layer, by the model's own forward and by mdkern's passes, both in CUDA graphs. Floor: the "
+        f"larger of the arithmetic at {found['tflops']:.0f} TFLOP/s and of reading the weights at "
+        f"{found['tb_per_second']:.2f} TB/s.\n\n"
+    )
+    rows = [
+        [
+            place(row),
+            name,
+            f"{row['ms']['own forward'][kind]:.1f}",
+            f"{row['ms']['mdkern'][kind]:.1f}",
+            f"{row['ms']['own forward'][kind] / row['ms']['mdkern'][kind]:.1f} ×",
+            f"{floor(content, row['columns'][kind]):.1f}",
+        ]
+        for row in content["passes"]
+        for kind, name in (("window", "one block, cached"), ("whole", "whole texts"))
+    ]
+    text += markdown(["texts × tokens", "pass", "own forward", "mdkern", "", "floor"], rows)
+    text += (
+        f"\nWhole runs of {content['steps']} steps with LLaDA's rule, medians in seconds; the plain loop, in eager "
+        "PyTorch, has no cache and takes as many steps.\n\n"
+    )
+    rows = []
+    for row in content["runs"]:
+        times = {name: statistics.median(values) for name, values in row["seconds"].items()}
+        for cache in CACHES:
+            ours, own, plain = (times[name] for name in (f"mdkern, {cache}", f"own forward, {cache}", "plain loop"))
+            rows.append([place(row), cache, f"{plain:.2f}", f"{own:.2f}", f"{ours:.2f}", f"{plain / ours:.1f} ×"])
+    header = ["texts × tokens", "cache", "plain loop", "mdkern, own forward", "mdkern", "to the plain loop"]
+    return text + markdown(header, rows)
+
+
+def people() -> str:
+    """The table of the kept results."""
+    return table(json.loads(KEPT.read_text())) if KEPT.exists() else ABSENT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_people", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
+    arguments = parser.parse_args(argv)
+    content = measure(arguments.folder, arguments.tiny)
+    print(table(content))
+    print("\n".join(f"failed: {what}" for what in content["failed"]))
+    return 1 if content["failed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
