@@ -27,8 +27,9 @@ from mdkern.engine.hooks import Drafts, guided_hidden
 from mdkern.engine.pacing import run_steps, watcher
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots, attended
+from mdkern.engine.soft import softened
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import SegmentRun, decode_tick, softened
+from mdkern.engine.stepwise import SegmentRun, decode_tick
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 

@@ -96,3 +96,12 @@ def look(
 def attended(state: SamplerState, slots: Slots) -> Tensor | None:
     """What is no padding in the slots' sequences, bool ``[B, L]``; None: all."""
     return None if state.attention_mask is None else state.attention_mask[slots.sequence]
+
+
+def places(slots: Slots, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Flat indices of the slots' blocks into tensors ``[N + 1, L]``, int64 ``[B, R]``, and where they are in blocks.
+
+    Elsewhere they are those of scratch.
+    """
+    inside = slots.inside & slots.active[:, None]
+    return torch.where(inside, slots.sequence[:, None] * length + slots.column, (rows - 1) * length), inside

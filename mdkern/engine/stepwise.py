@@ -25,7 +25,8 @@ from mdkern.engine.pacing import run_steps, watcher
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.propose import Propose, propose_drawn
 from mdkern.engine.request import Request
-from mdkern.engine.slots import Slots, attended, observe
+from mdkern.engine.slots import Slots, attended, observe, places
+from mdkern.engine.soft import soften, softened
 from mdkern.engine.state import (
     ALL_REVEALED,
     END_OF_TEXT,
@@ -237,27 +238,6 @@ def whole_sequences(
     )
 
 
-def softened(denoiser: Denoiser, settings: Settings, progress: Progress, sequence: Tensor, column: Tensor) -> Denoiser:
-    """The denoiser for a pass over ``sequence [B]``, with soft inputs at ``column [B, R]`` if the decoder wants them.
-
-    Only those of a block that is being decoded are mixtures; all others are tokens.
-    """
-    if not settings.decoder.soft:
-        return denoiser
-    return denoiser.softened(progress.softness[sequence].gather(1, column))
-
-
-def soften(
-    settings: Settings, progress: Progress, slots: Slots, new: Tensor, probability: Tensor, over: Tensor
-) -> None:
-    """Say how sure the model is of its tokens for the next pass; where ``over [B]``, the block's tokens are final."""
-    view = slots.view
-    unsure = (view.masked | view.revealed) & (new != settings.mask_id) & ~over[:, None]
-    rows, length = progress.softness.shape
-    target, _ = places(slots, rows, length)
-    progress.softness.view(-1)[target] = torch.where(unsure, probability, 1.0)
-
-
 def decide(
     settings: Settings, state: SamplerState, slots: Slots, rows: Tensor, proposal: Proposal, token: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -300,15 +280,6 @@ def decide(
     if remasked is not None:
         new = torch.where(remasked & view.revealed, settings.mask_id, new)
     return changed, new, failed, settled
-
-
-def places(slots: Slots, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Flat indices of the slots' blocks into tensors ``[N + 1, L]``, int64 ``[B, R]``, and where they are in blocks.
-
-    Elsewhere they are those of scratch.
-    """
-    inside = slots.inside & slots.active[:, None]
-    return torch.where(inside, slots.sequence[:, None] * length + slots.column, (rows - 1) * length), inside
 
 
 def write(

@@ -12,6 +12,7 @@ from torch import Tensor
 import mdkern
 from mdkern import decoders
 from mdkern.decoders import SoftParallel
+from mdkern.engine import block_cached
 from mdkern.models import Denoiser, Head
 from mdkern.models.soft import soften
 from tests.conftest import random_dit
@@ -232,20 +233,26 @@ def test_two_models_take_turns_in_a_block() -> None:
     assert torch.equal(one.nfe["H"], two.nfe["A"] + two.nfe["B"])
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("soft", [True, False])
-def test_the_exact_cache_of_a_block_causal_model_changes_nothing(soft: bool) -> None:
-    """Finished blocks and prompts are read as tokens when their keys and values are kept."""
-    model = random_dit(4, max_length=LENGTH, block_causal=4)
-    with torch.no_grad():
-        model.head_weight *= 2.0
-    ids = starts(7, 4)
-    options: dict[str, Any] = {"decoder": SoftParallel(0.2, 0.5, soft), "temperature": 0.0, "seed": 0}
-    plain = mdkern.sample(model, input_ids=ids, **options)
-    for batch_size in (1, 3):
-        out = mdkern.sample(model, input_ids=ids, batch_size=batch_size, cache="block", **options)
+def test_the_exact_cache_of_a_block_causal_model_changes_nothing(
+    soft: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished blocks and prompts are read as tokens when their keys and values are kept, also beside a soft block."""
+    monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: blocks)
+    counts = set()
+    for seed, (threshold, confident) in enumerate([(0.2, 0.5), (0.3, 0.95), (0.1, 1.0), (0.0, 0.8)]):
+        model = random_dit(seed, max_length=LENGTH, block_causal=4).double()
+        with torch.no_grad():
+            model.head_weight *= 2.5
+        ids = starts(4, seed)
+        options: dict[str, Any] = {"decoder": SoftParallel(threshold, confident, soft), "temperature": 0.0, "seed": 0}
+        plain = mdkern.sample(model, input_ids=ids, **options)
+        out = mdkern.sample(model, input_ids=ids, batch_size=2 - seed % 2, cache="block", **options)
         assert torch.equal(out.sequences, plain.sequences)
         assert torch.equal(out.nfe["H"] - out.commits["H"], plain.nfe["H"])
-    assert len(set(plain.nfe["H"].tolist())) > 1
+        counts |= set(plain.nfe["H"].tolist())
+    assert len(counts) > 3
 
 
 class TestRefused:
