@@ -9,6 +9,8 @@ in float32, rounded to the dtype of E. Where p is 1, it is E[token] in all bits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,18 @@ def mixture(tokens: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
 
 def length_of(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+
+
+class Soft(NamedTuple):
+    """What is soft of a pass, see `soften`."""
+
+    mask_id: int
+    weight: Tensor  # float32 [B, R]
+    positions: Tensor | None  # int64 [B, R]
+
+    def rows(self, table: Tensor, input_ids: Tensor) -> Tensor:
+        """The embeddings of ``input_ids [B, L]`` in ``table [V, D]``, with mixtures, as rows ``[B * L, D]``."""
+        return soften(table[input_ids], table[self.mask_id], self.weight, self.positions).flatten(0, 1)
 
 
 def soften(embedded: Tensor, mask: Tensor, weight: Tensor | None, positions: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mdkern.models.soft import soften
+from mdkern.models.soft import Soft, soften
 
 ID_ROOM = 8  # numbers of any floating dtype that hold one id, an int32, and keep rows aligned
 
@@ -104,17 +104,16 @@ class WatchedInputs:
 class SoftInputs:
     """Mixes what is looked up in the input embedding with the mask's row, see `mdkern.models.soft`."""
 
-    def __init__(self, table: Tensor, mask_id: int, weight: Tensor, positions: Tensor | None) -> None:
-        """`weight` and `positions` as in `mdkern.models.soft.soften`."""
-        self.table, self.mask_id, self.weight, self.positions = table, mask_id, weight, positions
+    def __init__(self, table: Tensor, soft: Soft) -> None:
+        self.table, self.soft = table, soft
         self.calls = 0
 
     def __call__(self, ids: Tensor, table: Tensor, rows: Tensor) -> Tensor:
         if table is not self.table:
             return rows
         self.calls += 1
-        mask = F.embedding(ids.new_full((1,), self.mask_id), table)[0]
-        return soften(rows, mask, self.weight, self.positions)
+        mask = F.embedding(ids.new_full((1,), self.soft.mask_id), table)[0]
+        return soften(rows, mask, self.soft.weight, self.soft.positions)
 
 
 class Layout(NamedTuple):

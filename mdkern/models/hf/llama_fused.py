@@ -23,6 +23,7 @@ from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority
 from mdkern.models.hf.intercept import attend
 from mdkern.models.hf.llama_parts import Block, Linear, Parts
+from mdkern.models.soft import Soft
 
 LONG = 1024  # keys of which one multiprocessor, which has 64 queries of a head, takes longer than several together
 
@@ -41,6 +42,7 @@ def run(
     mask: Tensor | None = None,
     kept: Tensor | None = None,
     columns: Tensor | None = None,
+    soft: Soft | None = None,
 ) -> Tensor:
     """The output layer's input at `rows`.
 
@@ -51,6 +53,7 @@ def run(
         mask: bool, broadcastable to ``[B, H, W, L]``, what the entries see; None: everything.
         kept: ``[layers, 2, B, L + 1, H, head_dim]``, a KV cache, to be read and written; None: W = L.
         columns: int64 ``[B, W]`` in 0..L, where the window's keys and values are kept; None: 0..W-1.
+        soft: inputs that are mixtures of tokens and the mask; None: none is.
 
     Returns:
         ``[B, R, D]``.
@@ -59,7 +62,11 @@ def run(
     place, columns = (None if index is None else index.flatten() for index in (positions, columns))
     divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
     with attention_priority(input_ids.device, divide_keys=divided):
-        x, normed = gathered_rms_norm(parts.embedding, input_ids.flatten(), *parts.blocks[0].attn_norm)
+        if soft is None:
+            x, normed = gathered_rms_norm(parts.embedding, input_ids.flatten(), *parts.blocks[0].attn_norm)
+        else:
+            x = soft.rows(parts.embedding, input_ids)
+            normed = rms_norm(x, *parts.blocks[0].attn_norm)
         update = None
         for number, block in enumerate(parts.blocks):
             if update is not None:

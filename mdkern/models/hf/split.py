@@ -31,6 +31,7 @@ from mdkern.models.hf.intercept import (
 )
 from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_layer
 from mdkern.models.hf.llama_parts import Parts, Plan, UnlikeLlamaError, resolve
+from mdkern.models.soft import Soft
 
 
 class Anatomy(NamedTuple):
@@ -127,20 +128,24 @@ class SplitDenoiser(AdaptedDenoiser):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         mask = self.mask_of(input_ids, None, input_ids.shape[1], attention_mask)
-        parts = self.parts_for(input_ids.shape[1], attention_mask)
+        parts, soft = self.parts_for(input_ids.shape[1], attention_mask), self.soft_at(positions)
         if parts is not None:
             if self.shifted:
                 positions = serving(input_ids, positions, attention_mask)
-            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), mask)
+            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), mask, soft=soft)
         replaced = self.padding.way == "attention" or self.block_causal is not None
         attention = whole_attention(mask) if replaced else None
-        hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
+        hidden = self.run(input_ids, t, attention, soft, **self.padding.arguments(input_ids, attention_mask))
         return self.wanted(hidden, input_ids, positions, attention_mask)
+
+    def soft_at(self, positions: Tensor | None) -> Soft | None:
+        """What is soft of a pass, whose mixtures are at these positions."""
+        return None if self.weight is None else Soft(self.mask_id, self.weight, positions)
 
     def parts_for(self, length: int, attention_mask: Tensor | None) -> Parts | None:
         """The weights, if mdkern's own passes can run sequences of this length now."""
         plan = self.anatomy.plan
-        if plan is None or self.weight is not None or not llama_fused.runs_now() or length > len(plan.cos):
+        if plan is None or not llama_fused.runs_now() or length > len(plan.cos):
             return None
         masked = attention_mask is not None and self.padding.way != "attention"
         return None if masked else self.parts
@@ -174,10 +179,10 @@ class SplitDenoiser(AdaptedDenoiser):
         input_ids: Tensor,
         t: Tensor | None,
         attention: Callable[..., Tensor] | None,
-        positions: Tensor | None,
+        soft: Soft | None,
         **arguments: Any,
     ) -> Tensor:
-        """The output layer's input, ``[B, W, D]``. Only soft inputs are at `positions`."""
+        """The output layer's input, ``[B, W, D]``."""
         weight = layer_of(self.model).weight
         held = vars(self).get("head")  # the head of this call of `sample`; only addresses are compared
         if held is not None and (weight.data_ptr() != held.weight.data_ptr() or weight.dtype != held.weight.dtype):
@@ -187,9 +192,8 @@ class SplitDenoiser(AdaptedDenoiser):
         if self.anatomy.lean:
             arguments["use_cache"] = False
         inputs = None
-        if self.weight is not None:
-            table = self.model.get_parameter(self.anatomy.embedding)
-            inputs = SoftInputs(table, self.mask_id, self.weight, positions)
+        if soft is not None:
+            inputs = SoftInputs(self.model.get_parameter(self.anatomy.embedding), soft)
         told = square_mask(input_ids) if self.anatomy.told_mask else None
         if told is not None:
             arguments["attention_mask"] = told
@@ -226,6 +230,7 @@ class SplitDenoiser(AdaptedDenoiser):
             layout.heads_of(cache),
             self.places(attention_mask),
         )
+        soft = self.soft_at(positions)
         if columns is None:
             if self.shifted:
                 kept_ids(cache)[:, :-1] = input_ids
@@ -233,14 +238,14 @@ class SplitDenoiser(AdaptedDenoiser):
             if parts is not None:
                 if self.shifted:
                     positions = serving(input_ids, positions, attention_mask)
-                return llama_fused.run(parts, input_ids, positions, places, mask, kept)
+                return llama_fused.run(parts, input_ids, positions, places, mask, kept, soft=soft)
             attention = KeptAttention(layout, cache, None, mask, None)
-            hidden = self.run(input_ids, t, attention, positions, **self.padding.arguments(input_ids, attention_mask))
+            hidden = self.run(input_ids, t, attention, soft, **self.padding.arguments(input_ids, attention_mask))
             return self.wanted(hidden, input_ids, positions, attention_mask)
         last = cache.shape[3] - 2
-        place, soft = columns.clamp(max=last), positions
+        place = columns.clamp(max=last)
         if self.shifted:
-            wanted = place.gather(1, positions)
+            entries, wanted = positions, place.gather(1, positions)
             positions = positions + (serving(None, wanted, attention_mask) == wanted)  # its own state is the next one
             ids = kept_ids(cache)
             ids.scatter_(1, columns, input_ids.int())
@@ -248,11 +253,11 @@ class SplitDenoiser(AdaptedDenoiser):
             input_ids = torch.cat((ids.gather(1, before).to(input_ids.dtype), input_ids), dim=1)
             place = torch.cat((before, place), dim=1)
             columns = torch.cat((torch.full_like(before, last + 1), columns), dim=1)
-            soft = soft + 1
+            soft = None if soft is None else soft._replace(positions=entries + 1)
         index = place if places is None else places.gather(1, place)
         mask = self.mask_of(input_ids, place, last + 1, attention_mask)
         if parts is not None:
-            return llama_fused.run(parts, input_ids, positions, index, mask, kept, columns)
+            return llama_fused.run(parts, input_ids, positions, index, mask, kept, columns, soft)
         turn, arguments = None, dict[str, Tensor]()
         if rotary:
             turn = Turn(self.model.get_submodule(rotary), last + 1, layout.head_dim, place)
