@@ -34,7 +34,7 @@ distributions. What their names mean to `mdkern.sample`, with the published defa
 | `alg="topk_margin"` | `decoders.Margin(...)` likewise |
 | `alg="entropy"` | `decoders.Entropy(...)` likewise |
 | `alg="confidence_threshold"`, `threshold=0.9` | Fast-dLLM's, `decoders.threshold.PacedThreshold(threshold)` |
-| `block_length=None`, `dual_cache=False` | Fast-dLLM's: `cache="prefix"`, or `"dual"`, with `decoders.Threshold` |
+| `block_length=None`, `dual_cache=False` | Fast-dLLM's: `cache="prefix"` or `"dual"`, `decoders.block_start` |
 
 Dream's quotas are those of a batch's mean in its own code and those of each text here, which is the same where all
 texts have equally many masks. Every function passes further keyword arguments on to `mdkern.sample`, such as `seed`,

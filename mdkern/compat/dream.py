@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from mdkern.compat import common
-from mdkern.compat.common import denoiser_of, refuse, with_masks
-from mdkern.decoders import Ancestral, Decoder, Entropy, Margin, Threshold, TopProbability
+from mdkern.compat.common import check_blocks, denoiser_of, refuse, with_masks
+from mdkern.decoders import Ancestral, Decoder, Entropy, Margin, TopProbability
+from mdkern.decoders.block_start import StartedEntropy, StartedThreshold
 from mdkern.decoders.quotas import DreamQuota
 from mdkern.decoders.threshold import PacedThreshold
 from mdkern.output import SampleOutput
@@ -87,8 +88,8 @@ def diffusion_generate(
         generation_config: a `DreamGenerationConfig`, or any object with some of its attributes.
         attention_mask: ``[B, P]``, 0 at padding.
         threshold: for ``alg="confidence_threshold"`` of Fast-dLLM; None: 0.9.
-        block_length: write in blocks of so many tokens with a KV cache, as Fast-dLLM does with Dream. The tokens are
-            those of ``mdkern.sample(cache=...)``: Fast-dLLM's code takes a block's first token from the pass before.
+        block_length: write in blocks of so many tokens with a KV cache, as Fast-dLLM does with Dream. The first step of
+            a block then reveals its first token. `alg` must be ``"confidence_threshold"`` or ``"entropy"``.
         dual_cache: with `block_length`, keep what comes after the block as well.
         kwargs: fields of `DreamGenerationConfig`, and further arguments of `mdkern.sample`.
 
@@ -103,7 +104,7 @@ def diffusion_generate(
     if inputs is None:
         inputs = options.pop("input_ids", None)
     config = settings_of(generation_config, options)
-    decoder = decoder_of(config, threshold, block_length)
+    decoder = decoder_of(config, threshold) if block_length is None else block_decoder(config, threshold)
     if dual_cache is not None and block_length is None:
         raise ValueError("dual_cache goes with block_length: without blocks there is no cache")
     denoiser = denoiser_of(model, config.mask_token_id)
@@ -115,6 +116,10 @@ def diffusion_generate(
         ids = ids.repeat_interleave(config.num_return_sequences, dim=0)
         mask = None if mask is None else mask.repeat_interleave(config.num_return_sequences, dim=0)
     if block_length is not None:
+        check_blocks(count, block_length, config.steps)
+        if config.alg == "entropy" and config.steps < 2 * (count // block_length):
+            raise ValueError(f"steps must be at least 2 for each block, the first of which reveals one token: give"
+                             f" {2 * (count // block_length)} or more, not {config.steps}")  # fmt: skip
         options |= {"block_length": block_length, "cache": "dual" if dual_cache else "prefix"}
     out = sample(
         denoiser,
@@ -143,8 +148,33 @@ def settings_of(generation_config: Any, options: dict[str, Any]) -> DreamGenerat
     return DreamGenerationConfig(**told)
 
 
-def decoder_of(config: DreamGenerationConfig, threshold: float | None, block_length: int | None) -> Decoder:
-    """The decoder that the settings mean. Settings that could have no effect are refused."""
+def decoder_of(config: DreamGenerationConfig, threshold: float | None) -> Decoder:
+    """The decoder that the settings mean."""
+    check_alg(config, threshold)
+    if config.alg == "confidence_threshold":
+        return PacedThreshold(0.9 if threshold is None else threshold, of="sampler")
+    if config.alg == "origin":
+        return Ancestral(eps=config.eps, closing_pass=False)
+    quota = DreamQuota(config.eps, least=0)
+    ranked: Decoder = RANKED[config.alg](config.alg_temp or 0.0, quota=quota, of="sampler")
+    return ranked
+
+
+def block_decoder(config: DreamGenerationConfig, threshold: float | None) -> Decoder:
+    """The decoder that the settings mean in blocks with a cache."""
+    check_alg(config, threshold)
+    if config.alg == "confidence_threshold":
+        return StartedThreshold(0.9 if threshold is None else threshold, of="sampler")
+    if config.alg != "entropy":
+        raise ValueError(
+            f"block_length needs alg='confidence_threshold' or alg='entropy', not {config.alg!r}: in blocks Fast-dLLM's"
+            " code ranks by entropy whatever else alg says"
+        )
+    return StartedEntropy(config.alg_temp or 0.0, quota=DreamQuota(config.eps, least=0), of="sampler")
+
+
+def check_alg(config: DreamGenerationConfig, threshold: float | None) -> None:
+    """Refuse settings that could have no effect."""
     alg = config.alg
     known = ("origin", *RANKED, "confidence_threshold")
     if alg not in known:
@@ -158,17 +188,8 @@ def decoder_of(config: DreamGenerationConfig, threshold: float | None, block_len
         raise ValueError(f"alg_temp goes with alg={', '.join(map(repr, RANKED))}, not with {alg!r}")
     if config.output_history and not config.return_dict_in_generate:
         raise ValueError("output_history needs return_dict_in_generate=True, or there is nothing to return it in")
-    if alg == "confidence_threshold":
-        if config.output_history:
-            raise ValueError("output_history does not go with alg='confidence_threshold', which has no fixed steps")
-        kind = PacedThreshold if block_length is None else Threshold
-        return kind(0.9 if threshold is None else threshold, of="sampler")
-    if alg == "origin":
-        if block_length is not None:
-            raise ValueError("block_length needs an alg that looks at the model, not 'origin': caches are for those")
-        return Ancestral(eps=config.eps, closing_pass=False)
-    ranked: Decoder = RANKED[alg](config.alg_temp or 0.0, quota=DreamQuota(config.eps, least=0), of="sampler")
-    return ranked
+    if alg == "confidence_threshold" and config.output_history:
+        raise ValueError("output_history does not go with alg='confidence_threshold', which has no fixed steps")
 
 
 def new_tokens(config: DreamGenerationConfig, prompt: int, longest: int | None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 import mdkern
 from mdkern import decoders
 from mdkern.compat import dream, fast_dllm, llada
+from mdkern.decoders.block_start import StartedEntropy, StartedThreshold
 from tests.problems.checkpoints import make_tokenizer, save
 from tests.problems.hf_models import MASK, WORDS, bert, random_ids
 from tests.problems.hf_models import dream as make_dream
@@ -146,10 +147,43 @@ def test_dream_in_blocks_with_a_cache_under_the_mixins_name() -> None:
     out = DREAM.diffusion_generate(PROMPT, max_new_tokens=8, block_length=4, dual_cache=True, **options)
     del DREAM.diffusion_generate
     ids = torch.nn.functional.pad(PROMPT, (0, 8), value=MASK)
-    want = mdkern.sample(
-        DREAM, input_ids=ids, block_length=4, cache="dual", temperature=0.0, decoder=decoders.Threshold(0.3)
-    )
+    decoder = StartedThreshold(0.3, of="sampler")
+    want = mdkern.sample(DREAM, input_ids=ids, block_length=4, cache="dual", temperature=0.0, decoder=decoder)
     assert out.equal(want.sequences)
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.4, 0.9])
+def test_a_block_may_begin_with_its_first_position_alone(bound: float) -> None:
+    def choose(rows: Any, masked: Any, block: range, quota: int) -> dict[int, int]:
+        if all(masked[i] for i in block):
+            return {block[0]: rows[block[0]].token}
+        return rules.threshold(rows, masked, block, bound)
+
+    want, passes = loops.in_blocks(OF_DREAM, PROMPT[0].tolist(), MASK, 12, 4, 12, choose)
+    ids = torch.nn.functional.pad(PROMPT, (0, 12), value=MASK)
+    out = mdkern.sample(DREAM, input_ids=ids, block_length=4, temperature=0.0, decoder=StartedThreshold(bound))
+    assert out.sequences is not None
+    assert out.nfe is not None
+    assert (out.sequences.tolist(), int(out.nfe["H"])) == ([want], passes)
+
+
+def test_a_started_block_has_dreams_quotas_from_its_second_step_on() -> None:
+    """Eight masks in four steps: one, int(7 (1 - s / t)) = 2 of 7, 2 of 5, and the rest, by entropy."""
+    counts = iter([(7, 2), (5, 2), (3, 3)] * 2)
+
+    def choose(rows: Any, masked: Any, block: range, quota: int) -> dict[int, int]:
+        if all(masked[i] for i in block):
+            return {block[0]: rows[block[0]].token}
+        left, count = next(counts)
+        assert sum(masked[i] for i in block) == left
+        return rules.entropy(rows, masked, block, count)
+
+    want, _ = loops.in_blocks(OF_DREAM, PROMPT[0].tolist(), MASK, 16, 8, 8, choose)
+    ids = torch.nn.functional.pad(PROMPT, (0, 16), value=MASK)
+    decoder = StartedEntropy(quota=decoders.DreamQuota(least=0))
+    out = mdkern.sample(DREAM, input_ids=ids, block_length=8, steps=8, temperature=0.0, decoder=decoder)
+    assert out.sequences is not None
+    assert out.sequences.tolist() == [want]
 
 
 def test_masks_in_dreams_prompts_are_filled_in() -> None:
@@ -182,7 +216,16 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "end": (dream.diffusion_generate, {"eos_token_id": 3}, "stop_at_eos=True"),
     "dual cache": (dream.diffusion_generate, {"dual_cache": True}, "dual_cache goes with block_length"),
     "max_length": (dream.diffusion_generate, {"max_length": 5}, "max_length must be above the prompt's 5 tokens"),
-    "blocks at random": (dream.diffusion_generate, {"block_length": 4}, "block_length needs an alg that looks"),
+    "steps of blocks": (
+        dream.diffusion_generate,
+        {"block_length": 4, "alg": "entropy", "steps": 5, "max_new_tokens": 20},
+        "steps must be at least 2 for each block",
+    ),
+    "blocks at random": (
+        dream.diffusion_generate,
+        {"block_length": 4},
+        "block_length needs alg='confidence_threshold' or",
+    ),
 }
 
 
@@ -206,7 +249,6 @@ def test_auto_model_loads_the_model_itself(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", [True, False])
 def test_on_a_gpu_the_tokens_are_those_of_the_cpu(graphs: bool) -> None:
     """In float32, with and without CUDA graphs: quotas, factors and thresholds are worked out on the device."""
@@ -218,6 +260,7 @@ def test_on_a_gpu_the_tokens_are_those_of_the_cpu(graphs: bool) -> None:
         (make_llada, fast_dllm.generate_with_dual_cache, blocks | {"factor": 1.5}),
         (make_dream, dream.diffusion_generate, text | {"alg": "entropy"}),
         (make_dream, dream.diffusion_generate, text | {"alg": "confidence_threshold", "threshold": 0.3}),
+        (make_dream, dream.diffusion_generate, text | {"alg": "entropy", "block_length": 4, "dual_cache": True}),
     ]
     for make, function, options in calls:
         want = function(make(), PROMPT, **options)
