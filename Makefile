@@ -26,8 +26,9 @@ test: .venv/installed lint
 OLD := .venv-transformers-4
 test-transformers-4: $(OLD)/installed
 	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest -q -p no:cacheprovider -k "not slow_loop" \
-	  tests/models/test_adapters.py tests/models/test_split.py tests/models/test_split_cached.py tests/models/test_compat.py \
-	  tests/models/test_probe.py tests/models/test_loading.py tests/compat
+	  tests/models/test_adapters.py tests/models/test_split.py tests/models/test_split_cached.py \
+	  tests/models/test_split_blocks.py tests/models/test_compat.py tests/models/test_probe.py \
+	  tests/models/test_loading.py tests/compat
 
 $(OLD)/installed: .venv/installed
 	rm -rf $(OLD) && $(BIN)/python -m venv $(OLD)

@@ -627,13 +627,14 @@ def test_a_token_file_cut_short_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------- from a text to a sample
 
 
-def test_any_text_trains_and_the_printed_line_samples(tmp_path, caplog, capsys):
+@pytest.mark.parametrize("more", [[], ["--block-causal", "24"]])
+def test_any_text_trains_and_the_printed_line_samples(tmp_path, caplog, capsys, more):
     """With nothing but the text: a tokenizer, sizes that suit it, a held-out part, and the line at the end."""
     text = tmp_path / "book.txt"
     words = np.random.default_rng(0).integers(0, 40, 6000)
     text.write_text("".join(f"word{word}{' ' if place % 12 else chr(10)}" for place, word in enumerate(words)))
     command = ["--data", text, "--out", tmp_path / "run", "--tokens", 3000, "--batch-size", 8, "--eval-samples", 8]
-    command = [str(part) for part in [*command, "--width", 32, "--blocks", 1, "--device", "cpu"]]
+    command = [str(part) for part in [*command, "--width", 32, "--blocks", 1, "--device", "cpu", *more]]
     with caplog.at_level(logging.INFO):
         assert train.main(command) == 0
     line = caplog.text.partition("sample from it:\n")[2].split()

@@ -147,9 +147,10 @@ def prepare(args: argparse.Namespace, world: World) -> None:
 def sampling_command(args: argparse.Namespace) -> str:
     """The command line that samples from the finished run."""
     tokenizer = "TOKENIZER" if args.tokenizer is None else shlex.quote(str(args.tokenizer))
+    steps = f"--steps {args.length}" if args.block_causal is None else f"--steps-per-block {args.block_causal}"
     return (
         f"mdkern sample --heavy {shlex.quote(str(args.out))} --tokenizer {tokenizer} --num-samples 2"
-        f" --length {args.length} --steps {args.length}"
+        f" --length {args.length} {steps}"
     )
 
 

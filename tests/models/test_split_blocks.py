@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 import mdkern
 from mdkern import adapt, decoders
-from mdkern.engine import block_cached
+from mdkern.engine import block_cached, graphs
+from mdkern.models.hf import llama_fused
 from tests.problems.hf_models import BLOCK_CAUSAL, LONGEST, MASK, WORDS, BlockCausalModel, adapted, bert, llada, llama
 from tests.references.slow_sampler import decode
 
@@ -192,3 +194,27 @@ class TestAnyDecoder:
     def test_its_longest_text_is_kept(self) -> None:
         with pytest.raises(ValueError, match=f"at most {LONGEST}"):
             draw(DENOISERS["SDAR"], input_ids=prompts(3, length=LONGEST + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("own_forward", [False, True])
+class TestGpu:
+    def test_passes_are_captured(self, name: str, own_forward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where a model makes or asks for a mask in its forward; without graphs the texts are the same."""
+        if own_forward:
+            monkeypatch.setattr(llama_fused, "runs_now", lambda: False)
+        model = BLOCK_CAUSAL[name]().eval().to("cuda")
+        denoiser = adapted(model, block_causal=KINDS[name])
+        options = {"input_ids": prompts(0, 3, 4, 9, 12).cuda(), "cache": "block"}
+        graphs.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that a pass cannot be captured
+            looped = draw(denoiser, **options)
+        assert graphs.held()
+        graphs.clear()
+        eager = draw(denoiser, cuda_graphs=False, **options)
+        plain = draw(denoiser, **(options | {"cache": "none"}))
+        assert torch.equal(looped.sequences, eager.sequences)
+        assert torch.equal(looped.commits["H"], eager.commits["H"])
+        assert torch.equal(looped.sequences, plain.sequences)

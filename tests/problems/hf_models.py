@@ -243,7 +243,7 @@ class BlockCausalModel(nn.Module):
         return Output(self.lm_head(run[0]))
 
     def blocks(self, batch: int, length: int) -> Tensor:
-        block = torch.arange(length) // self.block_length
+        block = torch.arange(length, device=self.lm_head.weight.device) // self.block_length
         return (block[:, None] >= block).expand(batch, 1, length, length)
 
     def own_logits(self, input_ids: Tensor) -> Tensor:
