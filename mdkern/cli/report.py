@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ def sample_records(
             "sample": number,
             "text": texts[row],
             "token_ids": token_ids,
-            "nfe": {name: int(passes[row]) for name, passes in output.nfe.items()},
+            "nfe": counts_of(output.nfe, row),
+            **({} if output.commits is None else {"commits": counts_of(output.commits, row)}),
             "seed": output.seed,
             "schedule": str(schedule),
             "decoder": decoder,
@@ -62,6 +63,11 @@ def sample_records(
         }
         for row, (number, token_ids) in enumerate(zip(output.sample_ids.tolist(), output.sequences.tolist()))
     ]
+
+
+def counts_of(counts: Mapping[str, Tensor], row: int) -> dict[str, int]:
+    """A sample's counts by model."""
+    return {name: int(count[row]) for name, count in counts.items()}
 
 
 def response_records(output: SampleOutput, tokenizer: Any) -> list[dict[str, Any]]:
@@ -157,11 +163,13 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
     sizes = {name: f" ({blocks[name]} blocks)" if name in blocks else "" for name in passes}
     each = ", ".join(f"{name} {passes[name]:.1f}{sizes[name]}" for name in passes)
     steps = job.schedule.total or "their own number of"
+    commits = sum(float(count.float().mean()) for count in (output.commits or {}).values())
+    kept = f", {commits:.1f} of them for keys and values alone" if output.commits is not None else ""
     seconds = output.timings["total"]
     parts = ", ".join(f"{name} {output.timings[name]:.2f} s" for name in passes)
     lines = [
         f"{count} x {length} tokens, decoder {decoder}, schedule {job.schedule}, seed {output.seed}, {where}, {dtype}",
-        f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {steps} steps",
+        f"forward passes per sequence: {each}; {sum(passes.values()):.1f} for {steps} steps{kept}",
         f"{seconds:.2f} s ({parts}), {count * masked / seconds:,.0f} tokens/s",
     ]
     if len(blocks) == len(denoisers) > 1:

@@ -104,6 +104,18 @@ def test_json_lines_hold_what_sample_returns(run, checkpoints, tmp_path):
     assert {(record["seed"], record["schedule"]) for record in written} == {(5, "L2 H12 L2")}
 
 
+def test_passes_of_the_block_cache_are_told_apart(run_alone, tmp_path):
+    shape = {"max_length": LENGTH, "num_blocks": 1, "width": 16, "num_heads": 2, "tie_head": True, "block_causal": 8}
+    DiT(DiTConfig(vocab_size=4096, mask_id=4095, eos_id=0, **shape)).save_pretrained(tmp_path / "model")
+    model = ("--heavy", str(tmp_path / "model"), "--tokenizer", str(pretrained.FOLDER / "tokenizer"))
+    options = ("--decoder", "threshold", "--cache", "block", "--output", str(tmp_path / "out.jsonl"))
+    code, _, err = run_alone(*model, *options)
+    assert code == 0
+    (record,) = records(tmp_path / "out.jsonl")
+    assert record["commits"] == {"H": 2}  # between three blocks
+    assert f"{record['nfe']['H']}.0 for {LENGTH} steps, 2.0 of them for keys and values alone" in err
+
+
 def test_same_seed_same_text(run):
     texts = [run("--quiet", "--seed", seed, "--batch-size", size)[1] for seed, size in ("31", "31", "42")]
     assert texts[0] == texts[1]

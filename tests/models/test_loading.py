@@ -53,6 +53,12 @@ def test_modern_bert_is_one_and_its_settings_are_kept(tmp_path: Path) -> None:
     assert (model.eos_ids, model.dtype, model.name) == ((9, 8), torch.bfloat16, "M")
 
 
+def test_what_its_config_does_not_say_is_passed_on(tmp_path: Path) -> None:
+    path = save(tmp_path / "llama", llama(), make_tokenizer())
+    model = mdkern.from_pretrained(path, block_causal=4, shifted=True)
+    assert (model.block_causal, model.shifted) == (4, True)  # type: ignore[attr-defined]
+
+
 def test_a_dit_and_a_training_run_with_its_tokenizer(tmp_path: Path) -> None:
     DiT(SMALL).save_pretrained(tmp_path / "run" / "final")
     (tmp_path / "run" / "data" / "tokenizer").mkdir(parents=True)
