@@ -63,7 +63,8 @@ def download(name: str, what: str, patterns: list[str], **options: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"no {what} at {name}: there is no such folder here, and the Hugging Face Hub does not give it ({reason})"
+            f"no {what} at {name}: there is no such folder here, and the Hugging Face Hub does not give it ({reason})."
+            " Check the name and the connection, or give a folder that was downloaded elsewhere"
         ) from error
 
 
