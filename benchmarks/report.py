@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import (
     bench_people,
+    choice_tables,
     decoder_tables,
     gpu_tables,
     kernel_tables,
@@ -291,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **decoder_tables.TABLES,
     **study_tables.TABLES,
     **learning_tables.TABLES,
+    **choice_tables.TABLES,
 }
 
 

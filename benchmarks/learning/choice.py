@@ -54,7 +54,7 @@ class Size:
     """How much of everything; by default what docs/learning.md is made with."""
 
     fitting: int = 2048  # texts
-    testing: int = 384
+    testing: int = 320
     likelihood: int = 128  # of these
     chunk: int = 1024
     length: int = 256
@@ -63,8 +63,8 @@ class Size:
     steps: int = 1500
     price: float = 0.5  # of a pass per token, in nats per token
     loop_texts: int = 192
-    rounds: int = 6
-    pairs: int = 12
+    rounds: int = 5
+    pairs: int = 10
     thresholds: tuple[float, ...] = (0.9, 0.6, 0.4, 0.3, 0.2, 0.1)
     factors: tuple[float, ...] = (0.5, 1.0, 1.4)
     gammas: tuple[float, ...] = (0.3, 1.0, 2.5)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import choice_tables
 from benchmarks.learning import choice
 from benchmarks.learning.choice import Written, at_passes, main, still
 from mdkern import decoders
@@ -43,6 +45,19 @@ def test_rules_keep_their_parameters_with_still_noise() -> None:
             assert name == "fresh_noise" or getattr(quiet, name) == getattr(decoder, name)
 
 
+def test_the_verdict_counts_what_gains_and_what_loses() -> None:
+    def row(judged: float, gains: bool) -> dict[str, Any]:
+        return {"rule": "mlp", "nats_over_plain": {"mean": judged, "standard_error": 0.1}, "gains": gains}
+
+    plain = {"rule": "threshold"}
+    shown = {"seeds": {"0": {"infill": {"rows": [plain, row(-0.5, True), row(0.1, False)]}},
+                       "1": {"infill": {"rows": [plain, row(0.5, False), row(-0.3, False)]}}}}  # fmt: skip
+    text = choice_tables.verdict(shown)
+    assert "infilling, temperature 0, network: better" in text
+    assert "at 1 of 4 settings; worse in the judge's likelihood at 1." in text
+    assert "continuation" not in text
+
+
 @pytest.mark.slow
 def test_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
@@ -69,6 +84,12 @@ def test_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
             assert 0.0 <= row["agreement"]["mean"] <= 1.0
             assert 2.0 <= row["passes"]["mean"] <= 8.0
             assert row["exact_nats"]["mean"] > 0.0
+    monkeypatch.setattr(choice_tables, "content", lambda: json.loads(path.read_text()))
+    for name in ("choice-verdict", "choice-offline", "choice-rules"):
+        table = choice_tables.TABLES[name]()
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == (name != "choice-verdict")
+        assert table != choice_tables.ABSENT
     careful = found["infill"]["rows"][0]
     assert (careful["rule"], careful["bound"]) == ("threshold", 0.9)
     assert careful["agreement"]["mean"] > 0.9

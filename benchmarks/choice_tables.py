@@ -1,0 +1,129 @@
+"""Tables and a verdict on learned choices of positions, drawn from ``benchmarks/results/learning-choice.json`` and,
+for the word problems, ``learning-problems.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.kernel_tables import markdown
+from benchmarks.learning_tables import ABSENT, Mean, caption, mean_of, most_tokens, seeds_with, target
+from benchmarks.learning_tables import content as problems_content
+
+FILE = "learning-choice.json"
+PLAIN = "threshold"
+LEARNED = {"linear": "linear score", "mlp": "network", "closed loop": "linear score, improved in use"}
+TASKS = {"infill": "infilling, temperature 0", "continue": "continuation, temperature 0.7"}
+CURVES = {"threshold": "threshold", "linear": LEARNED["linear"], "mlp": LEARNED["mlp"]}
+
+
+def content() -> dict[str, Any] | None:
+    path = RESULTS / FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def tasks_of(shown: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """What each seed has found for a task."""
+    return [seed[task] for seed in shown["seeds"].values() if task in seed]
+
+
+def number(row: Mapping[str, Any], digits: int = 3) -> str:
+    return f"{row['mean']:.{digits}f} ± {row['standard_error']:.{digits}f}"
+
+
+def offline(shown: Mapping[str, Any]) -> str:
+    """How good the scores are on states of texts that they were not fitted to."""
+    body = []
+    for task, title in TASKS.items():
+        found = [part["offline"] for part in tasks_of(shown, task)]
+        for name, label in {"p": "probability itself", **LEARNED}.items():
+            rows = [seed[name] for seed in found if name in seed]
+            if not rows:
+                continue
+            cells = [rows_mean([row["bce"] for row in rows])]
+            cells += [rows_mean([row["precision"][level] for row in rows]) for level in ("0.1", "0.3")]
+            cells += [rows_mean([row["recall"][bound] for row in rows]) for bound in ("0.9", "0.8")]
+            body.append([title, label, *cells])
+    header = ["task", "score", "cross-entropy, nats", "precision at recall 10 %", "at 30 %", "recall at precision 0.9"]
+    return markdown([*header, "at 0.8"], body)
+
+
+def rows_mean(values: Sequence[float]) -> str:
+    return f"{mean_of(values).mean:.3f}"
+
+
+def rules(shown: Mapping[str, Any]) -> str:
+    """All that was compared, of the first seed."""
+    seed, found = next(iter(shown["seeds"].items()))
+    body = [
+        [
+            task,
+            LEARNED.get(row["rule"], row["rule"]),
+            f"{row['bound']:g}",
+            f"{row['passes']['mean']:.1f}",
+            number(row["nats"]),
+            number(row["entropy"]),
+            number(row["agreement"]),
+            number(row["exact_nats"]),
+            number(row["nats_over_plain"]) if "nats_over_plain" in row else "–",
+        ]
+        for task in TASKS
+        if task in found
+        for row in found[task]["rows"]
+    ]
+    known = next(iter(found.values()))["environment"]
+    header = ["task", "rule", "bound", "passes", "judge, nats a token", "token entropy", "agreement"]
+    header += ["exact nats of true text", "judge, over threshold at as many passes"]
+    return f"{known['device']}, torch {known['torch']}; seed {seed}.\n\n" + markdown(header, body)
+
+
+def verdict(shown: Mapping[str, Any]) -> str:
+    """Where learned rules gain on the threshold, counted over all bounds, tasks and seeds."""
+    lines = []
+    for task, title in TASKS.items():
+        rows = [row for part in tasks_of(shown, task) for row in part["rows"] if "nats_over_plain" in row]
+        for name, label in LEARNED.items():
+            ours = [row for row in rows if row["rule"] == name]
+            if not ours:
+                continue
+            better = sum(row["gains"] for row in ours)
+            worse = sum(row["nats_over_plain"]["mean"] > 2 * row["nats_over_plain"]["standard_error"] for row in ours)
+            lines.append(
+                f"- {title}, {label}: better than the threshold at as many passes, by more than two standard errors "
+                f"and without less entropy, at {better} of {len(ours)} settings; worse in the judge's likelihood at "
+                f"{worse}."
+            )
+    return "\n".join(lines) + "\n" if lines else ABSENT
+
+
+def problems() -> str:
+    """Word problems: tokens a pass at the accuracy that is asked for, and what the scores are on single states."""
+    shown = problems_content()
+    seeds = [] if shown is None else seeds_with(shown, "learned", "eval_base")
+    if shown is None or not seeds:
+        return ABSENT
+    body = []
+    for name, label in CURVES.items():
+        found = [most_tokens(seed["learned"]["curves"][name], target(seed), "tokens_per_pass") for seed in seeds]
+        known = [value for value in found if not math.isnan(value)]
+        scored = mean_of([seed["learned"]["offline"]["p" if name == PLAIN else name]["bce"] for seed in seeds])
+        speed: Mean | str = mean_of(known) if known else "never as accurate"
+        body.append([label, str(speed), f"{scored.mean:.3f}"])
+    header = ["rule", "tokens a pass at equal accuracy", "cross-entropy of the score, nats"]
+    return f"{caption(shown, 'learned')}\n\n" + markdown(header, body)
+
+
+def drawn(table: Callable[[Mapping[str, Any]], str]) -> Callable[[], str]:
+    def draw() -> str:
+        shown = content()
+        return ABSENT if shown is None or not shown["seeds"] else table(shown)
+
+    return draw
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f"choice-{table.__name__}": drawn(table) for table in (verdict, offline, rules)
+} | {"choice-problems": problems}
