@@ -118,6 +118,8 @@ def run_chat(arguments: argparse.Namespace) -> None:
     from mdkern.engine.resolve import resolve_seed
     from mdkern.models.tokenizers import chat_text
 
+    if arguments.stop_at_eos:
+        raise ValueError("--stop-at-eos has no effect: answers always end there. Leave it out")
     make_decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     chat_text(tokenizer, [{"role": "user", "content": "?"}])  # refuses a tokenizer without a template

@@ -55,6 +55,7 @@ def generate(
     mask_id: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
+    text_streamer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | SampleOutput:
     """Texts after prompts, as ``model.generate(ids, custom_generate=mdkern.generate, ...)`` or called by itself.
@@ -66,11 +67,11 @@ def generate(
     Args:
         model: a model of transformers that sees its whole text; called by itself, whatever `mdkern.adapt` takes.
         input_ids: int64 ``[B, P]``, padded on the left if the prompts differ in length.
-        logits_processor, stopping_criteria: those that work here, see `mdkern.engine.processors`. A streamer is not
-            passed on by transformers; give one to `mdkern.sample`.
+        logits_processor, stopping_criteria: those that work here, see `mdkern.engine.processors`.
         generation_config: None: made of ``max_new_tokens`` and the other settings among `model_kwargs`.
         decoder, light, schedule, steps, block_length, steps_per_block, cache, batch_size, seed: as in `mdkern.sample`;
             `model` is the heavy one.
+        text_streamer: the ``streamer`` of `mdkern.sample`. That of ``model.generate`` is not passed on by transformers.
         mask_id: the mask token's id, if the model's config has none.
         model_kwargs: ``attention_mask``, and what transformers prepares for its own loop, which is not needed.
 
@@ -109,6 +110,7 @@ def generate(
         decoder=decoder,
         batch_size=batch_size,
         seed=seed,
+        streamer=text_streamer,
         logits_processor=without(WARPERS, logits_processor),
         stopping_criteria=without(ENDS, stopping_criteria),
         stop_at_eos=bool(heavy.eos_ids),

@@ -67,6 +67,22 @@ def test_processors_ends_and_results_of_transformers() -> None:
     assert called
 
 
+def test_a_streamer_is_given_each_text() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.parts: list[list[int]] = []
+
+        def put(self, ids: Tensor) -> None:
+            self.parts.append(ids.tolist())
+
+        def end(self) -> None: ...
+
+    kept = Kept()
+    out = theirs(text_streamer=kept)
+    assert sorted(kept.parts[::2]) == sorted(PROMPT.tolist())
+    assert sorted(kept.parts[1::2]) == sorted(out[:, 5:].tolist())
+
+
 def test_a_light_model_takes_part() -> None:
     light = qwen(seed=5, eos_token_id=None)
     out = theirs(light=light, schedule="L2 H4 L2", steps=8, decoder="ancestral", return_dict_in_generate=True, seed=0)
