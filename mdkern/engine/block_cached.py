@@ -25,7 +25,7 @@ from mdkern.engine.hooks import Drafts
 from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import SegmentRun, decode_tick, run_segment
+from mdkern.engine.stepwise import SegmentRun, decode_slots, run_segment
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
@@ -59,7 +59,7 @@ def block_tick(
     cache: Tensor,
     blocks: int = 1,
 ) -> None:
-    """`decode_tick` over windows of `blocks` blocks, in which a slot that only commits has no work."""
+    """`decode_slots` over windows of `blocks` blocks, in which a slot that only commits has no work."""
     length = settings.block_length
     assert length is not None
     sequence, none = progress.slot.clone(), len(progress.start) - 1
@@ -76,9 +76,10 @@ def block_tick(
         offset = None if blocks == 1 else behind.clamp(max=(blocks - 1) * length)
         return windows(denoiser, settings, state, progress, run, cache, blocks * length, offset)
 
-    decode_tick(denoiser, head, settings, state, progress, model, forward)
+    decode_slots(denoiser, head, settings, state, progress, model, forward)
     progress.slot.copy_(torch.where(commits, sequence, progress.slot))
     progress.kept.index_add_(0, sequence, behind.clamp(max=blocks * length))
     progress.nfe[model].index_add_(0, sequence, commits.long())
     progress.commits[model].index_add_(0, sequence, commits.long())
     progress.count_slots()
+    progress.tell()

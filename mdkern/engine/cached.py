@@ -29,7 +29,7 @@ from mdkern.engine.progress import Progress, Settings
 from mdkern.engine.slots import Slots, attended
 from mdkern.engine.soft import softened
 from mdkern.engine.state import SamplerState
-from mdkern.engine.stepwise import SegmentRun, decode_tick
+from mdkern.engine.stepwise import SegmentRun, decode_slots
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
@@ -125,12 +125,12 @@ def cached_tick(
     kv_cache: KVCache,
     window: int | None,
 ) -> None:
-    """`decode_tick` over `window` columns from the start of each slot's block, or over whole sequences for None.
+    """`decode_slots` over `window` columns from the start of each slot's block, or over whole sequences for None.
 
     A slot whose block is finished then waits: it has no sequence, and `kv_cache.waiting` has the one to continue with.
     """
     before = progress.slot.clone()
-    decode_tick(
+    decode_slots(
         denoiser, head, settings, state, progress, model, partial(windows, cache=kv_cache.contents, window=window)
     )
     none = len(progress.start) - 1
@@ -139,6 +139,7 @@ def cached_tick(
     kv_cache.waiting.copy_(torch.where(over, after, kv_cache.waiting))
     progress.slot.copy_(torch.where(over, none, after))
     progress.count_slots()
+    progress.tell()
 
 
 def windows(

@@ -205,6 +205,9 @@ class Progress:
     def count_slots(self) -> None:
         """Count the slots that have work anew, after they were changed in a step."""
         self.status[:1].copy_((self.slot != len(self.start) - 1).sum())
+
+    def tell(self) -> None:
+        """Copy the status to the host. Once a tick, at its end: the host reads it at any time."""
         self.report.copy_(self.status, non_blocking=True)
 
     def key(self) -> Hashable:

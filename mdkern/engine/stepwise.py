@@ -190,6 +190,21 @@ def decode_tick(
     forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
     propose: Propose | None = None,
 ) -> None:
+    """`decode_slots`, and the host learns how many slots have work."""
+    decode_slots(denoiser, head, settings, state, progress, model, forward, propose)
+    progress.tell()
+
+
+def decode_slots(
+    denoiser: Denoiser,
+    head: Head,
+    settings: Settings,
+    state: SamplerState,
+    progress: Progress,
+    model: int,
+    forward: Callable[[Denoiser, Settings, SamplerState, Progress, Slots], Tensor] | None = None,
+    propose: Propose | None = None,
+) -> None:
     """Run one forward pass for every slot, and apply what the decoder decides.
 
     All data are read from and written to device tensors; only the shapes come from the host, so that it can be
@@ -398,5 +413,4 @@ def advance(
         others = ((progress.stop_reason == RUNNING) & (progress.route != model)).sum()
         running = torch.where((2 * running < len(progress.slot)) & (others > 0), 0, running)
     progress.status.copy_(torch.stack((running, masked_in_all)))
-    progress.report.copy_(progress.status, non_blocking=True)
     return over

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdkern
 from mdkern import DiT, decoders
 from mdkern.decoders import Stepwise
 from mdkern.engine import block_cached, cached, graphs, stepwise
+from mdkern.engine.progress import Settings
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState
 from tests.conftest import random_dit
@@ -35,6 +37,19 @@ ONE, TWO = mdkern.Schedule.constant(), mdkern.Schedule.sandwich(0.25)
 def prompts(lengths: Sequence[int] = PROMPTS, length: int = LENGTH) -> Tensor:
     ids = torch.randint(MASK, (len(lengths), length), generator=torch.Generator().manual_seed(1))
     return torch.where(torch.arange(length) < torch.tensor(lengths)[:, None], ids, MASK)
+
+
+class CopiesInto(TorchDispatchMode):
+    """Counts the copies into a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.address, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default and args[0].data_ptr() == self.address:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def draw(model: Any = HEAVY, schedule: mdkern.Schedule | None = None, **options: Any) -> mdkern.SampleOutput:
@@ -281,6 +296,24 @@ class TestCache:
         mask = torch.nn.functional.pad(torch.ones_like(prompts()), (8, 1))
         options = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 1.5, "return_history": True}
         assert_same(draw(cache="block", **options), draw(**options))
+
+    def test_the_host_is_told_once_a_step(self) -> None:
+        """It reads the number of slots with work at any time, and 0 ends the run: also while all slots only commit."""
+        arguments = {"input_ids": prompts((9, 10, 11)), "decoder": "threshold", "cache": "block", "seed": 0}
+        request = resolve(HEAVY, None, None, **(OPEN | arguments))
+        state, settings = SamplerState.of(request), Settings.of(request)
+        progress = stepwise.prepare(request, settings, state, None)
+        segment = stepwise.SegmentRun(request.denoisers["H"], 0, request.steps, settings, state, progress, None)
+        cache = cached.keys_and_values(segment)
+        progress.begin_segment(state, settings, request.steps)
+        for commits in (True, True, False):
+            before = progress.commits.sum()
+            with CopiesInto(progress.report) as copies, torch.no_grad():
+                block_cached.block_tick(segment.denoiser, segment.denoiser.head, settings, state, progress, 0, cache)
+            assert bool(progress.commits.sum() > before) == commits
+            assert copies.count == 1
+            assert progress.report.tolist() == progress.status.tolist()
+            assert progress.report[0] == 3
 
     def test_a_pass_runs_one_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
