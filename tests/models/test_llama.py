@@ -75,9 +75,12 @@ class TestPasses:
         torch.testing.assert_close(got[..., KEPT], want[..., KEPT], **CLOSE)
 
     def test_wanted_positions(self, fused: Denoiser) -> None:
+        """Some of them, as many as there are in another order, and more."""
         ids, positions = random_ids(3, 9), torch.tensor([[8, 0, 0], [1, 2, 3], [4, 4, 7]])
-        rows, whole = fused.hidden(ids, None, positions), fused.hidden(ids)
-        torch.testing.assert_close(rows, whole.gather(1, positions[..., None].expand(-1, -1, WIDTH)), **CLOSE)
+        whole = fused.hidden(ids)
+        for wanted in (positions, positions.repeat(1, 3), positions.repeat(1, 4)):
+            rows = fused.hidden(ids, None, wanted)
+            torch.testing.assert_close(rows, whole.gather(1, wanted[..., None].expand(-1, -1, WIDTH)), **CLOSE)
 
     @pytest.mark.parametrize("before", [0, 3])
     def test_padding_changes_nothing(self, fused: Denoiser, before: int) -> None:

@@ -20,7 +20,7 @@ from mdkern.kernels.backbone.skinny import runs_skinny, skinny_linear, skinny_pa
 from mdkern.kernels.backbone.swiglu import swiglu
 from mdkern.kernels.device import num_sms
 from mdkern.models.block_causal import mask_at
-from mdkern.models.dit import attention_priority
+from mdkern.models.dit import attention_priority, gather_rows
 from mdkern.models.hf.intercept import attend
 from mdkern.models.hf.llama_parts import Block, Linear, Parts
 from mdkern.models.soft import Soft
@@ -68,10 +68,11 @@ def run(
             x = soft.rows(parts.embedding, input_ids)
             normed = rms_norm(x, *parts.blocks[0].attn_norm)
         update = None
+        fewer = rows is not None and rows.shape[1] < width
         for number, block in enumerate(parts.blocks):
             if update is not None:
                 normed = rms_norm(x, *block.attn_norm, update=update)
-            pruned = rows is not None and number + 1 == len(parts.blocks)
+            pruned = fewer and number + 1 == len(parts.blocks)
             layers = block.key, block.value, *(() if pruned else (block.query,))
             key, value, *others = heads_of(normed, layers, parts)
             query = None if pruned else others[0]
@@ -90,7 +91,8 @@ def run(
             attended = attend(queries, keys, values, mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
             normed = rms_norm(x, *block.mlp_norm, update=update_by(attended, block.attn_out))
             update = update_by(activated(normed, block), block.down)
-        return rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))
+        states = rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))
+        return states if rows is None or fewer else gather_rows(states, rows)
 
 
 def has_few_queries(parts: Parts, batch: int, width: int, length: int, device: torch.device) -> bool:
