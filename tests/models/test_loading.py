@@ -127,6 +127,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "T5": (None, None, {"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder"),
     "ViT": (None, None, {"model_type": "vit", "architectures": ["ViTModel"]}, "is no language model that transformers"),
     "nothing known": (None, None, {"model_type": "new", "architectures": ["NewLM"]}, "is no language model that trans"),
+    "DiffusionGemma": (None, None, {"architectures": ["DiffusionGemmaForBlockDiffusion"]}, r"mdkern\.sample_canvas"),
     "DUO": (None, None, {"model_type": "DUO"}, "uniformly random tokens and has no mask"),
     "BD3-LM": (None, None, {"model_type": "bd3lm"}, "sampled block by block"),
     "SEDD": (None, None, {"graph": {"type": "absorb"}}, "ratios of probabilities"),

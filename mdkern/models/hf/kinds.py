@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mdkern.models.hf.block_diffusion import CLASS as CANVAS
+
 # Of the classes that a checkpoint's own code offers, the first of these is taken, as it yields logits.
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
@@ -54,6 +56,11 @@ def check_masked(name: str, settings: Mapping[str, Any], mask_id: int | None, tr
     """
     kind = architecture(settings) or str(settings.get("model_type") or "a model of no known type")
     native, needs_code = of_transformers(settings), bool(offered(settings))
+    if kind == CANVAS:
+        raise ValueError(
+            f"{name} is DiffusionGemma, which has no masks: load it by transformers.{CANVAS}.from_pretrained, and"
+            " sample from it by mdkern.sample_canvas(model, input_ids=...)"
+        )
     if settings.get("is_encoder_decoder"):
         raise ValueError(f"{name} ({kind}) is an encoder-decoder: a masked diffusion model is one transformer")
     if needs_code and not trusted and native != "AutoModelForMaskedLM":
