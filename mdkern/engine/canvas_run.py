@@ -77,7 +77,7 @@ def workspace_for(model: Any, settings: CanvasSettings, count: int, room: int) -
         found.network = network
         return found
     del found  # gives its memory back before the new one is made
-    room = -(-room // 256) * 256
+    room = -(-room // 64) * 64
     return CanvasWorkspace(
         network,
         network.marks(),

@@ -12,17 +12,12 @@ import triton
 
 from mdkern.kernels.head import launch_soft, reference
 from mdkern.kernels.head.arguments import Head
-from mdkern.kernels.head.launch import Tiling
 from tests.problems.soft import SoftProblem
 from tests.suites.interpreted_head import mend_interpreter
 
 __all__ = ["mend_interpreter"]
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 
-TILINGS = {"pointers": Tiling(16, 64, 16, 4, 3), "gathered": Tiling(32, 128, 16, 8, 3, gather=True)}
-
-
-@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -34,13 +29,15 @@ TILINGS = {"pointers": Tiling(16, 64, 16, 4, 3), "gathered": Tiling(32, 128, 16,
     ],
     ids=str,
 )
-def test_it_is_the_references(tiling: str, changes: dict[str, Any]) -> None:
+def test_it_is_the_references(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With one chunk for all ids, and with several, whose last one is smaller."""
+    monkeypatch.setattr(launch_soft, "UNIT", 16)
+    monkeypatch.setattr(launch_soft, "num_sms", lambda _: 2)  # two parts
     problem = SoftProblem(**changes)
     want = reference.soft_embedding(*problem.arguments())
     close = 2e-3 if problem.dtype == torch.float16 else 2e-5
     for chunk in (1 << 20, 40 * problem.rows):
-        got = launch_soft.soft_embedding(*problem.arguments(), tiling=TILINGS[tiling], chunk_elements=chunk)
+        got = launch_soft.soft_embedding(*problem.arguments(), chunk_elements=chunk)
         torch.testing.assert_close(got, want, rtol=close, atol=close)
 
 
@@ -57,9 +54,9 @@ def test_small_probabilities_are_kept_in_float16() -> None:
 
 def test_bad_rows_touch_no_other() -> None:
     problem = SoftProblem()
-    want = launch_soft.soft_embedding(*problem.arguments(), tiling=TILINGS["pointers"])
+    want = launch_soft.soft_embedding(*problem.arguments())
     problem.logsumexp[2] = torch.nan
-    got = launch_soft.soft_embedding(*problem.arguments(), tiling=TILINGS["pointers"])
+    got = launch_soft.soft_embedding(*problem.arguments())
     assert got[2].isnan().all()
     kept = torch.arange(problem.rows) != 2
     assert torch.equal(got[kept], want[kept])

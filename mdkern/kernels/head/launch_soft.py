@@ -1,4 +1,8 @@
-"""Launches `soft_embedding`: probabilities of a part of the vocabulary, then their product with its embeddings."""
+"""Launches `soft_embedding`: logits of a part of the vocabulary, their exponentials, the product with its embeddings.
+
+Both products are cuBLAS's. A kernel of ours with the exponentials in the first product's epilogue was slower, see
+docs/notes/diffusion-gemma.md.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from mdkern.kernels.device import copies_in_bulk, num_sms
-from mdkern.kernels.head import triton_soft
+from mdkern.kernels.device import num_sms
 from mdkern.kernels.head.arguments import Head
-from mdkern.kernels.head.launch import Tiling, operands, with_unit_strides
+from mdkern.kernels.head.launch import with_unit_strides
+from mdkern.kernels.head.triton_soft import soft_weights_kernel
 
-CHUNK_ELEMENTS = 1 << 25  # probabilities in memory at a time
-MOST_ROWS = 2048  # rows at a time, so that a chunk has enough ids for fast products
+CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time: 128 MiB, and half as much for their exponentials in 16 bits
+MOST_IDS = 1 << 15  # at a time: those of 256 rows stay in the cache of 50 MiB between the products
+MOST_ROWS = 2048  # at a time, so that a chunk has enough ids for fast products
 MOST_SPLITS = 8  # parts of a chunk's ids whose products run side by side
-
-
-def choose_tiling(rows: int, dtype: torch.dtype, bulk_copy: bool, from_logits: bool) -> Tiling:
-    """Tiles for at most `rows` rows."""
-    if from_logits:
-        return Tiling(16, 256, 64, warps=4, stages=2)
-    if dtype == torch.float32:
-        return Tiling(32, 64, 32, warps=4, stages=2)
-    if rows <= 64:
-        return Tiling(16 if rows <= 16 else 64, 128, 64, warps=4, stages=4 if bulk_copy else 3)
-    if not bulk_copy:
-        return Tiling(128, 128, 64, warps=8, stages=3)
-    return Tiling(128, 256, 64, warps=8, stages=3, gather=True)
+UNIT = 64  # the ids of a part are a multiple of it
+BLOCK = 2048  # logits of a program
 
 
 def soft_embedding(
@@ -36,7 +30,6 @@ def soft_embedding(
     logsumexp: Tensor,
     temperature: Tensor | None,
     uniform_temperature: float,
-    tiling: Tiling | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """`mdkern.kernels.soft_embedding` on a GPU (or, on the CPU, in Triton's interpreter)."""
@@ -48,7 +41,7 @@ def soft_embedding(
         rows = slice(start, start + MOST_ROWS)
         heat = None if temperature is None else temperature[rows].contiguous()
         given = hidden[rows], head, embedding, logsumexp[rows].contiguous(), heat, uniform_temperature
-        soft[rows] = embed_rows(*given, tiling, chunk_elements)
+        soft[rows] = embed_rows(*given, chunk_elements)
     return soft
 
 
@@ -59,53 +52,41 @@ def embed_rows(
     logsumexp: Tensor,
     temperature: Tensor | None,
     uniform_temperature: float,
-    tiling: Tiling | None,
     chunk_elements: int,
 ) -> Tensor:
     """float32 ``[M, E]`` of some rows."""
     rows, vocab = hidden.shape[0], head.vocab(hidden)
-    bulk_copy = head.weight is not None and copies_in_bulk(head.weight)
-    tiling = tiling or choose_tiling(rows, hidden.dtype, bulk_copy, head.weight is None)
-    all_rows = torch.arange(rows, device=hidden.device)
-    source, weight, flags = operands(hidden, head, all_rows, tiling, bulk_copy)
     shift = 14 if embedding.dtype == torch.float16 else 0  # probabilities below 2^-24 would be 0 in float16
     splits = choose_splits(rows, embedding)
-    unit = splits * tiling.vocab
-    width = max(1, min(chunk_elements // rows // unit, triton.cdiv(vocab, unit))) * unit
-    weights = embedding.new_empty(rows * width)
+    unit = splits * UNIT
+    width = max(1, min(chunk_elements // rows, MOST_IDS, -(-vocab // unit) * unit) // unit) * unit
+    probability = embedding.new_empty(rows, width)
     soft = torch.zeros(rows, embedding.shape[1], dtype=torch.float32, device=hidden.device)
     for first in range(0, vocab, width):
-        ids = min(width, vocab - first)
-        parts = splits if ids == width else 1  # what is left at the end may not divide
-        part = width // parts if ids == width else triton.cdiv(ids, tiling.vocab) * tiling.vocab
-        tiles = triton.cdiv(ids, tiling.vocab)
-        triton_soft.soft_weights_kernel[(triton.cdiv(rows, tiling.rows) * tiles,)](
-            source,
-            weight,
-            head.bias,
+        part = slice(first, min(first + width, vocab))
+        ids = part.stop - first
+        logits = hidden[:, part] if head.weight is None else product(hidden[None], head.weight[part].T[None])
+        soft_weights_kernel[(rows, triton.cdiv(ids, BLOCK))](
+            logits,
+            None if head.bias is None else head.bias[part],
             logsumexp,
             temperature,
             uniform_temperature,
-            weights,
-            first // tiling.vocab,
-            tiles,
-            rows,
-            vocab,
-            part,
-            hidden.shape[1],
-            hidden.stride(0),
-            0 if head.weight is None else head.weight.stride(0),
+            probability,
+            ids,
+            logits.stride(0),
+            width,
             head.scale,
             head.soft_cap,
-            BM=tiling.rows,
-            BN=tiling.vocab,
+            BLOCK=BLOCK,
             SHIFT=shift,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            **flags,
+            HAS_SCALE=head.scale != 1.0,
+            HAS_CAP=head.soft_cap != 0.0,
+            num_warps=4,
         )
-        probability = weights[: parts * rows * part].view(parts, rows, part)[:, :, : ids // parts]
-        soft += product(probability, embedding[first : first + ids])
+        parts = splits if ids == width else 1  # what is left at the end may not divide
+        divided = probability[:, :ids].view(rows, parts, ids // parts).transpose(0, 1)
+        soft += product(divided, embedding[part].view(parts, ids // parts, -1))
     return soft.mul_(2.0**-shift) if shift else soft
 
 
@@ -115,11 +96,10 @@ def choose_splits(rows: int, embedding: Tensor) -> int:
     return max(1, min(MOST_SPLITS, num_sms(embedding.device) // tiles))
 
 
-def product(probability: Tensor, embedding: Tensor) -> Tensor:
-    """``[S, M, n]`` times the S parts of ``[S * n, E]``, summed: float32 ``[M, E]``."""
-    parts, _, ids = probability.shape
-    if not probability.is_cuda or probability.dtype == torch.float32:
-        return torch.bmm(probability.float(), embedding.float().view(parts, ids, -1)).sum(0)
-    if parts == 1:
-        return torch.mm(probability[0], embedding, out_dtype=torch.float32)
-    return torch.bmm(probability, embedding.view(parts, ids, -1), out_dtype=torch.float32).sum(0)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``[S, M, K]`` times ``[S, K, N]``, summed over S: float32 ``[M, N]``."""
+    if not left.is_cuda or left.dtype == torch.float32:
+        return torch.bmm(left.float(), right.float()).sum(0)
+    if len(left) == 1:
+        return torch.mm(left[0], right[0], out_dtype=torch.float32)
+    return torch.bmm(left, right, out_dtype=torch.float32).sum(0)

@@ -1,6 +1,6 @@
-"""The first half of `soft_embedding` in Triton: probabilities of some ids, from hidden rows, in the table's dtype.
+"""The middle of `soft_embedding` in Triton: from the logits of some ids to their probabilities, in the table's dtype.
 
-The product that weighs the embeddings with them is cuBLAS's.
+The products before and after it are cuBLAS's.
 """
 
 # mypy: ignore-errors
@@ -9,59 +9,37 @@ The product that weighs the embeddings with them is cuBLAS's.
 import triton
 import triton.language as tl
 
-from mdkern.kernels.triton_common import IMPOSSIBLE, LOG2E, tile_logits
+from mdkern.kernels.triton_common import IMPOSSIBLE, LOG2E, finish_logits
 
 
-@triton.jit(do_not_specialize=["first_tile", "rows", "vocab", "part"])
+@triton.jit(do_not_specialize=["ids"])
 def soft_weights_kernel(
-    hidden,  # [N, D], or a descriptor of it
-    weight,  # [V, D], or a descriptor of it
-    bias,  # [V] or None
+    logits,  # [M, ids]
+    bias,  # [ids] or None
     logsumexp,  # [M]
     temperature,  # [M], or None: `uniform_temperature` everywhere
     uniform_temperature,
-    weights,  # [splits, M, part]: 2^SHIFT times the probabilities of ids from ``first_tile * BN`` on, 0 past V
-    first_tile,
-    tiles,  # of ids
-    rows,  # M
-    vocab,
-    part,  # a multiple of BN
-    hidden_dim,
-    hidden_stride,
-    weight_stride,
+    weights,  # [M, ids]: 2^SHIFT times the probabilities
+    ids,
+    logits_stride,
+    weights_stride,
     scale,
     soft_cap,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HIDDEN_TMA: tl.constexpr,
-    WEIGHT_TMA: tl.constexpr,
-    FROM_LOGITS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(rows, BM)  # row tiles of the same ids run side by side and share the weight's rows in the cache
-    row_tile = tl.program_id(0) % row_tiles
-    tile = tl.program_id(0) // row_tiles
-    row = row_tile * BM + tl.arange(0, BM)
-    valid = row < rows
-    index = tl.where(valid, row, 0).to(tl.int64)
-    x = tile_logits(
-        hidden, weight, bias, index, row_tile, first_tile + tile, vocab, hidden_dim, hidden_stride, weight_stride,
-        scale, soft_cap, BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
-    )  # fmt: skip
-    divisor = tl.zeros([BM], tl.float32) + uniform_temperature
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < ids
+    x = tl.load(logits + row * logits_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = finish_logits(x[None, :], bias, column, ids, scale, soft_cap, HAS_SCALE, HAS_CAP)
+    divisor = uniform_temperature
     if temperature is not None:
-        divisor = tl.load(temperature + row, mask=valid, other=1.0)
+        divisor = tl.load(temperature + row)
     slope = LOG2E / tl.where(divisor == 0.0, 1.0, divisor)
-    total = tl.load(logsumexp + row, mask=valid, other=0.0)
-    shift = total * LOG2E - SHIFT
-    p = tl.exp2(x * slope[:, None] - shift[:, None])
-    p = tl.where(x > IMPOSSIBLE, p, (total * 0.0)[:, None])  # NaN stays NaN
-    column = tile * BN + tl.arange(0, BN)
-    split, within = column // part, column % part
-    at = weights + (split.to(tl.int64) * rows)[None, :] * part + row.to(tl.int64)[:, None] * part + within[None, :]
-    tl.store(at, p.to(weights.dtype.element_ty), mask=valid[:, None])
+    total = tl.load(logsumexp + row)
+    p = tl.exp2(x * slope - (total * LOG2E - SHIFT))
+    p = tl.where(x > IMPOSSIBLE, p, total * 0.0)  # NaN stays NaN
+    tl.store(weights + row * weights_stride + column[None, :], p.to(weights.dtype.element_ty), mask=inside[None, :])
