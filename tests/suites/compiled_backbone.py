@@ -17,6 +17,7 @@ from mdkern.kernels.backbone import (
     hopper_residual,
     launch_linear,
     triton_combine,
+    triton_experts,
     triton_folded_norm,
     triton_invariant_attention,
     triton_invariant_linear,
@@ -155,6 +156,27 @@ def invariant(capability: int) -> None:
             assert built.metadata.shared <= room
 
 
+def experts(capability: int, gated: bool, rows: int) -> None:
+    """Of DiffusionGemma."""
+    types = {"x": "*bf16", "weight": "*bf16", "order": "*i32", "ends": "*i32", "out": "*bf16", "pairs": "i32"}
+    tiling = triton_experts.GATED if gated else triton_experts.DOWN
+    constants = {"EXPERTS": 128, "CHOICES": 8, "EXPERT_BLOCK": 128, "GATED": gated, "BLOCK_ROWS": rows}
+    constants |= {"COLUMNS": 704, "INNER": 2816} if gated else {"COLUMNS": 2816, "INNER": 704}
+    constants |= {"BLOCK": tiling.columns, "BLOCK_INNER": tiling.inner}
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    built = build(triton_experts.expert_product_kernel, ASTSource, capability, types, constants, **options)
+    if capability == 90:
+        assert built.metadata.shared <= 113 * 1024, "two programs do not fit on a multiprocessor"
+        assert "HGMMA" in built.asm["sass"]
+        assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
+
+
+def sorted_pairs(capability: int) -> None:
+    types = {"index": "*i64", "order": "*i32", "ends": "*i32", "pairs": "i32"}
+    constants = {"BLOCK": triton_experts.SORT_BLOCK}
+    build(triton_experts.sort_pairs_kernel, ASTSource, capability, types, constants, num_warps=8)
+
+
 def descriptor(element: str, block: list[int]) -> str:
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
@@ -201,6 +223,9 @@ def main() -> None:
         fold(capability)
         combine(capability)
         invariant(capability)
+        sorted_pairs(capability)
+        for gated in (False, True):
+            experts(capability, gated, rows=32)
         heads(capability)
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mdkern.kernels.backbone import (
     triton_combine,
+    triton_experts,
     triton_folded_norm,
     triton_invariant_attention,
     triton_invariant_linear,
@@ -24,6 +25,7 @@ from mdkern.kernels.backbone import (
     triton_swiglu,
 )
 from mdkern.kernels.backbone.combine import combine_reference
+from mdkern.kernels.backbone.experts import gated_experts_reference
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.invariant_attention import invariant_attention_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
@@ -37,6 +39,7 @@ from mdkern.kernels.backbone.skinny import (
 )
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from tests.problems.backbone import HeadsCase, modulation, normal
+from tests.problems.experts import experts_problem
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -285,3 +288,24 @@ def test_a_query_that_sees_nothing_gives_0() -> None:
     got = triton_invariant_attention.invariant_attention(query, key, value, mask, 0.25)
     assert got[0, [0, 2]].abs().max() == 0
     torch.testing.assert_close(got[0, 1], value[0, :, 35])
+
+
+@pytest.mark.parametrize(("rows", "choices", "experts"), [(11, 2, 4), (1, 3, 7), (80, 2, 3), (0, 1, 2)])
+def test_pairs_are_sorted_by_expert(rows: int, choices: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_experts, "SORT_BLOCK", 16)
+    index = torch.randint(0, experts, (rows, choices), generator=torch.Generator().manual_seed(rows))
+    order, ends = triton_experts.sort_pairs(index, experts)
+    flat = index.flatten().tolist()
+    assert order.tolist() == sorted(range(len(flat)), key=lambda pair: (flat[pair], pair))
+    assert ends.tolist() == [sum(chosen <= expert for chosen in flat) for expert in range(experts)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices", "experts", "depth", "width"),
+    [(11, 2, 4, 40, 24), (1, 3, 7, 16, 16), (80, 2, 3, 70, 70), (60, 1, 2, 64, 32), (0, 1, 2, 8, 8)],
+)
+def test_experts_are_the_references(rows: int, choices: int, experts: int, depth: int, width: int) -> None:
+    """Experts with several tiles of rows and with none, and shapes that divide into tiles and do not."""
+    given = experts_problem(rows, choices, experts, depth, width)
+    want = gated_experts_reference(*given)
+    torch.testing.assert_close(triton_experts.gated_experts(*given), want, rtol=1e-5, atol=1e-5)

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from mdkern.kernels.backbone import (
+    triton_experts,
     triton_folded_norm,
     triton_modulated_norm,
     triton_place_heads,
@@ -29,9 +30,12 @@ from mdkern.kernels.backbone import (
     triton_skinny,
     triton_swiglu,
 )
+from mdkern.kernels.head import launch_soft
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
 from tests.problems.backbone import HeadsCase, modulation, normal
+from tests.problems.experts import experts_problem
 from tests.problems.selection import RULES, random_selection
+from tests.problems.soft import SoftProblem
 from tests.problems.tick import arguments, random_state
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -195,6 +199,17 @@ class TestEveryEntryIsWritten:
     def test_placed_heads(self, where: str) -> None:
         for case in (HeadsCase(5, 3, 6, True, where), HeadsCase(0, 1, 4, False, where)):
             assert not any(map(is_poisoned, case.run(triton_place_heads.place_heads)))
+
+    @pytest.mark.parametrize("case", [(11, 2, 4, 40, 24), (40, 1, 2, 33, 70)], ids=str)
+    def test_experts(self, case: tuple[int, ...]) -> None:
+        assert not is_poisoned(triton_experts.gated_experts(*experts_problem(*case)))
+
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_soft_embeddings(self, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launch_soft, "UNIT", 16)
+        problem = SoftProblem(rows=3, columns=2100, biased=biased)
+        for chunk in (1 << 20, 3 * 900):
+            assert not is_poisoned(launch_soft.soft_embedding(*problem.arguments(), chunk_elements=chunk))
 
 
 # Offsets past 2^31. Memory that is never touched costs nothing; only the last program of a launch is run.

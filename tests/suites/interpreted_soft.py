@@ -18,6 +18,7 @@ from tests.suites.interpreted_head import mend_interpreter
 __all__ = ["mend_interpreter"]
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -1,8 +1,7 @@
 """Shallow copies of DiffusionGemma's modules that compute the same in fewer passes over memory.
 
 A copy shares weights and hooks with its original, which is not changed. In it, norms are one kernel each, and a mixture
-of experts keeps neither float32 copies of the experts' outputs nor a second copy in the order of the tokens. Experts
-are run by PyTorch's grouped products, which need no synchronisation with the host, so that a pass can be captured.
+of experts is `gated_experts`, which needs no synchronisation with the host, so that a pass can be captured.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdkern.kernels.backbone.combine import combine
+from mdkern.kernels.backbone.experts import gated_experts
 
 
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -26,21 +24,15 @@ def norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """DiffusionGemmaTextExperts: the tokens sorted by expert, two grouped products, and the weighted sum."""
-    tokens, count = top_k_index.shape
-    expert, order = top_k_index.reshape(-1).sort(stable=True)
-    sizes = expert.float() if expert.device.type == "cpu" else expert.int()
-    ends = torch.histc(sizes, bins=self.num_experts, min=0, max=self.num_experts - 1).cumsum(0, dtype=torch.int32)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    gated = F.grouped_mm(hidden_states[order // count], self.gate_up_proj.transpose(-2, -1), offs=ends)
-    gated = self._apply_gate(gated)
-    outputs = F.grouped_mm(gated, self.down_proj.transpose(-2, -1), offs=ends)
-    return combine(outputs, place.view(tokens, count), top_k_weights.float())
+    """DiffusionGemmaTextExperts, if its gate is the tanh approximation of GELU, as in every config so far."""
+    if type(self.act_fn).__name__ not in TANH_GELU:
+        own: Tensor = type(self).forward(self, hidden_states, top_k_index, top_k_weights)
+        return own
+    return gated_experts(hidden_states, top_k_index, top_k_weights.float(), self.gate_up_proj, self.down_proj)
 
 
-REPLACED: dict[str, Callable[..., Tensor]] = {"DiffusionGemmaRMSNorm": norm}
-if hasattr(F, "grouped_mm"):
-    REPLACED["DiffusionGemmaTextExperts"] = experts
+TANH_GELU = "GELUTanh", "PytorchGELUTanh"  # transformers' names, today's and an older one
+REPLACED: dict[str, Callable[..., Tensor]] = {"DiffusionGemmaRMSNorm": norm, "DiffusionGemmaTextExperts": experts}
 
 
 def lean_copy(module: nn.Module) -> nn.Module:

@@ -1,0 +1,204 @@
+"""`mdkern.kernels.backbone.experts` in Triton.
+
+The pairs of a row and one of its experts are sorted by expert. Each program of a product then has some columns of one
+expert's weights, and a tile of its rows. With few rows the time is that of reading the weights, which are the left
+operand for the reason given in `triton_skinny`. Programs of one expert and the same columns run side by side, so that
+weights are read from memory once.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mdkern.kernels.backbone.experts import gated_experts_reference
+from mdkern.kernels.backbone.triton_combine import combine
+from mdkern.kernels.device import copies_in_bulk
+
+MOST_FEW = 64  # rows of an expert on average up to which our products are used, else PyTorch's grouped ones
+SORT_BLOCK = 2048
+
+
+class Tiling(NamedTuple):
+    """Of a program: columns, numbers of the inner dimension in a step, steps loaded ahead, warps."""
+
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+
+# With 2 programs on a multiprocessor 120 KiB are under way, three times what hides the memory's latency.
+GATED = Tiling(64, 64, 4, 4)
+DOWN = Tiling(128, 64, 4, 4)
+FLOAT32 = Tiling(64, 32, 2, 4)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def sort_pairs_kernel(index, order, ends, pairs, BLOCK: tl.constexpr):
+    """The pairs of one expert, in ascending order, after those of the experts before it."""
+    expert = tl.program_id(0)
+    place = expert * 0
+    count = expert * 0
+    for start in range(0, pairs, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
+        place += tl.sum((chosen < expert).to(tl.int32), 0)
+        count += tl.sum((chosen == expert).to(tl.int32), 0)
+    tl.store(ends + expert, place + count)
+    for start in range(0, pairs, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
+        own = (chosen == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(own, 0) - 1, pair, mask=own != 0)
+        place += tl.sum(own, 0)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def expert_product_kernel(
+    x,  # [N, D], or with GATED False [pairs, F] in sorted order
+    weight,  # [E, 2 F, D], or with GATED False [E, D, F]
+    order,  # [pairs]: the pairs sorted by expert
+    ends,  # [E]: where each expert's pairs end
+    out,  # [pairs, F] in sorted order, or with GATED False [pairs, D] in the order of pairs
+    pairs,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,  # K, experts of a row
+    COLUMNS: tl.constexpr,  # of the output
+    INNER: tl.constexpr,
+    GATED: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    tile = tl.program_id(0)  # of all experts' rows
+    each = tl.arange(0, EXPERT_BLOCK)
+    end = tl.load(ends + each, mask=each < EXPERTS, other=0)
+    begin = tl.load(ends + each - 1, mask=(each > 0) & (each < EXPERTS), other=0)
+    tiles = (end - begin + BLOCK_ROWS - 1) // BLOCK_ROWS
+    upto = tl.cumsum(tiles, 0)
+    expert = tl.sum((upto <= tile).to(tl.int32), 0)
+    if expert >= EXPERTS:
+        return
+    own = each == expert
+    first = tl.sum(tl.where(own, begin + (tile - upto + tiles) * BLOCK_ROWS, 0), 0)
+    last = tl.sum(tl.where(own, end, 0), 0)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    there = row < last
+    pair = tl.load(order + row, mask=there, other=0)
+    source = pair // CHOICES if GATED else tl.where(there, row, 0)
+    inner = tl.arange(0, BLOCK_INNER)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wanted = column < COLUMNS
+    some = tl.where(wanted, column, 0)
+    read = x + source.to(tl.int64)[:, None] * INNER + inner[None, :]
+    HEIGHT: tl.constexpr = COLUMNS * 2 if GATED else COLUMNS
+    entry = weight + expert.to(tl.int64) * HEIGHT * INNER + some.to(tl.int64)[:, None] * INNER + inner[None, :]
+    product = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+    beside = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+    for k in range(0, INNER, BLOCK_INNER):
+        if INNER % BLOCK_INNER == 0:
+            rows = tl.load(read + k, mask=there[:, None], other=0.0)
+            left = tl.load(entry + k)
+        else:
+            within = (k + inner < INNER)[None, :]
+            rows = tl.load(read + k, mask=there[:, None] & within, other=0.0)
+            left = tl.load(entry + k, mask=within, other=0.0)
+        product = tl.dot(left, tl.trans(rows), product, input_precision="ieee")
+        if GATED:
+            if INNER % BLOCK_INNER == 0:
+                right = tl.load(entry + COLUMNS * INNER + k)
+            else:
+                right = tl.load(entry + COLUMNS * INNER + k, mask=within, other=0.0)
+            beside = tl.dot(right, tl.trans(rows), beside, input_precision="ieee")
+    target = pair
+    if GATED:
+        curved = 1.5957691216057308 * (product + 0.044715 * product * product * product)  # 2 sqrt(2 / pi)
+        product = product * tl.sigmoid(curved) * beside
+        target = row
+    write = out + target.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    tl.store(write, tl.trans(product).to(out.dtype.element_ty), mask=there[:, None] & wanted[None, :])
+
+
+def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The pairs sorted by expert, stably, and where each expert's end: int32 ``[pairs]`` and ``[E]``."""
+    order = torch.empty(index.numel(), dtype=torch.int32, device=index.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=index.device)
+    sort_pairs_kernel[(experts,)](index, order, ends, index.numel(), BLOCK=SORT_BLOCK, num_warps=8)
+    return order, ends
+
+
+def rows_of_a_tile(pairs: int, experts: int) -> int:
+    """Half more than an expert has on average, so that most have one tile."""
+    return min(128, max(16, triton.next_power_of_2(triton.cdiv(3 * pairs, 2 * experts))))
+
+
+def product(
+    x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, choices: int, gated: bool, tiling: Tiling
+) -> Tensor:
+    pairs, experts, inner = len(order), len(weight), weight.shape[2]
+    columns = weight.shape[1] // 2 if gated else weight.shape[1]
+    rows = rows_of_a_tile(pairs, experts)
+    out = torch.empty((pairs, columns), dtype=x.dtype, device=x.device)
+    expert_product_kernel[(min(pairs, experts) + pairs // rows, triton.cdiv(columns, tiling.columns))](
+        x,
+        weight,
+        order,
+        ends,
+        out,
+        pairs,
+        EXPERTS=experts,
+        CHOICES=choices,
+        COLUMNS=columns,
+        INNER=inner,
+        GATED=gated,
+        EXPERT_BLOCK=triton.next_power_of_2(experts),
+        BLOCK_ROWS=rows,
+        BLOCK=tiling.columns,
+        BLOCK_INNER=tiling.inner,
+        num_warps=tiling.warps,
+        num_stages=min(tiling.stages, 3) if rows > 64 else tiling.stages,  # more would not fit on every GPU
+    )
+    return out
+
+
+def grouped(x: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, ends: Tensor, choices: int) -> Tensor:
+    """The experts' outputs ``[pairs, D]`` in sorted order, by PyTorch's grouped products."""
+    gate, up = F.grouped_mm(x[order // choices], gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
+    gated = F.gelu(gate, approximate="tanh").mul_(up)
+    return F.grouped_mm(gated, down.transpose(-2, -1), offs=ends)
+
+
+def groups_well(x: Tensor, gate_up: Tensor, pairs: int) -> bool:
+    """Whether PyTorch has fast grouped products for these, and enough rows for them."""
+    experts, height, depth = gate_up.shape
+    aligned = depth % 8 == 0 and height % 16 == 0
+    enough = pairs > MOST_FEW * experts
+    return enough and aligned and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and copies_in_bulk(x)
+
+
+def gated_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`gated_experts` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if x.dtype == torch.float64:
+        return gated_experts_reference(x, index, weights, gate_up, down)
+    choices, pairs = index.shape[1], index.numel()
+    if not pairs or not down.numel():
+        return torch.zeros_like(x)
+    x = x.contiguous()
+    order, ends = sort_pairs(index.contiguous(), len(down))
+    place = torch.arange(pairs, device=x.device)
+    if groups_well(x, gate_up, pairs):
+        outputs = grouped(x, gate_up, down, order, ends, choices)
+        place = torch.empty_like(place).scatter_(0, order.long(), place)
+    else:
+        tilings = (FLOAT32, FLOAT32) if x.dtype == torch.float32 else (GATED, DOWN)
+        gated = product(x, gate_up, order, ends, choices, True, tilings[0])
+        outputs = product(gated, down, order, ends, choices, False, tilings[1])
+    return combine(outputs, place.view_as(index), weights.contiguous())
