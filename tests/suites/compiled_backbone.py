@@ -151,7 +151,7 @@ def invariant(capability: int) -> None:
             types |= {name: "i64" for name in kernel.arg_names if name.endswith(parts)}
             tile = triton_invariant_attention.tile_of(dtype, head_dim, torch.device("cpu"))
             constants, options = options_of(tile | ({"num_stages": 2} if capability == 80 else {}))
-            constants |= {"DIM": head_dim, "DIM_BLOCK": head_dim}
+            constants |= {"DIM": head_dim, "DIM_BLOCK": head_dim, "MASK_ROWS": head_dim == 128}
             built = build(kernel, ASTSource, capability, types, constants, **options)
             assert built.metadata.shared <= room
 

@@ -46,6 +46,7 @@ def invariant_attention_kernel(
     scale,  # times log2(e)
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,  # whether queries of a sequence differ in what they see
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,8 +73,11 @@ def invariant_attention_kernel(
         x = tl.dot(q, k, input_precision=PRECISION)
         seen = inside[None, :]
         if mask is not None:
-            shown = mask + sequence * mask_batch + head * mask_head + row.to(tl.int64)[:, None] * mask_row
-            seen = seen & (tl.load(shown + place[None, :] * mask_column, mask=there[:, None] & seen, other=0) != 0)
+            shown = mask + sequence * mask_batch + head * mask_head + place[None, :] * mask_column
+            if MASK_ROWS:
+                shown += row.to(tl.int64)[:, None] * mask_row
+                seen = seen & there[:, None]
+            seen = seen & (tl.load(shown, mask=seen, other=0) != 0)
         x = tl.where(seen, x, -float("inf"))
         peak = tl.maximum(top, tl.max(x, 1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak * scale)
@@ -142,6 +146,7 @@ def invariant_attention(
         scale * LOG2E.value,
         DIM=head_dim,
         DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        MASK_ROWS=mask_strides[2] != 0,
         **tile,
     )
     return out
