@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdkern.models import dit_fused, dit_window
+from mdkern.models import dit_compile, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
@@ -270,6 +270,7 @@ class DiTDenoiser(Denoiser):
             folds = dit_fused.fold(self.model, rows)
         if folds is None:
             return self
+        dit_compile.compile_together(self.model, folds, rows)
         prepared = copy.copy(self)
         prepared.folds = folds
         return prepared
