@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mdkern.models.denoiser import Denoiser, Head
 
+TABLES = frozenset((dict, OrderedDict, set))  # a module has a dozen, most of them empty
 PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
@@ -41,8 +43,12 @@ def fingerprint(model: Any) -> Hashable:
         settings = repr(vars(config)) if hasattr(config, "to_dict") else None
         modules = []
         for name, module in model.named_modules():
-            own = {attribute: value for attribute, value in vars(module).items() if attribute != "_modules"}
-            modules.append((name, type(module), describe(own)))
+            own = [
+                (attribute, describe(value))
+                for attribute, value in vars(module).items()
+                if attribute != "_modules" and (type(value) not in TABLES or value)
+            ]
+            modules.append((name, type(module), tuple(own)))
         return settings, tuple(modules)
     if isinstance(model, Denoiser):
         parts = (
@@ -61,8 +67,8 @@ def describe(value: Any) -> Hashable:
             return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
         except (NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse tensors, and other libraries' ones
             return id(value)
-    if isinstance(value, dict):  # most are the empty ones of modules
-        return tuple([(key, describe(item)) for key, item in value.items()]) if value else ()
+    if isinstance(value, dict):
+        return tuple([(key, describe(item)) for key, item in value.items()])
     if isinstance(value, list | tuple | set | frozenset):
         return tuple([describe(item) for item in value])
     if isinstance(value, Head):
