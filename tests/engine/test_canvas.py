@@ -307,3 +307,21 @@ def test_what_makes_no_sense_is_refused() -> None:
     refused("needs all samples in one batch", batch_size=1, streamer=Recorder())
     with pytest.raises(TypeError, match="needs a DiffusionGemmaForBlockDiffusion"):
         mdkern.sample_canvas(torch.nn.Linear(2, 2), ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:a step can't be captured")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_graphs_give_what_eager_steps_give(dtype: torch.dtype) -> None:
+    """One text, several, and padded ones; each twice, as the second call replays the first one's graphs."""
+    model, ids = small_model(vocab=512, canvas=16, sharpness=4.0).to("cuda", dtype), prompts(3).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 48, "max_denoising_steps": 8, "entropy_bound": 3.0, "seed": SEED}
+    for given in ((ids[:1], mask[:1]), (ids, torch.ones_like(ids)), (ids, mask)):
+        want = mdkern.sample_canvas(model, *given, cuda_graphs=False, **options)
+        for _ in range(2):
+            got = mdkern.sample_canvas(model, *given, **options)
+            assert torch.equal(got.sequences, want.sequences)
+            assert torch.equal(got.nfe["H"], want.nfe["H"])
+            assert not canvas_run._kept[model].refused

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from mdkern.kernels.backbone.combine import combine, combine_operator
+from mdkern.models.hf.block_diffusion import BlockDiffusion
 from mdkern.models.hf.lean import lean_copy
 from tests.problems.canvas_models import small_model
 
@@ -29,6 +32,48 @@ def test_a_copy_computes_the_same_and_follows_the_weights() -> None:
             norm.weight.add_(1.0)
     assert "forward" not in vars(layer.experts)
     assert lean.layers[0].experts.down_proj is layer.experts.down_proj
+
+
+def passes(model: Any, rows: Any, lean: bool) -> torch.Tensor:
+    """Hidden states of canvases after prompts, one of them padded, by the model's own modules or by lean copies."""
+    network = BlockDiffusion(model)
+    if lean:
+        network.decoder, network.encoder = lean_copy(network.decoder), lean_copy(network.encoder)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    cache = network.new_cache(32)
+    with torch.no_grad():
+        network.encode(rows["ids"], mask, cache, {})
+        masks = network.masks(torch.nn.functional.pad(mask, (0, 8), value=True), cache)
+        positions = torch.arange(9, 17, dtype=torch.int32)[None]
+        return network.hidden(rows["canvas"], rows["soft"], positions, masks, cache)
+
+
+@pytest.mark.parametrize("changed", ["nothing", "a norm has a hook", "a router has a forward of its own"])
+def test_encoder_and_decoder_are_the_models(changed: str) -> None:
+    """With every weight, scale and factor away from 1, and in float32, in which roundings hardly differ."""
+    model, generator = small_model(), torch.Generator().manual_seed(3)
+    decoder = model.model.decoder
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(layer.layer_scalar for layer in decoder.layers)):
+            if tensor.ndim == 1:
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    rows = {
+        "ids": torch.randint(3, 60, (2, 9), generator=generator),
+        "canvas": torch.randint(3, 60, (2, 8), generator=generator),
+        "soft": torch.randn(2, 8, 32, generator=generator),
+    }
+    plain = passes(model, rows, lean=False)
+    if changed == "a norm has a hook":
+        decoder.layers[0].post_feedforward_layernorm.register_forward_hook(lambda _, __, output: 2.0 * output)
+        decoder.layers[1].self_attn.k_norm.register_forward_hook(lambda _, __, output: 0.5 * output)
+    if changed == "a router has a forward of its own":
+        router = decoder.layers[0].router
+        weights = torch.ones(16, 1), torch.full((16, 1), 2)
+        router.forward = lambda _: (None, *weights)
+    want = passes(model, rows, lean=False)
+    assert torch.equal(want, plain) == (changed == "nothing")
+    torch.testing.assert_close(passes(model, rows, lean=True), want, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_without_a_scale_and_in_bfloat16() -> None:

@@ -1,6 +1,8 @@
-"""Random mixtures of experts, for tests of `gated_experts`."""
+"""Random mixtures of experts, and what lies around them, for tests of `gated_experts` and `sandwich_norm`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,3 +32,18 @@ def experts_problem(
         normal(experts, depth, width),
     )
     return x, index.to(device), weights.to(device), gate_up, down
+
+
+def sandwich_problem(
+    rows: int, width: int, after: int, whole: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
+    """The arguments of `sandwich_norm`, in order: with all that is optional, or nothing of it."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    stream, first, second = normal(3, rows, width)
+    weights = normal(3, width)
+    optional = (second, weights[1], weights[2], normal(1)) if whole else (None,) * 4
+    return stream, first, weights[0], *optional, list(normal(after, width)), 1e-3

@@ -25,6 +25,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_sandwich,
     triton_skinny,
     triton_swiglu,
 )
@@ -171,6 +172,18 @@ def experts(capability: int, gated: bool, rows: int) -> None:
         assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
 
 
+def sandwich(capability: int) -> None:
+    names = ("stream", "first", "second", "new", "normed", "first_weight", "second_weight", "outer_weight", "factor")
+    types = dict.fromkeys((*names, "after_first", "after_second", "after_third"), "*bf16")
+    types |= {"part_stride": "i64", "eps": "fp32"}
+    constants = {"WIDTH": 2816, "BLOCK": 4096}
+    build(triton_sandwich.sandwich_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
+    types = {"scores": "*bf16", "scales": "*bf16", "weights": "*fp32", "index": "*i64", "factor": "fp32"}
+    types |= {"scores_stride": "i64"}
+    constants = {"EXPERTS": 128, "COUNT": 8, "BLOCK": 128, "COUNT_BLOCK": 8}
+    build(triton_sandwich.choose_experts_kernel, ASTSource, capability, types, constants, num_warps=1)
+
+
 def sorted_pairs(capability: int) -> None:
     types = {"index": "*i64", "order": "*i32", "ends": "*i32", "pairs": "i32"}
     constants = {"BLOCK": triton_experts.SORT_BLOCK}
@@ -223,6 +236,7 @@ def main() -> None:
         fold(capability)
         combine(capability)
         invariant(capability)
+        sandwich(capability)
         sorted_pairs(capability)
         for gated in (False, True):
             experts(capability, gated, rows=32)

@@ -21,6 +21,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_sandwich,
     triton_skinny,
     triton_swiglu,
 )
@@ -32,6 +33,7 @@ from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modu
 from mdkern.kernels.backbone.place_heads import place_heads_reference
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
 from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
+from mdkern.kernels.backbone.sandwich import choose_experts_reference, sandwich_norm_reference
 from mdkern.kernels.backbone.skinny import (
     skinny_linear_reference,
     skinny_parts_reference,
@@ -39,7 +41,7 @@ from mdkern.kernels.backbone.skinny import (
 )
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from tests.problems.backbone import HeadsCase, modulation, normal
-from tests.problems.experts import experts_problem
+from tests.problems.experts import experts_problem, sandwich_problem
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -309,3 +311,27 @@ def test_experts_are_the_references(rows: int, choices: int, experts: int, depth
     given = experts_problem(rows, choices, experts, depth, width)
     want = gated_experts_reference(*given)
     torch.testing.assert_close(triton_experts.gated_experts(*given), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_sandwich_norms_are_the_references(after: int, whole: bool) -> None:
+    given = sandwich_problem(5, 20, after, whole)
+    for got, want in zip(triton_sandwich.sandwich_norm(*given), sandwich_norm_reference(*given), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "count"), [(13, 3), (16, 8), (3, 3), (5, 1)])
+def test_experts_are_chosen_as_by_the_reference(experts: int, count: int) -> None:
+    scores, scales = normal(1, 7, experts), normal(2, experts)
+    got = triton_sandwich.choose_experts(scores, scales, count, 0.3)
+    for ours, theirs in zip(got, choose_experts_reference(scores, scales, count, 0.3), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_scores_touch_no_other_row() -> None:
+    scores = normal(1, 4, 6)
+    scores[1, 2], scores[3] = torch.nan, torch.nan
+    weights, index = triton_sandwich.choose_experts(scores, torch.ones(6), 2, 1.0)
+    assert weights.isnan().any(-1).tolist() == [False, True, False, True]
+    assert bool(((index >= 0) & (index < 6)).all()), "an index outside would be read by the experts"

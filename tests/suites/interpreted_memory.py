@@ -27,13 +27,14 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_sandwich,
     triton_skinny,
     triton_swiglu,
 )
 from mdkern.kernels.head import launch_soft
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
 from tests.problems.backbone import HeadsCase, modulation, normal
-from tests.problems.experts import experts_problem
+from tests.problems.experts import experts_problem, sandwich_problem
 from tests.problems.selection import RULES, random_selection
 from tests.problems.soft import SoftProblem
 from tests.problems.tick import arguments, random_state
@@ -203,6 +204,11 @@ class TestEveryEntryIsWritten:
     @pytest.mark.parametrize("case", [(11, 2, 4, 40, 24), (40, 1, 2, 33, 70)], ids=str)
     def test_experts(self, case: tuple[int, ...]) -> None:
         assert not is_poisoned(triton_experts.gated_experts(*experts_problem(*case)))
+
+    def test_sandwiches(self) -> None:
+        for given in (sandwich_problem(3, 20, 3, True), sandwich_problem(1, 33, 0, False)):
+            assert not any(map(is_poisoned, triton_sandwich.sandwich_norm(*given)))
+        assert not any(map(is_poisoned, triton_sandwich.choose_experts(normal(1, 3, 13), normal(2, 13), 3, 1.0)))
 
     @pytest.mark.parametrize("biased", [False, True])
     def test_soft_embeddings(self, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """Shallow copies of DiffusionGemma's modules that compute the same in fewer passes over memory.
 
-A copy shares weights and hooks with its original, which is not changed. In it, norms are one kernel each, and a mixture
-of experts is `gated_experts`, which needs no synchronisation with the host, so that a pass can be captured.
+A copy shares weights and hooks with its original, which is not changed. In it, norms are one kernel each, or one with
+the additions around them; queries and keys are normed and rotated in one; and a mixture of experts is `gated_experts`,
+which needs no synchronisation with the host, so that a pass can be captured. What has hooks or a forward of its own is
+run as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,12 +18,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone.experts import gated_experts
+from mdkern.kernels.backbone.place_heads import place_heads
+from mdkern.kernels.backbone.sandwich import choose_experts, sandwich_norm
+
+TANH_GELU = "GELUTanh", "PytorchGELUTanh"  # transformers' names, today's and an older one
+NORMS = (
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_1",
+    "post_feedforward_layernorm_2",
+    "post_feedforward_layernorm",
+)
+
+
+class Angles(tuple[Tensor, Tensor]):
+    """The model's ``(cos, sin)``, with the distinct halves of both in float32, ``[P, head_dim / 2]``."""
+
+    halves: tuple[Tensor, Tensor]
 
 
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """DiffusionGemmaRMSNorm: in float32, rounded once."""
     weight = self.weight if self.with_scale else None
     return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
+
+
+def rotary(self: Any, *args: Any, **kwargs: Any) -> Angles:
+    """DiffusionGemmaTextRotaryEmbedding."""
+    angles = Angles(type(self).forward(self, *args, **kwargs))
+    half = angles[0].shape[-1] // 2
+    cos, sin = (part[..., :half].reshape(-1, half).float().contiguous() for part in angles)
+    angles.halves = cos, sin
+    return angles
 
 
 def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -31,8 +61,88 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     return gated_experts(hidden_states, top_k_index, top_k_weights.float(), self.gate_up_proj, self.down_proj)
 
 
-TANH_GELU = "GELUTanh", "PytorchGELUTanh"  # transformers' names, today's and an older one
-REPLACED: dict[str, Callable[..., Tensor]] = {"DiffusionGemmaRMSNorm": norm, "DiffusionGemmaTextExperts": experts}
+def attention(
+    self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, past_key_values: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The attention of the encoder or the decoder."""
+    if not (isinstance(position_embeddings, Angles) and is_lean(norm, self.q_norm, self.k_norm, self.v_norm)):
+        own: tuple[Tensor, Any] = type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        return own
+    shape, by_head = hidden_states.shape[:-1], (-1, self.head_dim)
+    query, key = (project(hidden_states).view(*shape, *by_head) for project in (self.q_proj, self.k_proj))
+    value = key if self.v_proj is None else self.v_proj(hidden_states).view(key.shape)
+    value = self.v_norm(value)  # a new tensor, so that keys may be changed in place
+    cos, sin = position_embeddings.halves
+    norms = {"query_norm": self.q_norm.weight, "key_norm": self.k_norm.weight, "eps": self.q_norm.eps}
+    place_heads(cos, sin, query.flatten(0, 1), key.flatten(0, 1), length=len(cos), **norms)
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    if hasattr(self, "append_to_cache"):  # the decoder's
+        key, value = self.append_to_cache(past_key_values, key, value)
+    else:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    module: Any = sys.modules[type(self).__module__]
+    attend = module.ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, module.eager_attention_forward
+    )
+    settings = {"scaling": self.scaling, "sliding_window": self.sliding_window, "is_causal": self.is_causal}
+    output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, **settings, **kwargs)
+    return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """A layer of the encoder or the decoder: attention, then an MLP beside a mixture of experts."""
+    router = self.router
+    fits = is_lean(norm, router.norm, *(getattr(self, name) for name in NORMS)) and is_lean(None, router)
+    if not fits:
+        own: Tensor = type(self).forward(self, hidden_states, **kwargs)
+        return own
+    after_attention, before_mlp, before_experts, after_mlp, after_experts, outer = (
+        getattr(self, name).weight for name in NORMS
+    )
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    eps, stream = router.eps, hidden_states.reshape(-1, hidden_states.shape[-1])
+    following = [before_mlp, before_experts, router.scale]
+    stream, (for_mlp, for_experts, for_router) = sandwich_norm(
+        stream.contiguous(), attended.reshape(stream.shape), after_attention, after=following, eps=eps
+    )
+    mixed = self.mlp(for_mlp)
+    weights, index = choose_experts(
+        router.proj(for_router), router.per_expert_scale, router.config.top_k_experts, router.scalar_root_size
+    )
+    stream, _ = sandwich_norm(
+        stream,
+        mixed,
+        after_mlp,
+        second=self.experts(for_experts, index, weights),
+        second_weight=after_experts,
+        outer_weight=outer,
+        factor=self.layer_scalar,
+        after=[],
+        eps=eps,
+    )
+    return stream.view(hidden_states.shape)
+
+
+REPLACED: dict[str, Callable[..., Any]] = {
+    "DiffusionGemmaRMSNorm": norm,
+    "DiffusionGemmaTextRotaryEmbedding": rotary,
+    "DiffusionGemmaTextExperts": experts,
+    "DiffusionGemmaEncoderTextAttention": attention,
+    "DiffusionGemmaDecoderTextAttention": attention,
+    "DiffusionGemmaEncoderTextLayer": layer,
+    "DiffusionGemmaDecoderTextLayer": layer,
+}
+
+
+def is_lean(forward: Callable[..., Any] | None, *modules: nn.Module) -> bool:
+    """Whether all modules have this forward (None: that of their class) and no hooks: so they need not be called."""
+    return all(
+        getattr(vars(module).get("forward"), "__func__", vars(module).get("forward")) is forward
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        for module in modules
+    )
 
 
 def lean_copy(module: nn.Module) -> nn.Module:
