@@ -332,7 +332,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for name in ("p", "linear", "mlp"):
         assert f"| {name} | {found[name]['bce']:.3f} |" in table
     policy = Learned(tmp_path / "run" / "mlp")
-    assert (policy.block_length, policy.bound, policy.network.vocab_size) == (4, 0.9, 4096)
+    assert (policy.only_block_length, policy.bound, policy.network.vocab_size) == (4, 0.9, 4096)
     weights = (tmp_path / "run" / "mlp" / "weights.safetensors").read_bytes()
     states = tmp_path / "run" / "states-000003.safetensors"
     before, kept = states.read_bytes(), (tmp_path / "run" / "states-000000.safetensors").stat().st_mtime_ns

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 SAMPLE_OPTIONS = ("block_length", "steps_per_block", "cache", "stop_at_eos", "top_k", "top_p", "top_p_rule", "min_p",
                   "batch_invariant", "cuda_graphs")  # fmt: skip
 REFERENCE_TEXT = "frequency"  # the parameter that is computed from a text, whose file the option names
-EXAMPLES = {REFERENCE_TEXT: "reference.txt", "exponents": "2"}  # examples of values for parameters without a default
+EXAMPLES = {
+    REFERENCE_TEXT: "reference.txt",
+    "exponents": "2",
+    "policy": "runs/policy/mlp",
+}  # examples of values for parameters without a default
 EXPLAINED = {
     REFERENCE_TEXT: "the tokens' frequencies are counted in that text",
+    "policy": "it is a folder that python -m training.policy wrote",
     "exponents": "it may be a number, a list such as [2,1,0.5], or a file of numbers, one per position",
 }
 

@@ -148,7 +148,7 @@ class Stepwise(Decoder):
     # Whether a position's token is drawn with new noise at each step. If not, what is proposed for it changes only with
     # the model's distribution.
     fresh_noise: bool = True
-    block_length: int | None = None  # the only one that the decoder can be used with; None: any, or no blocks
+    only_block_length: int | None = None  # the one that the decoder can be used with; None: any, or no blocks
     # Whether the model is given the revealed tokens of the block as mixtures with the mask, see `mdkern.models.soft`.
     # `rows` must then ask for all of them, and the decoder must be `greedy`.
     soft: bool = False
@@ -191,7 +191,7 @@ def settles(decoder: Decoder) -> bool:
 
 def keeps_blocks(decoder: Decoder) -> bool:
     """Whether blocks must keep the length that was asked for, also where one of them holds all that is masked."""
-    return settles(decoder) or (isinstance(decoder, Stepwise) and decoder.block_length is not None)
+    return settles(decoder) or (isinstance(decoder, Stepwise) and decoder.only_block_length is not None)
 
 
 def even_quota(view: View) -> Tensor:

@@ -58,7 +58,7 @@ class Learned(Stepwise, name="learned"):
         return self.policy
 
     @property
-    def block_length(self) -> int | None:  # type: ignore[override]
+    def only_block_length(self) -> int | None:  # type: ignore[override]
         return self.network.block_length
 
     def fitted(self, vocab_size: int, device: torch.device) -> Self:

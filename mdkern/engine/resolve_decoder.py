@@ -25,10 +25,9 @@ def check_decoder(
     if not isinstance(decoder, Stepwise):
         return
     name = type(decoder).__name__
-    if decoder.block_length not in (None, block_length):
-        raise ValueError(
-            f"block_length must be {decoder.block_length}, not {block_length}: this {name} was made for such blocks"
-        )
+    needed = decoder.only_block_length
+    if needed not in (None, block_length):
+        raise ValueError(f"block_length must be {needed}, not {block_length}: this {name} was made for such blocks")
     if decoder.greedy and temperature > 0.0:
         raise ValueError(
             f"temperature must be 0 with {name}, not {temperature:g}: it takes the token of a pass for the most"
