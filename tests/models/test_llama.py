@@ -275,28 +275,67 @@ class TestOthers:
         torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
 
 
+def check_errors_on_gpu(model: Any, dtype: torch.dtype, states: Callable[[Denoiser], Tensor]) -> None:
+    """States by mdkern's passes are as close to the model in float32 as those of its own forward."""
+    model.to("cuda", dtype)
+    ours = states(adapted(model, shifted=False)).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_fused, "runs_now", lambda: False)
+        theirs = states(adapted(model, shifted=False)).double()
+        exact = states(adapted(model.float(), shifted=False)).double()
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kept", [False, True])
 def test_gpu_errors_are_no_larger_than_its_own(model: Any, dtype: torch.dtype, kept: bool) -> None:
-    """Of whole passes, and of windows over a cache; against the model in float64, as far as it computes in it."""
+    """Of whole passes, and of windows over a cache."""
     ids, new = random_ids(2, 12).cuda(), random_ids(2, 12, seed=1).cuda()
     columns, rows = torch.tensor([[3, 4, 5, 6], [8, 9, 10, 11]]).cuda(), torch.arange(4).expand(2, -1).cuda()
 
-    def states(denoiser: Any) -> Tensor:
+    def states(denoiser: Denoiser) -> Tensor:
         if not kept:
-            return denoiser.hidden(ids).double()
+            return denoiser.hidden(ids)
         cache = torch.zeros(denoiser.cache_shape(2, 12), dtype=denoiser.dtype, device="cuda")
         denoiser.window_hidden(cache, ids, None, rows)
-        return denoiser.window_hidden(cache, new.gather(1, columns), columns, rows).double()
+        return denoiser.window_hidden(cache, new.gather(1, columns), columns, rows)
 
-    model.to("cuda", dtype)
-    ours = states(adapted(model, shifted=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_fused, "runs_now", lambda: False)
-        theirs = states(adapted(model, shifted=False))
-        exact = states(adapted(model.float(), shifted=False))
-    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+    check_errors_on_gpu(model, dtype, states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("width", "wanted"), [(32, 32), (64, 7)])
+def test_gpu_errors_of_few_rows_and_many_keys(dtype: torch.dtype, biased: bool, width: int, wanted: int) -> None:
+    """Skinny products, with grouped heads, and attention that divides its keys."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = llama(**sizes, head_dim=64, max_position_embeddings=2048, attention_bias=biased, mlp_bias=biased)
+    ids, new = random_ids(1, 1200).cuda(), random_ids(1, width, seed=1).cuda()
+    columns, rows = (torch.arange(n, device="cuda")[None] for n in (width, wanted))
+
+    def states(denoiser: Denoiser) -> Tensor:
+        cache = torch.zeros(denoiser.cache_shape(1, 1200), dtype=denoiser.dtype, device="cuda")
+        denoiser.window_hidden(cache, ids, None, rows)
+        return denoiser.window_hidden(cache, new, 1100 + columns, rows)
+
+    check_errors_on_gpu(model, dtype, states)
+
+
+def test_few_queries_over_many_keys_divide_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 32 heads of LLaDA do on 132 multiprocessors; eight texts, or 257 queries of each head, fill them."""
+    monkeypatch.setattr(llama_fused, "num_sms", lambda _: 132)
+    model = llama(hidden_size=256, num_attention_heads=32, num_key_value_heads=32, head_dim=8)
+    denoiser = adapted(model)
+    assert isinstance(denoiser, SplitDenoiser)
+    parts = denoiser.parts
+    assert parts is not None
+    divides = [
+        llama_fused.has_few_queries(parts, *shape, denoiser.device)
+        for shape in ((1, 32, 2304), (1, 256, 2304), (1, 257, 2304), (8, 32, 2304), (1, 32, 256))
+    ]
+    assert divides == [True, True, False, False, False]
 
 
 def test_a_llama_is_a_llama() -> None:
