@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.kernel_tables import markdown
-from benchmarks.study_shown import REFERENCE, Shown, difference, score
+from benchmarks.study_shown import FAMILY, REFERENCE, Shown, difference, read, score
+
+# The model card's held-out NELBO of the shipped models and its standard error, by blocks.
+CARD = {4: (3.936, 0.010), 12: (3.753, 0.010)}
 
 
 def yardstick(shown: Shown) -> str:
@@ -63,15 +66,35 @@ def order_of_quarters(points: Mapping[str, Any]) -> str:
 def bounds(shown: Shown) -> str:
     found = shown.found
     ordered = sorted(found["points"].items(), key=lambda item: (item[1]["blocks"], item[0]))
+    trained = {} if shown.text else ends_of_training()
     rows = [
         [
             name,
             f"{point['parameters'] / 1e6:.2f}",
             score(point["bound"]),
             "–" if name == found["heavy"] else difference(point["over"][found["heavy"]]),
+            trained.get(name, "–"),
         ]
         for name, point in ordered
     ]
-    caption = f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each.\n\n"
-    header = ["model, by its blocks", "parameters, M", "any-order bound, nats a token", f"over {found['heavy']}"]
+    caption = (
+        f"{shown.caption}; {found['windows']} windows of held-out text, {found['masks']} masks each, nats a token. The "
+        "last column is each training run's own evaluation, on other windows and masks, ± one standard error.\n\n"
+    )
+    header = [
+        "model, by its blocks",
+        "parameters, M",
+        "any-order bound",
+        f"over {found['heavy']}",
+        "held-out NELBO after training",
+    ]
     return caption + markdown(header, rows)
+
+
+def ends_of_training() -> dict[str, str]:
+    """By model, the held-out NELBO: the card's of the shipped models, and that of those trained for the family."""
+    family = read(f"{FAMILY}-training")
+    known = {str(blocks): value for blocks, value in CARD.items()}
+    for name, found in ({} if family is None else family["held_out"]).items():
+        known[name] = found["nelbo_nats_per_token"], found["standard_error"]
+    return {name: f"{mean:.3f} ± {error:.3f}" for name, (mean, error) in known.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.harness import RESULTS
 
 PAIR, FAMILY, WIKIPEDIA = "shipped", "family", "wikipedia"  # of the files study-….json: two models, six, two others
-OF_FAMILY = "light_size", "three_models", "bounds"  # parts that are about all models of a study
+OF_FAMILY = "light_size", "bounds"  # parts that are about all models of a study
 REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
 MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
 EDGES = "L250 H750", "H750 L250"
@@ -36,8 +36,10 @@ class Shown(NamedTuple):
 
     @property
     def caption(self) -> str:
-        blocks = sorted(set(self.content["setting"]["blocks"].values()))
-        chosen = blocks if self.name in OF_FAMILY else sorted({blocks[0], blocks[-1]})
+        known = self.content["setting"]["blocks"]
+        blocks = sorted(set(known.values()))
+        middle = {known[self.found["middle"]]} if "middle" in self.found else set()
+        chosen = blocks if self.name in OF_FAMILY else sorted({blocks[0], blocks[-1]} | middle)
         return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(chosen)} blocks"
 
     @property

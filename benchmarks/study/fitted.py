@@ -303,13 +303,18 @@ def three_models(study: Study) -> dict[str, Any]:
 def terraces(light: float, costs: Mapping[str, float]) -> Models:
     """A sandwich of three, `L M H M L`, of the sandwich's cost or a little less.
 
-    It has two thirds of the sandwich's light steps, and as many of M as save what the last third saves.
+    It has two thirds of the sandwich's light steps, and as many of M as save what the last third saves. If M saves too
+    little for that, more light ones.
     """
     wanted = light * GRID * (1.0 - costs["L"])  # saved, in heavy segments
     few = round(light * GRID / 3)  # of L, at each end
-    many = math.ceil((wanted - 2 * few * (1.0 - costs["L"])) / (1.0 - costs["M"]) / 2 - 1e-9)
-    many = max(0, min(many, GRID // 2 - few))
-    side = ("L",) * few + ("M",) * many
+
+    def needed() -> int:  # of M, at each end
+        return max(0, math.ceil((wanted - 2 * few * (1.0 - costs["L"])) / (1.0 - costs["M"]) / 2 - 1e-9))
+
+    while needed() > GRID // 2 - few:
+        few += 1
+    side = ("L",) * few + ("M",) * needed()
     return side + ("H",) * (GRID - 2 * len(side)) + side[::-1]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,8 @@ class TestArithmetic:
 
     def test_a_sandwich_of_three_costs_no_more_than_that_of_two(self) -> None:
         """Within what one segment more of M at each end would save."""
-        costs = {"H": 1.0, "M": 0.64, "L": 0.28}
-        for light in (0.1, 0.25, 0.4, 0.5, 0.7):
+        for light, middle in product((0.1, 0.25, 0.4, 0.5, 0.7), (0.64, 0.86)):
+            costs = {"H": 1.0, "M": middle, "L": 0.28}
             schedule = terraces(light, costs)
             assert schedule == schedule[::-1]
             assert len(schedule) == GRID
@@ -375,6 +376,25 @@ class TestVerdicts:
         assert "Of 3 fitted schedules 1 are worse" in none
         some = study_tables.fitted_verdict([row(loss=-0.0021, kl=0.1)])
         assert "at 25 % light by loss difference (**-0.0021" in some
+
+    def test_light_models_are_ordered_only_as_far_as_they_can_be_told_apart(self) -> None:
+        def verdict(*losses: float) -> str:
+            points = {str(n): {"over": {"all heavy": estimate(loss)}} for n, loss in enumerate(losses)}
+            return study_tables.size_verdict({"blocks": {str(n): n for n in range(len(losses))}, "points": points})
+
+        assert verdict(0.03, 0.02, 0.01).startswith("Same as the paper")
+        assert verdict(0.03, 0.031, 0.01).startswith("As in the paper the deepest")
+        assert "from 0 to 1 blocks +0.0010 ± 0.0028" in verdict(0.03, 0.031, 0.01)  # 1.96 sqrt(2) errors
+        assert verdict(0.03, 0.04, 0.01).startswith("Different from the paper")
+        assert verdict(0.03, 0.031, 0.0295).startswith("The light models cannot be told apart")
+
+    def test_what_costs_more_than_the_sandwich_wins_nothing(self) -> None:
+        def row(light: float, saved: float) -> dict[str, Any]:
+            other = {"flops_saved": saved, "over": {"sandwich": estimate(-0.01)}}
+            return {"light": light, "points": {"sandwich": {"flops_saved": 0.5}, "three": other}}
+
+        found = study_tables.against_sandwich([row(0.5, 0.5), row(0.7, 0.42)], "three")
+        assert found == "better at 50 %, worse at no budget."
 
 
 class TestShown:
