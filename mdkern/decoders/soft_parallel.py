@@ -52,7 +52,7 @@ class SoftParallel(Stepwise, name="soft_parallel"):
 
     @property
     def batch_invariant(self) -> bool:
-        return not self.soft  # models other than a DiT run soft inputs by their own forward
+        return not self.soft  # PyTorch sums the lengths of mixtures, in an order that depends on their number
 
     def rows(self, view: View) -> Tensor:
         return view.masked | view.revealed
