@@ -23,6 +23,8 @@ from triton.runtime import interpreter
 from mdkern.kernels.backbone import (
     triton_experts,
     triton_folded_norm,
+    triton_invariant_attention,
+    triton_invariant_linear,
     triton_modulated_norm,
     triton_place_heads,
     triton_rms_norm,
@@ -195,6 +197,14 @@ class TestEveryEntryIsWritten:
             triton_skinny.skinny_parts(x, weight, bias),
         )
         assert not any(map(is_poisoned, products))
+
+    @pytest.mark.parametrize("rows", [1, 70])
+    def test_batch_invariant_operators(self, rows: int) -> None:
+        x, weight, bias = normal(1, rows, 40), normal(2, 70, 40), normal(3, 70)
+        assert not is_poisoned(triton_invariant_linear.invariant_linear(x, weight, bias))
+        query, key = normal(4, 2, 2, rows, 24), normal(5, 2, 2, 37, 24)
+        for mask in (None, normal(6, 2, 1, 1, 37) > 0, normal(7, rows, 37) > 0):
+            assert not is_poisoned(triton_invariant_attention.invariant_attention(query, key, key, mask, 0.3))
 
     @pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
     def test_placed_heads(self, where: str) -> None:
