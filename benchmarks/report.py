@@ -18,6 +18,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from benchmarks import (
+    bench_diffusion_gemma,
     bench_people,
     choice_tables,
     decoder_tables,
@@ -221,9 +222,28 @@ def compare_people() -> Iterator[Comparison]:
                 yield Comparison("LLaDA-8B's shape", name, peer, bench_people.place(row), ours / times[peer])
 
 
+def compare_diffusion_gemma() -> Iterator[Comparison]:
+    """`sample_canvas` with transformers' ``generate``, at each number of texts that both were timed at."""
+    if not bench_diffusion_gemma.KEPT.exists():
+        return
+    times = {(row["way"], row["batch"]): statistics.median(row["ms"]) for row in load("diffusion-gemma")["rows"]}
+    for (way, batch), ours in times.items():
+        theirs = times.get((bench_diffusion_gemma.THEIRS, batch))
+        if way == bench_diffusion_gemma.OURS and theirs is not None:
+            yield Comparison("DiffusionGemma", way, bench_diffusion_gemma.THEIRS, f"{batch} texts", ours / theirs)
+
+
 def all_comparisons() -> list[Comparison]:
-    compared = compare_projections(), compare_selections(), compare_decoders(), compare_people(), compare_samplers()
-    return list(chain(*compared))
+    return list(
+        chain(
+            compare_projections(),
+            compare_selections(),
+            compare_decoders(),
+            compare_people(),
+            compare_diffusion_gemma(),
+            compare_samplers(),
+        )
+    )
 
 
 def losses_line() -> str:
@@ -286,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-cuda": partial(sampling, "cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
+    "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
     "people": bench_people.people,
     **gpu_tables.TABLES,
     **paper_tables.TABLES,
