@@ -306,8 +306,11 @@ def test_pairs_are_sorted_by_expert(rows: int, choices: int, experts: int, monke
     ("rows", "choices", "experts", "depth", "width"),
     [(11, 2, 4, 40, 24), (1, 3, 7, 16, 16), (80, 2, 3, 70, 70), (60, 1, 2, 64, 32), (0, 1, 2, 8, 8)],
 )
-def test_experts_are_the_references(rows: int, choices: int, experts: int, depth: int, width: int) -> None:
+def test_experts_are_the_references(
+    rows: int, choices: int, experts: int, depth: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Experts with several tiles of rows and with none, and shapes that divide into tiles and do not."""
+    monkeypatch.setattr(triton_experts, "rows_of_a_tile", lambda *_: 16)
     given = experts_problem(rows, choices, experts, depth, width)
     want = gated_experts_reference(*given)
     torch.testing.assert_close(triton_experts.gated_experts(*given), want, rtol=1e-5, atol=1e-5)
