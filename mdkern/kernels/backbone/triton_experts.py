@@ -173,6 +173,7 @@ def grouped(x: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, ends: Tenso
     """The experts' outputs ``[pairs, D]`` in sorted order, by PyTorch's grouped products."""
     gate, up = F.grouped_mm(x[order // choices], gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
     gated = F.gelu(gate, approximate="tanh").mul_(up)
+    del gate, up  # 2 F numbers a pair, which the outputs may use again
     return F.grouped_mm(gated, down.transpose(-2, -1), offs=ends)
 
 
