@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import RESULTS
 
-PAIR, FAMILY, WIKIPEDIA = "shipped", "family", "wikipedia"  # of the files study-….json: two models, six, two others
+# Of the files study-….json: two models, six, two others; the shipped pair in the size of a CPU.
+PAIR, FAMILY, WIKIPEDIA, ON_CPU = "shipped", "family", "wikipedia", "routing"
 OF_FAMILY = "light_size", "bounds"  # parts that are about all models of a study
 REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
 MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
@@ -62,9 +63,10 @@ def part(name: str, text: str = "") -> Shown | None:
     """What is shown under a name, if it has been measured: a part's results, or those of two together.
 
     Args:
-        text: `WIKIPEDIA`, or nothing: then of the family, which has the shipped pair in it, and else of the pair.
+        text: `WIKIPEDIA`, or nothing: then of the family, which has the shipped pair in it, else of the pair, and
+            else of the pair on a CPU.
     """
-    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR)) if content is not None]
+    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR, ON_CPU)) if content is not None]
     shown = []
     for key in ("path", "measures") if name == "measures" else (name,):
         content = next((content for content in files if key in content["parts"]), None)

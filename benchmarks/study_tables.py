@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.kernel_tables import markdown
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
 from benchmarks.study_likelihood_tables import bounds, order, yardstick
+from benchmarks.study_routing_tables import routing
 from benchmarks.study_shown import (
     EDGES,
     FITTED,
@@ -417,6 +418,7 @@ PARTS: dict[str, Callable[[Shown], str]] = {
         fitted,
         three_models,
         decoders,
+        routing,
         prompted,
         yardstick,
         order,

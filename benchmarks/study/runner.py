@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import seconds, write_text_whole
-from benchmarks.study import fitted, likelihoods, quality
+from benchmarks.study import fitted, likelihoods, quality, routing
 from benchmarks.study.setting import JUDGING, Part, Study, events
 from mdkern import sample
 
@@ -25,6 +25,7 @@ ORDER = (
     "hand_made",
     "shares",
     "decoders",
+    "routing",
     "prompted",
     "yardstick",
     "order",
@@ -32,7 +33,9 @@ ORDER = (
     "light_size",
     "three_models",
 )
-PARTS: dict[str, Part] = {name: (quality.PARTS | fitted.PARTS | likelihoods.PARTS)[name] for name in ORDER}
+PARTS: dict[str, Part] = {
+    name: (quality.PARTS | fitted.PARTS | likelihoods.PARTS | routing.PARTS)[name] for name in ORDER
+}
 BY_MODEL = "models", "blocks"  # settings with an entry for each model
 Say = Callable[[str], None]
 

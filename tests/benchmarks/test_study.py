@@ -20,9 +20,10 @@ from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
 from benchmarks.study.fitted import additive_harm, cheapest_for, fit, harms, resample, terraces
 from benchmarks.study.quality import HAND_MADE
+from benchmarks.study.routing import OneByOne, mean_entropy
 from benchmarks.study.runner import ORDER, PARTS, Budget, Record, run_parts
 from benchmarks.study.setting import GRID, SIZES, Part, Study, events, passes, sandwich, segments_of, spread
-from mdkern import Schedule, sample
+from mdkern import Schedule, adapt, sample
 from mdkern.evaluation.assignment import best_schedule
 from mdkern.evaluation.likelihood import likelihood
 from mdkern.evaluation.search import Found, all_schedules, influence
@@ -352,6 +353,39 @@ def quarters(**means: float) -> dict[str, Any]:
         label: {"score": estimate(value), "over": {study_shown.SANDWICH: estimate(value - base)}}
         for label, value in score.items()
     }
+
+
+class TestRouting:
+    @pytest.mark.slow
+    def test_all_positions_come_one_by_one_in_the_same_uniform_order(self) -> None:
+        """Whatever the model; the first of five is each of them equally often."""
+        options: dict[str, Any] = {"num_samples": 400, "length": 5, "steps": 5, "batch_size": 400, "seed": 0}
+        options |= {"decoder": OneByOne(), "return_history": True, "progress": False}
+        first, other = (sample(make_study().models[name], **options).history.step for name in ("1", "3"))
+        assert torch.equal(first, other)
+        assert torch.equal(first.sort(-1).values, torch.arange(5).expand(400, 5))
+        for step in (0, 3):
+            counts = (first == step).sum(0).double()
+            assert float((counts - 80).square().sum() / 80) < 23.5  # chi-squared of 4 degrees of freedom, 1e-4
+
+    @pytest.mark.slow
+    def test_fixed_schedules_cost_what_the_router_does(self, whole: Record) -> None:
+        for band in whole.parts["routing"]["found"]["bands"]:
+            points = band["points"]
+            assert sum(points["router"]["passes"].values()) == TINY.length
+            for name in ("sandwich", "light first", "same places"):
+                assert abs(points[name]["passes"]["H"] - points["router"]["passes"]["H"]) <= 0.5, name
+            assert points["router"]["over"]["router"]["mean"] == 0
+
+    def test_entropies_are_those_of_the_masked_positions(self) -> None:
+        model = make_study().models["3"]
+        ids = torch.full((2, TINY.length), SHAPE["mask_id"])
+        ids[:, :7] = 3
+        ids[1, :12] = 4
+        log_p = model.logits(model.plain_hidden(ids)).detach().float().log_softmax(-1)
+        entropy = torch.special.entr(log_p.exp()).sum(-1)
+        wanted = torch.stack([entropy[0, 7:].mean(), entropy[1, 12:].mean()])
+        assert torch.allclose(mean_entropy(adapt(model), ids), wanted, atol=1e-5)
 
 
 class TestVerdicts:
