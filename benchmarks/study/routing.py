@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.setting import ALL_HEAVY, JUDGING, Part, Study, differences
-from mdkern import EntropyRouter, Router, SampleOutput, Schedule, adapt, sample
+from mdkern import EntropyRouter, SampleOutput, Schedule, adapt, sample
 from mdkern.decoders import Choice, Proposal, Stepwise, View
 from mdkern.evaluation.intervals import estimate
 from mdkern.evaluation.search import Models
@@ -59,8 +59,8 @@ def routing(study: Study) -> dict[str, Any]:
     }
 
 
-def draw(study: Study, schedule: Schedule | Router) -> SampleOutput:
-    """Samples in as many steps as tokens, on the study's seed."""
+def draw(study: Study, schedule: Any) -> SampleOutput:
+    """Samples in as many steps as tokens, on the study's seed, under a `Schedule` or a `Router`."""
     size = study.size
     return sample(
         study.pair,
