@@ -10,10 +10,11 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
-from benchmarks.learning_tables import ABSENT, Mean, caption, mean_of, most_tokens, seeds_with, target
+from benchmarks.learning_equal import Mean, mean_of, most_tokens, target
+from benchmarks.learning_tables import ABSENT, caption, seeds_with
 from benchmarks.learning_tables import content as problems_content
 
-FILE = "learning-choice.json"
+FILES = "learning-choice.json", "learning-choice-cpu.json"  # the second at small size, shown without the first
 PLAIN = "threshold"
 LEARNED = {"linear": "linear score", "mlp": "network", "closed loop": "linear score, improved in use"}
 TASKS = {"infill": "infilling, temperature 0", "continue": "continuation, temperature 0.7"}
@@ -21,8 +22,8 @@ CURVES = {"threshold": "threshold", "linear": LEARNED["linear"], "mlp": LEARNED[
 
 
 def content() -> dict[str, Any] | None:
-    path = RESULTS / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    paths = [path for path in (RESULTS / name for name in FILES) if path.exists()]
+    return json.loads(paths[0].read_text()) if paths else None
 
 
 def tasks_of(shown: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
@@ -77,7 +78,12 @@ def rules(shown: Mapping[str, Any]) -> str:
     known = next(iter(found.values()))["environment"]
     header = ["task", "rule", "bound", "passes", "judge, nats a token", "token entropy", "agreement"]
     header += ["exact nats of true text", "judge, over threshold at as many passes"]
-    return f"{known['device']}, torch {known['torch']}; seed {seed}.\n\n" + markdown(header, body)
+    size = shown["setting"]
+    return (
+        f"{known['device']}, torch {known['torch']}; seed {seed}. {size['testing']} texts of {size['length']} tokens, "
+        f"{size['written']} of them written; scores are fitted to runs on {size['fitting']} others; exact nats of "
+        f"{size['likelihood']} texts.\n\n"
+    ) + markdown(header, body)
 
 
 def verdict(shown: Mapping[str, Any]) -> str:

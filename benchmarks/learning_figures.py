@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,33 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import learning_tables
 from benchmarks.harness import RESULTS
-from benchmarks.learning_tables import DECODERS, MARGIN, MODELS, evaluated, mean_of, seeds_with, target
+from benchmarks.learning_equal import MARGIN, over_seeds, target
+from benchmarks.learning_tables import DECODERS, MODELS, evaluated, seeds_with
 from mdkern.digest import digest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"threshold": "#1f4e79", "run": "#4aa3a2", "revision": "#f2a541", "soft": "#b03a2e"}
+FASTEST_SHOWN = 8  # tokens a pass
 LINES = ("#7a7a7a", "#1f4e79", "#f2a541")
 
 
 def curves(figure: Figure, shown: Mapping[str, Any]) -> None:
-    """A panel a model: strict accuracy over tokens a pass, mean over seeds with the seeds' standard errors."""
+    """A panel a model: strict accuracy over tokens a pass, with standard errors over seeds, or one seed's problems."""
     there = [model for model in MODELS if evaluated(shown, model)]
-    figure.set_size_inches(3.1 * len(there), 3.6)
-    panels = figure.subplots(1, len(there), sharey=True, sharex=True, squeeze=False)[0]
-    asked = mean_of([target(seed) for seed in evaluated(shown, "base")]).mean
+    rows, columns = math.ceil(len(there) / 3), min(3, len(there))
+    figure.set_size_inches(3.3 * columns, 2.7 * rows + 0.9)
+    panels = figure.subplots(rows, columns, sharey=True, sharex=True, squeeze=False).flatten()
+    asked = statistics.fmean(target(seed) for seed in evaluated(shown, "base"))
     for axis, model in zip(panels, there):
         seeds = evaluated(shown, model)
         for decoder, label in DECODERS.items():
             found = [seed[f"eval_{model}"]["curves"][decoder] for seed in seeds]
             points = list(zip(*found, strict=True))
-            right = [mean_of([100 * point["strict"]["mean"] for point in row]) for row in points]
+            right = [over_seeds([point["strict"] for point in row], 100) for row in points]
             speed = [statistics.fmean(point["tokens_per_pass"]["mean"] for point in row) for row in points]
             axis.errorbar(
                 speed,
                 [value.mean for value in right],
-                yerr=[value.error if value.seeds > 1 else 0.0 for value in right],
+                yerr=[value.error for value in right],
                 fmt="-o",
                 markersize=3,
                 color=COLOURS[decoder],
@@ -45,7 +49,11 @@ def curves(figure: Figure, shown: Mapping[str, Any]) -> None:
         axis.set_title(MODELS[model], fontsize=9)
         axis.set_xlabel("tokens a decoding pass")
         axis.grid(alpha=0.3)
-    panels[0].set_ylabel("strict accuracy, %")
+    for axis in panels[len(there) :]:
+        axis.set_axis_off()
+    panels[0].set_xlim(1, FASTEST_SHOWN)  # what is faster is nearly always wrong
+    for axis in panels[::columns]:
+        axis.set_ylabel("strict accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
     note = f"dashed: base model at threshold 0.95 less {100 * MARGIN:g} point"
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, title=note)
@@ -79,9 +87,10 @@ def draw_all(folder: Path = RESULTS) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    shown, drawn = learning_tables.content(), []
+    drawn = []
     for name, (part, draw) in FIGURES.items():
-        if shown is None or not seeds_with(shown, part):
+        shown = learning_tables.content(part)
+        if shown is None:
             continue
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same names of clip paths in each run
             figure = Figure(layout="constrained")

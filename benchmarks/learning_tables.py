@@ -1,7 +1,7 @@
 """Tables and verdicts of docs/learning.md, drawn from ``benchmarks/results/learning-problems.json``.
 
 A verdict is a sentence made of the numbers: it says what they say, whichever way they fall. What has not been measured
-has one line that says so. Means over seeds are given with the standard error of the mean over seeds.
+has one line that says so. ± is a standard error as `benchmarks.learning_equal` has it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
+from benchmarks.learning_equal import MARGIN, REFERENCE, Cell, Mean, best, mean_of, over_seeds, ratio, speed, target
 
 FILE = "learning-problems.json"
+SMALL_FILE = "learning-problems-cpu.json"  # parts at small size, shown where the other file has none
 ABSENT = "Not measured yet.\n"
 MODELS = {
     "base": "base",
@@ -33,33 +34,16 @@ DECODERS = {
     "soft": "run, revised, soft inputs",
 }
 RULES = "threshold", "run"  # the ways that any masked model can be decoded in
-REFERENCE = "base", "threshold", 0.95  # whose strict accuracy others are held to, less the margin
-MARGIN = 0.01
+TOO_WRONG = 0.5  # a strict accuracy below which losses say little
 CLAIM = 1.5  # times, DMax's claim as it is asked here
 COUNTS = {"tokens_per_pass": "decoding passes only", "tokens_per_forward": "all passes, commits of the cache too"}
-Curve = Sequence[Mapping[str, Any]]
-Cell = tuple[str, Sequence[str]]  # a model, and ways of decoding of which the best is taken
 
 
-class Mean(NamedTuple):
-    """A mean over seeds, and its standard error (NaN for one seed)."""
-
-    mean: float
-    error: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if math.isnan(self.error) else f" ± {self.error:.2f}")
-
-
-def mean_of(values: Sequence[float]) -> Mean:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Mean(statistics.fmean(values), error, len(values))
-
-
-def content() -> dict[str, Any] | None:
-    path = RESULTS / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+def content(part: str = "") -> dict[str, Any] | None:
+    """The results, or those at small size if only they have a part."""
+    paths = [path for path in (RESULTS / FILE, RESULTS / SMALL_FILE) if path.exists()]
+    found: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
+    return next((shown for shown in found if not part or seeds_with(shown, part)), None)
 
 
 def seeds_with(shown: Mapping[str, Any], *parts: str) -> list[dict[str, Any]]:
@@ -77,46 +61,6 @@ def caption(shown: Mapping[str, Any], part: str) -> str:
     return f"{known[0]['device']}, torch {known[0]['torch']}; {seeds}"
 
 
-def target(seed: Mapping[str, Any]) -> float:
-    """The strict accuracy that a way of decoding is held to."""
-    model, decoder, threshold = REFERENCE
-    points = seed[f"eval_{model}"]["curves"][decoder]
-    careful = min(points, key=lambda point: abs(point["threshold"] - threshold))
-    return float(careful["strict"]["mean"]) - MARGIN
-
-
-def most_tokens(curve: Curve, least: float, count: str) -> float:
-    """The most tokens a pass at a strict accuracy of at least `least`; NaN if the curve is below it throughout.
-
-    Between two neighbouring thresholds of which one is good enough, accuracy and speed are interpolated linearly.
-    """
-    points = [(point["strict"]["mean"], point[count]["mean"]) for point in curve]
-    found = [speed for right, speed in points if right >= least]
-    for (right, speed), (other, faster) in pairwise(points):
-        if (right >= least) != (other >= least):
-            found.append(speed + (faster - speed) * (right - least) / (right - other))
-    return max(found, default=math.nan)
-
-
-def best(seed: Mapping[str, Any], cell: Cell, count: str) -> float:
-    """The most tokens a pass of a model with the best of some ways of decoding, at the accuracy that is asked for."""
-    model, decoders = cell
-    curves = seed[f"eval_{model}"]["curves"]
-    values = [most_tokens(curves[decoder], target(seed), count) for decoder in decoders]
-    return max((value for value in values if not math.isnan(value)), default=math.nan)
-
-
-def ratio(seeds: Sequence[Mapping[str, Any]], above: Cell, below: Cell, count: str) -> Mean | None:
-    """How many times as many tokens a pass one (model, ways of decoding) has as another, by seed.
-
-    None if one of them does not reach the accuracy for some seed.
-    """
-    pairs = [(best(seed, above, count), best(seed, below, count)) for seed in seeds]
-    if not pairs or not all(value > 0 for pair in pairs for value in pair):
-        return None
-    return mean_of([ours / theirs for ours, theirs in pairs])
-
-
 STEPS: dict[str, tuple[Cell, Cell]] = {  # what the gain is made of: each is what is above over what is below
     "self-distillation": (("masked", RULES), ("base", RULES)),
     "self-distillation with LLaDA's objective": (("supervised", RULES), ("base", RULES)),
@@ -125,20 +69,30 @@ STEPS: dict[str, tuple[Cell, Cell]] = {  # what the gain is made of: each is wha
     "revision, of the on-policy model": (("oput", ("revision",)), ("oput", RULES)),
     "soft inputs, over revision": (("oput", ("soft",)), ("oput", ("revision",))),
     "revision, of the masked-only model": (("masked", ("revision",)), ("masked", RULES)),
+    "on-policy training, each with its best decoder": (("oput", tuple(DECODERS)), ("masked", tuple(DECODERS))),
     "on-policy instead of uniform noise, best decoder": (("oput", tuple(DECODERS)), ("uniform", tuple(DECODERS))),
 }
 STRONGEST: tuple[Cell, Cell] = ("oput", ("soft",)), ("supervised", RULES)
 WHOLE: tuple[Cell, Cell] = ("oput", ("soft",)), ("masked", RULES)
+PUBLISHED: tuple[Cell, Cell] = ("oput", ("soft",)), ("base", ("threshold",))
+MARGINS = 0.0, 0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.3
 
 
 def evaluated(shown: Mapping[str, Any], *models: str) -> list[dict[str, Any]]:
     return seeds_with(shown, *(f"eval_{model}" for model in models))
 
 
+def spread(seeds: Sequence[Any]) -> str:
+    """What ± means."""
+    if len(seeds) > 1:
+        return "± is a standard error over seeds."
+    return "One seed: ± is a standard error over its problems, and other seeds may differ by more."
+
+
 def verdict(found: Mean) -> str:
     """Whether a ratio reaches DMax's, with two standard errors on either side."""
     if math.isnan(found.error):
-        return "one seed, no standard error"
+        return "no standard error"
     if found.mean - 2 * found.error >= CLAIM:
         return "the claim holds beyond two standard errors"
     if found.mean + 2 * found.error < CLAIM:
@@ -146,24 +100,32 @@ def verdict(found: Mean) -> str:
     return "within two standard errors of the claim: undecided"
 
 
+def seeds_named(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
+
+
 def headline(shown: Mapping[str, Any]) -> str:
     """DMax's claim at this scale, in a sentence."""
     seeds = evaluated(shown, "base", "masked", "oput")
     if not seeds:
         return ABSENT
-    sentences = []
+    sentences, published = [], []
     for count, label in COUNTS.items():
         found = ratio(seeds, *WHOLE, count)
         if found is None:
             sentences.append(f"counting {label}, one of the two does not reach the accuracy")
         else:
             sentences.append(f"{found} × as many tokens a pass counting {label} ({verdict(found)})")
-    accuracy = mean_of([100 * (target(seed) + MARGIN) for seed in seeds])
+        published.append(str(ratio(seeds, *PUBLISHED, count) or "–"))
+    accuracy = 100 * statistics.fmean(target(seed) + MARGIN for seed in seeds)
     return (
-        f"> Word problems, {len(seeds)} seeds, strict accuracy within one point of the base model's at threshold "
-        f"{REFERENCE[2]} ({accuracy} %): on-policy training with soft inputs against the masked-only control with the "
-        f"best threshold rule has {'; '.join(sentences)}. DMax's claim as it is asked here is {CLAIM} ×. ± is a "
-        "standard error over seeds.\n"
+        f"> Word problems, {seeds_named(len(seeds))}, strict accuracy within one point of the base model's at "
+        f"threshold {REFERENCE[2]} ({accuracy:.1f} %): on-policy training with soft inputs against the masked-only "
+        f"control with the best threshold rule has {'; '.join(sentences)}. "
+        f"DMax's claim as it is asked here is {CLAIM} ×. "
+        "Against the base model with threshold decoding, which is how DMax compares, "
+        f"it is {' and '.join(published)} ×. "
+        f"{spread(seeds)}\n"
     )
 
 
@@ -174,6 +136,7 @@ def parts(shown: Mapping[str, Any]) -> str:
         **STEPS,
         "**all of it: OPUT + soft over masked only**": WHOLE,
         "**OPUT + soft over LLaDA's objective on the same answers**": STRONGEST,
+        "**as DMax compares: OPUT + soft over the base model with threshold decoding**": PUBLISHED,
     }.items():
         seeds = evaluated(shown, "base", above[0], below[0])
         cells = [ratio(seeds, above, below, count) for count in COUNTS]
@@ -183,6 +146,37 @@ def parts(shown: Mapping[str, Any]) -> str:
     return markdown(["what", *COUNTS.values(), "seeds"], body) + (
         "\nTokens a pass at that accuracy, of the one over those of the other; – where one of the two does not reach "
         "it at any threshold.\n"
+    )
+
+
+def margins(shown: Mapping[str, Any]) -> str:
+    """The claim at other accuracies than the one that was fixed beforehand."""
+    seeds = evaluated(shown, "base", "masked", "oput")
+    if not seeds:
+        return ABSENT
+    every = tuple(DECODERS)
+    compared = {
+        "OPUT + soft over masked only, best threshold rule": WHOLE,
+        "OPUT over masked only, each with its best decoder": (("oput", every), ("masked", every)),
+    }
+    body = []
+    for margin in MARGINS:
+        asked = 100 * statistics.fmean(target(seed, margin) for seed in seeds)
+        cells = [ratio(seeds, *pair, count, margin) for pair in compared.values() for count in COUNTS]
+        body.append([f"{100 * margin:g}", f"{asked:.1f} %", *("–" if cell is None else f"{cell} ×" for cell in cells)])
+    names = [f"{name}: {label}" for name in compared for label in COUNTS.values()]
+    first, (above, below) = next(iter(compared.items()))
+    largest, at = max(
+        (
+            statistics.fmean(best(seed, above, count, margin) / best(seed, below, count, margin) for seed in seeds),
+            margin,
+        )
+        for count in COUNTS
+        for margin in (tenth / 1000 for tenth in range(401))
+    )
+    return markdown(["points below the base model", "strict accuracy", *names], body) + (
+        f"\nThe largest ratio of the first kind ({first}) at any accuracy down to 40 points below is {largest:.2f} ×, "
+        f"at {100 * at:.1f} points.\n"
     )
 
 
@@ -197,11 +191,10 @@ def cells(shown: Mapping[str, Any]) -> str:
         for decoder in DECODERS:
             shown_values = []
             for count in COUNTS:
-                values = [best(seed, (model, (decoder,)), count) for seed in seeds]
-                reached = [value for value in values if not math.isnan(value)]
-                missing = len(values) - len(reached)
-                text = str(mean_of(reached)) if reached else "not reached"
-                shown_values.append(text + (f" ({missing} not)" if missing and reached else ""))
+                found = speed(seeds, (model, (decoder,)), count)
+                missing = len(seeds) - found.seeds
+                text = str(found) if found.seeds else "not reached"
+                shown_values.append(text + (f" ({missing} not)" if missing and found.seeds else ""))
             row.append(" / ".join(dict.fromkeys(shown_values)))
         body.append(row)
     if not body:
@@ -209,39 +202,33 @@ def cells(shown: Mapping[str, Any]) -> str:
     note = " / ".join(COUNTS.values())
     return (
         f"{caption(shown, 'eval_base')}; {shown['setting']['size']['problems']:,} problems a point. Tokens a pass "
-        f"({note}) at a strict accuracy within one point of the base model's at threshold 0.95; ± is a standard error "
-        "over seeds.\n\n" + markdown(["trained", *DECODERS.values()], body)
+        f"({note}) at a strict accuracy within one point of the base model's at threshold 0.95. "
+        f"{spread(shown['seeds'])}\n\n" + markdown(["trained", *DECODERS.values()], body)
     )
 
 
 def curves(shown: Mapping[str, Any]) -> str:
-    """Strict accuracy and tokens a pass at every threshold, means over seeds."""
+    """Strict accuracy and tokens a pass at every threshold."""
     seeds = evaluated(shown, "base")
     if not seeds:
         return ABSENT
     thresholds = shown["setting"]["size"]["thresholds"]
-    body = []
+    body, largest = [], 0.0
     for model, label in MODELS.items():
         having = evaluated(shown, model)
         for decoder, way in DECODERS.items() if having else ():
-            points = [[seed[f"eval_{model}"]["curves"][decoder][i] for seed in having] for i in range(len(thresholds))]
-            body.append(
-                [
-                    label,
-                    way,
-                    *(
-                        f"{100 * statistics.fmean(p['strict']['mean'] for p in point):.1f} at "
-                        f"{statistics.fmean(p['tokens_per_pass']['mean'] for p in point):.2f}"
-                        for point in points
-                    ),
-                ]
-            )
-    count = shown["setting"]["size"]["problems"] * len(seeds)
-    error = 100 * math.sqrt(0.9 * 0.1 / count)
+            row = [label, way]
+            for place in range(len(thresholds)):
+                points = [seed[f"eval_{model}"]["curves"][decoder][place] for seed in having]
+                right = over_seeds([point["strict"] for point in points], 100)
+                speeds = [over_seeds([point[count] for point in points]) for count in COUNTS]
+                largest = max(largest, *(found.error / found.mean for found in speeds))
+                row.append(f"{right.text(1)} at {' / '.join(f'{found.mean:.2f}' for found in speeds)}")
+            body.append(row)
     return (
         "![Strict accuracy over tokens a pass](../benchmarks/results/learning-curves.svg)\n\n"
-        f"{caption(shown, 'eval_base')}. Strict accuracy in % at tokens a decoding pass, by threshold; the standard "
-        f"error of a mean accuracy of 90 % is {error:.2f} points.\n\n"
+        f"{caption(shown, 'eval_base')}. Strict accuracy in % at tokens a pass ({' / '.join(COUNTS.values())}), by "
+        f"threshold. {spread(shown['seeds'])} Those of tokens a pass are at most {100 * largest:.1f} % of them.\n\n"
         + markdown(["trained", "decoded", *(f"{threshold:g}" for threshold in thresholds)], body)
     )
 
@@ -256,13 +243,13 @@ def training(shown: Mapping[str, Any]) -> str:
     texts = statistics.fmean(sum(r["steps"] for r in found["rounds"]) for found in base) * size["batch_size"]
     lines = [
         ["parameters", f"{base[0]['parameters'] / 1e6:.2f} M"],
-        ["texts it was trained on, mean over seeds", f"{texts / 1e6:.2f} M"],
+        ["texts it was trained on", f"{texts / 1e6:.2f} M"],
         ["rounds, by seed", ", ".join(str(len(found["rounds"])) for found in base)],
         ["last loss, nats, by seed", ", ".join(f"{found['rounds'][-1]['losses'][-1]:.3f}" for found in base)],
-        ["strict accuracy at threshold 0.95", percent([found["careful"]["strict"]["mean"] for found in base])],
-        ["the same, result only", percent([found["careful"]["final"]["mean"] for found in base])],
-        ["its own answers: strictly right", percent([seed["answers"]["strict"]["mean"] for seed in seeds])],
-        ["its own answers: finished", percent([seed["answers"]["finished"] for seed in seeds])],
+        ["strict accuracy at threshold 0.95", percent([found["careful"]["strict"] for found in base])],
+        ["the same, result only", percent([found["careful"]["final"] for found in base])],
+        ["its own answers: strictly right", percent([seed["answers"]["strict"] for seed in seeds])],
+        ["its own answers: finished", f"{mean_of([100 * seed['answers']['finished'] for seed in seeds])} %"],
     ]
     for model, label in MODELS.items():
         having = evaluated(shown, model)
@@ -271,14 +258,14 @@ def training(shown: Mapping[str, Any]) -> str:
             lines.append([f"entropy of the wording of answers: {label}", f"{nats} nats"])
     most = seeds[0]["answers"]["wording"]["most"]
     return (
-        f"{caption(shown, 'base')}.\n\n"
+        f"{caption(shown, 'base')}. {spread(seeds)}\n\n"
         + markdown(["base model", ""], lines)
         + f"\nWordings are drawn evenly in the training data, {most:.2f} nats.\n"
     )
 
 
-def percent(values: Sequence[float]) -> str:
-    return f"{mean_of([100 * value for value in values])} %"
+def percent(estimates: Sequence[Mapping[str, Any]]) -> str:
+    return f"{over_seeds(estimates, 100)} %"
 
 
 def scheduling(shown: Mapping[str, Any]) -> str:
@@ -299,20 +286,41 @@ def scheduling(shown: Mapping[str, Any]) -> str:
             light = statistics.fmean(row["passes_by_model"].get("L", 0.0) for row in having)
             line.append(f"{100 * right:.1f} ({heavy:.1f} + {light:.1f})")
         body.append(line)
-    lost = []
-    for threshold in thresholds:
-        gaps = []
-        for found in rows:
-            by = {row["label"]: row["strict"]["mean"] for row in found if row["threshold"] == threshold}
-            gaps.append(100 * (by["all heavy"] - by["light first"]))
-        lost.append(f"{mean_of(gaps)} at {threshold:g}")
     blocks = seeds[0]["scheduling"]["blocks"]
     return (
         f"{caption(shown, 'scheduling')}; {blocks['H']} and {blocks['L']} blocks, threshold decoding without cache. "
         "Strict accuracy in % (heavy + light passes), by threshold.\n\n"
         + markdown(["schedule", *(f"{threshold:g}" for threshold in thresholds)], body)
-        + f"\nPoints of strict accuracy lost by a quarter of light steps at the beginning: {', '.join(lost)}.\n"
+        + "\nLight passes over the first quarter of the columns, and what they lose. The gap is what light passes "
+        f"alone would lose; below {100 * TOO_WRONG:g} % of strict accuracy there is little left to lose. "
+        f"{spread(seeds)}\n\n"
+        + markdown(
+            ["threshold", "share of light passes", "points lost", "share of the gap"],
+            [lost_by_light(rows, threshold) for threshold in thresholds if worth(rows, threshold)],
+        )
     )
+
+
+def worth(rows: Sequence[Any], threshold: float) -> bool:
+    """Whether heavy passes alone are right often enough at this threshold."""
+    whole = [row for found in rows for row in found if (row["label"], row["threshold"]) == ("all heavy", threshold)]
+    return statistics.fmean(row["strict"]["mean"] for row in whole) >= TOO_WRONG
+
+
+def lost_by_light(rows: Sequence[Any], threshold: float) -> list[str]:
+    """Of light passes at the beginning: their share, points of strict accuracy lost, and these over the whole gap."""
+    losses, gaps, shares = [], [], []
+    for found in rows:
+        by = {row["label"]: row for row in found if row["threshold"] == threshold}
+        heavy, first, light = (by[label]["strict"] for label in ("all heavy", "light first", "all light"))
+        error = math.hypot(heavy["standard_error"], first["standard_error"])
+        losses.append({"mean": heavy["mean"] - first["mean"], "standard_error": error})
+        gaps.append(heavy["mean"] - light["mean"])
+        passes = by["light first"]["passes_by_model"]
+        shares.append(passes.get("L", 0.0) / sum(passes.values()))
+    lost = over_seeds(losses, 100)
+    of_gap = f"{lost.mean / statistics.fmean(gaps):.0f} %" if all(gaps) else "–"
+    return [f"{threshold:g}", f"{100 * statistics.fmean(shares):.0f} %", lost.text(1), of_gap]
 
 
 def supervised(shown: Mapping[str, Any]) -> str:
@@ -332,9 +340,9 @@ def supervised(shown: Mapping[str, Any]) -> str:
         body.append([f"**{kind}**", *map(nats, values)])
     for place, ending in enumerate(found["rows"]["before"]["endings"]):
         having = [[seed["gsm"]["rows"][name]["endings"][place] for seed in seeds] for name in names]
-        ends = [percent([entry["ended"]["mean"] for entry in row]) for row in having]
+        ends = [percent([entry["ended"] for entry in row]) for row in having]
         body.append([f"written in {ending['length']} columns: ended", *ends])
-        long = [str(mean_of([entry["tokens"]["mean"] for entry in row])) for row in having]
+        long = [str(over_seeds([entry["tokens"] for entry in row])) for row in having]
         body.append([f"the same: tokens (true answers: {ending['true_tokens']:.1f})", *long])
     return (
         "![Held-out loss by masking rate](../benchmarks/results/learning-gsm.svg)\n\n"
@@ -351,7 +359,7 @@ def nats(values: Sequence[float | None]) -> str:
 
 def drawn(table: Callable[[Mapping[str, Any]], str]) -> Callable[[], str]:
     def draw() -> str:
-        shown = content()
+        shown = content("gsm" if table is supervised else "base")
         return ABSENT if shown is None else table(shown)
 
     return draw
@@ -359,5 +367,5 @@ def drawn(table: Callable[[Mapping[str, Any]], str]) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     f"learning-{table.__name__}": drawn(table)
-    for table in (headline, parts, cells, curves, training, scheduling, supervised)
+    for table in (headline, parts, margins, cells, curves, training, scheduling, supervised)
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.learning.setting import Study
     from mdkern import DiT
 
-LENGTHS = 128, 192, 256  # columns, prompt included, at which answers are written
+ROUND_TO = 32  # columns of which the width of a batch is a multiple
 RANDOM = {"padded to the batch": 0.0, "random length": 0.1}  # share of steps that are cut to a random length
 CALCULATOR = re.compile(r"<<[^>]*>>")
 TOKENIZER = Path(__file__).parents[2] / "mdkern" / "pretrained" / "tokenizer"
@@ -87,12 +87,13 @@ def gsm(study: Study, found: dict[str, Any]) -> dict[str, Any]:
     assert study.gsm is not None
     encoder = TextEncoder.load(TOKENIZER)
     heavy = load_pair(study.device, torch.float32).heavy
-    most = heavy.config.max_length
+    most = max(study.size.gsm_lengths)
     training, test = (read(study.gsm / f"gsm8k_{name}.jsonl.xz", encoder, most) for name in ("train", "test"))
     size, world = study.size, World(0, 1, study.device)
 
     def held_out(model: DiT) -> dict[str, Any]:
-        return held_out_responses(model, test, max(4 * size.gsm_test, 64), 64, world, study.seed, 64)
+        samples = 4 * size.gsm_test
+        return held_out_responses(model, test, samples, min(64, samples), world, study.seed, ROUND_TO)
 
     rows: dict[str, Any] = {"before": held_out(heavy) | {"endings": endings_of(study, heavy, test)}}
     steps = max(1, int(size.gsm_epochs * len(training) / size.gsm_batch))
@@ -100,12 +101,13 @@ def gsm(study: Study, found: dict[str, Any]) -> dict[str, Any]:
         out = study.runs / str(study.seed) / f"gsm-{share}"
         options = [
             "--model", ".", "--data", ".", "--out", str(out), "--batch-size", str(size.gsm_batch), "--seed",
-            str(study.seed), "--device", str(study.device), "--lr", "4e-4", "--warmup", "30", "--ema-decay", "0.99",
-            "--round-to", "64", "--random-length", str(share), "--no-compile", "--workers", "4",
+            str(study.seed), "--device", str(study.device), "--lr", "4e-4", "--warmup", str(min(30, steps // 10)),
+            "--ema-decay", "0.99" if steps > 500 else "0.9", "--round-to", str(ROUND_TO), "--random-length",
+            str(share), "--no-compile", "--workers", "4" if study.device.type == "cuda" else "1",
         ]  # fmt: skip
         args = build_parser().parse_args(options)
         args.length = most
-        source = Epochs(training, size.gsm_batch, encoder.eos_id, study.seed, 64)
+        source = Epochs(training, size.gsm_batch, encoder.eos_id, study.seed, ROUND_TO)
         model = load_pair(study.device, torch.float32).heavy
         tuned = fit(args, model, source, steps, world, time.monotonic(), {"data_sha256": training.sha256})
         if tuned is None:
@@ -115,4 +117,4 @@ def gsm(study: Study, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def endings_of(study: Study, model: DiT, pairs: Pairs) -> list[dict[str, Any]]:
-    return [endings(study, model, pairs, length) for length in LENGTHS]
+    return [endings(study, model, pairs, length) for length in study.size.gsm_lengths]

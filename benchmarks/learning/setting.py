@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class Size:
     gsm_epochs: float = 40
     gsm_batch: int = 256
     gsm_test: int = 1024
+    gsm_lengths: tuple[int, ...] = (128, 192, 256)  # columns, prompt included; longer pairs than the last are left out
     compiled: bool = True
 
     @property
@@ -70,13 +72,13 @@ SIZES = {
     "full": Size(),
     "small": Size(
         blocks=3, light_blocks=1, width=96, heads=2, batch_size=64, base_steps=2000, base_rounds=1, answers=2000,
-        problems=128, sample_batch=64, thresholds=(0.95, 0.8, 0.5), gsm_epochs=1, gsm_batch=16, gsm_test=16,
-        compiled=False,
+        problems=128, sample_batch=64, thresholds=(0.95, 0.8, 0.5), gsm_epochs=2, gsm_batch=16, gsm_test=16,
+        gsm_lengths=(96,), compiled=False,
     ),
     "tiny": Size(
         blocks=1, light_blocks=1, width=16, heads=2, batch_size=8, base_steps=40, base_rounds=1, lr=0.02, answers=16,
         tune_epochs=1, problems=6, sample_batch=4, thresholds=(0.9, 0.5), gsm_epochs=0.0001, gsm_batch=4, gsm_test=2,
-        compiled=False,
+        gsm_lengths=(64,), compiled=False,
     ),
 }  # fmt: skip
 
@@ -127,7 +129,7 @@ class Study:
 
     def setting(self) -> dict[str, Any]:
         """What the numbers depend on besides the seed and the machine."""
-        size = asdict(self.size) | {"thresholds": list(self.size.thresholds)}
+        size = json.loads(json.dumps(asdict(self.size)))  # tuples become lists, as in the file
         return {"size": size, "block_causal": self.block_causal, "cache": self.cache, "words": len(WORDS)}
 
     def fresh(self, blocks: int) -> DiT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning_figures, learning_tables
+from benchmarks import learning_equal, learning_figures, learning_tables
 from benchmarks.learning import gsm, runner
 from benchmarks.learning.__main__ import build_parser
 from benchmarks.learning.problems import END_ID, MASK_ID, PROMPT, answers, draw, prompts
@@ -197,16 +198,17 @@ def test_prompts_are_not_written_on(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- what is concluded
 
 
-def curve(*points: tuple[float, float]) -> list[dict[str, Any]]:
+def curve(*points: tuple[float, float], error: float = 0.0) -> list[dict[str, Any]]:
     return [
-        {"threshold": 1 - 0.05 * (i + 1), "strict": {"mean": right}, "tokens_per_pass": {"mean": speed},
-         "tokens_per_forward": {"mean": speed / 2}}
+        {"threshold": 1 - 0.05 * (i + 1), "strict": {"mean": right, "standard_error": error},
+         "tokens_per_pass": {"mean": speed, "standard_error": 0.0},
+         "tokens_per_forward": {"mean": speed / 2, "standard_error": 0.0}}
         for i, (right, speed) in enumerate(points)
     ]  # fmt: skip
 
 
 def test_the_most_tokens_are_found_between_thresholds() -> None:
-    most = learning_tables.most_tokens
+    most = learning_equal.most_tokens
     assert most(curve((0.9, 1.0), (0.8, 3.0), (0.6, 4.0)), 0.8, "tokens_per_pass") == 3.0
     assert most(curve((0.9, 1.0), (0.8, 3.0), (0.6, 4.0)), 0.7, "tokens_per_pass") == pytest.approx(3.5)
     assert most(curve((0.6, 1.0), (0.8, 2.0)), 0.7, "tokens_per_forward") == pytest.approx(1.0)
@@ -221,7 +223,7 @@ def seed_of(oput: float, masked: float) -> dict[str, Any]:
     for part in parts.values():  # so that the accuracy asked for, a point below the first, is that of a point
         for points in part["found"]["curves"].values():
             points[1]["strict"]["mean"] = 0.0
-            points.insert(1, points[0] | {"strict": {"mean": 0.94}})
+            points.insert(1, points[0] | {"strict": {"mean": 0.94, "standard_error": 0.0}})
     return {f"eval_{name}": part for name, part in parts.items()}
 
 
@@ -231,14 +233,41 @@ def seed_of(oput: float, masked: float) -> dict[str, Any]:
         ([(4.0, 2.0), (4.2, 2.0), (4.1, 2.0)], "the claim holds"),
         ([(2.2, 2.0), (2.4, 2.0), (2.3, 2.0)], "the claim does not hold"),
         ([(2.0, 2.0), (4.0, 2.0), (3.0, 2.0)], "undecided"),
-        ([(4.0, 2.0)], "one seed"),
+        ([(4.0, 2.0)], "the claim holds"),
+        ([(2.2, 2.0)], "One seed: ± is a standard error over its problems"),
     ],
 )
 def test_the_claim_is_judged_by_its_standard_error(speeds: list[tuple[float, float]], words: str) -> None:
     shown = {"seeds": {str(i): seed_of(*pair) for i, pair in enumerate(speeds)}}
     text = learning_tables.headline(shown)
     assert words in text
-    assert f"{len(speeds)} seeds" in text
+    assert f"{len(speeds)} seed{'s' * (len(speeds) > 1)}, " in text
+
+
+def test_one_seeds_error_is_that_of_its_points() -> None:
+    """Where a curve crosses the accuracy, speed moves by the error over the slope: of both ends and of the target."""
+    error, slope = 0.001, 1.0 / 0.2  # tokens a pass over accuracy
+    crossing = curve((0.95, 1.0), (0.75, 2.0), error=error)  # asked for: 0.94, at 1.05 tokens
+    seeds = [{"eval_base": {"curves": {"threshold": crossing}}, "eval_oput": {"curves": {"soft": crossing}}}]
+    found = learning_equal.speed(seeds, ("oput", ("soft",)), "tokens_per_pass")
+    assert found.mean == pytest.approx(1.05)
+    ends = math.hypot(0.95 * error, 0.05 * error)  # by how far each is from the crossing
+    assert found.error == pytest.approx(slope * math.hypot(error, ends), rel=0.15)
+    assert found.seeds == 1
+    pair = learning_equal.ratio(seeds, ("oput", ("soft",)), ("oput", ("soft",)), "tokens_per_pass")
+    assert pair == (1.0, 0.0, 1)  # the same points on both sides
+    low = [seeds[0] | {"eval_oput": {"curves": {"soft": curve((0.5, 3.0))}}}]
+    assert learning_equal.speed(low, ("oput", ("soft",)), "tokens_per_pass").seeds == 0
+    assert learning_equal.ratio(low, ("oput", ("soft",)), ("base", ("threshold",)), "tokens_per_pass") is None
+
+
+def test_what_light_passes_lose_is_held_against_the_whole_gap() -> None:
+    def row(label: str, right: float, heavy: float, light: float) -> dict[str, Any]:
+        strict = {"mean": right, "standard_error": 0.03}
+        return {"label": label, "threshold": 0.9, "strict": strict, "passes_by_model": {"H": heavy, "L": light}}
+
+    rows = [[row("all heavy", 0.9, 8, 0), row("light first", 0.8, 3, 1), row("all light", 0.5, 0, 9)]]
+    assert learning_tables.lost_by_light(rows, 0.9) == ["0.9", "25 %", "10.0 ± 4.2", "25 %"]
 
 
 class TestDocument:
