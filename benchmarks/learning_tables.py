@@ -346,9 +346,11 @@ def supervised(shown: Mapping[str, Any]) -> str:
         body.append([f"the same: tokens (true answers: {ending['true_tokens']:.1f})", *long])
     return (
         "![Held-out loss by masking rate](../benchmarks/results/learning-gsm.svg)\n\n"
-        f"{caption(shown, 'gsm')}; the shipped heavy model, {found['pairs']:,} pairs, {found['steps']:,} steps of "
-        f"{shown['setting']['size']['gsm_batch']}. Held-out cross-entropy of a masked response token, nats; and "
-        "answers at temperature 0.\n\n" + markdown(["", *names], body)
+        f"{caption(shown, 'gsm')}; the shipped heavy model, {found['pairs']:,} pairs and {found['test']:,} "
+        f"held out, {found['steps']:,} steps of "
+        f"{shown['setting']['size']['gsm_batch']}. Held-out cross-entropy of a masked response token, "
+        f"nats; and {found['rows']['before']['endings'][0]['answers']} answers a line at temperature 0. "
+        f"{spread(seeds)}\n\n" + markdown(["", *names], body)
     )
 
 

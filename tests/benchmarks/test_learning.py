@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import re
 import shlex
@@ -85,6 +86,32 @@ class TestRun:
         study = make_study(tmp_path, size=replace(SIZES["tiny"], width=32))
         with pytest.raises(ValueError, match="size differ"):
             Record(whole.path, study)
+
+
+@pytest.mark.slow
+def test_gsm_is_fine_tuned_on_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(1, 9)]
+    for name in ("train", "test"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"gsm8k_{name}.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    record = Record(tmp_path / "results.json", make_study(tmp_path, gsm=tmp_path))
+    assert run_parts(record, ["gsm"]) == {}
+    found = record.parts()["gsm"]["found"]
+    assert (found["pairs"], found["test"], found["steps"]) == (8, 8, 1)
+    before, padded, cut = (found["rows"][name] for name in ("before", *gsm.RANDOM))
+    assert before["by_kind"]["end of text"] > padded["by_kind"]["end of text"]  # one step is in its direction
+    for row in (before, padded, cut):
+        [ending] = row["endings"]
+        assert (ending["length"], ending["answers"]) == (64, 2)
+        assert 0 < ending["true_tokens"] < 64
+    monkeypatch.setattr(learning_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(learning_tables, "FILE", "none.json")
+    monkeypatch.setattr(learning_tables, "SMALL_FILE", "results.json")  # shown where the other has no such part
+    table = learning_tables.TABLES["learning-supervised"]()
+    assert "| written in 64 columns: ended |" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    assert learning_tables.TABLES["learning-headline"]() == learning_tables.ABSENT
+    assert [path.name for path in learning_figures.draw_all(tmp_path)] == ["learning-gsm.svg"]
 
 
 @pytest.mark.gpu
@@ -273,15 +300,15 @@ def test_what_light_passes_lose_is_held_against_the_whole_gap() -> None:
 class TestDocument:
     def test_every_command_is_understood(self) -> None:
         commands = re.findall(r"^python -m benchmarks\.learning (--[^#\n]*)", DOCUMENT.read_text(), re.MULTILINE)
-        assert len(commands) == 4
+        assert len(commands) == 5
         for command in commands:
             named = build_parser().parse_args(shlex.split(command)).parts
             assert set(named) <= set(PARTS)
             assert all(set(PARTS[name].needs) <= set(named) for name in named)
 
     def test_the_figures_are_those_of_the_results(self) -> None:
-        shown = learning_tables.content()
-        for name in learning_figures.FIGURES:
+        for name, (part, _) in learning_figures.FIGURES.items():
+            shown = learning_tables.content(part)
             path = learning_figures.RESULTS / f"learning-{name}.svg"
             if shown is not None and path.exists():
                 assert learning_figures.source_of(shown) in path.read_text(), name
