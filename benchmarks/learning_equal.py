@@ -78,6 +78,12 @@ def best(seed: Seed, cell: Cell, count: str, margin: float = MARGIN) -> float:
     return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
+def ratio_of(seed: Seed, above: Cell, below: Cell, count: str, margin: float = MARGIN) -> float:
+    """One seed's ratio; NaN if one of the two does not reach the accuracy, or writes nothing."""
+    ours, theirs = best(seed, above, count, margin), best(seed, below, count, margin)
+    return ours / theirs if ours > 0 and theirs > 0 else math.nan
+
+
 def redrawn(seed: Seed, cells: Sequence[Cell], count: str, generator: np.random.Generator) -> dict[str, Any]:
     """What `best` reads of these cells, as other problems might have given it."""
     found: dict[str, Any] = {}
@@ -119,9 +125,5 @@ def ratio(seeds: Sequence[Seed], above: Cell, below: Cell, count: str, margin: f
 
     None if one of them does not reach the accuracy for some seed.
     """
-
-    def value(seed: Seed) -> float:
-        return best(seed, above, count, margin) / best(seed, below, count, margin)
-
-    found = estimated(seeds, [above, below], count, value)
+    found = estimated(seeds, [above, below], count, lambda seed: ratio_of(seed, above, below, count, margin))
     return found if seeds and found.seeds == len(seeds) else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
-from benchmarks.learning_equal import MARGIN, REFERENCE, Cell, Mean, best, mean_of, over_seeds, ratio, speed, target
+from benchmarks.learning_equal import MARGIN, REFERENCE, Cell, Mean, mean_of, over_seeds, ratio, ratio_of, speed, target
 
 FILE = "learning-problems.json"
 SMALL_FILE = "learning-problems-cpu.json"  # parts at small size, shown where the other file has none
@@ -166,17 +166,15 @@ def margins(shown: Mapping[str, Any]) -> str:
         body.append([f"{100 * margin:g}", f"{asked:.1f} %", *("–" if cell is None else f"{cell} ×" for cell in cells)])
     names = [f"{name}: {label}" for name in compared for label in COUNTS.values()]
     first, (above, below) = next(iter(compared.items()))
-    largest, at = max(
-        (
-            statistics.fmean(best(seed, above, count, margin) / best(seed, below, count, margin) for seed in seeds),
-            margin,
-        )
+    sought = [
+        (statistics.fmean(ratio_of(seed, above, below, count, tenth / 1000) for seed in seeds), tenth / 10)
         for count in COUNTS
-        for margin in (tenth / 1000 for tenth in range(401))
-    )
+        for tenth in range(401)
+    ]
+    largest, at = max((pair for pair in sought if not math.isnan(pair[0])), default=(math.nan, math.nan))
     return markdown(["points below the base model", "strict accuracy", *names], body) + (
         f"\nThe largest ratio of the first kind ({first}) at any accuracy down to 40 points below is {largest:.2f} ×, "
-        f"at {100 * at:.1f} points.\n"
+        f"at {at:.1f} points.\n"
     )
 
 
@@ -222,7 +220,7 @@ def curves(shown: Mapping[str, Any]) -> str:
                 points = [seed[f"eval_{model}"]["curves"][decoder][place] for seed in having]
                 right = over_seeds([point["strict"] for point in points], 100)
                 speeds = [over_seeds([point[count] for point in points]) for count in COUNTS]
-                largest = max(largest, *(found.error / found.mean for found in speeds))
+                largest = max([largest, *(found.error / found.mean for found in speeds if found.mean)])
                 row.append(f"{right.text(1)} at {' / '.join(f'{found.mean:.2f}' for found in speeds)}")
             body.append(row)
     return (

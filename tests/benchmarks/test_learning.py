@@ -300,7 +300,7 @@ def test_what_light_passes_lose_is_held_against_the_whole_gap() -> None:
 class TestDocument:
     def test_every_command_is_understood(self) -> None:
         commands = re.findall(r"^python -m benchmarks\.learning (--[^#\n]*)", DOCUMENT.read_text(), re.MULTILINE)
-        assert len(commands) == 5
+        assert len(commands) == 6
         for command in commands:
             named = build_parser().parse_args(shlex.split(command)).parts
             assert set(named) <= set(PARTS)
