@@ -91,9 +91,10 @@ def test_every_python_block_runs(capsys: pytest.CaptureFixture[str], monkeypatch
     names: dict[str, Any] = {"__name__": "guide"}  # a dataclass asks for its module's
     monkeypatch.setitem(sys.modules, "guide", ModuleType("guide"))
     for block in blocks:
-        if "DiffusionGemma" in block and not has_gemma:
+        needs_gpu = "batch_invariant" in block
+        if ("DiffusionGemma" in block and not has_gemma) or (needs_gpu and not torch.cuda.is_available()):
             continue
-        for pattern, smaller in SMALLER.items():
+        for pattern, smaller in ({} if needs_gpu else SMALLER).items():
             block = re.sub(pattern, smaller, block)
         names.pop("out", None)
         with pytest.warns() if "def uniform" in block else pytest.MonkeyPatch.context():
@@ -125,7 +126,7 @@ def test_the_decoders_are_all_named_and_need_what_is_said() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_module_has_its_place() -> None:

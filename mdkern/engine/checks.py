@@ -47,6 +47,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 def check_filters(top_k: Any, top_p: Any, min_p: Any, top_p_rule: str) -> Filters:
     """The `Filters` of these arguments. None leaves a filter out."""
+    has_nucleus = top_p is not None
     top_k = 0 if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
     min_p = 0.0 if min_p is None else min_p
@@ -58,4 +59,6 @@ def check_filters(top_k: Any, top_p: Any, min_p: Any, top_p_rule: str) -> Filter
         raise ValueError(f"min_p must be a number from 0 to 1, not {min_p!r}")
     filters = Filters(min(int(top_k), MOST_COUNT), float(top_p), float(min_p), top_p_rule)
     filters.check()
+    if top_p_rule != "reach" and not has_nucleus:
+        raise ValueError(f"top_p_rule={top_p_rule!r} says how top_p is meant: give a top_p, or leave the rule out")
     return filters

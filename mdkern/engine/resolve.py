@@ -183,12 +183,14 @@ def check_streamer(streamer: Any, count: int) -> Any:
     return streamer
 
 
-def resolve_router(schedule: Any, light: Any) -> tuple[Router | None, Any, Any]:
+def resolve_router(schedule: Any, light: Any, heavy: Any) -> tuple[Router | None, Any, Any]:
     """A router, if one is given in the schedule's place; a schedule that names the models; and the light model."""
     if schedule is None and isinstance(light, Router):
         light, schedule = None, light
     if not isinstance(schedule, Router):
         return None, schedule, light
+    if light is None and len(schedule.models) > 1 and not isinstance(heavy, Mapping):
+        raise ValueError(f"{type(schedule).__name__} chooses between {', '.join(schedule.models)}: give these models")
     return schedule, Schedule(" ".join(f"{name}1" for name in schedule.models)), light
 
 
@@ -297,7 +299,7 @@ def resolve(
         steps = check_count("steps", steps)
     if isinstance(decoder, str):
         decoder = by_name(decoder)
-    router, schedule, light = resolve_router(schedule, light)
+    router, schedule, light = resolve_router(schedule, light, heavy)
     denoisers, schedule = resolve_models(heavy, light, schedule)
     if router is not None:
         check_router(router, decoder, cache)

@@ -149,7 +149,9 @@ def check_same(own: Any, **given: Any) -> None:
     """Refuse arguments that contradict the model."""
     for argument, value in given.items():
         if value is not None and value != getattr(own, argument):
-            raise ValueError(f"{argument}={value} contradicts the model's own {getattr(own, argument)}")
+            said = getattr(own, argument)
+            has = "the model, which has none" if said is None else f"the model's own {said}"
+            raise ValueError(f"{argument}={value} contradicts {has}")
 
 
 def check_placed(model: Any, own: torch.device, device: torch.device | str | None, shifted: bool | None) -> None:

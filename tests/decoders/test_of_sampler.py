@@ -137,3 +137,5 @@ def test_the_nucleus_of_remdm_is_asked_for_by_name() -> None:
         assert set(out.sequences.flatten().tolist()) == tokens
     with pytest.raises(ValueError, match="top_p_rule must be one of reach, within, not 'up to'"):
         mdkern.sample(denoiser, length=64, top_p=0.8, top_p_rule="up to", progress=False)
+    with pytest.raises(ValueError, match="give a top_p"):
+        mdkern.sample(denoiser, length=64, top_p_rule="within", progress=False)

@@ -123,7 +123,7 @@ def test_bounds_and_models_are_checked() -> None:
     for bad in ({"lower": 2.0, "upper": 1.0}, {"margin": -1.0}, {"lower": math.nan}):
         with pytest.raises(ValueError, match="0 <= lower <= upper"):
             EntropyRouter(**bad)
-    with pytest.raises(ValueError, match="names L"):
+    with pytest.raises(ValueError, match="chooses between H, L: give these models"):
         mdkern.sample(HEAVY, EntropyRouter(), length=8, decoder="threshold")
 
 

@@ -95,6 +95,8 @@ class TestOurDiT:
             adapt(model, mask_id=3)
         with pytest.raises(ValueError, match="vocab_size=12 contradicts the model's own 11"):
             adapt(model, vocab_size=12)
+        with pytest.raises(ValueError, match="block_causal=4 contradicts the model, which has none"):
+            adapt(model, block_causal=4)
 
 
 class TestHuggingFace:
