@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mdkern.sampling import sample, sample_groups
     from mdkern.schedule import Schedule
 
-__version__ = "0.1.0"  # the only place: the package's metadata are built from it
+__version__ = "0.2.0.dev0"  # the only place: the package's metadata are built from it
 
 _HOMES = {  # by module, the names that it defines; mypy reads the imports above, Python this
     "mdkern.canvas": ("sample_canvas",),

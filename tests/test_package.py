@@ -83,8 +83,9 @@ def test_an_editable_clone_is_found_from_the_folder_above_it(tmp_path: Path) -> 
     shutil.unpack_archive(tmp_path / wheel, installed, "zip")
     alone = f"import sys, site; sys.path = [path for path in sys.path if path != {str(ROOT)!r}]"  # not this clone
     use = f"{alone}; site.addsitedir({str(installed)!r}); import mdkern, importlib.metadata as m"
+    built = f"next(iter(m.distributions(name='mdkern', path=[{str(installed)!r}]))).version"
     found, module, distribution = python(
-        f"{use}; print(mdkern.__file__, mdkern.__version__, m.version('mdkern'))", tmp_path
+        f"{use}; print(mdkern.__file__, mdkern.__version__, {built})", tmp_path
     ).split()
     assert Path(found) == clone / "mdkern" / "__init__.py"
     assert module == distribution == mdkern.__version__
