@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +21,13 @@ import mdkern
 from mdkern.cli.common import choose_device
 from mdkern.cli.decoder import parse_decoder
 from mdkern.models import Denoiser, adapt
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise ImportError("mdkern.harness needs lm-evaluation-harness: pip install 'mdkern[harness]'") from error
 
 WIDTH_STEP = 128  # texts are run together with those of the same width, rounded up to a multiple of this
 LENGTHS = "max_gen_toks", "max_new_tokens"  # names that tasks use for the length of an answer

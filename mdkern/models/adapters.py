@@ -16,6 +16,7 @@ from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
 from mdkern.models.hf.adapted import LogitsDenoiser
+from mdkern.models.hf.block_diffusion import is_block_diffusion
 from mdkern.models.hf.introspect import (
     SHIFTED,
     block_setting,
@@ -104,6 +105,8 @@ def adapt(
         raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
+    if is_block_diffusion(model):
+        raise TypeError(f"{type(model).__name__} writes canvases without a mask token: give it to mdkern.sample_canvas")
     check_evaluating(model)
     vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
     described: dict[str, Any] = {

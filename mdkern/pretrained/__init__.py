@@ -44,7 +44,7 @@ def load_pair(device: torch.device | str | None = None, dtype: torch.dtype | Non
     chosen = available_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating, not {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, not {dtype!r}")
     heavy, light = (DiT.from_pretrained(FOLDER / name, dtype, chosen) for name in ("heavy", "light"))
     return Pair(heavy, light, PreTrainedTokenizerFast.from_pretrained(FOLDER / "tokenizer"))

@@ -502,7 +502,7 @@ CASES = [
     refuse_call(
         "pair in integers",
         ValueError,
-        r"dtype must be floating, not torch\.int8",
+        r"dtype must be a floating dtype such as torch\.bfloat16, not torch\.int8",
         lambda m: mdkern.load_pair("cpu", torch.int8),
     ),
     refuse_call(

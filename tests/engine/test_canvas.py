@@ -183,6 +183,8 @@ def test_it_is_what_sample_calls() -> None:
     want = mdkern.sample_canvas(model, ids, num_samples=2, seed=3, max_denoising_steps=4)
     got = mdkern.sample(model, input_ids=ids, num_samples=2, seed=3, steps=4)
     assert torch.equal(got.sequences, want.sequences)
+    with pytest.raises(TypeError, match=r"give it to mdkern\.sample_canvas"):
+        mdkern.adapt(model)
     with pytest.raises(ValueError, match="temperature cannot be given"):
         mdkern.sample(model, input_ids=ids, temperature=0.5)
     with pytest.raises(ValueError, match="input_ids must be given"):
