@@ -199,7 +199,7 @@ def check_router(router: Router, decoder: Any, cache: Any) -> None:
     kind = type(router).__name__
     if not isinstance(decoder, Stepwise):
         raise ValueError(
-            f"{kind} needs a decoder that looks at the model, such as 'random_remask' or 'threshold': the passes of"
+            f"{kind} needs a decoder that looks at the model, such as 'top_probability' or 'threshold': the passes of"
             f" {type(decoder).__name__} are planned before the first one"
         )
     if cache != "none":
