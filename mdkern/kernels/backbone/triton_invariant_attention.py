@@ -1,7 +1,7 @@
 """`mdkern.kernels.backbone.invariant_attention` in Triton: softmax in one pass over the keys (Dao, 2307.08691).
 
 Tiles of keys begin at column 0 and are of one size. A tile that a row does not see leaves its state as it was, bit for
-bit: the maximum stays, its factor is 1, and zeros are added.
+bit: the maximum stays, its factor is 1, and zeros are added. One compiled kernel serves texts with and without padding.
 """
 
 # mypy: ignore-errors
@@ -17,13 +17,15 @@ from torch import Tensor
 from mdkern.kernels.device import capability
 from mdkern.kernels.triton_common import LOG2E
 
+MASK_STRIDES = ["mask_batch", "mask_head", "mask_row", "mask_column"]
 
-@triton.jit(do_not_specialize=["queries", "keys", "row_tiles"])
+
+@triton.jit(do_not_specialize=["queries", "keys", "row_tiles", *MASK_STRIDES])
 def invariant_attention_kernel(
     query,
     key,
     value,
-    mask,  # uint8, or None
+    mask,  # uint8
     out,  # [B, Q, H, D]
     queries,  # Q
     keys,  # K
@@ -72,17 +74,17 @@ def invariant_attention_kernel(
         )
         x = tl.dot(q, k, input_precision=PRECISION)
         seen = inside[None, :]
-        if mask is not None:
-            shown = mask + sequence * mask_batch + head * mask_head + place[None, :] * mask_column
-            if MASK_ROWS:
-                shown += row.to(tl.int64)[:, None] * mask_row
-                seen = seen & there[:, None]
-            seen = seen & (tl.load(shown, mask=seen, other=0) != 0)
+        shown = mask + sequence * mask_batch + head * mask_head + place[None, :] * mask_column
+        if MASK_ROWS:
+            shown += row.to(tl.int64)[:, None] * mask_row
+            seen = seen & there[:, None]
+        seen = seen & (tl.load(shown, mask=seen, other=0) != 0)
         x = tl.where(seen, x, -float("inf"))
         peak = tl.maximum(top, tl.max(x, 1))
         anchor = tl.where(peak == -float("inf"), 0.0, peak * scale)
         weight = tl.exp2(x * scale - anchor[:, None])
-        rescale = tl.exp2(top * scale - anchor)
+        # Exactly 1 where the maximum stays: the difference, as one fused operation, is the product's rounding error.
+        rescale = tl.where(peak == top, 1.0, tl.exp2(top * scale - anchor))
         total = total * rescale + tl.sum(weight, 1)
         attended = attended * rescale[:, None]
         v = tl.load(
@@ -122,10 +124,9 @@ def invariant_attention(
     if not out.numel():
         return out
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    mask_strides = (0, 0, 0, 0)
-    if mask is not None:
-        mask = mask.view(torch.uint8).expand(batch, heads, queries, keys)
-        mask_strides = mask.stride()
+    mask = query.new_ones(keys, dtype=torch.uint8) if mask is None else mask.view(torch.uint8)
+    by_row = mask.dim() > 1 and mask.shape[-2] > 1
+    mask = mask.expand(batch, heads, queries, keys)
     tile = tile or tile_of(query.dtype, head_dim, query.device)
     row_tiles = triton.cdiv(queries, tile["BM"])
     invariant_attention_kernel[(row_tiles * heads * batch,)](
@@ -142,11 +143,11 @@ def invariant_attention(
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
-        *mask_strides,
+        *mask.stride(),
         scale * LOG2E.value,
         DIM=head_dim,
         DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        MASK_ROWS=mask_strides[2] != 0,
+        MASK_ROWS=by_row,
         **tile,
     )
     return out
