@@ -23,6 +23,7 @@ MODULES = [
     "mdkern.models",
     "mdkern.kernels",
     "mdkern.engine.graphs",
+    "mdkern.trace",
     *(f"mdkern.evaluation.{name}" for name in EVALUATION),
 ]
 

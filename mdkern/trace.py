@@ -19,6 +19,8 @@ from mdkern.schedule import Schedule
 if TYPE_CHECKING:
     from mdkern.output import History, SampleOutput
 
+__all__ = ["write_trace"]
+
 TEMPLATE = Path(__file__).with_name("trace.html")
 USUAL_MODELS = {"H": "heavy model", "L": "light model"}
 INCOMPLETE = "\ufffd"  # what tokenizers put for bytes that are not a whole character
