@@ -37,7 +37,7 @@ from mdkern.schedule import Schedule
 
 # Fields of a request that are not compared: each rank's own, those that follow from others, and those compared
 # otherwise.
-NOT_COMPARED = {"streamer", "stopping_criteria", "blocks", "edges", "denoisers", "seed"}
+NOT_COMPARED = {"streamer", "stopping_criteria", "blocks", "edges", "start", "denoisers", "seed"}
 
 
 def local_rank() -> int:

@@ -808,7 +808,7 @@ def test_only_the_commands_own_news_are_shown(caplog, monkeypatch):
             logging.getLogger(name).warning("warning of %s", name)
 
     parser = argparse.ArgumentParser()
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cpu", float32=False)
     assert options.run_command(parser, [], lambda args: None, work) == 0
     shown = [record.message.split("/")[0] for record in caplog.records]
     assert shown == ["news of training.loop", "warning of training.loop", "warning of "]

@@ -119,7 +119,7 @@ def test_the_fewest_of_equals_are_kept() -> None:
     for filters, kept in ((Filters(3), 3), (Filters(0, 0.02), 14), (Filters(40, 0.1), 4)):
         problem = FilterProblem("flat", rows=6, columns=700, uniform=1.0)
         problem.row_index = torch.zeros_like(problem.row_index)
-        token, _, top1, top2, entropy, _ = launch_filter.vocab_projection(
+        token, _, top1, top2, entropy, *_ = launch_filter.vocab_projection(
             *problem.arguments("sampler"), filters, search=SEARCH
         )
         assert token.max() < kept
@@ -144,7 +144,7 @@ def test_more_equals_in_a_lane_than_it_has_places() -> None:
 def test_rows_that_are_not_there_are_reported(of: str) -> None:
     problem = FilterProblem("noise", rows=6, columns=300, depth=64)
     problem.row_index[[1, 4]] = torch.tensor([-1, 10**12])
-    token, *statistics = launch_filter.vocab_projection(*problem.arguments(of), Filters(5), search=SEARCH)
+    token, *statistics, _ = launch_filter.vocab_projection(*problem.arguments(of), Filters(5), search=SEARCH)
     assert (token < 0).tolist() == [False, True, False, False, True, False]
     assert all(value.isnan().tolist() == (token < 0).tolist() for value in statistics)
 
