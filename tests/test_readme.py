@@ -221,7 +221,8 @@ class TestLosses:
                 yield Comparison("head", "mdkern", "peer", place, 0.9)
             yield Comparison("loops", "mdkern", "plain", "margin", 1.5)
 
-        for name in ("compare_projections", "compare_selections", "compare_decoders"):
+        others = "projections", "selections", "decoders", "people", "diffusion_gemma"
+        for name in (f"compare_{what}" for what in others):
             monkeypatch.setattr(report, name, lambda: iter(()))
         monkeypatch.setattr(report, "compare_samplers", comparisons)
         text = report.losses()
@@ -247,6 +248,9 @@ class TestLosses:
         expected += sum(row["way"] != "plain loop" for row in parts["llada"].values())
         expected += sum(not name.endswith(", none") for name in parts["caches"])
         assert len(list(report.compare_decoders())) == expected
+        rows = json.loads((RESULTS / "diffusion-gemma.json").read_text())["rows"]
+        texts = [{row["batch"] for row in rows if (row["way"] == "mdkern") == ours} for ours in (True, False)]
+        assert len(list(report.compare_diffusion_gemma())) == len(set.intersection(*texts)) == 2
 
     def test_a_ratio_is_ours_over_theirs(self) -> None:
         found = next(entry for entry in report.compare_projections() if entry.theirs == GEMM)
