@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 WIDTH_STEP = 128  # texts are run together with those of the same width, rounded up to a multiple of this
 LENGTHS = "max_gen_toks", "max_new_tokens"  # names that tasks use for the length of an answer
-UNUSED = "do_sample", "until", "stop", "num_beams", "use_cache", "repeats"  # read here, or without a meaning for us
+UNUSED = "do_sample", "until", "stop", "use_cache", "repeats"  # read here, or without a meaning for us
 
 
 @register_model("mdkern")
@@ -305,6 +305,8 @@ def generation_options(given: dict[str, Any], default: int) -> dict[str, Any]:
         ValueError: an option that has no meaning for masked diffusion.
     """
     options = {name: value for name, value in given.items() if name not in UNUSED}
+    if options.get("num_beams") == 1:  # no beam search, which some tasks say
+        del options["num_beams"]
     lengths = [options.pop(name) for name in LENGTHS if name in options]
     chosen: dict[str, Any] = {"length": int(lengths[0]) if lengths else default}
     for name in ("temperature", "top_p", "top_k", "min_p"):

@@ -103,8 +103,10 @@ class TestAnswers:
         assert generation_options({"max_gen_toks": 8, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, 64) == {
             "length": 8, "temperature": 0.7, "top_p": 0.9,
         }  # fmt: skip
-        with pytest.raises(ValueError, match="repetition_penalty, which mdkern does not know"):
-            generation_options({"repetition_penalty": 1.2}, 64)
+        assert generation_options({"num_beams": 1}, 64) == {"length": 64}
+        for unknown in ({"repetition_penalty": 1.2}, {"num_beams": 4}):
+            with pytest.raises(ValueError, match=f"{next(iter(unknown))}, which mdkern does not know"):
+                generation_options(unknown, 64)
 
 
 def test_a_local_task_file(tmp_path: Path) -> None:
