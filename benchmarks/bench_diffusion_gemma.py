@@ -10,7 +10,6 @@ Memory is that of all calls, the first one included, above the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 import mdkern
-from benchmarks.harness import RESULTS, environment, host_environment
+from benchmarks.harness import RESULTS, environment, folder_command, host_environment
 from benchmarks.kernel_tables import caption, markdown
 from mdkern.engine import canvas_run
 from mdkern.files import write_whole
@@ -190,16 +189,7 @@ def diffusion_gemma() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_diffusion_gemma", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
-    arguments = parser.parse_args(argv)
-    content = measure(arguments.folder, arguments.tiny)
-    print(table(content))
-    print("\n".join(f"failed: {what}" for what in content["failed"]))
-    return 1 if content["failed"] else 0
+    return folder_command("bench_diffusion_gemma", __doc__ or "", measure, table, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ FLOPs at the rate of a large product, and their weights at the rate at which mem
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -27,7 +26,15 @@ import torch
 from torch import Tensor
 
 import mdkern
-from benchmarks.harness import RESULTS, GpuTimer, compare_on_host, environment, host_environment, seconds
+from benchmarks.harness import (
+    RESULTS,
+    GpuTimer,
+    compare_on_host,
+    environment,
+    folder_command,
+    host_environment,
+    seconds,
+)
 from benchmarks.kernel_tables import caption, markdown
 from benchmarks.plain_decoders import top_probability
 from benchmarks.plain_loop import Plain, decode
@@ -256,16 +263,7 @@ def people() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_people", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
-    arguments = parser.parse_args(argv)
-    content = measure(arguments.folder, arguments.tiny)
-    print(table(content))
-    print("\n".join(f"failed: {what}" for what in content["failed"]))
-    return 1 if content["failed"] else 0
+    return folder_command("bench_people", __doc__ or "", measure, table, argv)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ Work on a GPU is timed in replays of CUDA graphs, with an empty L2 cache.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -131,6 +132,24 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def folder_command(
+    name: str,
+    about: str,
+    measure: Callable[[Path, bool], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    argv: Sequence[str] | None,
+) -> int:
+    """The command of a benchmark that writes into a folder: measure, print the table and what failed; the exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
+    arguments = parser.parse_args(argv)
+    content = measure(arguments.folder, arguments.tiny)
+    print(table(content))
+    print("\n".join(f"failed: {what}" for what in content["failed"]))
+    return 1 if content["failed"] else 0
 
 
 def write_text_whole(path: Path, text: str) -> None:
