@@ -240,6 +240,26 @@ def other_sizes(bench: Bench) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def invariant(bench: Bench) -> dict[str, Any]:
+    """All heavy with `batch_invariant=True` beside the default, in turns, at several batch sizes; nothing on a CPU."""
+    if bench.device.type != "cuda":
+        return {"rows": []}
+    usual, model = bench.size.setting, bench.half[HEAVY]
+    rows = list[dict[str, Any]]()
+    for batch_size in sorted({1, max(1, usual.batch_size // 4), usual.batch_size}):
+        setting = replace(usual, batch_size=batch_size, steps=max(1, usual.steps * 128 // 1000))
+        seconds: dict[str, list[float]] = {"default": [], "invariant": []}
+        for seed in range(-1, bench.size.runs):  # the first ones compile kernels and capture graphs
+            for name, took in seconds.items():
+                run, _ = time_run(model, setting, max(seed, 0), batch_invariant=name == "invariant")
+                took += [run] * (seed >= 0)
+        ratio = statistics.median(seconds["invariant"]) / statistics.median(seconds["default"])
+        rows.append(
+            {"batch_size": batch_size, "length": setting.length, "steps": setting.steps, "ratio": ratio, **seconds}
+        )
+    return {"rows": rows}
+
+
 def scaling(bench: Bench) -> dict[str, Any]:
     """Seconds over the number of samples, light model; also for a number that leaves the last batch half empty.
 
@@ -267,7 +287,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (ours, eager, savings, inside, compiled, other_sizes, scaling)
+    part.__name__: part for part in (ours, eager, savings, inside, compiled, other_sizes, scaling, invariant)
 }
 
 

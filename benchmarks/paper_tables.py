@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -126,12 +127,30 @@ def scaling() -> str:
     return text + markdown(["samples", "time", "a sample"], rows)
 
 
+def invariant() -> str:
+    """What the same bits in any batch cost."""
+    parts, machine = read()
+    if not parts.get("invariant", {}).get("rows"):
+        return "Not measured yet."
+    rows = []
+    for row in parts["invariant"]["rows"]:
+        times = (
+            f"{statistics.median(row[name]):.3f} s ({min(row[name]):.3f}–{max(row[name]):.3f})"
+            for name in ("default", "invariant")
+        )
+        rows.append([f"{row['batch_size']}", *times, f"{100 * (row['ratio'] - 1):+.0f} %"])
+    shape = parts["invariant"]["rows"][0]
+    text = f"{machine}; 12 blocks, {shape['length']:,} tokens in {shape['steps']:,} steps; median (least to most).\n\n"
+    return text + markdown(["batch", "default", "`batch_invariant=True`", "time"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "paper-setting": headline,
     "paper-inside": inside,
     "paper-savings": savings,
     "paper-sizes": sizes,
     "paper-scaling": scaling,
+    "paper-invariant": invariant,
 }
 
 

@@ -236,7 +236,12 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resul
 
 
 def time_run(
-    models: Any, setting: Setting, seed: int = 0, schedule: str | Schedule | None = None, samples: int | None = None
+    models: Any,
+    setting: Setting,
+    seed: int = 0,
+    schedule: str | Schedule | None = None,
+    samples: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[float, SampleOutput]:
     """Seconds of a whole run of `mdkern.sample`, and what it returned; by default of one batch."""
     device = adapt(next(iter(models.values())) if isinstance(models, Mapping) else models).device
@@ -250,6 +255,7 @@ def time_run(
         batch_size=setting.batch_size,
         seed=seed,
         progress=False,
+        batch_invariant=batch_invariant,
     )
     return timed(run, device)
 

@@ -83,6 +83,8 @@ def test_tables_and_plot(parts: dict[str, Any], tmp_path: Path, monkeypatch: pyt
         traced = {"tick_ms": 2.0, "backbone_ms": 1.0, "head_ms": 0.5, "idle_share": 0.1}
         memory = {"peak_allocated_mib": 1.0, "peak_reserved_mib": 2.0, "weights_mib": 3.0}
         parts["inside"][name] |= traced | memory
+    times = {"default": [1.0, 2.0], "invariant": [2.0, 3.0], "ratio": 5 / 3}
+    parts["invariant"] = {"rows": [{"batch_size": 2, "length": 16, "steps": 8} | times]}
     environment = {"device": "a card", "torch": "2", "triton": "3"}
     content = {"environment": environment, "parts": parts}
     monkeypatch.setattr(paper_tables, "load", lambda _: content)
