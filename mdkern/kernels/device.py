@@ -28,6 +28,12 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @cache
+def computes_in_fp8(device: torch.device) -> bool:
+    """Whether the GPU multiplies matrices in e4m3: it has compute capability 8.9 or later. True on a CPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one that it depends on has ended (programmatic dependent launch)."""
     return device.type == "cuda" and capability(device) >= 9

@@ -1,0 +1,112 @@
+"""`quantise_rows`, `quantised_norm`: rows in 8-bit floating point, for matrix products at twice the rate of 16 bits.
+
+The format is e4m3 (Micikevicius et al., 2209.05433): numbers up to 448 with three bits after the leading one, so that
+rounding changes a number by at most 1/16 of it down to 2^-6, and by at most 2^-10 below. One scale for each row brings
+the row into that range. Weights ``[C, K]`` are quantised by their rows, too, which is a scale for each output channel:
+
+    x @ weight.T  ~  x_scale[:, None] * weight_scale * (x_fp8 @ weight_fp8.T)
+
+This file has the contracts and the references in plain PyTorch; `triton_quantise` has the GPU kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdkern.kernels.backbone.modulated_norm import wide
+from mdkern.kernels.backbone.norm_constants import EPS
+from mdkern.kernels.checks import check_tensor
+from mdkern.kernels.operator import operator
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of the format
+SMALLEST_SCALE = 2.0**-100  # a row of zeros, or of numbers that are no larger than 448 times this, has this scale
+HALF_STEP = 2.0**-4  # the most that rounding changes a number that is not below `LEAST_NORMAL`, relative to it
+LEAST_NORMAL = 2.0**-6
+
+
+def rounded(x: Tensor) -> Tensor:
+    """`x` in e4m3. Numbers beyond its range become the largest, as by the GPU's instruction; NaN stays NaN."""
+    return x.clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_rows` in plain PyTorch."""
+    full = x.float()
+    most = full.abs().amax(1).clamp(min=SMALLEST_SCALE * LARGEST)
+    return rounded(full * (LARGEST / most)[:, None]), most * (1 / LARGEST)
+
+
+def quantised_norm_reference(x: Tensor) -> Tensor:
+    """`quantised_norm` in plain PyTorch."""
+    return rounded(F.layer_norm(x.to(wide(x)), x.shape[-1:], eps=EPS) * norm_level(x.shape[1]))
+
+
+KERNELS = "mdkern.kernels.backbone.triton_quantise"
+quantise_rows_operator = operator(
+    quantise_rows_reference,
+    lambda x: (torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)),
+    f"{KERNELS}:quantise_rows",
+    name="quantise_rows",
+)
+quantised_norm_operator = operator(
+    quantised_norm_reference,
+    lambda x: torch.empty_like(x, dtype=FP8),
+    f"{KERNELS}:quantised_norm",
+    name="quantised_norm",
+)
+
+
+def norm_level(width: int) -> float:
+    """The power of two that `quantised_norm` multiplies rows of `width` columns by.
+
+    No entry of a normalised row is larger than ``sqrt(width)``, so that none leaves the range of the format.
+    """
+    return 2.0 ** math.floor(math.log2(LARGEST / math.sqrt(width)))
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, or a weight's output channels, in e4m3 with a scale for each: ``x ~ fp8 * scale[:, None]``.
+
+    The largest entry of each row becomes 448. An infinite entry makes itself NaN and the scale infinite, and NaN makes
+    its whole row NaN, so that both are seen in the product.
+
+    Args:
+        x: floating ``[N, K]`` of at most 32 bits, any row stride.
+
+    Returns:
+        float8_e4m3fn ``[N, K]``, contiguous, and the scales, float32 ``[N]``.
+
+    Raises:
+        ValueError: not a matrix of floats of at most 32 bits with at least one column.
+    """
+    check_rows(x)
+    quantised, scale = quantise_rows_operator(x)
+    return quantised, scale
+
+
+def quantised_norm(x: Tensor) -> Tensor:
+    """``layer_norm(x) * norm_level(D)`` in e4m3, without a weight or a bias: those belong into the next product.
+
+    Args:
+        x: floating ``[N, D]`` of at most 32 bits, any row stride.
+
+    Returns:
+        float8_e4m3fn ``[N, D]``, contiguous.
+
+    Raises:
+        ValueError: not a matrix of floats of at most 32 bits with at least one column.
+    """
+    check_rows(x)
+    normed: Tensor = quantised_norm_operator(x)
+    return normed
+
+
+def check_rows(x: Tensor) -> None:
+    check_tensor("x", x, x.shape, x.dtype, x.device)
+    if x.ndim != 2 or not x.shape[1] or not x.is_floating_point() or x.element_size() not in (2, 4):
+        raise ValueError(f"x must be bfloat16, float16 or float32 [N, K], not {x.dtype} {list(x.shape)}")

@@ -1,0 +1,77 @@
+"""Rounding to e4m3: no number moves by more than the format's step, none leaves its range, NaN is not hidden."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdkern.kernels.backbone import quantise
+from mdkern.kernels.backbone.quantise import FP8, norm_level, quantise_rows, quantised_norm
+from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.problems.backbone import normal
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def check_rounding(got: Tensor, exact: Tensor) -> None:
+    """Within half a step: 1/16 of a number down to 2^-6, 2^-10 below."""
+    room = (exact.abs() * 2**-4).clamp(min=2**-10)
+    assert (got.double() - exact).abs().le(room * (1 + 1e-5)).all()
+
+
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter("tests/suites/interpreted_quantise.py")
+
+
+def test_the_kernels_compile() -> None:
+    run_compiling("tests.suites.compiled_quantise")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_rows_are_rounded_and_no_more(device: str, dtype: torch.dtype, spread: float) -> None:
+    x = (normal(1, 7, 300) * 10 ** (spread * normal(2, 7, 300))).to(device, dtype)
+    quantised, scale = quantise_rows(x[:, 20:])
+    assert quantised.dtype == FP8
+    check_rounding(quantised, x[:, 20:].double() / scale.double()[:, None])
+    assert (quantised.double().abs().amax(1) == 448).all()  # the whole range is used
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zeros_and_what_is_not_finite(device: str) -> None:
+    x = normal(1, 4, 100).to(device)
+    x[0], x[1, 3], x[2, 7] = 0, torch.nan, torch.inf
+    quantised, scale = quantise_rows(x)
+    back = quantised.float() * scale[:, None]
+    assert (back[0] == 0).all()
+    assert scale[0] > 0
+    assert back.isfinite().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [2, 100, 768, 1000])
+@pytest.mark.parametrize("mean", [0.0, 50.0])
+def test_a_norm_never_leaves_the_range(device: str, width: int, mean: float) -> None:
+    """Not even one that has a single large entry, which is the largest that there is."""
+    x = mean + normal(1, 20, width)
+    x[0], x[0, 1] = 0, 1e4
+    got = quantised_norm(x.to(device))
+    exact = (x.double() - x.double().mean(1, keepdim=True)) * (x.double().var(1, False, keepdim=True) + 1e-5).rsqrt()
+    level = norm_level(width)
+    assert 448 / 2 < level * math.sqrt(width) <= 448
+    check_rounding(got.cpu(), (exact * level).float().double())
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    for x in (normal(1, 5), normal(1, 5, 5).double(), torch.ones(5, 5, dtype=torch.int64), normal(1, 5, 0)):
+        with pytest.raises(ValueError, match="bfloat16"):
+            quantise_rows(x)
+
+
+def test_the_operators_are_well_registered() -> None:
+    torch.library.opcheck(quantise.quantise_rows_operator, (normal(1, 3, 20),))
+    torch.library.opcheck(quantise.quantised_norm_operator, (normal(1, 3, 20),))

@@ -1,0 +1,48 @@
+"""Rounding to e4m3 in Triton's interpreter, on the CPU: run by the tests in a process of its own."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from mdkern.kernels.backbone import triton_quantise
+from mdkern.kernels.backbone.quantise import quantise_rows_reference, quantised_norm_reference
+from tests.problems.backbone import normal
+from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+
+assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (3, 100), (2, 5000), (1, 1), (0, 8)])
+def test_rows_are_the_references(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = (normal(1, rows, 2 * width) * 10 ** normal(2, rows, 1)).to(dtype)[:, width:]
+    if x.numel():
+        x[-1] = 0
+    quantised, scale = triton_quantise.quantise_rows(x)
+    want, want_scale = quantise_rows_reference(x)
+    assert torch.equal(quantised.float(), want.float())
+    assert torch.equal(scale, want_scale)
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    x = normal(1, 4, 100)
+    x[1, 3], x[2, 99] = torch.nan, torch.inf
+    for quantised, scale in (triton_quantise.quantise_rows(x), quantise_rows_reference(x)):
+        assert quantised.float().isfinite().all(1).tolist() == [True, False, False, True]
+        assert (quantised.float() * scale[:, None]).isfinite().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("rows_of_program", [1, 4])
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (3, 100), (1, 768)])
+def test_the_norm_is_the_references(rows: int, width: int, rows_of_program: int) -> None:
+    x = 5 + normal(1, rows, 2 * width)[:, width:]
+    x[0, 0] = torch.nan
+    got = triton_quantise.quantised_norm(x, rows_of_program).float()
+    # A number beside the middle between two of the format may go either way.
+    torch.testing.assert_close(got, quantised_norm_reference(x).float(), rtol=0.125, atol=2**-9, equal_nan=True)
+    assert (got == quantised_norm_reference(x).float())[1:].float().mean() > 0.99 or rows == 1
+    assert got[0].isnan().all()
