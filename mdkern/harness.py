@@ -314,6 +314,8 @@ def generation_options(given: dict[str, Any], default: int) -> dict[str, Any]:
             chosen[name] = options.pop(name)
     if given.get("do_sample") is False:
         chosen["temperature"] = 0.0
+    if chosen.get("temperature") == 0:  # greedy, whatever else a task's file says about drawing
+        chosen = {name: value for name, value in chosen.items() if name not in ("top_p", "top_k", "min_p")}
     if options:
         raise ValueError(f"the task asks for {', '.join(options)}, which mdkern does not know")
     return chosen

@@ -104,6 +104,8 @@ class TestAnswers:
             "length": 8, "temperature": 0.7, "top_p": 0.9,
         }  # fmt: skip
         assert generation_options({"num_beams": 1}, 64) == {"length": 64}
+        greedy = {"do_sample": False, "temperature": 0.7, "top_p": 0.9}
+        assert generation_options(greedy, 64) == {"length": 64, "temperature": 0.0}
         for unknown in ({"repetition_penalty": 1.2}, {"num_beams": 4}):
             with pytest.raises(ValueError, match=f"{next(iter(unknown))}, which mdkern does not know"):
                 generation_options(unknown, 64)

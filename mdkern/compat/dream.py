@@ -121,14 +121,14 @@ def diffusion_generate(
             raise ValueError(f"steps must be at least 2 for each block, the first of which reveals one token: give"
                              f" {2 * (count // block_length)} or more, not {config.steps}")  # fmt: skip
         options |= {"block_length": block_length, "cache": "dual" if dual_cache else "prefix"}
+    if config.alg != "origin" or config.temperature > 0.0:  # else what they cut is never looked at
+        options |= {"top_p": config.top_p, "top_k": config.top_k}
     out = sample(
         denoiser,
         input_ids=ids,
         attention_mask=mask,
         steps=config.steps,
         temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
         decoder=decoder,
         return_history=config.output_history,
         **options,

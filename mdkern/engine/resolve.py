@@ -17,7 +17,7 @@ from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
 from mdkern.engine.resolve_batch_invariant import check_batch_invariant
 from mdkern.engine.resolve_blocks import resolve_blocks, resolve_pace
-from mdkern.engine.resolve_decoder import check_decoder, resolve_decoder
+from mdkern.engine.resolve_decoder import check_decoder, check_filters_act, resolve_decoder
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
@@ -327,6 +327,7 @@ def resolve(
     cache = check_cache(cache, block_length, resolved_decoder, denoisers)
     guidance_scale = check_guidance(guidance_scale, denoisers)
     temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
+    check_filters_act(filters, temperature, resolved_decoder)
     check_decoder(resolved_decoder, temperature, block_length, guidance_scale > 0.0, denoisers)
     keep_block = cache != "none" or keeps_blocks(resolved_decoder)
     pace = resolve_pace(schedule, steps, block_length, steps_per_block, wanted, mask, keep_block, whole_text=causal)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mdkern.decoders import Decoder, Stepwise
+from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
 
 
@@ -16,6 +17,16 @@ def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
     if not isinstance(fitted, type(decoder)):
         raise ValueError(f"{type(decoder).__name__}: fitted must return the decoder, not {type(fitted).__name__}")
     return fitted
+
+
+def check_filters_act(filters: Filters, temperature: float, decoder: Decoder) -> None:
+    """Refuse filters at temperature 0 where nothing reads what they cut."""
+    ranked = isinstance(decoder, Stepwise) and decoder.of == "sampler"
+    if filters.active() and temperature == 0.0 and not ranked:
+        raise ValueError(
+            "top_k, top_p and min_p must be left out at temperature 0: the most probable id is taken whatever they cut,"
+            ' unless a decoder with of="sampler" ranks positions by what they leave'
+        )
 
 
 def check_decoder(

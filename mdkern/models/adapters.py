@@ -79,8 +79,8 @@ def adapt(
     Raises:
         TypeError: not a model.
         ValueError: a `vocab_size` or `mask_id` that is missing, impossible or contradicts the model's own; `shifted`
-            for a DiT or a `Denoiser`; a model in training mode, or a causal one; attention that cannot be made
-            block-causal; a device that does not exist or is not the model's.
+            or `allow_causal` for a DiT or a `Denoiser`; a model in training mode, or a causal one; attention that
+            cannot be made block-causal; a device that does not exist or is not the model's.
     """
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
@@ -93,13 +93,13 @@ def adapt(
         )  # fmt: skip
         if eos_id is not None:
             check_same(model, eos_ids=ids_of("eos_id", eos_id, model.vocab_size, model.mask_id))
-        check_placed(model, model.device, device, shifted)
+        check_placed(model, model.device, device, shifted, allow_causal)
         return model
     if isinstance(model, DiT):
         check_same(
             model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks, block_causal=block_causal
         )
-        check_placed(model, model.embedding.device, device, shifted)
+        check_placed(model, model.embedding.device, device, shifted, allow_causal)
         return DiTDenoiser(model, name, eos_id, max_length)
     if isinstance(model, str | PathLike):
         raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
@@ -119,7 +119,7 @@ def adapt(
         "name": name or str(getattr(model, "__name__", type(model).__name__)),
     }
     if isinstance(model, nn.Module) and device is not None:
-        check_placed(model, execution_device(model) or torch.device(device), device, None)
+        check_placed(model, execution_device(model) or torch.device(device), device)
     if block_causal is not None and allow_causal:
         raise ValueError("allow_causal keeps the model's own attention, and block_causal replaces it: give one of them")
     blocks = block_causal if block_causal is not None or allow_causal else own_blocks(model)
@@ -157,8 +157,18 @@ def check_same(own: Any, **given: Any) -> None:
             raise ValueError(f"{argument}={value} contradicts {has}")
 
 
-def check_placed(model: Any, own: torch.device, device: torch.device | str | None, shifted: bool | None) -> None:
-    """Refuse arguments that would have no effect: another device than the model's, `shifted` where it can't apply."""
+def check_placed(
+    model: Any,
+    own: torch.device,
+    device: torch.device | str | None,
+    shifted: bool | None = None,
+    allow_causal: bool = False,
+) -> None:
+    """Refuse what would have no effect: another device than the model's, `shifted` or `allow_causal` where it can't."""
+    if allow_causal:
+        raise ValueError(
+            f"allow_causal must not be given for a {type(model).__name__}: it is taken with its own attention"
+        )
     if shifted:
         raise ValueError(f"shifted must not be given for a {type(model).__name__}: its states are in their places")
     if device is not None:

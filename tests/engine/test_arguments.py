@@ -567,6 +567,8 @@ CASES += [
         input_ids=OPEN,
         token_type_ids=torch.tensor([[0, 0, 1, 1]]),
     ),
+    refuse("a filter of greedy draws", ValueError, "left out at temperature 0", temperature=0.0, top_p=0.9),
+    refuse("greedy, ranked by the model", ValueError, "left out", temperature=0, top_k=2, decoder="top_probability"),
     refuse("segments without ids", ValueError, "token_type_ids must be", token_type_ids=torch.zeros(2, 6)),
     refuse("two texts to iterate over", ValueError, "ends with the first text, and 2 samples", streamer=ITERATED),
     refuse_call(

@@ -188,6 +188,8 @@ class TestShift:
         for model in (make_dit(), adapt(make_dit())):
             with pytest.raises(ValueError, match="shifted must not be given"):
                 adapt(model, shifted=True)
+            with pytest.raises(ValueError, match="allow_causal must not be given"):
+                adapt(model, allow_causal=True)
 
 
 class Wrapped(nn.Module):
