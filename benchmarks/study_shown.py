@@ -39,7 +39,7 @@ class Shown(NamedTuple):
     def caption(self) -> str:
         known = self.content["setting"]["blocks"]
         blocks = sorted(set(known.values()))
-        middle = {known[self.found["middle"]]} if "middle" in self.found else set()
+        middle = {known[name] for name in self.found.get("letters", {}).values()}
         chosen = blocks if self.name in OF_FAMILY else sorted({blocks[0], blocks[-1]} | middle)
         return f"{self.environment['device']}, torch {self.environment['torch']}; models of {listed(chosen)} blocks"
 

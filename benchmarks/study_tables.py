@@ -121,7 +121,7 @@ def shares(shown: Shown) -> str:
 def light_size(shown: Shown) -> str:
     found = shown.found
     rows = []
-    for name, blocks in found["blocks"].items():
+    for name, blocks in sorted(found["blocks"].items(), key=lambda item: item[1]):
         point = found["points"][name]
         rows.append(
             [
@@ -294,16 +294,17 @@ def fitted_verdict(rows: list[dict[str, Any]]) -> str:
     return f"**No fitted schedule is better than the sandwich beyond two standard errors.** {rest}"
 
 
-THREE = {"two models": "two models, path KL", "three models": "three, path KL", "three by hand": "three by hand"}
-
-
 def three_models(shown: Shown) -> str:
-    rows, dearer = [], list[str]()
+    letters: dict[str, str] = shown.found["letters"]
+    names = {"two models": "two models, path KL"}
+    for model in letters.values():
+        names |= {f"{model}, {how}": f"third of {model} blocks, {how}" for how in ("fitted", "by hand")}
+    rows, chosen, dearer = [], [], list[str]()
     for row in shown.found["rows"]:
         points, light = row["points"], f"{100 * row['light']:.0f} %"
         base = points["sandwich"]
         cells = []
-        for name, label in THREE.items():
+        for name, label in names.items():
             point = points[name]
             cells.append(difference(point["over"]["sandwich"]) + ("" if as_cheap(point, base) else " †"))
             if not as_cheap(point, base):
@@ -311,22 +312,32 @@ def three_models(shown: Shown) -> str:
                     f"{100 * point['flops_saved']:.0f} % of the FLOPs, the sandwich {100 * base['flops_saved']:.0f} %"
                 )
                 dearer.append(f"† {label} at {light} saves {saved}: not counted below.\n")
-        chosen = (f"`{points[name]['schedule']}`" for name in THREE if name != "two models")
-        rows.append([light, score(base["score"]), *cells, *chosen])
+        rows.append([light, score(base["score"]), *cells])
+        chosen.append([light, *(f"`{points[name]['schedule']}`" for name in names if name != "two models")])
+    known = ", ".join(f"{letter} of {model} blocks" for letter, model in letters.items())
     caption = (
-        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, M of {shown.found['middle']} blocks, T = "
-        f"{shown.found['steps']}, seed {shown.found['seed']}. Judge, nats a token, and over the sandwich's.\n\n"
+        f"{shown.caption}; {shown.found['num_samples']:,} samples a point, {known}, T = {shown.found['steps']}, seed "
+        f"{shown.found['seed']}. Judge, nats a token, and over the sandwich's.\n\n"
     )
-    header = ["FLOPs of a sandwich with", "sandwich", *THREE.values(), "three, fitted", "three by hand"]
-    taken = sum("M" in row["points"]["three models"]["schedule"] for row in shown.found["rows"])
-    verdict = "".join(f"- {label}: {against_sandwich(shown.found['rows'], name)}\n" for name, label in THREE.items())
+    verdict = "".join(f"- {label}: {against_sandwich(shown.found['rows'], name)}\n" for name, label in names.items())
     return (
         caption
-        + markdown(header, rows)
+        + markdown(["FLOPs of a sandwich with", "sandwich", *names.values()], rows)
         + "".join(f"\n{line}" for line in dearer)
-        + f"\nThe fit takes the third model at {taken} of {len(rows)} budgets. Against the sandwich of two, beyond two "
-        f"standard errors:\n\n{verdict}"
+        + f"\n{taken_by_the_fit(shown.found['rows'], letters)} Against the sandwich of two, beyond two standard "
+        + f"errors:\n\n{verdict}"
+        + "\nThe schedules:\n\n"
+        + markdown(["light", *(label for name, label in names.items() if name != "two models")], chosen)
     )
+
+
+def taken_by_the_fit(rows: list[dict[str, Any]], letters: Mapping[str, str]) -> str:
+    """At how many budgets a fit uses the third model that it may use."""
+    counts = (
+        f"that of {model} blocks at {sum(letter in row['points'][f'{model}, fitted']['schedule'] for row in rows)}"
+        for letter, model in letters.items()
+    )
+    return f"Of {len(rows)} budgets the fit takes the third model: {listed(counts)}."
 
 
 def as_cheap(point: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -277,52 +278,55 @@ def fitted_passes(study: Study) -> float:
 
 
 def three_models(study: Study) -> dict[str, Any]:
-    """A model between the two as a third, at the FLOPs of each sandwich of two: fitted by the path KL, and by hand.
+    """Each model between the two as a third, at the FLOPs of each sandwich of two: fitted by the path KL, and by hand.
 
-    What is fitted is what `Schedule.optimize` gives for each budget; the path is walked once for all of them.
+    What is fitted is what `Schedule.optimize` gives for each budget; a path is walked once for all of them.
     """
-    middle = study.between[len(study.between) // 2]
-    models = {"H": study.models[study.heavy], "M": study.models[middle], "L": study.models[study.light]}
+    letters = dict(zip(ascii_uppercase[12:], study.between))  # from M on
+    models = {"H": study.models[study.heavy], "L": study.models[study.light]}
+    models |= {letter: study.models[name] for letter, name in letters.items()}
     costs = study.cost(models)
     harm = {"H": [0.0] * (GRID // 2)}
-    for letter, name in (("M", middle), ("L", study.light)):
+    for letter, name in {"L": study.light, **letters}.items():
         harm[letter] = harms(along(study, name), "path_kl", GRID // 2)
+
+    def best(names: str, share: float) -> Models:
+        chosen = best_schedule({n: harm[n] for n in names}, {n: costs[n] for n in names}, cheapest_for(share, costs))
+        return segments_of(chosen, GRID)
+
     plans: dict[float, dict[str, Models]] = {}
     for share in BUDGETS:
-        budget = cheapest_for(share, costs)
-        two = {name: harm[name] for name in "HL"}
-        plans[share] = {
-            "sandwich": sandwich(share),
-            "two models": segments_of(best_schedule(two, {name: costs[name] for name in "HL"}, budget), GRID),
-            "three models": segments_of(best_schedule(harm, costs, budget), GRID),
-            "three by hand": terraces(share, costs),
-        }
-    return {"middle": middle, **held_out(study, plans, models)}
+        plans[share] = {"sandwich": sandwich(share), "two models": best("HL", share)}
+        for letter, name in letters.items():
+            plans[share][f"{name}, fitted"] = best(f"H{letter}L", share)
+            plans[share][f"{name}, by hand"] = terraces(share, costs, letter)
+    return {"letters": letters, **held_out(study, plans, models)}
 
 
-def terraces(light: float, costs: Mapping[str, float]) -> Models:
+def terraces(light: float, costs: Mapping[str, float], middle: str = "M") -> Models:
     """A sandwich of three, `L M H M L`, of the sandwich's cost or a little less.
 
-    It has two thirds of the sandwich's light steps, and as many of M as save what the last third saves. If M saves too
-    little for that, more light ones.
+    It has two thirds of the sandwich's light steps, and as many of M, the middle model, as save what the last third
+    saves. If M saves too little for that, more light ones.
     """
     wanted = light * GRID * (1.0 - costs["L"])  # saved, in heavy segments
     few = round(light * GRID / 3)  # of L, at each end
 
     def needed() -> int:  # of M, at each end
-        return max(0, math.ceil((wanted - 2 * few * (1.0 - costs["L"])) / (1.0 - costs["M"]) / 2 - 1e-9))
+        return max(0, math.ceil((wanted - 2 * few * (1.0 - costs["L"])) / (1.0 - costs[middle]) / 2 - 1e-9))
 
     while needed() > GRID // 2 - few:
         few += 1
-    side = ("L",) * few + ("M",) * needed()
+    side = ("L",) * few + (middle,) * needed()
     return side + ("H",) * (GRID - 2 * len(side)) + side[::-1]
 
 
 def three_models_passes(study: Study) -> float:
     size, light = study.size, study.cost(study.pair)["L"]
-    runs = sum(4 * cheapest_for(share, {"L": light}) for share in BUDGETS)
-    compared = size.samples * (runs * events(size.steps(), size.length) + 4 * JUDGING * len(BUDGETS))
-    return compared + 2 * path_passes(study)
+    kinds = 2 + 2 * len(study.between)
+    runs = sum(kinds * cheapest_for(share, {"L": light}) for share in BUDGETS)
+    compared = size.samples * (runs * events(size.steps(), size.length) + kinds * JUDGING * len(BUDGETS))
+    return compared + (1 + len(study.between)) * path_passes(study)
 
 
 PARTS = {

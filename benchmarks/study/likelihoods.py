@@ -34,7 +34,7 @@ def any_order(study: Study, models: Mapping[str, DiT] | DiT, schedule: Schedule 
 
 
 def bounds(study: Study) -> dict[str, Any]:
-    """The any-order bound of held-out text of each model by itself."""
+    """The any-order bound of held-out text of each model by itself; those of models not at hand any more are kept."""
     ids = study.texts(study.size.windows)
     bound = {name: any_order(study, model, None, ids) for name, model in study.models.items()}
     points = {
@@ -46,7 +46,12 @@ def bounds(study: Study) -> dict[str, Any]:
         }
         for name, value in bound.items()
     }
-    return {"windows": len(ids), "masks": study.size.masks, "heavy": study.heavy, "points": points}
+    return {
+        "windows": len(ids),
+        "masks": study.size.masks,
+        "heavy": study.heavy,
+        "points": study.with_earlier("bounds", "points", points),
+    }
 
 
 def bounds_passes(study: Study) -> float:

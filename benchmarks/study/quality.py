@@ -110,7 +110,10 @@ def clock(study: Study, schedule: Schedule) -> list[float]:
 
 
 def light_size(study: Study) -> dict[str, Any]:
-    """A sandwich with a quarter of light steps, by light models of different depths."""
+    """A sandwich with a quarter of light steps, by light models of different depths.
+
+    Rows of models that are not at hand any more are kept as they were.
+    """
     names = [study.light, *study.between]
     letters = dict(zip((letter for letter in ascii_uppercase if letter != "H"), names))
     models = {"H": study.models[study.heavy]} | {letter: study.models[name] for letter, name in letters.items()}
@@ -121,7 +124,12 @@ def light_size(study: Study) -> dict[str, Any]:
     options: dict[str, Any] = {"steps": size.steps(), "num_samples": size.samples}
     points = study.points(schedules, models=models, **options)
     blocks = {name: study.models[name].config.num_blocks for name in names}
-    return {**options, "heavy_blocks": study.models[study.heavy].config.num_blocks, "blocks": blocks, "points": points}
+    return {
+        **options,
+        "heavy_blocks": study.models[study.heavy].config.num_blocks,
+        "blocks": study.with_earlier("light_size", "blocks", blocks),
+        "points": study.with_earlier("light_size", "points", points),
+    }
 
 
 def light_size_passes(study: Study) -> float:

@@ -54,8 +54,7 @@ class Record:
         """
         self.path, self.study, self.setting = path, study, study.setting()
         self.parts: dict[str, Any] = {}
-        # A digest of weights holds for one version of the package: of another study the blocks are compared alone.
-        self.others = {} if other is None else self.read(other, without="models")["parts"]
+        self.others = {} if other is None else self.read(other)["parts"]
         path.parent.mkdir(parents=True, exist_ok=True)
         study.search_file = path.with_name(f"{path.stem}-search.jsonl")
         self.refresh()
@@ -74,13 +73,13 @@ class Record:
             self.parts = content["parts"]
         self.study.found = {name: part["found"] for name, part in (self.others | self.parts).items()}
 
-    def read(self, path: Path, without: str = "") -> dict[str, Any]:
-        """A file of results. Raises ValueError if it is of another study, by all settings but `without`."""
+    def read(self, path: Path) -> dict[str, Any]:
+        """A file of results. Raises ValueError if it is of another study."""
         if not path.is_file():
             raise ValueError(f"{path} is not there")
         content: dict[str, Any] = json.loads(path.read_text())
         known, mine = content["setting"], self.setting
-        both = [key for key in known if key != without and known[key] is not None and mine.get(key) is not None]
+        both = [key for key in known if known[key] is not None and mine.get(key) is not None]
         differing = [key for key in both if not agree(key, known[key], mine[key])]
         if differing:
             raise ValueError(f"{path} is of another study (it differs in {', '.join(differing)}): give another file")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import environment, host_environment
-from mdkern import DiT, Schedule, adapt, load_pair
-from mdkern.digest import digest, model_digest
+from mdkern import DiT, Schedule, load_pair
+from mdkern.digest import digest
 from mdkern.engine.branches import alike, run_schedules
 from mdkern.evaluation.corpus import windows
 from mdkern.evaluation.intervals import estimate, paired
@@ -110,7 +110,7 @@ class Study:
         return {
             "size": asdict(self.size) | {"ratios": list(self.size.ratios)},
             "seed": self.seed,
-            "models": {name: model_digest(adapt(model)) for name, model in self.models.items()},
+            "models": {name: digest(dict(model.named_parameters())) for name, model in self.models.items()},
             "blocks": {name: model.config.num_blocks for name, model in self.models.items()},
             "judge": digest(dict(self.judge.named_parameters())),
             "text": None if self.text is None else {"source": self.source, "digest": digest(self.text)},
@@ -118,6 +118,11 @@ class Study:
 
     def environment(self) -> dict[str, Any]:
         return environment() if self.device.type == "cuda" else host_environment()
+
+    def with_earlier(self, part: str, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        """An entry of a part by models, and those that were measured before of models that are not at hand."""
+        earlier = self.found.get(part, {}).get(name, {})
+        return {model: value for model, value in earlier.items() if model not in self.models} | dict(found)
 
     def texts(self, count: int) -> Tensor:
         """int64 ``[N, length]``: held-out windows, `count` at most, on the device."""

@@ -121,12 +121,12 @@ class TestRun:
         study = make_study(size=replace(TINY, samples=1, times=GRID // 2))
         models = {"H": study.models["3"], "M": study.models["2"], "L": study.models["1"]}
         found = PARTS["three_models"].run(study)
-        assert found["middle"] == "2"
+        assert found["letters"] == {"M": "2"}
         row = found["rows"][2]
         budget = cheapest_for(row["light"], study.cost(models))
         options: dict[str, Any] = {"length": TINY.length, "num_samples": TINY.path_samples, "segments": GRID // 2}
         wanted = Schedule.optimize(models, budget=budget, progress=False, **options)
-        assert row["points"]["three models"]["schedule"] == str(wanted)
+        assert row["points"]["2, fitted"]["schedule"] == str(wanted)
 
     @pytest.mark.slow
     def test_likelihoods_are_those_of_the_package(self, whole: Record) -> None:
@@ -240,6 +240,17 @@ class TestBudget:
         assert sorted(again.setting["blocks"]) == ["1", "2", "3", "3b"]
         with pytest.raises(ValueError, match="differs in models"):
             Record(tmp_path / "s.json", make_study(models=few | {"1": models["2"]}))
+
+    def test_rows_of_models_that_are_gone_are_kept(self, tmp_path: Path) -> None:
+        """And those of models that are there are measured again."""
+        study = make_study()
+        few = {name: study.models[name] for name in ("1", "3")}
+        marked = {"points": {"1": "old", "2": "old"}, "blocks": {"2": 2}}
+        found = make_study(models=few, found={"bounds": marked, "light_size": marked})
+        assert PARTS["bounds"].run(found)["points"]["2"] == "old"
+        assert PARTS["bounds"].run(found)["points"]["1"] != "old"
+        sizes = PARTS["light_size"].run(found)
+        assert (sizes["points"]["2"], sizes["blocks"]) == ("old", {"2": 2, "1": 1})
 
     def test_parts_may_be_taken_from_another_study_of_the_pair(self, parts: list[str], tmp_path: Path) -> None:
         few = {name: make_study().models[name] for name in ("1", "3")}
