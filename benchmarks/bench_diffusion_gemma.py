@@ -100,14 +100,14 @@ def measure_case(model: Any, way: str, batch: int, steps: int, calls: int) -> di
     peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else 0
     row = {"way": way, "batch": batch, "steps": steps, "first_ms": found[0], "ms": found[1:], "gib": peak / 2**30}
     workspace = canvas_run._kept.get(model)
-    if way == OURS and workspace is not None and workspace.graphs:
+    if way == OURS and workspace is not None and workspace.passes.found:
         row["device_ms"] = device_time(workspace)
     return row
 
 
 def device_time(workspace: Any) -> float:
     """Milliseconds of a step alone: the median of replays of its graph."""
-    graph, times = next(iter(workspace.graphs.values())), []
+    graph, times = next(own.graph for key, own in workspace.passes.found.items() if key[0] == "step"), []
     for _ in range(5):
         workspace.state.step.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -57,7 +57,7 @@ class CanvasState:
     finished: Tensor  # bool [B]: the canvas is done
     passes: Tensor  # int64 [B]: forward passes of the decoder
     bad: Tensor  # int64 [B]: the first step, from 0 over all canvases, at which no token could be drawn; -1: none
-    over: Tensor  # bool []: all canvases are done
+    left: Tensor  # int64 [1]: canvases that are not done, 0 after the last step
 
     @classmethod
     def allocate(cls, network: BlockDiffusion, settings: CanvasSettings, count: int) -> CanvasState:
@@ -82,7 +82,7 @@ class CanvasState:
             finished=whole(count, dtype=torch.bool),
             passes=whole(count),
             bad=whole(count),
-            over=whole(dtype=torch.bool),
+            left=whole(1),
         )
 
     def begin_text(self, seed: int) -> None:
@@ -113,7 +113,7 @@ class CanvasState:
         self.history.fill_(-1)
         self.soft.zero_()
         self.finished.copy_(done)
-        self.over.copy_(done.all())
+        self.left.copy_((~done).sum())
         self.step.zero_()
 
     def bytes(self) -> int:
@@ -175,4 +175,4 @@ def canvas_step(network: BlockDiffusion, state: CanvasState, settings: CanvasSet
     )
     state.soft.copy_(soft.view_as(state.soft))
     state.step.add_(1)
-    state.over.copy_(state.finished.all())
+    state.left.copy_((~state.finished).sum() * (state.step < settings.max_denoising_steps))

@@ -1,23 +1,23 @@
-"""Runs canvases one after another: the encoder, then the steps, eagerly or from a captured graph."""
+"""Runs canvases one after another: the encoder, then the steps, eagerly or from captured graphs."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdkern.engine.canvas import CanvasSettings, CanvasState, canvas_step
-from mdkern.engine.graphs import CaptureError, capture
+from mdkern.engine.canvas_graphs import CapturedPasses, mask_tensors, masks_of, signature
+from mdkern.engine.graphs import process_settings
 from mdkern.models.hf.block_diffusion import BlockDiffusion
 
-MOST_GRAPHS = 16  # of a workspace: one for each length of what is before the canvas
-STEPS_AHEAD = 1  # steps that the host may start before it knows whether the canvas was finished before them
+STEPS_AHEAD = 1  # steps that the host starts before it knows whether the canvas was finished before them
 
 Draft = Callable[[Tensor], None]
 
@@ -47,17 +47,15 @@ class Written(NamedTuple):
 
 @dataclass(eq=False)
 class CanvasWorkspace:
-    """The state, the cache and the graphs over them, for one model, number of sequences and length."""
+    """The state, the cache and the passes captured over them, for one model, number of sequences and length."""
 
-    network: BlockDiffusion | None  # None between calls, as it holds the model
-    marks: Hashable  # of the network
+    network: BlockDiffusion
+    process: Hashable  # settings of the process
     settings: CanvasSettings
     state: CanvasState
     cache: Any
     room: int
-    graphs: OrderedDict[int, torch.cuda.CUDAGraph] = field(default_factory=OrderedDict)
-    pool: Any = None
-    refused: bool = False  # a step could not be captured
+    passes: CapturedPasses
 
 
 _kept: weakref.WeakKeyDictionary[Any, CanvasWorkspace] = weakref.WeakKeyDictionary()  # the last one of each model
@@ -65,26 +63,28 @@ _kept: weakref.WeakKeyDictionary[Any, CanvasWorkspace] = weakref.WeakKeyDictiona
 
 def workspace_for(model: Any, settings: CanvasSettings, count: int, room: int) -> CanvasWorkspace:
     """The workspace of the last call with this model if it fits, else a new one."""
-    found = _kept.pop(model, None)
-    network = BlockDiffusion(model)
+    found, process = _kept.pop(model, None), process_settings()
+    known = found is not None and found.network.is_still(model)
     if (
         found is not None
+        and known
         and found.settings == settings
         and found.state.canvas.shape[0] == count
         and found.room >= room
-        and found.marks == network.marks()
+        and found.process == process
     ):
-        found.network = network
         return found
+    network = found.network if found is not None and known else BlockDiffusion(model)
     del found  # gives its memory back before the new one is made
     room = -(-room // 64) * 64
     return CanvasWorkspace(
         network,
-        network.marks(),
+        process,
         settings,
         CanvasState.allocate(network, settings, count),
         network.new_cache(room),
         room,
+        CapturedPasses(network.device),
     )
 
 
@@ -96,29 +96,30 @@ def write_texts(workspace: CanvasWorkspace, texts: Texts, cuda_graphs: bool, dra
         put: called after each canvas with its tokens ``[B, C]``.
     """
     network, state, cache = workspace.network, workspace.state, workspace.cache
-    assert network is not None
     for layer in cache.layers:
-        layer.rewind()
-    ids, attended, inputs = texts.input_ids, texts.attention_mask, texts.inputs
-    own = attended.sum(-1)
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        layer.place(0)
+    ids, inputs, count = texts.input_ids, texts.inputs, len(texts.input_ids)
+    own = texts.attention_mask.sum(-1)
+    attended = None if bool(texts.attention_mask.all()) else texts.attention_mask
+    done = torch.zeros(count, dtype=torch.bool, device=ids.device)
     lengths = own + texts.canvases * network.canvas_length
     end_ids = torch.tensor(texts.end_ids, dtype=torch.int64, device=ids.device)
     state.begin_text(texts.seed)
     fresh = ids
     for number in range(texts.canvases):
-        network.encode(fresh, attended, cache, inputs)
+        encode(workspace, fresh, attended, inputs, cuda_graphs)
         inputs = {}
-        attended = torch.nn.functional.pad(attended, (0, network.canvas_length), value=True)
+        if attended is not None:
+            attended = torch.nn.functional.pad(attended, (0, network.canvas_length), value=True)
         starts = own + number * network.canvas_length
         state.begin_canvas(texts.sample_ids, starts, ids.shape[1], network.vocab_size, done)
-        denoise(workspace, network.masks(attended, cache), cuda_graphs, draft)
+        denoise(workspace, network.masks(count, attended, cache), cuda_graphs, draft)
         fresh, done, ended_at = finish_canvas(state.argmax, done | (state.bad >= 0), end_ids, texts.pad_id)
         lengths = torch.where((ended_at >= 0) & (lengths > starts + ended_at), starts + ended_at, lengths)
         ids = torch.cat((ids, fresh), dim=1)
         if put is not None:
             put(fresh)
-        if bool(done.all()):
+        if number + 1 < texts.canvases and bool(done.all()):
             break
     lengths = lengths.clamp(max=ids.shape[1])
     ended = lengths < own + (ids.shape[1] - texts.input_ids.shape[1])
@@ -141,72 +142,97 @@ def finish_canvas(argmax: Tensor, done: Tensor, end_ids: Tensor, pad_id: int | N
     return tokens.clone(), done | ended, place
 
 
+def encode(
+    workspace: CanvasWorkspace, ids: Tensor, attended: Tensor | None, inputs: Mapping[str, Any], cuda_graphs: bool
+) -> None:
+    """Run the encoder over new ids: captured at the second time that as many follow as many."""
+    network, cache, passes = workspace.network, workspace.cache, workspace.passes
+    masks = network.encoder_masks(ids, attended, cache, inputs)
+    before, given = cache.layers[0].filled, {"ids": ids, **mask_tensors(masks)}
+    captured = None
+    if cuda_graphs and passes.possible and not inputs:
+        key = "encoder", before, signature(given)
+        captured = passes.find(key, given)
+        if captured is None and passes.is_repeated(key):
+
+            def run(own: Mapping[str, Tensor]) -> None:
+                network.encode(own["ids"], masks_of(masks, own), cache, {})
+
+            captured = passes.capture(key, given, run, "the encoder")
+    if captured is None:
+        for layer in cache.layers:
+            layer.place(before)  # wherever a capture that failed may have left them
+        network.encode(ids, masks, cache, inputs)
+        return
+    captured.graph.replay()
+    for layer in cache.layers:
+        layer.place(before + ids.shape[1])
+
+
 def denoise(workspace: CanvasWorkspace, masks: Any, cuda_graphs: bool, draft: Draft | None) -> None:
-    """All steps of a canvas. The host learns one step late that it is finished, so that the device never waits."""
+    """All steps of a canvas: in one launch where the device can loop and nobody is shown drafts, else one by one."""
     network, state, settings, cache = workspace.network, workspace.state, workspace.settings, workspace.cache
-    assert network is not None
-    on_gpu = network.device.type == "cuda"
+    passes, left = workspace.passes, settings.max_denoising_steps
+    given = mask_tensors(masks)
 
-    def step() -> None:
-        canvas_step(network, state, settings, cache, masks)
+    def run(own: Mapping[str, Tensor]) -> None:
+        canvas_step(network, state, settings, cache, masks_of(masks, own))
 
-    graph: torch.cuda.CUDAGraph | None = None
-    flags: list[tuple[Tensor, torch.cuda.Event]] = []
-    for number in range(settings.max_denoising_steps):
-        if on_gpu and cuda_graphs and not workspace.refused and graph is None:
-            graph = graph_for(workspace, step, masks, warm=number > 0)
-        if graph is None:
-            step()
-        else:
-            graph.replay()
-        if draft is not None:
-            draft(state.argmax)
-        if not on_gpu:
-            if bool(state.over):
-                break
-            continue
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(state.over, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        flags.append((flag, event))
-        if len(flags) > STEPS_AHEAD:
-            known, event = flags.pop(0)
-            event.synchronize()
-            if bool(known):
-                break
+    step: Callable[[], None] = partial(run, given)
+    if cuda_graphs and passes.possible:
+        key = "step", cache.layers[0].filled, signature(given)
+        if not passes.warm:
+            passes.warm = True
+            left -= 1
+            if run_steps(step, state, 1, draft) or not left:
+                return
+        captured = passes.find(key, given) or passes.capture(key, given, run, "a step", loop_while=state.left)
+        if captured is not None and captured.loop is not None and draft is None:
+            captured.loop.run(lambda: None)
+            return
+        if captured is not None:
+            step = captured.graph.replay
+    run_steps(step, state, left, draft)
 
 
-def graph_for(workspace: CanvasWorkspace, step: Callable[[], None], masks: Any, warm: bool) -> Any:
-    """The graph of a step at this length; None until a step of it has run, which serves as its warm-up.
+def run_steps(step: Callable[[], None], state: CanvasState, most: int, draft: Draft | None) -> bool:
+    """Run up to `most` steps; whether the canvas is finished.
 
-    Padding changes from call to call, so with masks a graph serves one canvas.
+    On a GPU the host sees what a step gave while the next one runs, so that the device never waits. Drafts are those of
+    the steps up to the one that finished the canvas.
     """
-    plain = all(mask is None for mask in masks.values())
-    key: int = workspace.cache.layers[0].filled
-    graph = workspace.graphs.pop(key, None) if plain else None
-    if graph is None:
-        if not warm:
-            return None
-        if not workspace.graphs:
-            workspace.pool = torch.cuda.graph_pool_handle()
-        try:
-            graph, _ = capture(step, lambda: None, workspace.pool, workspace.state.canvas.device, warm_ups=0)
-        except CaptureError as error:
-            workspace.refused = True
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            warnings.warn(f"a step can't be captured in a CUDA graph and runs eagerly, slower: {reason}", stacklevel=6)
-            return None
-    if plain:
-        workspace.graphs[key] = graph
-        while len(workspace.graphs) > MOST_GRAPHS:
-            workspace.graphs.popitem(last=False)
-    return graph
+    on_gpu = state.left.is_cuda
+    behind: deque[tuple[Tensor, Tensor | None, torch.cuda.Event | None]] = deque()
+    for number in range(most):
+        step()
+        shown = None if draft is None else to_host(state.argmax)
+        behind.append((to_host(state.left), shown, recorded() if on_gpu else None))
+        while len(behind) > (STEPS_AHEAD if on_gpu and number + 1 < most else 0):
+            left, shown, event = behind.popleft()
+            if event is not None:
+                event.synchronize()
+            if draft is not None and shown is not None:
+                draft(shown)
+            if not int(left):
+                return True
+    return False
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy for the host, there when an event that is recorded after it has passed."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def keep(model: Any, workspace: CanvasWorkspace) -> None:
     """Keep a workspace for the next call with this model."""
-    workspace.network = None
     _kept[model] = workspace
 
 

@@ -380,5 +380,10 @@ def mark_of(denoiser: Denoiser) -> Hashable:
     around = {name: value for name, value in vars(denoiser).items() if name not in ("model", "name", "head")}
     modules = tuple(fingerprint(value) for value in around.values() if isinstance(value, nn.Module))
     head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # each call copies the bias
-    process = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.backends.cuda.matmul.allow_tf32
-    return type(denoiser), model, describe(around), modules, describe(head), process, is_batch_invariant()
+    return type(denoiser), model, describe(around), modules, describe(head), process_settings()
+
+
+def process_settings() -> Hashable:
+    """What a captured step assumes of the process."""
+    precision = torch.backends.cuda.matmul.allow_tf32, is_batch_invariant()
+    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *precision

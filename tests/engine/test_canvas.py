@@ -326,4 +326,4 @@ def test_gpu_graphs_give_what_eager_steps_give(dtype: torch.dtype) -> None:
             got = mdkern.sample_canvas(model, *given, **options)
             assert torch.equal(got.sequences, want.sequences)
             assert torch.equal(got.nfe["H"], want.nfe["H"])
-            assert not canvas_run._kept[model].refused
+            assert not canvas_run._kept[model].passes.refused

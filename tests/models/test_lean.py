@@ -43,8 +43,8 @@ def passes(model: Any, rows: Any, lean: bool) -> torch.Tensor:
     mask[0, :3] = False
     cache = network.new_cache(32)
     with torch.no_grad():
-        network.encode(rows["ids"], mask, cache, {})
-        masks = network.masks(torch.nn.functional.pad(mask, (0, 8), value=True), cache)
+        network.encode(rows["ids"], network.encoder_masks(rows["ids"], mask, cache, {}), cache, {})
+        masks = network.masks(2, torch.nn.functional.pad(mask, (0, 8), value=True), cache)
         positions = torch.arange(9, 17, dtype=torch.int32)[None]
         return network.hidden(rows["canvas"], rows["soft"], positions, masks, cache)
 

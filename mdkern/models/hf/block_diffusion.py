@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from mdkern.models.fingerprint import Snapshot
 from mdkern.models.hf.lean import lean_copy
 
 CLASS = "DiffusionGemmaForBlockDiffusion"
@@ -64,12 +65,14 @@ class InPlace:
     def start(self, room: int, window: int | None) -> None:
         self.room, self.window = room, room if window is None else window - 1
         self.held: tuple[Tensor, Tensor] | None = None
-        self.rewind()
+        self.place(0)
 
-    def rewind(self) -> None:
-        """Forget what is filled, and keep the tensors."""
-        self.filled = self.cumulative_length = 0
-        self.is_initialized = False
+    def place(self, end: int) -> None:
+        """Say that `end` tokens are filled: for a new text, or after a pass that was replayed or broke off."""
+        self.filled = self.cumulative_length = end
+        self.is_initialized = end > 0
+        if self.held is not None:
+            self.keys, self.values = (held[:, :, max(0, end - self.window) : end] for held in self.held)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B, H, n, head_dim]``; what these tokens attend to."""
@@ -79,11 +82,8 @@ class InPlace:
         before, end = self.filled, self.filled + key_states.shape[2]
         for held, new in zip(self.held, (key_states, value_states)):
             held[:, :, before:end] = new
-        self.filled = end
-        self.cumulative_length = end
-        self.is_initialized = True
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (held[:, :, max(0, end - self.window) : end] for held in self.held)
+        self.place(end)
         seen, values_seen = (held[:, :, max(0, before - self.window) : end] for held in self.held)
         return seen, values_seen
 
@@ -96,39 +96,66 @@ class WindowLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The last ``sliding_window - 1`` tokens, beside those that are added."""
 
 
+def parts_of(model: Any) -> tuple[nn.Module, ...]:
+    return model.lm_head, model.model.encoder, model.model.decoder
+
+
+def settings_of(model: Any) -> tuple[Any, ...]:
+    return model.config, repr(vars(model.config)), model.final_logit_softcapping
+
+
 class BlockDiffusion:
-    """A `DiffusionGemmaForBlockDiffusion` as the sampler of canvases runs it."""
+    """A `DiffusionGemmaForBlockDiffusion` as the sampler of canvases runs it.
+
+    It holds modules of the model, and not the model, so that it may be kept for as long as the model exists.
+    """
 
     def __init__(self, model: Any) -> None:
         """
         Raises:
             ValueError: an output layer that is not a plain linear one.
         """
-        self.model = model
         self.config = model.config
+        self.settings = settings_of(model)
+        self.parts = parts_of(model)
+        self.snapshot = Snapshot(*self.parts)
         text = self.config.get_text_config()
         self.vocab_size, self.canvas_length = int(text.vocab_size), int(self.config.canvas_length)
-        head = self.model.lm_head
+        head = model.lm_head
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             raise ValueError(
                 f"the model's output layer must be a plain linear one, not {type(head).__name__} with adapters or hooks"
             )
-        self.weight: Tensor = head.weight
-        self.bias: Tensor | None = None if head.bias is None else head.bias.float()
-        self.table: Tensor = self.model.model.decoder.embed_tokens.weight
-        encoder, decoder = self.model.model.encoder, self.model.model.decoder
+        self.head: nn.Linear = head
+        self.embedding: nn.Module = model.model.decoder.embed_tokens
+        encoder, decoder = model.model.encoder, model.model.decoder
         fast = self.device.type == "cuda"
         self.encoder: Any = lean_copy(encoder) if fast else encoder
         self.decoder: Any = lean_copy(decoder) if fast else decoder
-        self.soft_cap = float(self.model.final_logit_softcapping or 0.0)
+        self.soft_cap = float(model.final_logit_softcapping or 0.0)
+
+    def is_still(self, model: Any) -> bool:
+        """Whether this is how the model is run now, too: nothing of it was replaced, hooked, moved or set anew."""
+        same = all(mine is its for mine, its in zip(self.parts, parts_of(model)))
+        return same and settings_of(model) == self.settings and self.snapshot.still_holds()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.head.bias is None else self.head.bias.float()
+
+    @property
+    def table(self) -> Tensor:
+        """The embeddings, which may be the output layer's weight."""
+        table: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return table
 
     @property
     def device(self) -> torch.device:
         return self.weight.device
-
-    def marks(self) -> tuple[int, ...]:
-        """The addresses of the weights, which a captured pass reads."""
-        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
 
     def new_cache(self, room: int) -> DynamicCache:
         """An empty cache for up to `room` tokens of each sequence."""
@@ -146,34 +173,43 @@ class BlockDiffusion:
         cache.layers = layers
         return cache
 
-    def encode(self, ids: Tensor, attention_mask: Tensor, cache: Any, inputs: Mapping[str, Any]) -> None:
-        """Run the encoder over new ids ``[B, n]`` and put their keys and values into the cache.
+    def encoder_masks(self, ids: Tensor, attention_mask: Tensor | None, cache: Any, inputs: Mapping[str, Any]) -> Any:
+        """The encoder's masks for new ids ``[B, n]``, by kind of layer; None where the attention is plainly causal.
 
-        Args:
-            attention_mask: bool, of all tokens so far, ``[B, filled + n]``.
-            inputs: what else the encoder is given: images.
+        `attention_mask` is bool ``[B, filled + n]``, of all tokens so far; None: all are seen.
         """
-        encoder, count = self.encoder, ids.shape[1]
-        total = attention_mask.shape[1]
-        positions = torch.arange(total - count, total, dtype=torch.int32, device=ids.device)[None]
-        masks = encoder.create_masks_for_generate(
+        return self.encoder.create_masks_for_generate(
             config=self.config,
             inputs_embeds=torch.empty((*ids.shape, 0), dtype=self.weight.dtype, device=ids.device),
             attention_mask=attention_mask,
             past_key_values=cache,
-            position_ids=positions,
+            position_ids=None if attention_mask is None else self.encoder_positions(ids, cache),
             mm_token_type_ids=inputs.get("mm_token_type_ids"),
         )
-        encoder(
+
+    def encoder_positions(self, ids: Tensor, cache: Any) -> Tensor:
+        """int32 ``[1, n]``: the columns of new ids."""
+        filled = cache.layers[0].filled
+        return torch.arange(filled, filled + ids.shape[1], dtype=torch.int32, device=ids.device)[None]
+
+    def encode(self, ids: Tensor, masks: Any, cache: Any, inputs: Mapping[str, Any]) -> None:
+        """Run the encoder over new ids ``[B, n]`` and put their keys and values into the cache.
+
+        Args:
+            masks: those of `encoder_masks`.
+            inputs: what else the encoder is given: images.
+        """
+        positions = self.encoder_positions(ids, cache)
+        self.encoder(
             input_ids=ids.contiguous(), attention_mask=masks, past_key_values=cache, position_ids=positions, **inputs
         )
 
-    def masks(self, attention_mask: Tensor, cache: Any) -> dict[str, Tensor | None]:
+    def masks(self, batch: int, attention_mask: Tensor | None, cache: Any) -> dict[str, Tensor | None]:
         """The decoder's masks by kind of layer; None where everything is seen.
 
-        `attention_mask` is bool, of the tokens in the cache and of the canvas.
+        `attention_mask` is bool, of the tokens in the cache and of the canvas; None: everything is seen.
         """
-        dummy = torch.empty(attention_mask.shape[0], self.canvas_length, 0, dtype=self.weight.dtype, device=self.device)
+        dummy = torch.empty(batch, self.canvas_length, 0, dtype=self.weight.dtype, device=self.device)
         made: dict[str, Tensor | None] = self.decoder.create_diffusion_decoder_attention_mask(
             config=self.config,
             inputs_embeds=dummy,

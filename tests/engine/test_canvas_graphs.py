@@ -1,0 +1,136 @@
+"""Captured passes of canvases, with stand-ins for CUDA graphs: what they serve, and when they must not."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mdkern
+from mdkern.engine import canvas_graphs, canvas_run, graphs
+from tests.engine.test_canvas import CASES, SEED, SHORT, Recorder, prompts
+from tests.problems.canvas_models import small_model
+
+
+class Replayed:
+    """In the place of a CUDA graph: runs again what was captured, over the tensors that it was captured with."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.replays = run, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.run()
+
+
+class Looped:
+    """In the place of the loop on the device."""
+
+    def __init__(self, graph: Replayed, left: Tensor) -> None:
+        self.graph, self.left = graph, left
+
+    def run(self, _: Any) -> None:
+        self.graph.replay()
+        while int(self.left[0]):
+            self.graph.replay()
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """Graphs on the CPU; the list of those captured."""
+    captured: list[Replayed] = []
+
+    def capture(run: Any, *_: Any, **__: Any) -> tuple[Replayed, int]:
+        graph = Replayed(run)
+        captured.append(graph)
+        return graph, 0
+
+    monkeypatch.setattr(canvas_graphs, "can_capture", lambda _: True)
+    monkeypatch.setattr(canvas_graphs.graphs, "capture", capture)
+    monkeypatch.setattr(canvas_graphs, "make_loop", Looped)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return captured
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_captured_passes_serve_later_calls(streamed: bool, replayed: list[Replayed]) -> None:
+    """Other prompts, other padding and other seeds, by the graphs of earlier calls, give what eager passes give."""
+    model = small_model(sharpness=3.0)
+    model.generation_config.eos_token_id = None
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    options = SHORT | {"max_denoising_steps": 3}
+    counts = []
+    for seed in range(3):
+        ids, padded = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(seed)), mask.clone()
+        padded[seed % 3, : seed + 1] = False
+        for given in (mask, padded):
+            got_drafts, want_drafts = (Recorder(), Recorder()) if streamed else (None, None)
+            got = mdkern.sample_canvas(model, ids, given, streamer=got_drafts, **options | {"seed": seed})
+            counts.append(len(replayed))
+            eager = {"streamer": want_drafts, "cuda_graphs": False, "seed": seed}
+            want = mdkern.sample_canvas(model, ids, given, **options | eager)
+            assert torch.equal(got.sequences, want.sequences)
+            assert torch.equal(got.nfe["H"], want.nfe["H"])
+            if streamed:
+                assert torch.equal(torch.stack(got_drafts.drafts), torch.stack(want_drafts.drafts))
+    # At once a step of each canvas, with and without padding; at the second time the encoder before each, of which the
+    # one before the second canvas has a mask in any case.
+    assert counts == [2, 5, 6, 7, 7, 7]
+    assert all(graph.replays > 1 for graph in replayed)
+
+
+def test_a_canvas_that_ends_early_takes_no_further_step(replayed: list[Replayed]) -> None:
+    model, options = small_model(sharpness=12.0), dict(CASES["early ends"])
+    options.pop("sharpness")
+    options["max_new_tokens"] = 8
+    ran = []
+    own = canvas_run.canvas_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas_run, "canvas_step", lambda *given: (ran.append(1), own(*given)))
+        for _ in range(2):
+            ran.clear()
+            out = mdkern.sample_canvas(model, prompts(1), seed=SEED, **options)
+            assert len(ran) == int(out.nfe["H"][0]) < options["max_denoising_steps"]
+    assert replayed
+
+
+def test_a_pass_that_cannot_be_captured_runs_eagerly(replayed: list[Replayed], monkeypatch: Any) -> None:
+    """The failed capture of the encoder leaves the cache half-filled."""
+    model, ids = small_model(sharpness=3.0), prompts(2)
+    want = mdkern.sample_canvas(model, ids, **SHORT, cuda_graphs=False)
+
+    def capture(run: Any, *_: Any, **__: Any) -> Any:
+        run()
+        raise graphs.CaptureError("no")
+
+    monkeypatch.setattr(canvas_graphs.graphs, "capture", capture)
+    with pytest.warns(UserWarning, match=r"can't be captured in a CUDA graph"):
+        runs = [mdkern.sample_canvas(model, ids, **SHORT) for _ in range(2)]
+    assert torch.equal(runs[1].sequences, want.sequences)
+
+
+def test_a_changed_model_is_run_as_it_is_now(replayed: list[Replayed]) -> None:
+    """A hook added after the first call, and a weight in another place; the workspace does not keep a model alive."""
+    model, ids = small_model(sharpness=3.0), prompts(1)
+    before = mdkern.sample_canvas(model, ids, **SHORT)
+    assert torch.equal(mdkern.sample_canvas(model, ids, **SHORT).sequences, before.sequences)
+    norm = model.model.decoder.layers[0].post_feedforward_layernorm
+    hook = norm.register_forward_hook(lambda _, __, output: -3.0 * output)
+    for _ in range(2):
+        hooked = mdkern.sample_canvas(model, ids, **SHORT)
+        assert torch.equal(hooked.sequences, mdkern.sample_canvas(model, ids, **SHORT, cuda_graphs=False).sequences)
+    assert not torch.equal(hooked.sequences, before.sequences)
+    hook.remove()
+    model.lm_head.weight.data = model.lm_head.weight.flip(0).contiguous()
+    moved = mdkern.sample_canvas(model, ids, **SHORT)
+    assert not torch.equal(moved.sequences, before.sequences)
+    alive = weakref.ref(model)
+    del model, norm, hook
+    gc.collect()
+    assert alive() is None
