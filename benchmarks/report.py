@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import (
     bench_diffusion_gemma,
     bench_people,
+    bench_sizes,
     choice_tables,
     decoder_tables,
     gpu_tables,
@@ -233,6 +234,15 @@ def compare_diffusion_gemma() -> Iterator[Comparison]:
             yield Comparison("DiffusionGemma", way, bench_diffusion_gemma.THEIRS, f"{batch} texts", ours / theirs)
 
 
+def compare_sizes() -> Iterator[Comparison]:
+    """Models of true size with their authors' loops, at each number of texts, and with their evaluation loop."""
+    if not bench_sizes.KEPT.exists():
+        return
+    for part in load("sizes")["parts"].values():
+        for work, ours, theirs, place, times in bench_sizes.pairs(part):
+            yield Comparison(work, ours, theirs, place, times)
+
+
 def all_comparisons() -> list[Comparison]:
     return list(
         chain(
@@ -241,6 +251,7 @@ def all_comparisons() -> list[Comparison]:
             compare_decoders(),
             compare_people(),
             compare_diffusion_gemma(),
+            compare_sizes(),
             compare_samplers(),
         )
     )
@@ -308,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "select": kernel_tables.select,
     "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
     "people": bench_people.people,
+    "sizes": bench_sizes.sizes,
     **gpu_tables.TABLES,
     **paper_tables.TABLES,
     **decoder_tables.TABLES,
