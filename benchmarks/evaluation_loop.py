@@ -9,6 +9,7 @@ recommend.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -90,6 +91,9 @@ def measure_evaluation(
 ) -> None:
     """Requests a second of both kinds; `save` is called with what there is after each."""
     absent = published.missing(peers, "llada", "generate.py", "eval_llada.py")
+    lacking = [name for name in ("lm_eval", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    if lacking:
+        absent = f"no {', '.join(lacking)} is installed: pip install 'mdkern[harness]' accelerate datasets"
     if absent is not None:
         raise FileNotFoundError(absent)
     assert peers is not None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,15 +116,26 @@ def missing(peers: Path | None, family: str, *files: str) -> str | None:
 
 def load(peers: Path, family: str, module: str) -> ModuleType:
     """A module of a family's folder."""
-    package = f"published_{family}"
+    package = f"published_{family}_{zlib.crc32(str(peers.resolve()).encode())}"
     if package not in sys.modules:
         made = ModuleType(package)
         made.__path__ = [str(peers / family)]
         sys.modules[package] = made
-    if str(peers / family) not in sys.path:  # their scripts import each other by their bare names
-        sys.path.append(str(peers / family))
-    with flash_attention():
+    with flash_attention(), bare_names(peers / family):
         return importlib.import_module(f"{package}.{module}")
+
+
+@contextmanager
+def bare_names(folder: Path) -> Iterator[None]:
+    """Inside this context the scripts of a folder import each other by their bare names, as the authors run them."""
+    names = {path.stem for path in folder.glob("*.py")}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in names & sys.modules.keys():
+            del sys.modules[name]
 
 
 def build(peers: Path, family: str, tiny: bool, device: str) -> Any:

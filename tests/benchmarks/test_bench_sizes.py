@@ -79,6 +79,14 @@ def test_missing_code_is_named(tmp_path: Path) -> None:
     assert found.endswith("has no configuration_llada.py, generate.py")
 
 
+def test_scripts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for family in ("llada", "sdar"):
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "same_name.py").write_text(f"whose = {family!r}\n")
+        (tmp_path / family / "script.py").write_text("from same_name import whose\n")
+    assert [published.load(tmp_path, family, "script").whose for family in ("sdar", "llada")] == ["sdar", "llada"]
+
+
 @pytest.mark.slow
 def test_it_runs_without_the_authors_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_sizes, "KEPT", tmp_path / "sizes.json")
