@@ -140,6 +140,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="of the weights (default: bfloat16 on a GPU, else float32)",
     )
+    group.add_argument(
+        "--precision",
+        choices=["bf16", "fp8"],
+        help="of the matrix products: fp8 is faster and less accurate (default: that of the weights)",
+    )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -186,14 +191,19 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any
         if given:
             raise ValueError(f"{given[0]} goes with --heavy, --light or --model; the shipped pair has its own files")
         pair = load_pair(device, dtype)
-        return {"H": adapt(pair.heavy), "L": adapt(pair.light)}, pair.tokenizer
+        both = {"H": pair.heavy, "L": pair.light}
+        return {name: adapt(model, precision=arguments.precision) for name, model in both.items()}, pair.tokenizer
     names = [name for name, _ in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
     tokenizer: Any = None
     if arguments.tokenizer is not None:
         tokenizer = load_named_tokenizer("--tokenizer", arguments.tokenizer, arguments.trust_remote_code)
-    options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    options = {
+        "revision": arguments.revision,
+        "trust_remote_code": arguments.trust_remote_code,
+        "precision": arguments.precision,
+    }
     models = {name: load_model(name, path, dtype, device, tokenizer, **options) for name, path in paths}
     if tokenizer is None:
         tokenizer = shared_tokenizer(models, paths[0][1])

@@ -178,11 +178,14 @@ def device_of(request: Request) -> Iterator[None]:
 
 
 def prepared(request: Request, most: int) -> Request:
-    """The request with denoisers prepared for groups of at most `most` samples; cached passes need no preparation."""
-    if request.cache != "none":
-        return request
+    """The request with denoisers prepared for groups of at most `most` samples; cached passes in the weights' own dtype
+    need no preparation."""
     rows = min(request.batch_size, most) * request.input_ids.shape[1] * (2 if request.guidance_scale else 1)
-    return replace(request, denoisers={name: denoiser.prepared(rows) for name, denoiser in request.denoisers.items()})
+    prepared = {
+        name: denoiser if request.cache != "none" and denoiser.precision is None else denoiser.prepared(rows)
+        for name, denoiser in request.denoisers.items()
+    }
+    return replace(request, denoisers=prepared)
 
 
 def choose_groups(request: Request) -> tuple[list[slice], int | None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models import dit_compile, dit_fused, dit_window
+from mdkern.models import dit_compile, dit_fp8, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
@@ -45,6 +46,7 @@ def adapt(
     shifted: bool | None = None,
     block_causal: int | None = None,
     allow_causal: bool = False,
+    precision: str | None = None,
     name: str | None = None,
 ) -> Denoiser:
     """Make a `Denoiser` of a model.
@@ -74,19 +76,28 @@ def adapt(
         allow_causal: also take a model that sees only what is to the left of a position, or nothing beyond the
             position's block, or whose config says that it was made for blocks. It then runs with the attention of its
             own forward.
+        precision: "fp8": a `DiT` without time conditioning computes most of its products in 8 bits (e4m3), which is
+            faster and less accurate; see `mdkern.models.dit_fp8` for what is rounded and how. On a GPU passes over
+            4,096 positions or more do so, smaller ones gain nothing and stay in 16 bits; on a CPU all do, for
+            comparison. "bf16" or None: products are in the dtype of the weights.
         name: its name in messages.
 
     Raises:
         TypeError: not a model.
-        ValueError: a `vocab_size` or `mask_id` that is missing, impossible or contradicts the model's own; `shifted`
-            or `allow_causal` for a DiT or a `Denoiser`; a model in training mode, or a causal one; attention that
-            cannot be made block-causal; a device that does not exist or is not the model's.
+        ValueError: a `precision` that the model can't run in; a `vocab_size` or `mask_id` that is missing, impossible
+            or contradicts the model's own; `shifted` or `allow_causal` for a DiT or a `Denoiser`; a model in training
+            mode, or a causal one; attention that cannot be made block-causal; a device that does not exist or is not
+            the model's.
     """
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
         if value is not None and (not is_whole(value) or value < 1):
             raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
+    if precision not in (None, "bf16", "fp8"):
+        raise ValueError(f"precision must be 'bf16' (that of the weights) or 'fp8', not {precision!r}")
     if isinstance(model, Denoiser):
+        if precision is not None and precision != (model.precision or "bf16"):
+            raise ValueError(f"precision={precision!r} must be given where the model is adapted, not for a Denoiser")
         check_same(
             model, vocab_size=vocab_size, mask_id=mask_id, max_length=max_length, num_blocks=num_blocks, name=name,
             block_causal=block_causal,
@@ -100,7 +111,9 @@ def adapt(
             model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks, block_causal=block_causal
         )
         check_placed(model, model.embedding.device, device, shifted, allow_causal)
-        return DiTDenoiser(model, name, eos_id, max_length)
+        return DiTDenoiser(model, name, eos_id, max_length, precision)
+    if precision == "fp8":
+        raise ValueError(f"precision={precision!r} is for mdkern's own DiT, not for a {type(model).__name__}")
     if isinstance(model, str | PathLike):
         raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
     if not callable(model):
@@ -232,6 +245,7 @@ class DiTDenoiser(Denoiser):
         name: str | None = None,
         eos_id: int | Sequence[int] | None = None,
         max_length: int | None = None,
+        precision: str | None = None,
     ) -> None:
         if dit_fused.is_hooked(model) or type(model).forward is not DiT.forward:
             raise ValueError(
@@ -251,6 +265,22 @@ class DiTDenoiser(Denoiser):
             raise ValueError(f"max_length must be at most {config.max_length}, the model's own, not {max_length}")
         self.num_blocks = config.num_blocks
         self.time_conditioning, self.block_causal = config.time_conditioning, config.block_causal
+        self.precision = "fp8" if precision == "fp8" else None
+        self.check_precision()
+
+    def check_precision(self) -> None:
+        """Refuse a precision that the model can't run in as it is now."""
+        if self.precision is None:
+            return
+        changed = self.changed_module()
+        reason = f"its module {changed} is not as mdkern made it" if changed else dit_fp8.why_not(self.model)
+        if reason:
+            raise ValueError(f"precision={self.precision!r} is not for {self.name}: {reason}")
+        mebibytes = dit_fp8.extra_bytes(self.model) / 2**20
+        self.description = (
+            f"runs by mdkern's own passes, with queries, keys, values and the MLP in e4m3 (fp8), whose weights take"
+            f" {mebibytes:.1f} MiB more"
+        )
 
     head = Live(lambda self: Head(self.model.head_weight.detach(), self.model.suppressed_bias().detach()))
     device = Live(lambda self: self.model.embedding.device)
@@ -260,6 +290,7 @@ class DiTDenoiser(Denoiser):
         for part in self.model.modules():
             if isinstance(part, nn.Dropout):  # of an adapter: a DiT has none, and may be in training mode
                 check_evaluating(part)
+        self.check_precision()
         return held(self)
 
     def hidden(
@@ -269,7 +300,17 @@ class DiTDenoiser(Denoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return self.model.hidden(input_ids, t, positions, attention_mask, self.folds, self.weight)
+        folds = self.folds_for(input_ids.numel())
+        with torch.no_grad() if folds is not None else nullcontext():
+            return self.model.hidden(input_ids, t, positions, attention_mask, folds, self.weight)
+
+    def folds_for(self, rows: int) -> dit_fused.Folds | None:
+        """What the passes of this denoiser use; made now in 8 bits if the denoiser is not prepared."""
+        if self.precision is None or self.folds is not None:
+            return self.folds
+        self.check_precision()
+        with torch.no_grad():
+            return dit_fused.fold(self.model, rows, self.precision)
 
     def softened(self, weight: Tensor) -> DiTDenoiser:
         now = copy.copy(self)
@@ -277,22 +318,30 @@ class DiTDenoiser(Denoiser):
         return now
 
     def paired_hidden(self, noisy_ids: Tensor, clean_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.precision is not None:
+            return super().paired_hidden(noisy_ids, clean_ids, attention_mask)
         return paired_hidden(self.model, noisy_ids, clean_ids, attention_mask)
 
     def prepared(self, rows: int) -> DiTDenoiser:
-        """A denoiser with the norms folded into the weights, if that makes it faster."""
+        """A denoiser with the norms folded into the weights, if that makes it faster, and with these in 8 bits."""
         with torch.no_grad():
-            folds = dit_fused.fold(self.model, rows)
+            folds = dit_fused.fold(self.model, rows, self.precision)
         if folds is None:
             return self
-        dit_compile.compile_together(self.model, folds, rows)
+        if self.precision is None:
+            dit_compile.compile_together(self.model, folds, rows)
         prepared = copy.copy(self)
         prepared.folds = folds
         return prepared
 
     def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
+        changed = self.changed_module()
+        return f"its module {changed} is not as mdkern made it" if changed else ""
+
+    def changed_module(self) -> str:
+        """The name of a module that is not as mdkern made it; "" if there is none."""
         changed = next((name for name, part in self.model.named_modules() if not dit_fused.is_plain(part)), None)
-        return "" if changed is None else f"its module {changed or 'as a whole'} is not as mdkern made it"
+        return "" if changed is None else changed or "as a whole"
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return dit_window.cache_shape(self.model.config, batch, length)
@@ -306,9 +355,11 @@ class DiTDenoiser(Denoiser):
         t: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return dit_window.window_hidden(
-            self.model, cache, input_ids, columns, positions, t, attention_mask, self.weight
-        )
+        folds = self.folds_for(input_ids.numel())
+        with torch.no_grad() if folds is not None else nullcontext():
+            return dit_window.window_hidden(
+                self.model, cache, input_ids, columns, positions, t, attention_mask, self.weight, folds
+            )
 
     def flops(self, length: int, rows: int) -> int:
         return self.model.flops(length, rows)

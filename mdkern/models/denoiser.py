@@ -116,6 +116,7 @@ class Denoiser:
     max_length: int | None = None  # most positions of a sequence; None: no limit
     num_blocks: int | None = None  # number of transformer blocks, B in equation (3) of 2604.02340
     time_conditioning: bool = False
+    precision: str | None = None  # "fp8" if its products are in 8 bits; None: in the dtype of its weights
     block_causal: int | None = None  # B, if position i sees the columns below (i // B + 1) B only; None: it sees all
     takes_attention_mask: bool = True  # whether sequences may be padded
     right_padding_only: bool = False  # whether padding may only come after the text

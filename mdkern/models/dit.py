@@ -289,7 +289,8 @@ class DiT(nn.Module):
         Inference in 16 bits on a GPU uses `dit_fused`, which computes the same in fewer passes over memory, and in
         still fewer with `folds`, which `dit_fused.fold` makes from the present weights.
         """
-        if not dit_fused.covers(self):
+        in_fp8 = folds is not None and folds.precision == "fp8"  # on a CPU, too
+        if not dit_fused.covers(self) and not (in_fp8 and not input_ids.is_cuda):
             return self.plain_hidden(input_ids, t, positions, attention_mask, weight=weight)
         mask = with_padding(self.own_mask(input_ids.shape[1]), attention_mask)
         with attention_priority(input_ids.device):

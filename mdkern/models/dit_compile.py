@@ -21,7 +21,7 @@ from mdkern.kernels.backbone.folded_norm import new_sums
 from mdkern.kernels.device import num_sms
 from mdkern.kernels.invariant import batch_invariant, is_batch_invariant
 from mdkern.models.dit import DiT
-from mdkern.models.dit_fused import Folds, Operands, modulation, qkv_of
+from mdkern.models.dit_fused import Folded, Folds, Operands, modulation, qkv_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def first_launches(model: DiT, folds: Folds, rows: int) -> list[Callable[[], Any
 
     def heads() -> Tensor:
         x, length = zeros(width), min(rows, model.config.max_length)
-        (folded,) = (block.attn_qkv for block in folds.blocks[1:2] if block.attn_qkv is not None)
+        (folded,) = (block.attn_qkv for block in folds.blocks[1:2] if isinstance(block.attn_qkv, Folded))
         return qkv_of(block, Operands(x, *folded, new_sums(x).zero_()), 3, 2, model.rotary, length)  # type: ignore[arg-type]
 
     def added(layer: Any, columns: int, gate: Tensor, sums: bool = True) -> None:

@@ -1,8 +1,8 @@
 """`DiT.hidden` for inference on a GPU: the same computation in fewer passes over memory.
 
-Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), and the first
-block's queries, keys and values of each id into a table, once for each call of `sample`. What each part gains, and what
-was tried and left out: docs/notes/backbone.md.
+Without time conditioning, `fold` puts the norms into the weights (`kernels.backbone.folded_norm`), which it may also
+round to 8 bits (`dit_fp8`), and the first block's queries, keys and values of each id into a table, once for each call
+of `sample`. What each part gains, and what was tried and left out: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
+from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
+from mdkern.kernels.backbone.quantise import quantised_norm
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import rows_to_choose_by
+from mdkern.models import dit_fp8
 from mdkern.models.block_causal import mask_at
 from mdkern.models.denoiser import PREPARED
+from mdkern.models.dit_fp8 import QuantisedBlock
 from mdkern.models.soft import soften
 
 if TYPE_CHECKING:
@@ -86,43 +90,71 @@ class Folds(NamedTuple):
     """What is computed from the weights once for each call of `sample`."""
 
     qkv: Tensor | None  # [V, 3 D]: the first block's queries, keys and values of each id, not rotated
-    blocks: tuple[FoldedBlock, ...]
+    blocks: tuple[FoldedBlock | QuantisedBlock, ...]
+
+    @property
+    def precision(self) -> str | None:
+        """Of the blocks: "fp8", or None for the model's own."""
+        return "fp8" if isinstance(self.blocks[0], QuantisedBlock) else None
+
+
+class Kept(NamedTuple):
+    """What `PREPARED` holds of a model."""
+
+    own: Folds | None = None  # of the model's dtype
+    fp8: Folds | None = None
 
 
 LARGEST_TABLE = 1 << 28  # most bytes of `Folds.qkv`
 TABLE_PART = 1 << 14  # rows of `Folds.qkv` that are computed at a time
 
 
-def fold(model: DiT, rows: int) -> Folds | None:
+def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
     """The blocks' folded layers and the first block's table, computed from the present weights.
 
-    They take as much memory as the layers themselves, and up to 256 MiB for the table. It is kept, at the same
-    addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In float16, products of
-    weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for passes of fewer than 4,096
-    rows, with time conditioning, and on other cards than Hopper's.
+    They take as much memory as the layers themselves (in e4m3 half of it), and up to 256 MiB for the table. They are
+    kept, at the same addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In
+    float16, products of weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for passes of
+    fewer than 4,096 rows, with time conditioning, and on other cards than Hopper's; in e4m3 for such passes on a GPU.
     """
-    if not covers(model):
+    if not covers(model) and (precision is None or model.embedding.is_cuda):
         PREPARED.pop(model, None)
         return None
-    if not folds_fit(model, rows):
+    if not pays(rows, precision, model.embedding) or not (precision == "fp8" or folds_fit(model)):
         return None
-    folds: Folds | None = PREPARED.get(model)
+    kept: Kept = PREPARED.get(model) or Kept()
+    field = precision or "own"
+    folds: Folds | None = getattr(kept, field)
     device = model.embedding.device
-    if folds is None or folds.blocks[0].mlp_up.weight.device != device or sizes(folds) != sizes(room(model, "meta")):
+    if (
+        folds is None
+        or folds.blocks[0].mlp_up.weight.device != device
+        or sizes(folds) != sizes(room(model, "meta", precision))
+    ):
         with torch.inference_mode(False):  # later calls may be outside of inference mode
-            folds = PREPARED[model] = room(model, device)
-    for block, folded in zip(cast("list[Block]", list(model.blocks)), folds.blocks):
-        shift1, scale1, _, shift2, scale2, _ = modulation(block.modulation, None)
-        if folded.attn_qkv is not None:
-            fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
-        elif folds.qkv is not None:
+            folds = room(model, device, precision)
+            PREPARED[model] = kept._replace(**{field: folds})
+    for number, (block, folded) in enumerate(zip(cast("list[Block]", list(model.blocks)), folds.blocks)):
+        parts = modulation(block.modulation, None)
+        shift1, scale1, _, shift2, scale2, _ = parts
+        if number == 0 and folds.qkv is not None:
             for ids, qkv in zip(model.embedding.split(TABLE_PART), folds.qkv.split(TABLE_PART)):
                 torch.mm(modulated_norm(ids, block.norm1.weight, shift1, scale1), block.attn_qkv.weight.T, out=qkv)
+        if isinstance(folded, QuantisedBlock):
+            dit_fp8.quantise_block(block, parts, folded)
+            continue
+        if folded.attn_qkv is not None:
+            fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
         fold_norm(block.mlp_up.weight, block.mlp_up.bias, block.norm2.weight, shift2, scale2, out=folded.mlp_up)
     return folds
 
 
-def room(model: DiT, device: torch.device | str) -> Folds:
+def pays(rows: int, precision: str | None, x: Tensor) -> bool:
+    """Whether folds are used in a pass over so many rows: where that is faster, and in e4m3 always on a CPU."""
+    return rows_to_choose_by(rows) >= products.FEWEST_ROWS or (precision == "fp8" and not x.is_cuda)
+
+
+def room(model: DiT, device: torch.device | str, precision: str | None = None) -> Folds:
     """Uninitialised memory for the folds of a model."""
     blocks = cast("list[Block]", list(model.blocks))
     embedding, qkv = model.embedding, blocks[0].attn_qkv.weight
@@ -130,7 +162,9 @@ def room(model: DiT, device: torch.device | str) -> Folds:
     return Folds(
         table.new_empty(table.shape, device=device) if table.nbytes <= LARGEST_TABLE else None,
         tuple(
-            FoldedBlock(new_fold(block.attn_qkv, device) if number else None, new_fold(block.mlp_up, device))
+            dit_fp8.room(block, device, with_qkv=bool(number))
+            if precision == "fp8"
+            else FoldedBlock(new_fold(block.attn_qkv, device) if number else None, new_fold(block.mlp_up, device))
             for number, block in enumerate(blocks)
         ),
     )
@@ -142,16 +176,16 @@ def new_fold(layer: nn.Linear, device: torch.device | str) -> Folded:
 
 
 def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
-    tensors = [folds.qkv, *(tensor for block in folds.blocks for layer in block for tensor in layer or ())]
+    layers = [layer for block in folds.blocks for layer in block if isinstance(layer, tuple)]
+    tensors = [folds.qkv, *(tensor for layer in layers for tensor in layer)]
     return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
 
 
-def folds_fit(model: DiT, rows: int) -> bool:
+def folds_fit(model: DiT) -> bool:
     config = model.config
     return (
         model.time_embedding is None
         and is_hopper(model.embedding.device)
-        and rows_to_choose_by(rows) >= products.FEWEST_ROWS
         and config.width % SPAN == 0
         and products.rotates_fused(model.rotary[0], config.num_heads)
     )
@@ -175,10 +209,10 @@ class Stream:
         self.update: Tensor | None = None
         self.gate: Tensor | None = None
 
-    def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False) -> None:
+    def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False, at_once: bool = False) -> None:
         """``x += gate * layer(rows)``, now or in the next norm. If it is done now, `sums` also sums the new rows."""
         self.sums = None
-        if products.adds_in_place(rows, layer.weight, gate):
+        if at_once or products.adds_in_place(rows, layer.weight, gate):
             self.sums = new_sums(self.x) if sums else None
             products.linear_residual(self.x, rows, layer.weight, layer.bias, gate, sums=self.sums)
         else:
@@ -210,7 +244,7 @@ def hidden(
     `folds` must have been made from the present weights, which is not checked.
     """
     batch, length = input_ids.shape
-    if rows_to_choose_by(batch * length) < products.FEWEST_ROWS:
+    if folds is not None and not pays(batch * length, folds.precision, model.embedding):
         folds = None
     stream = None
     blocks = cast("list[Block]", list(model.blocks))
@@ -223,6 +257,8 @@ def hidden(
         if stream is None:
             soft = None if weight is None else soft_rows(model, input_ids, weight, positions)
             stream, qkv = first_qkv(model, block, input_ids, kinds, rotated, shift1, scale1, folds, soft)
+        elif isinstance(folded, QuantisedBlock):
+            qkv = quantised_qkv(model, stream, folded, kinds, rotated, length)
         else:
             operands = stream.into(block.attn_qkv, block.norm1.weight, shift1, scale1, folded and folded.attn_qkv)
             qkv = qkv_of(block, operands, kinds, rotated, model.rotary, length)
@@ -232,7 +268,12 @@ def hidden(
             x, normed = gathered_norm(stream.x, (first + positions).flatten(), block.norm1.weight, shift1, scale1)
             stream = Stream(x)
             queries, mask = [queries_at(block, normed, positions, model.rotary)], mask_at(mask, positions)
+            folded = None if isinstance(folded, QuantisedBlock) else folded
         attended = attend(queries[0], key, value, mask).view(stream.x.shape)
+        if isinstance(folded, QuantisedBlock):
+            stream.add(attended, block.attn_out, gate1, at_once=True)
+            quantised_mlp(stream, folded)
+            continue
         stream.add(attended, block.attn_out, gate1, sums=folded is not None)
         up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
         assert up.bias is not None
@@ -242,6 +283,22 @@ def hidden(
     return stream.norm(model.norm_final.weight, *modulation(model.modulation_final, condition)).unflatten(
         0, (batch, -1)
     )
+
+
+def quantised_qkv(model: DiT, stream: Stream, block: QuantisedBlock, kinds: int, rotated: int, length: int) -> Tensor:
+    """`qkv_of` the norm of the stream, in e4m3."""
+    assert block.attn_qkv is not None
+    columns, heads = kinds * model.config.width, rotated * model.config.num_heads
+    weight, scale, bias = (part[-columns:] for part in block.attn_qkv)
+    cos, sin = model.rotary
+    rows, dtype = quantised_norm(stream.x), stream.x.dtype
+    return scaled_rotary(rows, weight, scale, bias, cos, sin, heads=heads, length=length, dtype=dtype)
+
+
+def quantised_mlp(stream: Stream, block: QuantisedBlock) -> None:
+    """Norm, MLP and gate in e4m3, added to the stream."""
+    units = scaled_gelu(quantised_norm(stream.x), *block.mlp_up, block.level)
+    scaled_residual(stream.x, units, *block.mlp_down)
 
 
 def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ those depend on their own column alone. Those of a block-causal model stay right
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,7 +22,17 @@ from mdkern.kernels.backbone.rotary import rotary as rotate
 from mdkern.models import dit_fused
 from mdkern.models.block_causal import mask_at, window_mask, with_padding
 from mdkern.models.dit import Block, DiT, DiTConfig, attention_priority, gather_rows
-from mdkern.models.dit_fused import Stream, attend, modulation, queries_at, soft_rows
+from mdkern.models.dit_fp8 import QuantisedBlock
+from mdkern.models.dit_fused import (
+    FoldedBlock,
+    Stream,
+    attend,
+    modulation,
+    quantised_mlp,
+    quantised_qkv,
+    queries_at,
+    soft_rows,
+)
 from mdkern.models.soft import soften
 
 
@@ -39,12 +50,18 @@ def window_hidden(
     t: Tensor | None = None,
     attention_mask: Tensor | None = None,
     weight: Tensor | None = None,
+    folds: dit_fused.Folds | None = None,
 ) -> Tensor:
     """`Denoiser.window_hidden` of a `DiT`: ``[B, R, D]`` at ``positions [B, R]`` of the window ``[B, W]``.
 
-    The last block computes queries, attention and MLP at the wanted rows only, as in `DiT.hidden`.
+    The last block computes queries, attention and MLP at the wanted rows only, as in `DiT.hidden`. Of `folds` only the
+    layers in e4m3 are used.
     """
-    run = fused_window_hidden if dit_fused.covers(model) else plain_window_hidden
+    run: Callable[..., Tensor]
+    if folds is not None and folds.precision == "fp8" and dit_fused.pays(input_ids.numel(), "fp8", input_ids):
+        run = partial(fused_window_hidden, quantised=folds.blocks)
+    else:
+        run = fused_window_hidden if dit_fused.covers(model) else plain_window_hidden
     mask, blocks = with_padding(None, attention_mask), model.config.block_causal
     if blocks is not None:
         places = all_columns(input_ids) if columns is None else columns
@@ -121,8 +138,9 @@ def fused_window_hidden(
     condition: Tensor | None,
     mask: Tensor | None,
     weight: Tensor | None = None,
+    quantised: Sequence[FoldedBlock | QuantisedBlock] | None = None,
 ) -> Tensor:
-    """`window_hidden` in fewer passes over memory, like `dit_fused.hidden`."""
+    """`window_hidden` in fewer passes over memory, like `dit_fused.hidden`; with the blocks `quantised` in e4m3."""
     (batch, width), room = input_ids.shape, cache.shape[3]
     first = torch.arange(batch, device=input_ids.device)[:, None]
     wanted = (first * width + positions).flatten()  # [B * R], rows of the window
@@ -133,6 +151,9 @@ def fused_window_hidden(
     blocks = cast("list[Block]", list(model.blocks))
     for number, (block, cached) in enumerate(zip(blocks, cache)):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
+        last = number + 1 == len(blocks)
+        kinds = 2 if last else 3
+        folded = None if quantised is None else quantised[number]
         if stream is None:
             if weight is None:
                 x, normed = gathered_norm(model.embedding, input_ids.flatten(), block.norm1.weight, shift1, scale1)
@@ -140,10 +161,14 @@ def fused_window_hidden(
                 x = soft_rows(model, input_ids, weight, positions)
                 normed = modulated_norm(x, block.norm1.weight, shift1, scale1)
             stream = Stream(x)
+            qkv = window_qkv(block, normed, kinds, model.rotary, batch, inside)
+        elif isinstance(folded, QuantisedBlock):
+            rotated = kinds - 1 if inside is None else 0
+            qkv = quantised_qkv(model, stream, folded, kinds, rotated, width)
+            qkv = placed(qkv, block, kinds, model.rotary, batch, inside)
         else:
             normed = stream.norm(block.norm1.weight, shift1, scale1)
-        last = number + 1 == len(blocks)
-        qkv = window_qkv(block, normed, 2 if last else 3, model.rotary, batch, inside)
+            qkv = window_qkv(block, normed, kinds, model.rotary, batch, inside)
         write_cache(cached, qkv[:, :, -2:], place)
         if last:
             x, normed = gathered_norm(stream.x, wanted, block.norm1.weight, shift1, scale1)
@@ -152,7 +177,12 @@ def fused_window_hidden(
         else:
             query = qkv[:, :, 0]
         keys, values = cached[:, :, :-1]
-        stream.add(attend(query, keys, values, mask).view(stream.x.shape), block.attn_out, gate1)
+        attended = attend(query, keys, values, mask).view(stream.x.shape)
+        if isinstance(folded, QuantisedBlock) and not last:
+            stream.add(attended, block.attn_out, gate1, at_once=True)
+            quantised_mlp(stream, folded)
+            continue
+        stream.add(attended, block.attn_out, gate1)
         normed = stream.norm(block.norm2.weight, shift2, scale2)
         stream.add(linear_gelu(normed, block.mlp_up.weight, block.mlp_up.bias), block.mlp_down, gate2)
     assert stream is not None
@@ -173,13 +203,24 @@ def window_qkv(
         ``[B, W, kinds, H, head_dim]``.
     """
     weight = block.attn_qkv.weight[-kinds * normed.shape[1] :]
-    rotated = (kinds - 1) * block.num_heads
     if columns is None:
-        product = linear_rotary(normed, weight, *tables, heads=rotated, length=len(normed) // batch)
+        heads = (kinds - 1) * block.num_heads
+        product = linear_rotary(normed, weight, *tables, heads=heads, length=len(normed) // batch)
     else:
         product = F.linear(normed, weight)
-        rotate(product.unflatten(1, (kinds * block.num_heads, -1))[:, :rotated], *tables, positions=columns.flatten())
-    return product.view(batch, -1, kinds, block.num_heads, 2 * tables[0].shape[1])
+    return placed(product, block, kinds, tables, batch, columns)
+
+
+def placed(
+    product: Tensor, block: Block, kinds: int, tables: tuple[Tensor, Tensor], batch: int, columns: Tensor | None
+) -> Tensor:
+    """A product ``[B * W, kinds * D]`` as `window_qkv` returns it, rotated here if the window is not all columns."""
+    heads = product.view(batch, -1, kinds, block.num_heads, 2 * tables[0].shape[1])
+    if columns is not None:
+        rotate(
+            heads.flatten(0, 1).flatten(1, 2)[:, : (kinds - 1) * block.num_heads], *tables, positions=columns.flatten()
+        )
+    return heads
 
 
 def write_cache(cached: Tensor, heads: Tensor, place: Tensor | None) -> None:

@@ -190,8 +190,11 @@ def sorted_pairs(capability: int) -> None:
     build(triton_experts.sort_pairs_kernel, ASTSource, capability, types, constants, num_warps=8)
 
 
+ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}
+
+
 def descriptor(element: str, block: list[int]) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if element == "bf16" else gl.float16)
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[element])
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
 
 
@@ -202,7 +205,7 @@ def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> An
     built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
     assert built.metadata.shared <= 227 * 1024
     sass = built.asm["sass"]
-    assert sass.count("WARPGROUP.DEPBAR") < sass.count("HGMMA"), "each waits for the one before it"
+    assert sass.count("WARPGROUP.DEPBAR") < sass.count("GMMA."), "each waits for the one before it"
     return built
 
 
@@ -213,7 +216,22 @@ def linear(element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: 
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
     types |= {"sums": "*fp32"} if spans else {}
-    product(hopper_linear.linear_kernel, types, {"GELU": gelu, "PAIRS": pairs, "SPANS": spans})
+    product(hopper_linear.linear_kernel, types, {"BK": 64, "GELU": gelu, "PAIRS": pairs, "SPANS": spans})
+
+
+def linear_fp8(gelu: bool, pairs: int) -> None:
+    types = dict.fromkeys(hopper_linear.COUNTS, "i32") | dict.fromkeys(("bias", "scale"), "*fp32")
+    types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [256, 128])}
+    types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
+    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
+    product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0})
+
+
+def residual_fp8() -> None:
+    types = dict.fromkeys((*hopper_residual.COUNTS, "gate_stride"), "i32") | dict.fromkeys(("bias", "gate"), "*fp32")
+    types |= {"left": descriptor("fp8e4nv", [128, 128]), "right": descriptor("fp8e4nv", [256, 128])}
+    types |= {"stream": descriptor("bf16", [64, 64])}
+    product(hopper_residual.linear_residual_kernel, types, {"BK": 128, "SCALED": True})
 
 
 def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> None:
@@ -222,7 +240,7 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     types |= {"stream": descriptor(element, [64, 64])}
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"sums": "*fp32"} if sums else {}
-    built = product(hopper_residual.linear_residual_kernel, types, {})
+    built = product(hopper_residual.linear_residual_kernel, types, {"BK": 64, "SCALED": False})
     # Sequences times the gate's stride may be past 2^31.
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
@@ -260,6 +278,10 @@ def main() -> None:
     residual(bias=False, sums=True)
     residual()
     residual(element="fp16", sums=True)
+    linear_fp8(gelu=True, pairs=0)
+    for pairs in (0, 32, 64):
+        linear_fp8(gelu=False, pairs=pairs)
+    residual_fp8()
 
 
 if __name__ == "__main__":

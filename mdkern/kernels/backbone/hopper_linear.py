@@ -4,7 +4,8 @@ One persistent program runs on each multiprocessor. A producer warp copies tiles
 ahead past the end of an output tile; two consumer warpgroups each multiply 192 rows by 128 columns and finish them in
 registers, 64 rows at a time. The finished rows are stored through buffers of their own while the next tile is
 multiplied. With sums of the rows, the epilogue also divides by each row's standard deviation, as a folded layer
-normalisation needs (`kernels.backbone.folded_norm`).
+normalisation needs (`kernels.backbone.folded_norm`). Of matrices in e4m3 it multiplies each column by its scale and,
+if the result is in e4m3, too, by its level (`kernels.backbone.linear_fp8`).
 
 The tile of 192 x 256 is as large as registers allow: it takes 192 of a thread's 240. Measurements of tiles:
 docs/notes/backbone.md. The index into the sums, rows times twice the spans of a row, must stay below 2^31, which is 89
@@ -135,8 +136,9 @@ def _produce(
     PROGRAMS: gl.constexpr,
 ):
     """The producer warp: copies tiles into the ring."""
-    left_ring, right_ring, _, _, _, full, empty = rings
+    left_ring, right_ring, _, _, full, empty = rings
     row_tiles, column_tiles, steps = sizes
+    BYTES: gl.constexpr = BK * left.dtype.primitive_bitwidth // 8
     BM: gl.constexpr = ROWS * BLOCKS
     BN: gl.constexpr = COLUMNS * WARPGROUPS
     program = gl.program_id(0)
@@ -147,7 +149,7 @@ def _produce(
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
-            mbarrier.expect(ready, (BM + BN) * BK * 2)
+            mbarrier.expect(ready, (BM + BN) * BYTES)
             tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
             for block in gl.static_range(BLOCKS):  # one bulk copy takes a power of two of rows
                 buffer = left_ring.index(stage * BLOCKS + block)
@@ -158,7 +160,7 @@ def _produce(
 @gluon.jit
 def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr):
     """Start the multiplication of one step of the inner dimension; it is not waited for here."""
-    left_ring, right_ring, _, _, _, full, _ = rings
+    left_ring, right_ring, _, _, full, _ = rings
     mbarrier.wait(full.index(stage), phase)
     right = right_ring.index(stage).slice(HALF * COLUMNS, COLUMNS, dim=0).permute((1, 0))
     begun = ()
@@ -171,28 +173,57 @@ def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr
 @gluon.jit
 def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, FACTOR: gl.constexpr):
     """Fetch what the epilogue needs into shared memory, as there is no room for it in registers."""
-    bias, _, _, sums = tables
-    _, _, _, shifts, scales, _, _ = rings
+    bias, _, _, sums, scale, level = tables
+    _, _, _, aside, _, _ = rings
+    shifts, spreads, scales, levels = aside
+    at = column + gl.arange(0, COLUMNS, layout=FLAT)
     if bias is not None:
-        fetched = gl.load(bias + column + gl.arange(0, COLUMNS, layout=FLAT))
+        fetched = gl.load(bias + at)
+    if scale is not None:
+        fetched_scale = gl.load(scale + at)
+    if level is not None:
+        fetched_level = gl.load(level + at)
     if sums is not None:
-        scales.index(HALF).store(_one_over_spread(sums, row, rows, SPANS) * FACTOR)
+        spreads.index(HALF).store(_one_over_spread(sums, row, rows, SPANS) * FACTOR)
     if bias is not None:
         shifts.index(HALF).store(fetched)
+    if scale is not None:
+        scales.index(HALF).store(fetched_scale * FACTOR)
+    if level is not None:
+        levels.index(HALF).store(fetched_level)
+
+
+@gluon.jit
+def _of_columns(aside, HALF: gl.constexpr, SIDE: gl.constexpr):
+    """What was set aside for the 64 columns of a part of the product, as a row."""
+    return aside.index(HALF).slice(SIDE * PART, PART).load(gl.SliceLayout(0, WIDE)).to(gl.float32)[None, :]
 
 
 @gluon.jit
 def _affine(x, tables, rings, HALF: gl.constexpr, BLOCK: gl.constexpr, SIDE: gl.constexpr, FACTOR: gl.constexpr):
-    """A 64 x 64 part of the product, scaled by row, plus the bias, all times `FACTOR`."""
-    bias, _, _, sums = tables
-    _, _, _, shifts, scales, _, _ = rings
+    """A 64 x 64 part of the product, scaled by row or by column, plus the bias, all times `FACTOR`."""
+    bias, _, _, sums, scale, _ = tables
+    _, _, _, aside, _, _ = rings
+    shifts, spreads, scales, _ = aside
     if sums is not None:
-        x = x * scales.index(HALF).slice(BLOCK * ROWS, ROWS).load(gl.SliceLayout(1, WIDE))[:, None]
+        x = x * spreads.index(HALF).slice(BLOCK * ROWS, ROWS).load(gl.SliceLayout(1, WIDE))[:, None]
+    elif scale is not None:
+        x = x * _of_columns(scales, HALF, SIDE)
     elif FACTOR != 1.0:
         x = x * FACTOR
     if bias is not None:
-        shift = shifts.index(HALF).slice(SIDE * PART, PART).load(gl.SliceLayout(0, WIDE))
-        x += (shift.to(gl.float32) * FACTOR)[None, :]
+        x += _of_columns(shifts, HALF, SIDE) * FACTOR
+    return x
+
+
+@gluon.jit
+def _activate(x, tables, rings, HALF: gl.constexpr, SIDE: gl.constexpr):
+    """The GELU of twice a part of the product, times the columns' levels if there are any."""
+    _, _, _, _, _, level = tables
+    _, _, _, aside, _, _ = rings
+    x = _gelu_of_twice(x)
+    if level is not None:
+        x = x * _of_columns(aside[3], HALF, SIDE)
     return x
 
 
@@ -220,13 +251,15 @@ def _consume(
     SPANS: gl.constexpr,  # spans of a row of the left matrix that there are sums of; 0: no sums
 ):
     """A consumer warpgroup: multiplies the tiles and finishes their product."""
-    _, cos, sin, _ = tables
-    _, right_ring, leaving, _, _, _, empty = rings
+    _, cos, sin, _, _, _ = tables
+    _, right_ring, leaving, _, _, empty = rings
     row_tiles, column_tiles, steps = sizes
     rows, length, rotated = places
     STAGES: gl.constexpr = right_ring.shape[0]
     FACTOR: gl.constexpr = 0.5 if GELU else 1.0
-    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, COLUMNS, 256 // right_ring.dtype.primitive_bitwidth]
+    )
     program = gl.program_id(0)
     stage = program * 0
     phase = program * 0
@@ -255,12 +288,12 @@ def _consume(
             first, second = _halves(a if block == 0 else b if block == 1 else c, WIDE)
             first = _affine(first, tables, rings, HALF, block, 0, FACTOR)
             if GELU:
-                first = _gelu_of_twice(first)
+                first = _activate(first, tables, rings, HALF, 0)
             if cos is None:
                 _leave(first, out, leaving, at, column, HALF, 2 * block)
             second = _affine(second, tables, rings, HALF, block, 1, FACTOR)
             if GELU:
-                second = _gelu_of_twice(second)
+                second = _activate(second, tables, rings, HALF, 1)
             if cos is not None:
                 if column < rotated:
                     first, second = _rotate_heads(first, second, cos, sin, at, length, PAIRS)
@@ -282,6 +315,8 @@ def linear_kernel(
     cos,
     sin,
     sums,
+    scale,
+    level,
     row_tiles,
     column_tiles,
     steps,
@@ -300,8 +335,11 @@ def linear_kernel(
     left_ring = gl.allocate_shared_memory(left.dtype, [STAGES * BLOCKS, ROWS, BK], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, COLUMNS * WARPGROUPS, BK], right.layout)
     leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * BUFFERS, ROWS, PART], out.layout)
-    shifts = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, COLUMNS], PLAIN)
-    scales = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, PADDED], PLAIN)
+    SHIFT: gl.constexpr = out.dtype if bias is None else bias.dtype.element_ty
+    shifts = gl.allocate_shared_memory(SHIFT, [WARPGROUPS, COLUMNS], PLAIN)
+    spreads = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, PADDED], PLAIN)
+    scales = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
+    levels = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -309,10 +347,10 @@ def linear_kernel(
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
     fence_async_shared()
     # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
-    rings = (left_ring, right_ring, leaving, shifts, scales, full, empty)
+    rings = (left_ring, right_ring, leaving, (shifts, spreads, scales, levels), full, empty)
     sizes = (row_tiles, column_tiles, steps)
     places = (rows, length, rotated)
-    tables = (bias, cos, sin, sums)
+    tables = (bias, cos, sin, sums, scale, level)
     gl.warp_specialize(
         [
             (_consume, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),

@@ -3,7 +3,8 @@
 One persistent program runs on each multiprocessor. A producer warp copies tiles into a ring in shared memory, and runs
 ahead past the end of an output tile; two consumer warpgroups each multiply 64 rows by 256 columns and finish them in
 registers. The stream's tile is loaded during the multiplication, into the buffers that it is stored from afterwards.
-The epilogue also sums the rows, for the layer normalisation in the next product (`kernels.backbone.folded_norm`).
+The epilogue also sums the rows, for the layer normalisation in the next product (`kernels.backbone.folded_norm`). Of
+matrices in e4m3 the gate is the scale, and the bias is added after it (`kernels.backbone.linear_fp8`).
 """
 
 # mypy: ignore-errors
@@ -22,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves
 from mdkern.kernels.gluon_common import ring_advance
 
+FLAT = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PARTS = gl.constexpr(SPAN.value // PART.value)  # parts of a warpgroup's tile, which is one span wide
 HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
@@ -39,9 +42,10 @@ def _produce(
     PROGRAMS: gl.constexpr,
 ):
     """The producer warp: copies tiles into the ring."""
-    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    left_ring, right_ring, leaving, _, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
     BM: gl.constexpr = ROWS * WARPGROUPS
+    BYTES: gl.constexpr = BK * left.dtype.primitive_bitwidth // 8
     program = gl.program_id(0)
     stage = program * 0
     phase = stage + 1
@@ -51,7 +55,7 @@ def _produce(
         for k in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
-            mbarrier.expect(ready, (BM + SPAN) * BK * 2)
+            mbarrier.expect(ready, (BM + SPAN) * BYTES)
             tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
             tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
             stage, phase = ring_advance(stage, phase, STAGES)
@@ -67,6 +71,14 @@ def _produce(
 
 
 @gluon.jit
+def _scaled(x, aside, HALF: gl.constexpr, NUMBER: gl.constexpr):
+    """A 64 x 64 part of the product times the scale of its columns, plus the bias."""
+    shift = aside.index(2 * HALF).slice(NUMBER * PART, PART).load(gl.SliceLayout(0, WIDE))
+    factor = aside.index(2 * HALF + 1).slice(NUMBER * PART, PART).load(gl.SliceLayout(0, WIDE))
+    return x * factor[None, :] + shift[None, :]
+
+
+@gluon.jit
 def _consume(
     stream,
     tables,
@@ -76,14 +88,17 @@ def _consume(
     HALF: gl.constexpr,  # which 64 of the tile's rows
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    SCALED: gl.constexpr,  # the gate is a scale in float32, and the bias is added after it
 ):
     """A consumer warpgroup: multiplies the tiles and adds their product to the stream."""
     bias, gate, sums = tables
-    left_ring, right_ring, leaving, full, empty, stream_full, stream_empty = rings
+    left_ring, right_ring, leaving, aside, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
     rows, rows_of_sequence, last_sequence, gate_stride = places
     STAGES: gl.constexpr = left_ring.shape[0]
-    product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 16])
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, SPAN, 256 // right_ring.dtype.primitive_bitwidth]
+    )
     program = gl.program_id(0)
     stage = program * 0
     phase = program * 0
@@ -97,11 +112,16 @@ def _consume(
         sequence_gate = gate + sequence.to(gl.int64) * gate_stride
         shifts = ()
         factors = ()
-        for part in gl.static_range(PARTS):
-            at = gl.multiple_of(column + PART * part, PART) + within
-            if bias is not None:
-                shifts = shifts + (gl.load(bias + at),)
-            factors = factors + (gl.load(sequence_gate + at),)
+        if SCALED:  # no room in registers
+            whole = column + gl.arange(0, SPAN, layout=FLAT)
+            aside.index(2 * HALF).store(gl.load(bias + whole))
+            aside.index(2 * HALF + 1).store(gl.load(gate + whole))
+        else:
+            for part in gl.static_range(PARTS):
+                at = gl.multiple_of(column + PART * part, PART) + within
+                if bias is not None:
+                    shifts = shifts + (gl.load(bias + at),)
+                factors = factors + (gl.load(sequence_gate + at),)
         product = gl.zeros([ROWS, SPAN], gl.float32, layout=product_layout)
         previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
         for k in range(steps):
@@ -129,11 +149,15 @@ def _consume(
         for two in gl.static_range(PARTS // 2):
             first, second = parts[2 * two], parts[2 * two + 1]
             near, far = leaving.index(HALF * PARTS + 2 * two), leaving.index(HALF * PARTS + 2 * two + 1)
-            if bias is not None:
-                first += shifts[2 * two].to(gl.float32)[None, :]
-                second += shifts[2 * two + 1].to(gl.float32)[None, :]
-            first = first * factors[2 * two].to(gl.float32)[None, :]
-            second = second * factors[2 * two + 1].to(gl.float32)[None, :]
+            if SCALED:
+                first = _scaled(first, aside, HALF, 2 * two)
+                second = _scaled(second, aside, HALF, 2 * two + 1)
+            else:
+                if bias is not None:
+                    first += shifts[2 * two].to(gl.float32)[None, :]
+                    second += shifts[2 * two + 1].to(gl.float32)[None, :]
+                first = first * factors[2 * two].to(gl.float32)[None, :]
+                second = second * factors[2 * two + 1].to(gl.float32)[None, :]
             held = near.load(WIDE), far.load(WIDE)
             first += held[0].to(gl.float32)
             second += held[1].to(gl.float32)
@@ -176,11 +200,13 @@ def linear_residual_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    SCALED: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     left_ring = gl.allocate_shared_memory(left.dtype, [STAGES, ROWS * WARPGROUPS, BK], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, SPAN, BK], right.layout)
     leaving = gl.allocate_shared_memory(stream.dtype, [WARPGROUPS * PARTS, ROWS, PART], stream.layout)
+    aside = gl.allocate_shared_memory(gl.float32, [2 * WARPGROUPS, SPAN], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     stream_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
@@ -193,14 +219,14 @@ def linear_residual_kernel(
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
     fence_async_shared()
     # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
-    rings = (left_ring, right_ring, leaving, full, empty, stream_full, stream_empty)
+    rings = (left_ring, right_ring, leaving, aside, full, empty, stream_full, stream_empty)
     sizes = (row_tiles, column_tiles, steps)
     places = (rows, rows_of_sequence, last_sequence, gate_stride)
     tables = (bias, gate, sums)
     gl.warp_specialize(
         [
-            (_consume, (stream, tables, rings, sizes, places, 0, GROUP, PROGRAMS)),
-            (_consume, (stream, tables, rings, sizes, places, 1, GROUP, PROGRAMS)),
+            (_consume, (stream, tables, rings, sizes, places, 0, GROUP, PROGRAMS, SCALED)),
+            (_consume, (stream, tables, rings, sizes, places, 1, GROUP, PROGRAMS, SCALED)),
             (_produce, (left, right, stream, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],

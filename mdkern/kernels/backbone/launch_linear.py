@@ -16,25 +16,25 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mdkern.kernels.backbone.hopper_linear import BLOCKS, COLUMNS, linear_kernel
 from mdkern.kernels.backbone.hopper_residual import linear_residual_kernel
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS
+from mdkern.kernels.backbone.quantise import FP8
 from mdkern.kernels.device import num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
 from mdkern.kernels.invariant import is_batch_invariant
 
-DEPTH = 64  # columns of a copied tile: 128 bytes, the width of the shared-memory swizzle
+LINE = 128  # bytes of a copied tile's rows: the width of the shared-memory swizzle
 SUB = [ROWS.value, PART.value]  # what one store writes
 LINEAR_TILE = (ROWS.value * BLOCKS.value, COLUMNS.value * WARPGROUPS.value)
 RESIDUAL_TILE = (ROWS.value * WARPGROUPS.value, SPAN.value)
 # Row tiles that take all columns before the next ones begin.
 LINEAR_GROUP, RESIDUAL_GROUP = 8, 16
 # STAGES: as many as shared memory holds. REGISTERS: of a consumer thread; maxnreg: of every thread at the launch.
-SETTING = {"BK": DEPTH, "STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
+SETTING = {"STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
 
 
 def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
     block = list(block)
-    return TensorDescriptor.from_tensor(
-        matrix, block, gl.NVMMASharedLayout.get_default_for(block, ELEMENT[matrix.dtype])
-    )
+    element = gl.float8e4nv if matrix.dtype == FP8 else ELEMENT[matrix.dtype]
+    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
 
 def cut(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int, int]:
@@ -57,26 +57,33 @@ def linear(
     rotated: int = 0,
     gelu: bool = False,
     sums: Tensor | None = None,
+    scale: Tensor | None = None,
+    level: Tensor | None = None,
 ) -> None:
     """``out = [gelu] (x @ weight.T + bias)``, the first `rotated` columns rotated by `cos`, `sin`.
 
     With `sums`, the `row_sums` of `x`, each row of the product is divided by the standard deviation of its row of `x`.
+    With matrices in e4m3 `scale` multiplies the columns of the product, and `level`, if given, those of the result.
     """
+    depth = LINE // x.element_size()
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], LINEAR_TILE, x.device)
     linear_kernel[(programs,)](
-        describe(x, [ROWS.value, DEPTH]),
-        describe(weight, [LINEAR_TILE[1], DEPTH]),
+        describe(x, [ROWS.value, depth]),
+        describe(weight, [LINEAR_TILE[1], depth]),
         describe(out, SUB),
         bias,
         cos,
         sin,
         sums,
+        scale,
+        level,
         row_tiles,
         column_tiles,
-        triton.cdiv(x.shape[1], DEPTH),
+        triton.cdiv(x.shape[1], depth),
         x.shape[0],
         length,
         rotated,
+        BK=depth,
         GROUP=LINEAR_GROUP,
         PROGRAMS=programs,
         GELU=gelu,
@@ -87,26 +94,39 @@ def linear(
 
 
 def linear_residual(
-    stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
+    stream: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    sums: Tensor | None,
+    scaled: bool = False,
 ) -> None:
-    """``stream += gate * (x @ weight.T + bias)``; `sums`, if given, receives the `row_sums` of the new rows."""
+    """``stream += gate * (x @ weight.T + bias)``; `sums`, if given, receives the `row_sums` of the new rows.
+
+    With `scaled`, for matrices in e4m3, it is ``stream += gate * (x @ weight.T) + bias``, of a gate and bias ``[C]``
+    in float32.
+    """
+    depth = LINE // x.element_size()
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], RESIDUAL_TILE, x.device)
     sequences = gate.shape[0] if gate.ndim == 2 else 1
     linear_residual_kernel[(programs,)](
-        describe(x, [RESIDUAL_TILE[0], DEPTH]),
-        describe(weight, [RESIDUAL_TILE[1], DEPTH]),
+        describe(x, [RESIDUAL_TILE[0], depth]),
+        describe(weight, [RESIDUAL_TILE[1], depth]),
         describe(stream, SUB),
         bias,
         gate,
         sums,
         row_tiles,
         column_tiles,
-        triton.cdiv(x.shape[1], DEPTH),
+        triton.cdiv(x.shape[1], depth),
         x.shape[0],
         x.shape[0] // sequences,
         sequences - 1,
         gate.stride(0) if sequences > 1 else 0,
+        BK=depth,
         GROUP=RESIDUAL_GROUP,
         PROGRAMS=programs,
+        SCALED=scaled,
         **SETTING,
     )
