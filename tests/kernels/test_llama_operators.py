@@ -77,9 +77,10 @@ def test_skinny_products_by_definition() -> None:
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("where", ["in place", "kept", "kept at columns"])
-def test_heads_by_definition(normed: bool, where: str) -> None:
-    """Pair (i, i + half) of a head is a complex number, which is multiplied by cos + i sin of its position."""
-    case = HeadsCase(4, 2, 6, normed, where)
+@pytest.mark.parametrize("turned", [None, 2])
+def test_heads_by_definition(normed: bool, where: str, turned: int | None) -> None:
+    """Pair (i, i + R) of a head is a complex number, which is multiplied by cos + i sin of its position."""
+    case = HeadsCase(4, 2, 6, normed, where, turned=turned)
     got = case.run(place_heads.place_heads_reference)
     given: list[Tensor | None] = []
     case.run(lambda *arguments: given.extend(x.clone() if isinstance(x, Tensor) else x for x in arguments))
@@ -117,12 +118,12 @@ def turned_by_definition(
 ) -> Tensor:
     assert cos is not None
     assert sin is not None
-    if not 0 <= position < len(cos):
-        return torch.full_like(head, torch.nan)
     numbers = head if norm is None else torch.tensor(rms_normed(head, norm, 1e-2))
-    half = len(head) // 2
-    turned = torch.complex(numbers[:half], numbers[half:]) * torch.complex(cos[position], sin[position])
-    return torch.cat((turned.real, turned.imag))
+    half = cos.shape[1]
+    there = 0 <= position < len(cos)
+    factor = torch.complex(cos[position], sin[position]) if there else torch.full((half,), torch.nan)
+    turned = torch.complex(numbers[:half], numbers[half : 2 * half]) * factor
+    return torch.cat((turned.real, turned.imag, numbers[2 * half :]))
 
 
 def test_the_operators_are_well_registered() -> None:

@@ -33,11 +33,12 @@ class HeadsCase(NamedTuple):
     where: str  # "in place", "kept", "kept at columns"
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    turned: int | None = None  # pairs of a head that are rotated, if not all
 
     def run(self, place: Callable[..., None]) -> tuple[Tensor, ...]:
         """What `place` makes of the queries, the keys, the values and the cache."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        cos, sin = (self.random(seed, 5, self.head_dim // 2, dtype=wide) for seed in (1, 2))
+        cos, sin = (self.random(seed, 5, self.turned or self.head_dim // 2, dtype=wide) for seed in (1, 2))
         heads = self.random(3, 6, self.queries + 2 * self.keys, self.head_dim, dtype=self.dtype)
         query, key, value = heads.split((self.queries, self.keys, self.keys), 1)
         norms = [

@@ -17,7 +17,7 @@ def experts_problem(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[Tensor, ...]:
-    """The arguments of `gated_experts`. The last expert has no row, if another is left for every choice."""
+    """The first arguments of `gated_experts`. The last expert has no row, if another is left for every choice."""
     generator = torch.Generator().manual_seed(rows)
 
     def normal(*shape: int) -> Tensor:
@@ -32,6 +32,21 @@ def experts_problem(
         normal(experts, depth, width),
     )
     return x, index.to(device), weights.to(device), gate_up, down
+
+
+def listed(gate_up: Tensor, down: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The weights as tensors of their own, in memory in another order."""
+    gates, ups = ([part.clone() for part in reversed(half)] for half in gate_up.chunk(2, dim=1))
+    return gates[::-1], ups[::-1], [part.clone() for part in down]
+
+
+def routing_problem(
+    rows: int, experts: int, biased: bool, parts: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
+    """The first arguments of `route_experts`."""
+    generator = torch.Generator().manual_seed(rows)
+    products = torch.randn(parts, rows, experts, generator=generator).to(dtype).to(device)
+    return products, 0.3 * torch.randn(experts, generator=generator).to(device) if biased else None
 
 
 def sandwich_problem(

@@ -25,6 +25,7 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_route_experts,
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
@@ -119,7 +120,14 @@ def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> Non
     types |= dict.fromkeys(("length", "table_rows", "room"), "i32")
     types |= {name: "i64" for name in triton_place_heads.place_heads_kernel.arg_names if name.endswith("_stride")}
     half = head_dim // 2
-    constants = {"QUERIES": 32, "KEYS": 8, "HALF": half, "HEADS": 8, "HALF_BLOCK": triton.next_power_of_2(half)}
+    constants = {
+        "QUERIES": 32,
+        "KEYS": 8,
+        "HALF": half,
+        "TURNED": half // 2 if kept else half,
+        "HEADS": 8,
+        "HALF_BLOCK": triton.next_power_of_2(half),
+    }
     build(triton_place_heads.place_heads_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
@@ -157,11 +165,12 @@ def invariant(capability: int) -> None:
             assert built.metadata.shared <= room
 
 
-def experts(capability: int, gated: bool, rows: int) -> None:
-    """Of DiffusionGemma."""
+def experts(capability: int, gated: bool, rows: int, listed: bool) -> None:
+    """Of DiffusionGemma; also with weights that are tensors of their own."""
     types = {"x": "*bf16", "weight": "*bf16", "order": "*i32", "ends": "*i32", "out": "*bf16", "pairs": "i32"}
+    types |= {"places": "*i64"} if listed else {}
     tiling = triton_experts.GATED if gated else triton_experts.DOWN
-    constants = {"EXPERTS": 128, "CHOICES": 8, "EXPERT_BLOCK": 128, "GATED": gated, "BLOCK_ROWS": rows}
+    constants = {"EXPERTS": 128, "CHOICES": 8, "EXPERT_BLOCK": 128, "GATED": gated, "BLOCK_ROWS": rows, "SILU": listed}
     constants |= {"COLUMNS": 704, "INNER": 2816} if gated else {"COLUMNS": 2816, "INNER": 704}
     constants |= {"BLOCK": tiling.columns, "BLOCK_INNER": tiling.inner}
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
@@ -182,6 +191,15 @@ def sandwich(capability: int) -> None:
     types |= {"scores_stride": "i64"}
     constants = {"EXPERTS": 128, "COUNT": 8, "BLOCK": 128, "COUNT_BLOCK": 8}
     build(triton_sandwich.choose_experts_kernel, ASTSource, capability, types, constants, num_warps=1)
+
+
+def routing(capability: int) -> None:
+    """Of LLaDA 2."""
+    types = {"products": "*fp32", "bias": "*fp32", "weights": "*fp32", "index": "*i64", "rows": "i32", "factor": "fp32"}
+    constants = {"PARTS": 4, "EXPERTS": 256, "COUNT": 8, "ALWAYS": 1, "SOFTMAX": False, "NORMALISED": True}
+    constants |= {"BIAS_COUNTS": False, "GROUPS": 8, "KEPT_GROUPS": 4, "GROUP_BLOCK": 8, "EACH_BLOCK": 32}
+    constants |= {"COUNT_BLOCK": 16, "SMALL": 1e-20}
+    build(triton_route_experts.route_experts_kernel, ASTSource, capability, types, constants, num_warps=1)
 
 
 def sorted_pairs(capability: int) -> None:
@@ -257,7 +275,9 @@ def main() -> None:
         sandwich(capability)
         sorted_pairs(capability)
         for gated in (False, True):
-            experts(capability, gated, rows=32)
+            experts(capability, gated, rows=32, listed=False)
+            experts(capability, gated, rows=16, listed=True)
+        routing(capability)
         heads(capability)
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)

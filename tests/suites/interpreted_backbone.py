@@ -21,18 +21,20 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_route_experts,
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
 )
 from mdkern.kernels.backbone.combine import combine_reference
-from mdkern.kernels.backbone.experts import gated_experts_reference
+from mdkern.kernels.backbone.experts import gated_experts_reference, places_of
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.invariant_attention import invariant_attention_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
 from mdkern.kernels.backbone.place_heads import place_heads_reference
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
 from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
+from mdkern.kernels.backbone.route_experts import Routing, route_experts_reference
 from mdkern.kernels.backbone.sandwich import choose_experts_reference, sandwich_norm_reference
 from mdkern.kernels.backbone.skinny import (
     skinny_linear_reference,
@@ -41,7 +43,7 @@ from mdkern.kernels.backbone.skinny import (
 )
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from tests.problems.backbone import HeadsCase, modulation, normal
-from tests.problems.experts import experts_problem, sandwich_problem
+from tests.problems.experts import experts_problem, listed, routing_problem, sandwich_problem
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -218,6 +220,15 @@ def test_heads_are_placed_as_by_the_reference(queries: int, keys: int, head_dim:
         assert got[0].isnan().flatten(1).all(1).tolist() == [False, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("turned", [1, 3])
+@pytest.mark.parametrize("where", ["in place", "kept at columns"])
+def test_heads_may_be_turned_in_part(turned: int, where: str) -> None:
+    case = HeadsCase(3, 2, 10, True, where, turned=turned)
+    want, got = (case.run(implementation) for implementation in (place_heads_reference, triton_place_heads.place_heads))
+    for expected, tensor in zip(want, got, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(("tokens", "columns"), [(7, 1500), (1, 3), (0, 8)])
 def test_combine_is_the_references(tokens: int, columns: int) -> None:
     rows, place = normal(1, 20, columns), torch.arange(3 * tokens).view(tokens, 3) * 7 % 20
@@ -312,8 +323,39 @@ def test_experts_are_the_references(
     """Experts with several tiles of rows and with none, and shapes that divide into tiles and do not."""
     monkeypatch.setattr(triton_experts, "rows_of_a_tile", lambda *_: 16)
     given = experts_problem(rows, choices, experts, depth, width)
-    want = gated_experts_reference(*given)
-    torch.testing.assert_close(triton_experts.gated_experts(*given), want, rtol=1e-5, atol=1e-5)
+    for activation in ("gelu", "silu"):
+        want = gated_experts_reference(*given, activation)
+        torch.testing.assert_close(triton_experts.gated_experts(*given, activation), want, rtol=1e-5, atol=1e-5)
+    lists = listed(*given[3:])
+    got = triton_experts.listed_experts(*given[:3], *lists, places_of(*lists), "silu")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+ROUTINGS = [
+    (13, False, Routing(3, normalised=False)),
+    (16, True, Routing(4, bias_counts=True, factor=0.5)),
+    (24, True, Routing(4, softmax=False, groups=6, kept_groups=3, factor=2.5, always=1)),
+    (8, False, Routing(8, softmax=False, groups=8, kept_groups=8, always=3)),  # one expert a group
+    (5, False, Routing(1)),
+]
+
+
+@pytest.mark.parametrize(("experts", "biased", "routing"), ROUTINGS)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_experts_are_routed_to_as_by_the_reference(experts: int, biased: bool, routing: Routing, parts: int) -> None:
+    given = routing_problem(7, experts, biased, parts)
+    got = triton_route_experts.route_experts(*given, routing)
+    for ours, theirs in zip(got, route_experts_reference(*given, routing), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", [Routing(2), Routing(2, softmax=False, groups=2)])
+def test_bad_products_touch_no_other_row(routing: Routing) -> None:
+    products, _ = routing_problem(4, 6, False)
+    products[0, 1, 2], products[0, 3] = torch.nan, torch.nan
+    weights, index = triton_route_experts.route_experts(products, None, routing)
+    assert weights.isnan().any(-1).tolist() == [False, True, False, True]
+    assert bool(((index >= 0) & (index < 6)).all()), "an index outside would be read by the experts"
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

@@ -29,14 +29,16 @@ from mdkern.kernels.backbone import (
     triton_place_heads,
     triton_rms_norm,
     triton_rotary,
+    triton_route_experts,
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
 )
+from mdkern.kernels.backbone.route_experts import Routing
 from mdkern.kernels.head import launch_soft
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
 from tests.problems.backbone import HeadsCase, modulation, normal
-from tests.problems.experts import experts_problem, sandwich_problem
+from tests.problems.experts import experts_problem, routing_problem, sandwich_problem
 from tests.problems.selection import RULES, random_selection
 from tests.problems.soft import SoftProblem
 from tests.problems.tick import arguments, random_state
@@ -213,7 +215,12 @@ class TestEveryEntryIsWritten:
 
     @pytest.mark.parametrize("case", [(11, 2, 4, 40, 24), (40, 1, 2, 33, 70)], ids=str)
     def test_experts(self, case: tuple[int, ...]) -> None:
-        assert not is_poisoned(triton_experts.gated_experts(*experts_problem(*case)))
+        assert not is_poisoned(triton_experts.gated_experts(*experts_problem(*case), "silu"))
+
+    def test_routing(self) -> None:
+        for routing in (Routing(3), Routing(2, False, groups=4, kept_groups=2, always=1)):
+            outcome = triton_route_experts.route_experts(*routing_problem(3, 12, True, 2), routing)
+            assert not any(map(is_poisoned, outcome))
 
     def test_sandwiches(self) -> None:
         for given in (sandwich_problem(3, 20, 3, True), sandwich_problem(1, 33, 0, False)):

@@ -55,7 +55,7 @@ def turn(
     if norm is not None:
         wide = normalise(wide, norm, eps)
     wide = wide.clone() if wide is heads else wide
-    rotary_reference(wide, cos, sin, positions, length)
+    rotary_reference(wide[..., : 2 * cos.shape[1]], cos, sin, positions, length)
     heads.copy_(wide)
 
 
@@ -69,8 +69,8 @@ place_heads_operator = operator(
 
 
 def place_heads(
-    cos: Tensor,  # [P, head_dim / 2]
-    sin: Tensor,  # [P, head_dim / 2]
+    cos: Tensor,  # [P, R]
+    sin: Tensor,  # [P, R]
     query: Tensor | None,  # [N, Hq, head_dim]
     key: Tensor | None = None,  # [N, H, head_dim]
     value: Tensor | None = None,  # [N, H, head_dim]
@@ -85,12 +85,14 @@ def place_heads(
 ) -> None:
     """Norm and rotate queries and keys, in place; or write the keys and the values to a KV cache instead.
 
-    Dimension i of a head is paired with i + head_dim / 2. Everything is computed in float32 and rounded once.
+    Dimension i of the first R of a head is paired with i + R; those from 2R on are not rotated. Everything is computed
+    in float32 and rounded once.
 
     Args:
-        cos, sin: float32, contiguous, of the angles of each position.
+        cos, sin: float32, contiguous, of the angles of each position, with R at most head_dim / 2.
         query, key, value: floating, each row contiguous, any row stride. With `kept`, `key` is not changed.
-        positions: int64 or int32 in 0..P-1; others give NaN. None: row n is at position ``n % length``.
+        positions: int64 or int32 in 0..P-1; others give NaN where heads are rotated. None: row n is at position
+            ``n % length``.
         length: number of rows of each sequence; row n is of sequence ``n // length``.
         query_norm, key_norm: weights of a norm of each head before it is rotated, as by `rms_norm`, with `eps`.
         kept: rotated keys, and values; any strides, but each head contiguous.
@@ -103,8 +105,8 @@ def place_heads(
     first = query if query is not None else key
     if first is None:
         raise ValueError("queries or keys must be given")
-    half = cos.shape[-1]
-    check_angles(first, half, cos, sin)
+    half = first.shape[-1] // 2
+    check_angles(first, min(half, cos.shape[-1]), cos, sin)
     for name, heads in (("query", query), ("key", key), ("value", value)):
         if heads is None:
             continue

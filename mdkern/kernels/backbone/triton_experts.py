@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.backbone.experts import gated_experts_reference
+from mdkern.kernels.backbone.experts import activated, gated_experts_reference, listed_experts_reference
 from mdkern.kernels.backbone.triton_combine import combine
 from mdkern.kernels.device import copies_in_bulk
+from mdkern.kernels.invariant import is_batch_invariant
 
 MOST_FEW = 64  # rows of an expert on average up to which our products are used, else PyTorch's grouped ones
 SORT_BLOCK = 2048
+INVARIANT_ROWS = 64  # of a tile in the batch-invariant mode
 
 
 class Tiling(NamedTuple):
@@ -63,7 +65,8 @@ def sort_pairs_kernel(index, order, ends, pairs, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs"])
 def expert_product_kernel(
     x,  # [N, D], or with GATED False [pairs, F] in sorted order
-    weight,  # [E, 2 F, D], or with GATED False [E, D, F]
+    weight,  # [E, 2 F, D], or with GATED False [E, D, F]; with `places` one expert's gate [F, D], or its [D, F]
+    places,  # [2, E] or [1, E]: how many numbers after `weight` each expert's gate and up begin, or its weight
     order,  # [pairs]: the pairs sorted by expert
     ends,  # [E]: where each expert's pairs end
     out,  # [pairs, F] in sorted order, or with GATED False [pairs, D] in the order of pairs
@@ -73,6 +76,7 @@ def expert_product_kernel(
     COLUMNS: tl.constexpr,  # of the output
     INNER: tl.constexpr,
     GATED: tl.constexpr,
+    SILU: tl.constexpr,  # else GELU
     EXPERT_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -100,7 +104,17 @@ def expert_product_kernel(
     some = tl.where(wanted, column, 0)
     read = x + source.to(tl.int64)[:, None] * INNER + inner[None, :]
     HEIGHT: tl.constexpr = COLUMNS * 2 if GATED else COLUMNS
-    entry = weight + expert.to(tl.int64) * HEIGHT * INNER + some.to(tl.int64)[:, None] * INNER + inner[None, :]
+    ALIGNED: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # numbers of 16 bytes
+    if places is None:
+        begins = expert.to(tl.int64) * HEIGHT * INNER
+        beside_begins = begins + COLUMNS * INNER
+    else:
+        begins = tl.multiple_of(tl.load(places + expert), ALIGNED)
+        beside_begins = begins
+        if GATED:
+            beside_begins = tl.multiple_of(tl.load(places + EXPERTS + expert), ALIGNED)
+    entry = weight + begins + some.to(tl.int64)[:, None] * INNER + inner[None, :]
+    beside_entry = weight + beside_begins + some.to(tl.int64)[:, None] * INNER + inner[None, :]
     product = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
     beside = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
     for k in range(0, INNER, BLOCK_INNER):
@@ -114,13 +128,15 @@ def expert_product_kernel(
         product = tl.dot(left, tl.trans(rows), product, input_precision="ieee")
         if GATED:
             if INNER % BLOCK_INNER == 0:
-                right = tl.load(entry + COLUMNS * INNER + k)
+                right = tl.load(beside_entry + k)
             else:
-                right = tl.load(entry + COLUMNS * INNER + k, mask=within, other=0.0)
+                right = tl.load(beside_entry + k, mask=within, other=0.0)
             beside = tl.dot(right, tl.trans(rows), beside, input_precision="ieee")
     target = pair
     if GATED:
-        curved = 1.5957691216057308 * (product + 0.044715 * product * product * product)  # 2 sqrt(2 / pi)
+        curved = product
+        if not SILU:
+            curved = 1.5957691216057308 * (product + 0.044715 * product * product * product)  # 2 sqrt(2 / pi)
         product = product * tl.sigmoid(curved) * beside
         target = row
     write = out + target.to(tl.int64)[:, None] * COLUMNS + column[None, :]
@@ -137,28 +153,40 @@ def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def rows_of_a_tile(pairs: int, experts: int) -> int:
     """Half more than an expert has on average, so that most have one tile."""
+    if is_batch_invariant():
+        return INVARIANT_ROWS
     return min(128, max(16, triton.next_power_of_2(triton.cdiv(3 * pairs, 2 * experts))))
 
 
-def product(
-    x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, choices: int, gated: bool, tiling: Tiling
-) -> Tensor:
-    pairs, experts, inner = len(order), len(weight), weight.shape[2]
-    columns = weight.shape[1] // 2 if gated else weight.shape[1]
+class Product(NamedTuple):
+    """A product of every pair's row with its expert's weights."""
+
+    weight: Tensor
+    places: Tensor | None
+    columns: int
+    inner: int
+    gated: bool
+    silu: bool
+
+
+def product(x: Tensor, of: Product, order: Tensor, ends: Tensor, choices: int, tiling: Tiling) -> Tensor:
+    pairs, experts = len(order), len(ends)
     rows = rows_of_a_tile(pairs, experts)
-    out = torch.empty((pairs, columns), dtype=x.dtype, device=x.device)
-    expert_product_kernel[(min(pairs, experts) + pairs // rows, triton.cdiv(columns, tiling.columns))](
+    out = torch.empty((pairs, of.columns), dtype=x.dtype, device=x.device)
+    expert_product_kernel[(min(pairs, experts) + pairs // rows, triton.cdiv(of.columns, tiling.columns))](
         x,
-        weight,
+        of.weight,
+        of.places,
         order,
         ends,
         out,
         pairs,
         EXPERTS=experts,
         CHOICES=choices,
-        COLUMNS=columns,
-        INNER=inner,
-        GATED=gated,
+        COLUMNS=of.columns,
+        INNER=of.inner,
+        GATED=of.gated,
+        SILU=of.silu,
         EXPERT_BLOCK=triton.next_power_of_2(experts),
         BLOCK_ROWS=rows,
         BLOCK=tiling.columns,
@@ -169,10 +197,12 @@ def product(
     return out
 
 
-def grouped(x: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, ends: Tensor, choices: int) -> Tensor:
+def grouped(
+    x: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, ends: Tensor, choices: int, activation: str
+) -> Tensor:
     """The experts' outputs ``[pairs, D]`` in sorted order, by PyTorch's grouped products."""
     gate, up = F.grouped_mm(x[order // choices], gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    gated = F.gelu(gate, approximate="tanh").mul_(up)
+    gated = activated(gate, activation).mul_(up)
     del gate, up  # 2 F numbers a pair, which the outputs may use again
     return F.grouped_mm(gated, down.transpose(-2, -1), offs=ends)
 
@@ -181,25 +211,57 @@ def groups_well(x: Tensor, gate_up: Tensor, pairs: int) -> bool:
     """Whether PyTorch has fast grouped products for these, and enough rows for them."""
     experts, height, depth = gate_up.shape
     aligned = depth % 8 == 0 and height % 16 == 0
-    enough = pairs > MOST_FEW * experts
+    enough = pairs > MOST_FEW * experts and not is_batch_invariant()
     return enough and aligned and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and copies_in_bulk(x)
 
 
-def gated_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gated_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
     """`gated_experts` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if x.dtype == torch.float64:
-        return gated_experts_reference(x, index, weights, gate_up, down)
+        return gated_experts_reference(x, index, weights, gate_up, down, activation)
     choices, pairs = index.shape[1], index.numel()
     if not pairs or not down.numel():
         return torch.zeros_like(x)
-    x = x.contiguous()
-    order, ends = sort_pairs(index.contiguous(), len(down))
-    place = torch.arange(pairs, device=x.device)
     if groups_well(x, gate_up, pairs):
-        outputs = grouped(x, gate_up, down, order, ends, choices)
+        x = x.contiguous()
+        order, ends = sort_pairs(index.contiguous(), len(down))
+        outputs = grouped(x, gate_up, down, order, ends, choices, activation)
+        place = torch.arange(pairs, device=x.device)
         place = torch.empty_like(place).scatter_(0, order.long(), place)
-    else:
-        tilings = (FLOAT32, FLOAT32) if x.dtype == torch.float32 else (GATED, DOWN)
-        gated = product(x, gate_up, order, ends, choices, True, tilings[0])
-        outputs = product(gated, down, order, ends, choices, False, tilings[1])
+        return combine(outputs, place.view_as(index), weights.contiguous())
+    _, depth, width = down.shape
+    silu = activation == "silu"
+    first = Product(gate_up, None, width, depth, True, silu)
+    return by_expert(x, index, weights, first, Product(down, None, depth, width, False, silu), len(down))
+
+
+def listed_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gates: list[Tensor],
+    ups: list[Tensor],
+    downs: list[Tensor],
+    places: Tensor,
+    activation: str,
+) -> Tensor:
+    """`listed_experts` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if x.dtype == torch.float64:
+        return listed_experts_reference(x, index, weights, gates, ups, downs, places, activation)
+    if not index.numel() or not downs[0].numel():
+        return torch.zeros_like(x)
+    depth, width = downs[0].shape
+    silu = activation == "silu"
+    first = Product(gates[0], places, width, depth, True, silu)
+    return by_expert(x, index, weights, first, Product(downs[0], places[2:], depth, width, False, silu), len(downs))
+
+
+def by_expert(x: Tensor, index: Tensor, weights: Tensor, first: Product, second: Product, experts: int) -> Tensor:
+    """The mixture by our products."""
+    x, choices = x.contiguous(), index.shape[1]
+    order, ends = sort_pairs(index.contiguous(), experts)
+    tilings = (FLOAT32, FLOAT32) if x.dtype == torch.float32 else (GATED, DOWN)
+    gated = product(x, first, order, ends, choices, tilings[0])
+    outputs = product(gated, second, order, ends, choices, tilings[1])
+    place = torch.arange(index.numel(), device=x.device)
     return combine(outputs, place.view_as(index), weights.contiguous())

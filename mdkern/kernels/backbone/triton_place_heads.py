@@ -25,23 +25,28 @@ def _turn(
     inside,
     eps,
     HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
     """Norm and rotate some heads of a row."""
     dimension = tl.arange(0, HALF_BLOCK)
-    read = source + head[:, None] * (2 * HALF) + dimension[None, :]
-    first = tl.load(read, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(read + HALF, mask=inside, other=0.0).to(tl.float32)
+    partner = dimension + HALF
+    if TURNED < HALF:
+        partner = dimension + tl.where(dimension < TURNED, TURNED, HALF)
+        dimension += tl.where(dimension < TURNED, 0, TURNED)
+    read = source + head[:, None] * (2 * HALF)
+    first = tl.load(read + dimension[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(read + partner[None, :], mask=inside, other=0.0).to(tl.float32)
     if norm is not None:
         spread = tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
         scale = (1.0 / spread)[:, None]
-        half = dimension < HALF
+        half = tl.arange(0, HALF_BLOCK) < HALF
         first = first * scale * tl.load(norm + dimension, mask=half, other=0.0).to(tl.float32)[None, :]
-        second = second * scale * tl.load(norm + HALF + dimension, mask=half, other=0.0).to(tl.float32)[None, :]
-    write = target + head[:, None] * target_stride + dimension[None, :]
+        second = second * scale * tl.load(norm + partner, mask=half, other=0.0).to(tl.float32)[None, :]
+    write = target + head[:, None] * target_stride
     element = target.dtype.element_ty
-    tl.store(write, (first * c[None, :] - second * s[None, :]).to(element), mask=inside)
-    tl.store(write + HALF, (second * c[None, :] + first * s[None, :]).to(element), mask=inside)
+    tl.store(write + dimension[None, :], (first * c[None, :] - second * s[None, :]).to(element), mask=inside)
+    tl.store(write + partner[None, :], (second * c[None, :] + first * s[None, :]).to(element), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "table_rows", "room"])
@@ -70,6 +75,7 @@ def place_heads_kernel(
     QUERIES: tl.constexpr,  # heads; 0 without queries
     KEYS: tl.constexpr,
     HALF: tl.constexpr,  # head_dim / 2
+    TURNED: tl.constexpr,  # R
     HEADS: tl.constexpr,  # of a program
     HALF_BLOCK: tl.constexpr,
 ):
@@ -82,29 +88,33 @@ def place_heads_kernel(
     position = row % length
     if positions is not None:
         position = tl.load(positions + row).to(tl.int64)
-    there = half & (position >= 0) & (position < table_rows)
-    c = tl.load(cos + position * HALF + dimension, mask=there, other=float("nan"))
-    s = tl.load(sin + position * HALF + dimension, mask=there, other=float("nan"))
+    turned = dimension < TURNED
+    there = turned & (position >= 0) & (position < table_rows)
+    c = tl.load(cos + position * TURNED + dimension, mask=there, other=float("nan"))
+    s = tl.load(sin + position * TURNED + dimension, mask=there, other=float("nan"))
+    if TURNED < HALF:
+        c = tl.where(turned, c, 1.0)
+        s = tl.where(turned, s, 0.0)
     if QUERIES > 0:  # noqa: SIM102  a condition of the compiler's, and one of the program's
         if part < QUERY_PARTS:
             head = part * HEADS + tl.arange(0, HEADS)
             inside = (head < QUERIES)[:, None] & half[None, :]
             at = query + row * query_stride
-            _turn(at, at, 2 * HALF, query_norm, c, s, head, inside, eps, HALF, HALF_BLOCK)
+            _turn(at, at, 2 * HALF, query_norm, c, s, head, inside, eps, HALF, TURNED, HALF_BLOCK)
     if KEYS > 0:
         if (part >= QUERY_PARTS) & (part < QUERY_PARTS + KEY_PARTS):
             head = (part - QUERY_PARTS) * HEADS + tl.arange(0, HEADS)
             inside = (head < KEYS)[:, None] & half[None, :]
             at = key + row * key_stride
             if kept is None:
-                _turn(at, at, 2 * HALF, key_norm, c, s, head, inside, eps, HALF, HALF_BLOCK)
+                _turn(at, at, 2 * HALF, key_norm, c, s, head, inside, eps, HALF, TURNED, HALF_BLOCK)
             else:
                 column = row % length
                 if columns is not None:
                     column = tl.load(columns + row).to(tl.int64)
                 inside = inside & (column >= 0) & (column < room)
                 to = kept + (row // length) * sequence_stride + column * column_stride
-                _turn(at, to, head_stride, key_norm, c, s, head, inside, eps, HALF, HALF_BLOCK)
+                _turn(at, to, head_stride, key_norm, c, s, head, inside, eps, HALF, TURNED, HALF_BLOCK)
         if kept is not None:  # noqa: SIM102
             if part >= QUERY_PARTS + KEY_PARTS:
                 head = (part - QUERY_PARTS - KEY_PARTS) * HEADS + tl.arange(0, HEADS)
@@ -135,7 +145,7 @@ def place_heads(
 ) -> None:
     """`place_heads` on a GPU (or, on the CPU, in Triton's interpreter)."""
     first = query if query is not None else key
-    rows, half = first.shape[0], cos.shape[1]
+    rows, half = first.shape[0], first.shape[2] // 2
     if first.dtype == torch.float64:
         place_heads_reference(cos, sin, query, key, value, positions, length, query_norm, key_norm, eps, kept, columns)
         return
@@ -166,6 +176,7 @@ def place_heads(
         QUERIES=queries,
         KEYS=keys,
         HALF=half,
+        TURNED=cos.shape[1],
         HEADS=heads,
         HALF_BLOCK=triton.next_power_of_2(half),
         num_warps=4 if heads * half >= 512 else 1,

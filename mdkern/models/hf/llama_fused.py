@@ -22,6 +22,7 @@ from mdkern.kernels.device import num_sms
 from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority, gather_rows
 from mdkern.models.hf.intercept import attend
+from mdkern.models.hf.llama_experts import run_experts
 from mdkern.models.hf.llama_parts import Block, Linear, Parts
 from mdkern.models.soft import Soft
 
@@ -90,14 +91,14 @@ def run(
             queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
             attended = attend(queries, keys, values, mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
             normed = rms_norm(x, *block.mlp_norm, update=update_by(attended, block.attn_out))
-            update = update_by(activated(normed, block), block.down)
+            update = mlp_update(normed, block)
         states = rms_norm(x, *parts.norm, update=update).unflatten(0, (batch, -1))
         return states if rows is None or fewer else gather_rows(states, rows)
 
 
 def has_few_queries(parts: Parts, batch: int, width: int, length: int, device: torch.device) -> bool:
     """Whether attention of `width` queries over `length` keys would leave multiprocessors idle and take long."""
-    heads = len(parts.blocks[0].query.weight) // (2 * parts.cos.shape[1])
+    heads = len(parts.blocks[0].query.weight) // parts.head_dim
     return length >= LONG and batch * heads * -(-width // 64) <= num_sms(device)
 
 
@@ -105,14 +106,24 @@ def heads_of(normed: Tensor, layers: Sequence[Linear], parts: Parts) -> list[Ten
     """``[N, heads, head_dim]`` of each of some projections."""
     skinny = runs_skinny(normed, *(layer.weight for layer in layers))
     products = skinny_linear(normed, *layers) if skinny else (F.linear(normed, *layer) for layer in layers)
-    return [product.unflatten(1, (-1, 2 * parts.cos.shape[1])) for product in products]
+    return [product.unflatten(1, (-1, parts.head_dim)) for product in products]
 
 
-def activated(normed: Tensor, block: Block) -> Tensor:
+def mlp_update(normed: Tensor, block: Block) -> Tensor:
+    """The output of the MLP, of the mixture of experts in its place, or of both, as `rms_norm` takes it."""
+    mixed = None if block.experts is None else run_experts(normed, block.experts)
+    if block.gate is None or block.up is None or block.down is None:
+        assert mixed is not None
+        return mixed
+    gated = activated(normed, block.gate, block.up)
+    return update_by(gated, block.down) if mixed is None else mixed.add_(F.linear(gated, *block.down))
+
+
+def activated(normed: Tensor, gate: Linear, up: Linear) -> Tensor:
     """The input of the last product of the MLP."""
-    if runs_skinny(normed, block.gate.weight, block.up.weight):
-        return skinny_swiglu(normed, block.gate, block.up)
-    return swiglu(F.linear(normed, *block.gate), F.linear(normed, *block.up))
+    if runs_skinny(normed, gate.weight, up.weight):
+        return skinny_swiglu(normed, gate, up)
+    return swiglu(F.linear(normed, *gate), F.linear(normed, *up))
 
 
 def update_by(x: Tensor, layer: Linear) -> Tensor:

@@ -1,9 +1,10 @@
 """Recognises transformers built like Llama's by their modules and parameters, and gives their weights.
 
 That is a stack of blocks, each with attention and an MLP behind a norm of its own (RMS norms, rotary positions, SwiGLU;
-Touvron et al., 2302.13971): Llama, Mistral, Qwen 2 and 3, Dream and SDAR; and LLaDA's code with the names of OLMo.
-Classes are not relied on. Every parameter must have one of the roles below, and `probe` compares the passes of
-`llama_fused` with the model's own.
+Touvron et al., 2302.13971): Llama, Mistral, Qwen 2 and 3, Dream and SDAR; LLaDA's code with the names of OLMo; and
+models with mixtures of experts in place of MLPs (`llama_experts`), LLaDA-MoE, LLaDA 2 and Qwen 3's. Classes are not
+relied on. Every parameter must have one of the roles below, and `probe` compares the passes of `llama_fused` with the
+model's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ from torch import Tensor, nn
 from mdkern.kernels.backbone.rms_norm import normalise
 from mdkern.models.dit_fused import is_hooked
 from mdkern.models.hf.introspect import OutputLayer, accepted_arguments, longest_input
+from mdkern.models.hf.llama_experts import (
+    Experts,
+    Kind,
+    UnknownExpertsError,
+    experts_of,
+    has_experts,
+    kind_of,
+)
+from mdkern.models.hf.llama_experts import submodule as part_of
 
 MOST_POSITIONS = 1 << 15  # of a model whose config does not tell how many it can read
 EPS_NAMES = ("variance_epsilon", "eps")
@@ -26,7 +36,7 @@ class Names(NamedTuple):
     """Names of a block's parts."""
 
     attn_norm: str
-    query: str
+    query: str  # or all three in one, if they have one name
     key: str
     value: str
     query_norm: str
@@ -38,8 +48,10 @@ class Names(NamedTuple):
     down: str
 
 
-OPTIONAL = ("query_norm", "key_norm")
-NORMS = ("attn_norm", "mlp_norm", *OPTIONAL)
+HEAD_NORMS = ("query_norm", "key_norm")
+MLP = ("gate", "up", "down")
+OPTIONAL = (*HEAD_NORMS, *MLP)  # a block may have a mixture of experts instead of an MLP
+NORMS = ("attn_norm", "mlp_norm", *HEAD_NORMS)
 KINDS = (
     Names(
         attn_norm="input_layernorm",
@@ -49,6 +61,19 @@ KINDS = (
         query_norm="self_attn.q_norm",
         key_norm="self_attn.k_norm",
         attn_out="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+    ),
+    Names(
+        attn_norm="input_layernorm",
+        query="attention.query_key_value",
+        key="attention.query_key_value",
+        value="attention.query_key_value",
+        query_norm="attention.query_layernorm",
+        key_norm="attention.key_layernorm",
+        attn_out="attention.dense",
         mlp_norm="post_attention_layernorm",
         gate="mlp.gate_proj",
         up="mlp.up_proj",
@@ -77,10 +102,12 @@ class Plan(NamedTuple):
     blocks: str
     norm: str
     names: Names
-    cos: Tensor  # float32 [P, head_dim / 2]
+    head_dim: int
+    cos: Tensor  # float32 [P, R], of the first 2R dimensions of a head
     sin: Tensor
     scale: float | None  # of the products of queries and keys; None: head_dim ** -0.5
     eps: float  # of norms that have none of their own
+    experts: Kind | None = None  # of mixtures of experts; None: there are none
 
 
 class Linear(NamedTuple):
@@ -102,9 +129,10 @@ class Block(NamedTuple):
     key_norm: Norm | None
     attn_out: Linear
     mlp_norm: Norm
-    gate: Linear
-    up: Linear
-    down: Linear
+    gate: Linear | None  # of an MLP, which may stand beside a mixture of experts
+    up: Linear | None
+    down: Linear | None
+    experts: Experts | None = None
 
 
 class Parts(NamedTuple):
@@ -113,6 +141,7 @@ class Parts(NamedTuple):
     embedding: Tensor
     blocks: tuple[Block, ...]
     norm: Norm
+    head_dim: int
     cos: Tensor
     sin: Tensor
     scale: float | None
@@ -152,9 +181,10 @@ def plan_of(model: nn.Module, head: OutputLayer, head_dim: int, turning: str, lo
     positions = max(longest, longest_input(model) or MOST_POSITIONS)
     cos, sin = angles(model, turning, head_dim // 2, positions, table.weight.device)
     scale = attention_scale(model.get_submodule(blocks)[0], names)  # type: ignore[index]
+    experts = kind_of_experts(model.get_submodule(blocks), names)  # type: ignore[arg-type]
     error = UnlikeLlamaError()
     for kind in (table.weight.dtype, torch.float32):  # PyTorch's default, by its version
-        plan = Plan(name, blocks, norms[0], names, cos, sin, scale, torch.finfo(kind).eps)
+        plan = Plan(name, blocks, norms[0], names, head_dim, cos, sin, scale, torch.finfo(kind).eps, experts)
         try:
             check_complete(model, plan, head)
             return plan
@@ -170,6 +200,22 @@ def attention_scale(block: nn.Module, names: Names) -> float | None:
     return scale if isinstance(scale, float) else None
 
 
+def kind_of_experts(blocks: nn.ModuleList, names: Names) -> Kind | None:
+    """Of the first mixture of experts in the blocks; None if there is none."""
+    for block in blocks:
+        if part_of(block, names.gate) is None:
+            try:
+                return kind_of(block, mlp_path(names))
+            except UnknownExpertsError as error:
+                raise UnlikeLlamaError(str(error)) from error
+    return None
+
+
+def mlp_path(names: Names) -> str:
+    """The module of an MLP, or of the mixture of experts in its place."""
+    return names.gate.rpartition(".")[0]
+
+
 def find_blocks(model: nn.Module) -> tuple[str, Names]:
     """The name of the list of blocks, and the names of a block's parts."""
     for name, module in model.named_modules():
@@ -177,21 +223,14 @@ def find_blocks(model: nn.Module) -> tuple[str, Names]:
             continue
         for names in KINDS:
             roles = names._asdict().items()
-            if all(part_of(module[0], path) is not None for role, path in roles if role not in OPTIONAL):
+            whole = part_of(module[0], names.gate) is not None or has_experts(module[0], mlp_path(names))
+            if whole and all(part_of(module[0], path) is not None for role, path in roles if role not in OPTIONAL):
                 return name, names
     raise UnlikeLlamaError("its blocks are not built like Llama's")
 
 
-def part_of(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule of this name, or None."""
-    part: Any = module
-    for name in path.split("."):
-        part = getattr(part, name, None)
-    return part if isinstance(part, nn.Module) else None
-
-
 def angles(model: nn.Module, turning: str, half: int, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the model's rotary embedding, float32 ``[P, head_dim / 2]`` each."""
+    """cos and sin of the model's rotary embedding, float32 ``[P, R]`` each, R at most head_dim / 2."""
     if turning:  # it rotates queries and keys itself, in which (1, 0) becomes (cos, sin)
         unit = torch.zeros(1, 1, positions, 2 * half, device=device)
         unit[..., :half] = 1.0
@@ -208,6 +247,7 @@ def angles(model: nn.Module, turning: str, half: int, positions: int, device: to
             raise UnlikeLlamaError(f"its rotary embedding is of the kind {kind!r}")
         x, place = torch.zeros(1, 1, 1, device=device), torch.arange(positions, device=device)[None]
         both = [table[0].float() for table in module(x, position_ids=place)]
+        half = min(half, both[0].shape[-1] // 2)
         if any(table.shape != (positions, 2 * half) or not table[:, :half].equal(table[:, half:]) for table in both):
             raise UnlikeLlamaError("its rotary embedding does not pair the halves of a head")
         cos, sin = (table[:, :half].contiguous() for table in both)
@@ -218,9 +258,10 @@ def angles(model: nn.Module, turning: str, half: int, positions: int, device: to
 def check_complete(model: nn.Module, plan: Plan, head: OutputLayer) -> None:
     """Refuse a model with parameters that have no role, with several dtypes, or with norms that are not RMS norms."""
     parts = resolve(model, plan)
-    used = {id(tensor) for tensor in (*tensors_of(parts), head.weight, head.bias) if tensor is not None}
+    tensors = (*tensors_of(parts), head.weight, head.bias)
+    used = {tensor.data_ptr() for tensor in tensors if tensor is not None}  # of views, too
     for name, parameter in model.named_parameters():
-        if id(parameter) not in used:
+        if parameter.data_ptr() not in used:
             raise UnlikeLlamaError(f"it has a parameter besides those of a Llama, {name}")
         if parameter.dtype != parts.embedding.dtype and parameter is not head.weight and parameter is not head.bias:
             raise UnlikeLlamaError(f"its parameters are {parts.embedding.dtype} and {parameter.dtype}")
@@ -270,22 +311,44 @@ def resolve(model: nn.Module, plan: Plan) -> Parts:
     assert isinstance(blocks, nn.ModuleList)
     assert isinstance(embedding, nn.Embedding)
     return Parts(
-        embedding.weight, tuple(block_of(block, plan) for block in blocks), norm_of(norm, plan.eps), plan.cos,
-        plan.sin, plan.scale,
+        embedding.weight, tuple(block_of(block, plan) for block in blocks), norm_of(norm, plan.eps), plan.head_dim,
+        plan.cos, plan.sin, plan.scale,
     )  # fmt: skip
 
 
 def block_of(block: nn.Module, plan: Plan) -> Block:
-    parts: dict[str, Any] = {}
-    for role, path in plan.names._asdict().items():
+    names, parts = plan.names, dict[str, Any]()
+    if part_of(block, names.gate) is None and plan.experts is not None:
+        try:
+            found = experts_of(block, mlp_path(names), plan.experts)
+        except UnknownExpertsError as error:
+            raise UnlikeLlamaError(str(error)) from error
+        if found is None:
+            raise UnlikeLlamaError(f"a block of it has no {names.gate} and no experts")
+        parts["experts"], beside = found
+        paths = [f"{beside}.{names._asdict()[role].rpartition('.')[2]}" if beside else "" for role in MLP]
+        names = names._replace(**dict(zip(MLP, paths)))
+    for role, path in names._asdict().items():
         module = part_of(block, path)
         if module is None:
-            if role not in OPTIONAL:
-                raise UnlikeLlamaError(f"a block of it has no {path}")
-            parts[role] = None
-        else:
-            parts[role] = norm_of(module, plan.eps) if role in NORMS else linear_of(module, path)
+            if role in HEAD_NORMS or ("experts" in parts and not path):
+                parts[role] = None
+                continue
+            raise UnlikeLlamaError(f"a block of it has no {path}")
+        parts[role] = norm_of(module, plan.eps) if role in NORMS else linear_of(module, path)
+    if names.query == names.key:
+        parts |= zip(("query", "key", "value"), split(parts["query"], parts["attn_out"].weight.shape[1]))
     return Block(**parts)
+
+
+def split(packed: Linear, queries: int) -> list[Linear]:
+    """The projections to queries, keys and values that are one, as views of it."""
+    weight, bias = packed
+    sizes = [queries, *[(len(weight) - queries) // 2] * 2]
+    if sum(sizes) != len(weight):
+        raise UnlikeLlamaError(f"its {len(weight)} queries, keys and values cannot be told apart")
+    biases = [None] * 3 if bias is None else bias.split(sizes)
+    return [Linear(*pair) for pair in zip(weight.split(sizes), biases)]
 
 
 def linear_of(module: nn.Module, path: str) -> Linear:
