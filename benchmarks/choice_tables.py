@@ -1,5 +1,5 @@
-"""Tables and a verdict on learned choices of positions, drawn from ``benchmarks/results/learning-choice.json`` and,
-for the word problems, ``learning-problems.json``."""
+"""Tables and verdicts on learned choices of positions, drawn from ``benchmarks/results/learning-choice.json``; for the
+word problems from ``learning-problems.json``, for the exponents of GenMD4 from ``learning-exponents.json``."""
 
 from __future__ import annotations
 
@@ -122,6 +122,49 @@ def problems() -> str:
     return f"{caption(shown, 'learned')}\n\n" + markdown(header, body)
 
 
+def exponents() -> str:
+    """What learned exponents change in the bound, where they were fitted and on held-out text."""
+    path = RESULTS / "learning-exponents.json"
+    shown: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    if shown is None or not shown["runs"]:
+        return ABSENT
+    size, body, verdicts = shown["setting"], [], list[str]()
+    for windows in dict.fromkeys(run["windows"] for run in shown["runs"]):
+        runs = [run for run in shown["runs"] if run["windows"] == windows]
+        tokens = windows * size["length"] or size["tokens"]
+        values = [value for run in runs for value in run["exponents"]]
+        changes = {name: pooled([run[name] for run in runs]) for name in ("train", "held out")}
+        body.append(
+            [
+                f"{tokens:,}",
+                f"{mean_of([run['held out']['plain'] for run in runs]).mean:.3f}",
+                *(f"{change.mean:+.4f} ± {change.error:.4f}" for change in changes.values()),
+                f"{min(values):.2f}–{max(values):.2f}",
+            ]
+        )
+        known = changes["held out"]
+        said = "cannot be told from none" if abs(known.mean) <= 2 * known.error else (
+            "better" if known.mean < 0 else "worse"
+        )  # fmt: skip
+        verdicts.append(f"fitted to {tokens:,} tokens: {said}")
+    first = shown["runs"][0]["environment"]
+    header = ["tokens fitted to", "held out, w = 1", "change where fitted", "change held out", "exponents"]
+    return (
+        f"{first['device']}, torch {first['torch']}; {size['seeds']} seeds, {size['steps']:,} steps of "
+        f"{size['batch_size']} windows of {size['length']} tokens; bounds of {size['evaluated']:,} windows, nats a "
+        "token, ± one standard error over windows.\n\n"
+        + markdown(header, body)
+        + f"\nOn held-out text, beyond two standard errors: {'; '.join(verdicts)}.\n"
+    )
+
+
+def pooled(found: Sequence[Mapping[str, float]]) -> Mean:
+    """The mean of independent differences, with its standard error."""
+    count = len(found)
+    error = math.sqrt(sum(value["standard_error"] ** 2 for value in found)) / count
+    return Mean(sum(value["difference"] for value in found) / count, error, count)
+
+
 def drawn(table: Callable[[Mapping[str, Any]], str]) -> Callable[[], str]:
     def draw() -> str:
         shown = content()
@@ -132,4 +175,4 @@ def drawn(table: Callable[[Mapping[str, Any]], str]) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     f"choice-{table.__name__}": drawn(table) for table in (verdict, offline, rules)
-} | {"choice-problems": problems}
+} | {"choice-problems": problems, "choice-exponents": exponents}

@@ -35,7 +35,11 @@ TOKENIZER = Path(__file__).parents[2] / "mdkern" / "pretrained" / "tokenizer"
 
 
 def read(path: Path, encoder: TextEncoder, most: int) -> Pairs:
-    """Questions and answers without the marks for a calculator, those of at most so many tokens."""
+    """Questions and answers without the marks for a calculator, those of at most so many tokens.
+
+    Raises:
+        ValueError: there are none.
+    """
     tokens: list[int] = []
     starts, prompts = [0], []
     with open_text(path) as file:
@@ -47,6 +51,8 @@ def read(path: Path, encoder: TextEncoder, most: int) -> Pairs:
                 tokens += prompt + response
                 starts.append(len(tokens))
                 prompts.append(len(prompt))
+    if not prompts:
+        raise ValueError(f"{path} has no pair of at most {most} tokens")
     return Pairs(np.array(tokens), np.array(starts), np.array(prompts))
 
 

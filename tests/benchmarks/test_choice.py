@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from benchmarks import choice_tables
-from benchmarks.learning import choice
+from benchmarks.learning import choice, exponents
 from benchmarks.learning.choice import Written, at_passes, main, still
 from mdkern import decoders
 from mdkern.decoders import Learned
+from mdkern.pretrained import FOLDER
 from tests.problems.policies import random_policy
+from training.data import tokenize
 
 TEXT = "\n".join(f"{number} and {number + 1} make {2 * number + 1}, they said." for number in range(200))
 
@@ -104,3 +107,45 @@ def test_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert main([*arguments, "--seed", "1"]) == 1
     assert "no such kernel" in capsys.readouterr().out
     assert path.read_text() == before
+
+
+def test_learned_exponents_are_compared_where_they_were_fitted_and_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(TEXT)
+        tokenize([str(tmp_path / f"{name}.txt")], FOLDER / "tokenizer", tmp_path / f"{name}.bin")
+    path = tmp_path / "learning-exponents.json"
+    options = ["--data", str(tmp_path / "train.bin"), "--valid", str(tmp_path / "valid.bin"), "--output", str(path)]
+    assert exponents.main([*options, "--device", "cpu"]) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["windows"] for run in runs] == [0, 2]
+    for run in runs:
+        assert len(run["exponents"]) == 16
+        assert math.prod(run["exponents"]) == pytest.approx(1.0, abs=1e-4)
+        for where in ("train", "held out"):  # of nearly the same exponents, on equal masks
+            assert run[where]["learned"] - run[where]["plain"] == pytest.approx(run[where]["difference"], abs=1e-6)
+    monkeypatch.setattr(exponents, "run", lambda *_: pytest.fail("measured again"))
+    assert exponents.main([*options, "--device", "cpu"]) == 0
+    with pytest.raises(SystemExit):
+        exponents.main([*options, "--device", "cpu", "--size", "full"])
+    assert "another setting" in capsys.readouterr().err
+    monkeypatch.setattr(choice_tables, "RESULTS", tmp_path)
+    table = choice_tables.TABLES["choice-exponents"]()
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_what_exponents_change_is_judged_by_its_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(windows: int, seed: int, change: float) -> dict[str, Any]:
+        found = {"plain": 4.0, "difference": change, "standard_error": 0.02}
+        machine = {"device": "x", "torch": "y"}
+        return {"windows": windows, "seed": seed, "environment": machine, "train": found, "held out": found,
+                "exponents": [0.5, 2.0]}  # fmt: skip
+
+    setting = {"length": 10, "tokens": 1000, "seeds": 2, "steps": 1, "batch_size": 1, "evaluated": 1}
+    runs = [run(0, 0, -0.01), run(0, 1, -0.03), run(3, 0, 0.05), run(3, 1, 0.01), run(2, 0, -0.02), run(2, 1, -0.04)]
+    (tmp_path / "learning-exponents.json").write_text(json.dumps({"setting": setting, "runs": runs}))
+    monkeypatch.setattr(choice_tables, "RESULTS", tmp_path)
+    text = choice_tables.TABLES["choice-exponents"]()
+    assert "| 30 | 4.000 | +0.0300 ± 0.0141 | +0.0300 ± 0.0141 | 0.50–2.00 |" in text  # .02 / sqrt(2)
+    assert "1,000 tokens: cannot be told from none; fitted to 30 tokens: worse; fitted to 20 tokens: better." in text

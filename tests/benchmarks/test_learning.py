@@ -212,7 +212,8 @@ def test_gsm_pairs_are_read_without_the_calculators_marks(tmp_path: Path) -> Non
     assert text == "A?\nIt is 2*2=4.\n#### 4"
     assert pairs.tokens[-1] == encoder.eos_id
     assert encoder.backend.decode(pairs.tokens[: pairs.prompt_lengths[0]].tolist()) == "A?\n"
-    assert len(gsm.read(path, encoder, 5)) == 0
+    with pytest.raises(ValueError, match="no pair of at most 5 tokens"):
+        gsm.read(path, encoder, 5)
 
 
 def test_prompts_are_not_written_on(tmp_path: Path) -> None:
