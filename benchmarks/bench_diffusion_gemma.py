@@ -1,11 +1,12 @@
 """DiffusionGemma at its true size with random weights: mdkern beside transformers' own ``generate``.
 
-    python -m benchmarks.bench_diffusion_gemma FOLDER          # one GPU of 80 GB, a minute; FOLDER/diffusion-gemma.json
+    python -m benchmarks.bench_diffusion_gemma FOLDER          # one GPU of 80 GB, two minutes
     python -m benchmarks.bench_diffusion_gemma FOLDER --tiny   # a small model on a CPU, to try it out
 
-A canvas of 256 tokens after prompts of 64. No canvas ends early, so that every call takes all its steps; their time
-contains the encoder's. Of each way the first call captures graphs and compiles kernels, and is not counted in the time.
-Memory is that of all calls, the first one included, above the weights.
+It writes FOLDER/diffusion-gemma.json. A canvas of 256 tokens after prompts of 64. No canvas ends early, so that every
+call takes all its steps; their time contains the encoder's. Both ways take turns. The first calls of each, which
+capture graphs and compile kernels, are not counted in the time. Memory is that of all calls, the first ones included,
+above the weights. Profiles are of replays of mdkern's captured step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,20 @@ SMALL_SIZES: dict[str, Any] = {
 }  # fmt: skip
 CANVAS, PROMPT = 256, 64
 OURS, THEIRS = "mdkern", "transformers"
-CASES = ((OURS, 1, 16, 3), (OURS, 8, 16, 3), (THEIRS, 1, 8, 2), (THEIRS, 8, 5, 2), (OURS, 32, 4, 1))  # steps, calls
-TINY_CASES = ((OURS, 1, 2, 1), (THEIRS, 1, 2, 1), (OURS, 2, 2, 1))
+FIRST_CALLS = {OURS: 2, THEIRS: 1}  # that are not timed: mdkern captures the encoder's pass in the second one
+CASES = ((1, 16, 5, (OURS, THEIRS)), (8, 16, 4, (OURS, THEIRS)), (32, 8, 2, (OURS,)))  # texts, steps, rounds, ways
+TINY_CASES = ((1, 2, 1, (OURS, THEIRS)), (2, 2, 1, (OURS,)))
+ENOUGH_SECONDS = 120.0  # cases that would begin later are left out
+PROFILED_STEPS = 3
+KINDS = (  # of kernels, by parts of their names; the first that fits
+    ("products of the experts", ("expert_product", "group")),
+    ("output layer", ("vocab_projection", "hopper_projection", "project")),
+    ("soft embedding's exponentials", ("soft_weights",)),
+    ("attention", ("flash", "fmha", "attention", "softmax")),
+    ("other matrix products", ("gemm", "nvjet", "cutlass", "splitk", "cublas")),
+    ("norms, rotations, routing", ("norm", "place_heads", "choose_experts", "sort_pairs", "combine", "sandwich")),
+    ("other kernels", ("",)),
+)
 KEPT = RESULTS / "diffusion-gemma.json"
 ABSENT = "Not measured yet.\n"
 
@@ -80,34 +92,80 @@ def one_canvas(model: Any, way: str, batch: int, steps: int) -> None:
         model.generate(ids, **options)
 
 
-def measure_case(model: Any, way: str, batch: int, steps: int, calls: int) -> dict[str, Any]:
-    """Milliseconds a step of the first call and of later ones, and GiB above the weights."""
-    device = model.lm_head.weight.device
-    on_gpu = device.type == "cuda"
-    canvas_run.clear()
-    before = 0
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    found = []
-    for _ in range(1 + calls):
+class Contender:
+    """One way at one number of texts: the times and memory of its calls."""
+
+    def __init__(self, model: Any, way: str, batch: int, steps: int) -> None:
+        self.model, self.way, self.batch, self.steps = model, way, batch, steps
+        self.device = model.lm_head.weight.device
+        self.on_gpu = self.device.type == "cuda"
+        self.first: list[float] = []  # milliseconds a step
+        self.later: list[float] = []
+        self.peak = 0
+        self.before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
+
+    def call(self) -> float:
+        """Milliseconds a step."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
-        one_canvas(model, way, batch, steps)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        found.append(1e3 * (time.perf_counter() - began) / steps)
-    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else 0
-    row = {"way": way, "batch": batch, "steps": steps, "first_ms": found[0], "ms": found[1:], "gib": peak / 2**30}
-    workspace = canvas_run._kept.get(model)
-    if way == OURS and workspace is not None and workspace.passes.found:
-        row["device_ms"] = device_time(workspace)
-    return row
+        one_canvas(self.model, self.way, self.batch, self.steps)
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - self.before)
+        return 1e3 * (time.perf_counter() - began) / self.steps
+
+    def row(self) -> dict[str, Any]:
+        """Milliseconds a step of the first call and of timed ones, and GiB above the weights."""
+        row = {"way": self.way, "batch": self.batch, "steps": self.steps, "first_ms": self.first[0], "ms": self.later}
+        row["gib"] = self.peak / 2**30
+        workspace = canvas_run._kept.get(self.model)
+        if self.on_gpu and self.way == OURS and workspace is not None and workspace.passes.found:
+            row["device_ms"] = device_time(workspace)
+            row["profile"] = profile(workspace)
+        return row
+
+
+def measure_case(model: Any, batch: int, steps: int, rounds: int, ways: Sequence[str]) -> dict[str, Any]:
+    """The rows of the ways that work, and what failed."""
+    canvas_run.clear()
+    if model.lm_head.weight.is_cuda:
+        torch.cuda.empty_cache()
+    contenders: list[Contender] = []
+    failed: dict[str, str] = {}
+
+    def attempt(contender: Contender, job: Callable[[], Any]) -> Any:
+        if contender.way in failed:
+            return None
+        try:
+            return job()
+        except Exception as error:
+            traceback.print_exc()
+            failed[contender.way] = f"{contender.way}, {batch} texts: {type(error).__name__}"
+            return None
+
+    for way in ways:
+        contender = Contender(model, way, batch, steps)
+        contenders.append(contender)
+        for _ in range(FIRST_CALLS[way]):
+            took = attempt(contender, contender.call)
+            contender.first += [] if took is None else [took]
+    for _ in range(rounds):
+        for contender in contenders:
+            took = attempt(contender, contender.call)
+            contender.later += [] if took is None else [took]
+    rows = [attempt(contender, contender.row) for contender in contenders]
+    return {"rows": [row for row in rows if row is not None], "failed": list(failed.values())}
+
+
+def captured_step(workspace: Any) -> torch.cuda.CUDAGraph:
+    graph: torch.cuda.CUDAGraph = next(own.graph for key, own in workspace.passes.found.items() if key[0] == "step")
+    return graph
 
 
 def device_time(workspace: Any) -> float:
     """Milliseconds of a step alone: the median of replays of its graph."""
-    graph, times = next(own.graph for key, own in workspace.passes.found.items() if key[0] == "step"), []
+    graph, times = captured_step(workspace), []
     for _ in range(5):
         workspace.state.step.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -119,22 +177,40 @@ def device_time(workspace: Any) -> float:
     return statistics.median(times)
 
 
+def profile(workspace: Any) -> list[dict[str, Any]]:
+    """Milliseconds and launches a step of each kernel, those of most time first."""
+    graph = captured_step(workspace)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED_STEPS):
+            workspace.state.step.zero_()
+            graph.replay()
+        torch.cuda.synchronize()
+    found = [
+        {
+            "kernel": event.key[:100],
+            "ms": event.self_device_time_total / 1e3 / PROFILED_STEPS,
+            "launches": event.count / PROFILED_STEPS,
+        }
+        for event in profiled.key_averages()
+    ]
+    return sorted((row for row in found if row["ms"] > 0), key=lambda row: -row["ms"])
+
+
+def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds a step of each of `KINDS`."""
+    sums = {kind: 0.0 for kind, _ in KINDS}
+    for row in rows:
+        name = row["kernel"].lower()
+        sums[next(kind for kind, parts in KINDS if any(part in name for part in parts))] += row["ms"]
+    return sums
+
+
 def measure(folder: Path, tiny: bool) -> dict[str, Any]:
     """Run all cases, write what there is after each, and go on after one that fails."""
+    began = time.perf_counter()
     sizes, cases = (SMALL_SIZES, TINY_CASES) if tiny else (TRUE_SIZES, CASES)
+    host = host_environment() | {"triton": "–", "transformers": version("transformers")} if tiny else None
     model = random_model(sizes, 16 if tiny else CANVAS, "cpu" if tiny else "cuda")
-    return measure_cases(
-        model,
-        sizes,
-        cases,
-        folder,
-        host_environment() | {"triton": "–", "transformers": version("transformers")} if tiny else None,
-    )
-
-
-def measure_cases(
-    model: Any, sizes: dict[str, Any], cases: Sequence[tuple[str, int, int, int]], folder: Path, host: Any = None
-) -> dict[str, Any]:
     content: dict[str, Any] = {
         "environment": host or environment("transformers"),
         "sizes": sizes,
@@ -144,14 +220,13 @@ def measure_cases(
         "failed": [],
     }
     for case in cases:
-        job: Callable[[], dict[str, Any]] = partial(measure_case, model, *case)
-        began = time.perf_counter()
-        try:
-            content["rows"].append(job())
-        except Exception:
-            traceback.print_exc()
-            content["failed"].append(f"{case[0]}, {case[1]} texts")
-        print(f"{case}: {time.perf_counter() - began:.1f} s", flush=True)
+        if time.perf_counter() - began > ENOUGH_SECONDS:
+            content["failed"].append(f"{case[0]} texts: no time left")
+            continue
+        found = measure_case(model, *case)
+        content["rows"] += found["rows"]
+        content["failed"] += found["failed"]
+        print(f"{case[0]} texts: {time.perf_counter() - began:.1f} s", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "diffusion-gemma.json", json.dumps(content, indent=1) + "\n")
     return content
@@ -180,7 +255,18 @@ def table(content: dict[str, Any]) -> str:
             ]
         )
     header = ["texts", f"{OURS}, ms", f"`{THEIRS}`, ms", "", f"{OURS}, GiB", f"`{THEIRS}`, GiB"]
-    return text + markdown(header, body)
+    return text + markdown(header, body) + profile_table(content)
+
+
+def profile_table(content: dict[str, Any]) -> str:
+    """Where the device's time of a step goes, by kinds of kernels; nothing without a profile."""
+    profiles = {str(row["batch"]): by_kind(row["profile"]) for row in content["rows"] if row.get("profile")}
+    if not profiles:
+        return ""
+    body = [[kind, *(f"{sums[kind]:.2f}" for sums in profiles.values())] for kind, _ in KINDS]
+    body.append(["sum", *(f"{sum(sums.values()):.2f}" for sums in profiles.values())])
+    header = ["kernels, ms a step", *(f"{batch} texts" if batch != "1" else "1 text" for batch in profiles)]
+    return "\n" + markdown(header, body)
 
 
 def diffusion_gemma() -> str:

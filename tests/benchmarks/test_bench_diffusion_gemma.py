@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench_diffusion_gemma as bench
 from benchmarks import report
@@ -21,7 +22,8 @@ def test_it_runs_and_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(report.compare_diffusion_gemma()) == []
     assert bench.main([str(tmp_path), "--tiny"]) == 0
     rows = json.loads((tmp_path / "diffusion-gemma.json").read_text())["rows"]
-    assert [(row["way"], row["batch"], row["steps"], len(row["ms"])) for row in rows] == list(bench.TINY_CASES)
+    wanted = [(way, batch, steps, rounds) for batch, steps, rounds, ways in bench.TINY_CASES for way in ways]
+    assert [(row["way"], row["batch"], row["steps"], len(row["ms"])) for row in rows] == wanted
     (comparison,) = report.compare_diffusion_gemma()
     assert comparison.times == rows[0]["ms"][0] / rows[1]["ms"][0]
 
@@ -38,3 +40,33 @@ def test_a_row_has_both_ways_side_by_side() -> None:
         "| 8 | 20.0 | 50.0 | 2.5 × | 0.50 | 15.00 |",
         "| 32 | 99.0 | – | – | 2.00 | – |",
     ]
+
+
+def test_a_way_that_fails_does_not_stop_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(2, 2)  # of which only the device is asked for
+
+    def one_canvas(model: object, way: str, batch: int, steps: int) -> None:
+        if way == bench.THEIRS:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "one_canvas", one_canvas)
+    found = bench.measure_case(model, 8, 4, 2, (bench.THEIRS, bench.OURS))
+    assert [(row["way"], len(row["ms"])) for row in found["rows"]] == [(bench.OURS, 2)]
+    assert found["failed"] == ["transformers, 8 texts: OutOfMemoryError"]
+
+
+def test_kernels_are_counted_by_kind() -> None:
+    names = [
+        "expert_product_kernel",
+        "nvjet_tst_128x256",
+        "vocab_projection_reduce_kernel",
+        "pytorch_flash::fwd",
+        "copy",
+    ]
+    rows = [{"kernel": name, "ms": 2.0**number} for number, name in enumerate(names)]
+    sums = bench.by_kind(rows)
+    assert list(sums.values()) == [1.0, 4.0, 0.0, 8.0, 2.0, 0.0, 16.0]
+    lines = bench.profile_table({"rows": [{"batch": 1, "profile": rows}, {"batch": 8}]}).splitlines()
+    assert lines[1] == "| kernels, ms a step | 1 text |"
+    assert lines[-1] == "| sum | 31.00 |"

@@ -116,19 +116,25 @@ def test_a_pass_that_cannot_be_captured_runs_eagerly(replayed: list[Replayed], m
 
 
 def test_a_changed_model_is_run_as_it_is_now(replayed: list[Replayed]) -> None:
-    """A hook added after the first call, and a weight in another place; the workspace does not keep a model alive."""
+    """A hook added after the first call, and a weight in another place: both need new captures, as the old graphs know
+    nothing of them. The workspace does not keep a model alive."""
     model, ids = small_model(sharpness=3.0), prompts(1)
     before = mdkern.sample_canvas(model, ids, **SHORT)
     assert torch.equal(mdkern.sample_canvas(model, ids, **SHORT).sequences, before.sequences)
+    captured = len(replayed)
     norm = model.model.decoder.layers[0].post_feedforward_layernorm
     hook = norm.register_forward_hook(lambda _, __, output: -3.0 * output)
     for _ in range(2):
         hooked = mdkern.sample_canvas(model, ids, **SHORT)
         assert torch.equal(hooked.sequences, mdkern.sample_canvas(model, ids, **SHORT, cuda_graphs=False).sequences)
     assert not torch.equal(hooked.sequences, before.sequences)
+    assert len(replayed) == 2 * captured
     hook.remove()
+    mdkern.sample_canvas(model, ids, **SHORT)
+    captured = len(replayed)
     model.lm_head.weight.data = model.lm_head.weight.flip(0).contiguous()
     moved = mdkern.sample_canvas(model, ids, **SHORT)
+    assert len(replayed) > captured
     assert not torch.equal(moved.sequences, before.sequences)
     alive = weakref.ref(model)
     del model, norm, hook
