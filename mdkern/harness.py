@@ -29,7 +29,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mdkern.harness needs lm-evaluation-harness: pip install 'mdkern[harness]'") from error
 
-WIDTH_STEP = 128  # texts are run together with those of the same width, rounded up to a multiple of this
+# Texts are run together with those of the same width, rounded up to a multiple of this: answers in captured passes, of
+# which there is one for each width, likelihoods in passes that are launched one by one.
+ANSWER_WIDTHS, LIKELIHOOD_WIDTHS = 64, 8
 LENGTHS = "max_gen_toks", "max_new_tokens"  # names that tasks use for the length of an answer
 UNUSED = "do_sample", "until", "stop", "use_cache", "repeats"  # read here, or without a meaning for us
 
@@ -173,21 +175,21 @@ class MdkernLM(TemplateLM):
             texts.append([*context, *continuation])
             contexts.append(len(context))
             numbers.append(number)
+        greedy = self.are_greedy(texts, contexts) if self.check_greedy else [False] * len(texts)
         bar = tqdm(total=len(texts), desc="likelihoods", disable=bool(options.get("disable_tqdm")))
-        for rows, ids, mask in self.batches(texts):
-            column = torch.arange(ids.shape[1], device=ids.device)
-            start = torch.tensor([contexts[row] for row in rows], device=ids.device)
-            wanted = (column >= start[:, None]) & mask
-            call = {"attention_mask": None if bool(mask.all()) else mask, "batch_size": self.batch_size}
+        for rows, ids, mask in self.batches(texts, LIKELIHOOD_WIDTHS):
             sample_ids = [self.sample_id(numbers[row]) for row in rows]
-            nats = self.bound(ids, wanted, sample_ids, call)
-            greedy = self.is_greedy(ids, wanted, call) if self.check_greedy else torch.zeros(len(ids)).bool()
-            for row, value, same in zip(rows, nats.tolist(), greedy.tolist()):
-                results[numbers[row]] = (-value, same)
+            nats = self.bound(ids, after_contexts(mask, [contexts[row] for row in rows]), sample_ids, self.call(mask))
+            for row, value in zip(rows, nats.tolist()):
+                results[numbers[row]] = (-value, greedy[row])
                 self.cache_hook.add_partial("loglikelihood", requests[numbers[row]][0], results[numbers[row]])
             bar.update(len(rows))
         bar.close()
         return results
+
+    def call(self, mask: Tensor) -> dict[str, Any]:
+        """Arguments for texts with padding where `mask` is False."""
+        return {"attention_mask": None if bool(mask.all()) else mask, "batch_size": self.batch_size}
 
     def sample_id(self, number: int) -> int:
         """Keys the randomness of a request. The harness deals documents out to processes in turn."""
@@ -198,13 +200,25 @@ class MdkernLM(TemplateLM):
         options: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "sample_ids": numbers, "progress": False}
         return mdkern.likelihood(self.models, self.schedule, input_ids=ids, wanted=wanted, **options, **call).nats
 
-    def is_greedy(self, ids: Tensor, wanted: Tensor, call: dict[str, Any]) -> Tensor:
-        """Whether the wanted tokens are what decoding at temperature 0 gives, surest position first, bool ``[N]``."""
-        masked = torch.where(wanted, self.models["H"].mask_id, ids)
-        call = call | {"decoder": "top_probability", "temperature": 0.0, "seed": self.seed, "progress": False}
-        texts = mdkern.sample(self.models, self.schedule, input_ids=masked, **call).sequences
-        assert texts is not None
-        return (texts == ids).all(-1)
+    def are_greedy(self, texts: Sequence[Sequence[int]], contexts: Sequence[int]) -> list[bool]:
+        """Whether decoding at temperature 0, surest position first, gives what follows the contexts."""
+        found = [False] * len(texts)
+        options: dict[str, Any] = {
+            "decoder": "top_probability",
+            "temperature": 0.0,
+            "seed": self.seed,
+            "progress": False,
+        }
+        for rows, ids, mask in self.batches(texts, ANSWER_WIDTHS):
+            wanted = after_contexts(mask, [contexts[row] for row in rows])
+            masked = torch.where(wanted, self.models["H"].mask_id, ids)
+            written = mdkern.sample(
+                self.models, self.schedule, input_ids=masked, **options, **self.call(mask)
+            ).sequences
+            assert written is not None
+            for row, same in zip(rows, (written == ids).all(-1).tolist()):
+                found[row] = same
+        return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The bound on each whole text, in windows of the model's length of which each token is wanted once."""
@@ -243,9 +257,8 @@ class MdkernLM(TemplateLM):
                 raise ValueError(f"an answer of {length} tokens leaves no room for a prompt: the model takes texts of "
                                  f"{self.max_length}. Set gen_length or the task's max_gen_toks")  # fmt: skip
             prompts = [self.tok_encode(requests[number].args[0])[length - self.max_length :] for number in numbers]
-            for rows, ids, mask in self.batches([[*prompt, *[mask_id] * length] for prompt in prompts]):
-                call = self.decoding | asked | {"batch_size": self.batch_size, "seed": self.seed, "progress": False}
-                call["attention_mask"] = None if bool(mask.all()) else mask
+            for rows, ids, mask in self.batches([[*prompt, *[mask_id] * length] for prompt in prompts], ANSWER_WIDTHS):
+                call = self.decoding | asked | self.call(mask) | {"seed": self.seed, "progress": False}
                 call["sample_ids"] = names = [self.sample_id(numbers[row]) for row in rows]
                 for output in mdkern.sample_groups(self.models, self.schedule, input_ids=ids, **call):
                     assert output.sample_ids is not None
@@ -259,15 +272,15 @@ class MdkernLM(TemplateLM):
         bar.close()
         return answers
 
-    def batches(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def batches(self, texts: Sequence[Sequence[int]], widths: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Texts of about the same length, padded on the right: their numbers, ids, and where they are no padding.
 
-        Models that take no padding are given texts of exactly the same length.
+        Widths are multiples of `widths`. Models that take no padding are given texts of exactly the same length.
         """
         pads = all(model.takes_attention_mask for model in self.models.values())
         by_width: dict[int, list[int]] = {}
         for number, text in enumerate(texts):
-            width = -(-len(text) // WIDTH_STEP) * WIDTH_STEP if pads else len(text)
+            width = -(-len(text) // widths) * widths if pads else len(text)
             by_width.setdefault(min(width, self.max_length), []).append(number)
         pad = next(item for item in (0, 1) if item != self.models["H"].mask_id)
         for width, numbers in sorted(by_width.items()):
@@ -296,6 +309,12 @@ class MdkernLM(TemplateLM):
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def after_contexts(mask: Tensor, contexts: Sequence[int]) -> Tensor:
+    """Where texts go on after so many tokens, bool ``[N, L]``; ``mask [N, L]`` is False at padding on the right."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    return (column >= torch.tensor(contexts, device=mask.device)[:, None]) & mask
 
 
 def generation_options(given: dict[str, Any], default: int) -> dict[str, Any]:

@@ -30,6 +30,8 @@ __all__ = ["Likelihood", "likelihood"]
 
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_SAMPLES = 128
+FEW = 62  # tokens whose masks are numbers of 64 bits
+COMPARED = 64  # texts whose masks are compared at a time
 METHODS = "fixed_count", "decoder"
 
 
@@ -83,7 +85,8 @@ def likelihood(
 
     ``method="fixed_count"`` is the bound. For each text `samples` masks are drawn. Their sizes lie on an even grid over
     1..n with a random start (LLaDA's estimator); their places are keyed by (seed, sample id, mask, position), so that a
-    result does not depend on the batch. Under a schedule, a mask of k of n tokens is evaluated by the model that runs
+    result does not depend on the batch. Masks of a text that coincide, as most do in texts of few tokens, are run once.
+    Under a schedule, a mask of k of n tokens is evaluated by the model that runs
     when a share ``1 - k / n`` of the steps is done.
 
     ``method="decoder"`` is exact (DUEL, 2603.01367). It is the likelihood under ``sample(..., decoder=decoder,
@@ -146,19 +149,22 @@ def fixed_count(
     """The bound, from `samples` masks for each text. `disable` is tqdm's, for the progress bar."""
     tokens = texts.wanted.sum(-1)
     counts = mask_sizes(texts, tokens, samples)
+    first = first_of_equal(texts, counts)
+    run = first == torch.arange(samples, device=first.device)
     model = model_by_share(schedule, list(denoisers), 1.0 - counts.double() / tokens[:, None])
     nats = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
     nfe = {}
-    bar = tqdm(total=counts.numel(), desc="likelihood", unit="mask", leave=False, disable=disable)
+    bar = tqdm(total=int(run.sum()), desc="likelihood", unit="mask", leave=False, disable=disable)
     with torch.no_grad(), bar:
         for number, (name, denoiser) in enumerate(denoisers.items()):
-            mine = model == number
+            mine = run & (model == number)
             nfe[name] = mine.sum(-1)
             for text, sample in batches(mine, batch_size):
                 masked = choose_masked(texts, text, sample, counts[text, sample])
                 loss = masked_nats(denoiser, texts, text, masked, counts[text, sample] / tokens[text])
                 nats[text, sample] = loss * tokens[text] / counts[text, sample]
                 bar.update(len(text))
+    nats = nats.gather(1, first)
     if bool(nats.isnan().any()):
         raise FloatingPointError("a model gave NaN or infinite logits, so the texts have no likelihood")
     error = nats.std(-1) / samples**0.5 if samples > 1 else torch.full_like(nats[:, 0], torch.nan)
@@ -277,6 +283,27 @@ def choose_masked(texts: Texts, text: Tensor, sample: Tensor, count: Tensor) -> 
     draw = torch.where(texts.wanted[text], noise.uniform(*bits), torch.inf)
     rank = draw.argsort(dim=-1, stable=True).argsort(dim=-1)
     return rank < count[:, None]
+
+
+def first_of_equal(texts: Texts, counts: Tensor) -> Tensor:
+    """The first mask of a text that is the same as each of its masks, int64 ``[N, samples]``: it alone needs a pass.
+
+    A text of n tokens has no more than ``2^n - 1`` masks. Those of more than `FEW` tokens are not compared.
+
+    Args:
+        counts: int64 ``[N, samples]``, sizes of the masks.
+    """
+    number = torch.arange(counts.shape[1], device=counts.device)
+    first = number.repeat(len(counts), 1)
+    few = (texts.wanted.sum(-1) <= FEW).nonzero()[:, 0]
+    for text in few.split(COMPARED):
+        pairs = text.repeat_interleave(len(number)), number.repeat(len(text))
+        masked = choose_masked(texts, *pairs, counts[pairs])
+        bit = (texts.wanted[pairs[0]].cumsum(-1) - 1).clamp(min=0)  # of a wanted token, its place among them
+        code = (masked.long() << bit).sum(-1).view(len(text), len(number))
+        same = code[:, :, None] == code[:, None, :]
+        first[text] = torch.where(same, number, len(number)).amin(-1)
+    return first
 
 
 def masked_nats(denoiser: Denoiser, texts: Texts, text: Tensor, masked: Tensor, t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdkern import Denoiser, DiT, Schedule, adapt, likelihood
-from mdkern.evaluation.likelihood import Texts, mask_sizes, model_by_share
+from mdkern.evaluation.likelihood import FEW, Texts, first_of_equal, mask_sizes, model_by_share
 from mdkern.evaluation.scores import target_log_prob
 from mdkern.models.denoiser import Head
 from tests.evaluation import two_tokens
@@ -86,6 +86,13 @@ def model(make_dit: Callable[..., DiT]) -> DiT:
     return make_dit(seed=3)
 
 
+def test_masks_of_as_many_tokens_as_are_compared_are_told_apart() -> None:
+    """Of 31 out of 62 tokens no two masks coincide; of all 62 they all do."""
+    sizes = torch.tensor([[31] * 40 + [FEW] * 2])
+    assert first_of_equal(texts_of(1, FEW), sizes).tolist() == [[*range(40), 40, 40]]
+    assert first_of_equal(texts_of(1, FEW + 1), sizes + 1).tolist() == [list(range(42))]
+
+
 class TestDiT:
     def test_the_mean_is_that_over_all_masks(self, model: DiT) -> None:
         ids = torch.tensor([3, 1, 4, 1])
@@ -106,6 +113,21 @@ class TestDiT:
         mask[:, :2] = mask[:, -1:] = 0
         again = likelihood(model, input_ids=padded, attention_mask=mask, samples=5)
         assert again.nats.tolist() == pytest.approx(together.nats.tolist(), rel=1e-5)
+
+    def test_masks_that_coincide_are_run_once(self, model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Texts of 1, 2, 3 and 9 wanted tokens have 1, 3, 7 and 511 masks; all tokens of a text are one of them."""
+        ids = torch.randint(10, (4, 9), generator=torch.Generator().manual_seed(0))
+        wanted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, columns in enumerate(([4], [0, 7], [1, 2, 8], range(9))):
+            wanted[row, list(columns)] = True
+        found = likelihood(model, input_ids=ids, wanted=wanted, samples=64)
+        assert found.nfe["H"].tolist()[:3] == [1, 3, 7]
+        assert 40 < int(found.nfe["H"][3]) < 64
+        monkeypatch.setattr("mdkern.evaluation.likelihood.FEW", 0)
+        each = likelihood(model, input_ids=ids, wanted=wanted, samples=64)
+        assert each.nfe["H"].tolist() == [64] * 4
+        assert found.nats.tolist() == pytest.approx(each.nats.tolist(), rel=1e-6)
+        assert found.standard_error.tolist() == pytest.approx(each.standard_error.tolist(), rel=1e-4, abs=1e-9)
 
     def test_more_masks_have_a_smaller_error_that_is_true(self, model: DiT) -> None:
         ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]).expand(64, -1)
@@ -168,7 +190,7 @@ class TestRefusals:
     def test_progress_is_shown_where_it_is_asked_for(self, model: DiT, capsys: pytest.CaptureFixture[str]) -> None:
         ids = torch.zeros((3, 4), dtype=torch.int64)
         for method, options, expected in (
-            ("fixed_count", {"samples": 5}, "| 0/15 ["),
+            ("fixed_count", {"samples": 1}, "| 0/3 ["),
             ("decoder", {"decoder": "margin"}, "likelihood:"),
         ):
             likelihood(model, input_ids=ids, method=method, progress=True, **options)  # type: ignore[arg-type]
