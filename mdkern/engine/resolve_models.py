@@ -12,10 +12,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device, ids_of
+from mdkern.models.fingerprint import UNKNOWN, version_of
 from mdkern.schedule import NAME, Schedule
 
 FINITE = WeakTensorKeyDictionary()  # weights that were found finite, and their `version_of` then
-UNKNOWN: tuple[int, ...] = ()
 
 
 def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
@@ -120,14 +120,6 @@ def not_finite(denoiser: Denoiser) -> list[str]:
 def known_finite(weight: Tensor) -> bool:
     found: tuple[int, ...] = FINITE.get(weight, UNKNOWN)
     return found != UNKNOWN and found == version_of(weight)
-
-
-def version_of(weight: Tensor) -> tuple[int, ...]:
-    """Changes with every change of a tensor that PyTorch counts."""
-    try:
-        return weight.data_ptr(), weight._version
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # inference tensors, other libraries' tensors
-        return UNKNOWN
 
 
 def largest_entry(weight: Tensor, device: torch.device) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdkern.models.denoiser import Denoiser, Head
 
 TABLES = frozenset((dict, OrderedDict, set))  # a module has a dozen, most of them empty
+UNKNOWN: tuple[int, ...] = ()
 PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
@@ -106,3 +107,11 @@ def describe(value: Any) -> Hashable:
     if isinstance(value, bool | int | float | str):  # of a subclass
         return kind, value
     return id(value)
+
+
+def version_of(weight: Tensor) -> tuple[int, ...]:
+    """Changes with every change of a tensor that PyTorch counts."""
+    try:
+        return weight.data_ptr(), weight._version
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # inference tensors, other libraries' tensors
+        return UNKNOWN

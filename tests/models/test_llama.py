@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mdkern.models.denoiser import Denoiser
-from mdkern.models.hf import llama_fused
+from mdkern.models.hf import llama_fused, llama_products
 from mdkern.models.hf.split import SplitDenoiser
 from tests.problems.hf_models import (
     LONGEST,
@@ -61,7 +61,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=["many rows", "few rows"])
 def fused(model: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Denoiser:
     """The model's denoiser, whose passes fail if the model's own forward runs; also as a GPU runs few rows."""
-    monkeypatch.setattr(llama_fused, "runs_skinny", lambda *_: request.param == "few rows")
+    monkeypatch.setattr(llama_products, "runs_skinny", lambda *_: request.param == "few rows")
     denoiser = adapted(model, shifted=False)
     assert denoiser.description == "split at its output layer, with its backbone run by mdkern's own passes"
     monkeypatch.setattr(SplitDenoiser, "run", lambda *_, **__: pytest.fail("the model's own forward ran"))

@@ -28,8 +28,8 @@ assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 
 @pytest.fixture(autouse=True, scope="module")
 def mend_interpreter() -> None:
-    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does, multiplies bfloat16 as integers, reduces
-    with a function of one's own element by element, and loses the carry when it rounds to e4m3."""
+    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does, multiplies bfloat16 and e4m3 as integers,
+    reduces with a function of one's own element by element, and loses the carry when it rounds to e4m3."""
     patch_tensor = interpreter._patch_lang_tensor
     convert_float = interpreter._convert_float
 
@@ -41,6 +41,8 @@ def mend_interpreter() -> None:
         def values(x: Any) -> Any:
             if x.dtype == tl.bfloat16:
                 return (x.data.astype(numpy.uint32) << 16).view(numpy.float32)
+            if x.dtype == tl.float8e4nv:
+                return torch.from_numpy(x.data.copy()).view(torch.float8_e4m3fn).float().numpy()
             return x.data.astype(numpy.float32)
 
         return interpreter.TensorHandle(values(a) @ values(b) + d.data, d.dtype.scalar)

@@ -1,7 +1,8 @@
 """`rms_norm`, `gathered_rms_norm`: a Llama's residual addition and the norm after it, in one pass over the rows.
 
-Root mean square normalisation is that of Zhang and Sennrich (1910.07467). This file has the contracts and the
-references in plain PyTorch; `triton_rms_norm` has the GPU kernel.
+`scaled_rms_norm` and `gathered_scaled_rms_norm` give the norm in e4m3 (`mdkern.kernels.backbone.quantise`). Root mean
+square normalisation is that of Zhang and Sennrich (1910.07467). This file has the contracts and the references in plain
+PyTorch; `triton_rms_norm` has the GPU kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_outputs, wide
+from mdkern.kernels.backbone.quantise import quantise_rows_reference
+from mdkern.kernels.backbone.scaled_linear import Scaled, new_scaled
 from mdkern.kernels.checks import check_tensor, check_written
 from mdkern.kernels.operator import operator
 
@@ -29,8 +32,32 @@ def gathered_rms_norm_reference(table: Tensor, row_index: Tensor, weight: Tensor
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return normalised(x, weight, eps).to(x.dtype)
+
+
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm, not rounded."""
     rows = x.to(wide(x))
-    return (rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide(x))).to(x.dtype)
+    return rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide(x))
+
+
+def scaled_rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`scaled_rms_norm` in plain PyTorch."""
+    rms_norm_reference(x, weight, eps, update)
+    return quantise_rows_reference(normalised(x, weight, eps))
+
+
+def gathered_scaled_rms_norm_reference(
+    table: Tensor, row_index: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gathered_scaled_rms_norm` in plain PyTorch."""
+    x, _ = gathered_rms_norm_reference(table, row_index, weight, eps)
+    return x, *quantise_rows_reference(normalised(x, weight, eps))
+
+
+def gathered_scaled_outputs(table: Tensor, row_index: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    x = table.new_empty(row_index.shape[0], table.shape[1])
+    return x, *new_scaled(x)
 
 
 KERNELS = "mdkern.kernels.backbone.triton_rms_norm"
@@ -39,6 +66,15 @@ rms_norm_operator = operator(
 )
 gathered_rms_norm_operator = operator(
     gathered_rms_norm_reference, gathered_norm_outputs, f"{KERNELS}:gathered_rms_norm", name="gathered_rms_norm"
+)
+scaled_rms_norm_operator = operator(
+    scaled_rms_norm_reference, new_scaled, f"{KERNELS}:scaled_rms_norm", mutates=("x",), name="scaled_rms_norm"
+)
+gathered_scaled_rms_norm_operator = operator(
+    gathered_scaled_rms_norm_reference,
+    gathered_scaled_outputs,
+    f"{KERNELS}:gathered_scaled_rms_norm",
+    name="gathered_scaled_rms_norm",
 )
 
 
@@ -65,16 +101,15 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    check_rows(x, weight)
-    check_written("x", x)
-    if update is not None and update.ndim == 3:
-        check_tensor("update", update, (len(update), *x.shape), wide(x), x.device)
-        if not len(update) or not update.is_contiguous():
-            raise ValueError(f"parts of an update must be contiguous, not {list(update.shape)}, {update.stride()}")
-    else:
-        check_tensor("update", update, x.shape, x.dtype, x.device)
+    check_stream(x, weight, update)
     normed: Tensor = rms_norm_operator(x, weight, eps, update)
     return normed
+
+
+def scaled_rms_norm(x: Tensor, weight: Tensor, eps: float, *, update: Tensor | None = None) -> Scaled:
+    """`rms_norm` whose result is rounded once, to e4m3 as by `quantise_rows`."""
+    check_stream(x, weight, update)
+    return Scaled(*scaled_rms_norm_operator(x, weight, eps, update))
 
 
 def gathered_rms_norm(
@@ -100,6 +135,25 @@ def gathered_rms_norm(
     check_rows(table, weight)
     x, normed = gathered_rms_norm_operator(table, row_index, weight, eps)
     return x, normed
+
+
+def gathered_scaled_rms_norm(table: Tensor, row_index: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Scaled]:
+    """`gathered_rms_norm` whose norm is rounded once, to e4m3 as by `quantise_rows`."""
+    check_tensor("row_index", row_index, (row_index.numel(),), (torch.int64, torch.int32), table.device)
+    check_rows(table, weight)
+    x, *normed = gathered_scaled_rms_norm_operator(table, row_index, weight, eps)
+    return x, Scaled(*normed)
+
+
+def check_stream(x: Tensor, weight: Tensor, update: Tensor | None) -> None:
+    check_rows(x, weight)
+    check_written("x", x)
+    if update is not None and update.ndim == 3:
+        check_tensor("update", update, (len(update), *x.shape), wide(x), x.device)
+        if not len(update) or not update.is_contiguous():
+            raise ValueError(f"parts of an update must be contiguous, not {list(update.shape)}, {update.stride()}")
+    else:
+        check_tensor("update", update, x.shape, x.dtype, x.device)
 
 
 def check_rows(x: Tensor, weight: Tensor) -> None:

@@ -9,8 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels.backbone.modulated_norm import fits, gathered_norm_outputs
-from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
+from mdkern.kernels.backbone.rms_norm import (
+    gathered_rms_norm_reference,
+    gathered_scaled_outputs,
+    gathered_scaled_rms_norm_reference,
+    rms_norm_reference,
+    scaled_rms_norm_reference,
+)
+from mdkern.kernels.backbone.scaled_linear import new_scaled
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
+from mdkern.kernels.backbone.triton_quantise import round_to_fp8
+from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
 
 
 @triton.jit(do_not_specialize=["table_rows"])
@@ -21,6 +30,7 @@ def rms_norm_kernel(
     weight,
     stream,  # output: the rows after gathering or updating
     normed,
+    scales,  # of `normed`, if that is e4m3
     table_rows,
     x_stride,
     update_stride,
@@ -51,9 +61,13 @@ def rms_norm_kernel(
         tl.store(stream + row * WIDTH + column, held, mask=within)
     wide = tl.where(within, held.to(tl.float32), 0.0)
     spread = tl.sqrt_rn(tl.sum(wide * wide, 0) / WIDTH + eps)
-    tl.store(
-        normed + row * WIDTH + column, (wide * (1.0 / spread) * multiplier).to(normed.dtype.element_ty), mask=within
-    )
+    result = wide * (1.0 / spread) * multiplier
+    if scales is not None:
+        scale, inverse = scale_and_inverse(result, 0)
+        tl.store(scales + row, scale)
+        tl.store(normed + row * WIDTH + column, round_to_fp8(result * inverse), mask=within)
+    else:
+        tl.store(normed + row * WIDTH + column, result.to(normed.dtype.element_ty), mask=within)
 
 
 def launch(
@@ -64,6 +78,7 @@ def launch(
     eps: float,
     stream: Tensor,
     normed: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     rows, width = normed.shape
     if rows == 0 or width == 0:
@@ -77,6 +92,7 @@ def launch(
         unit_stride(weight),
         stream,
         normed,
+        scales,
         x.shape[0],
         x.stride(0),
         0 if update is None else update.stride(-2),
@@ -105,3 +121,23 @@ def gathered_rms_norm(table: Tensor, row_index: Tensor, weight: Tensor, eps: flo
     x, normed = gathered_norm_outputs(table, row_index)
     launch(unit_stride(table), row_index.contiguous(), None, weight, eps, x, normed)
     return x, normed
+
+
+def scaled_rms_norm(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`scaled_rms_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(x):
+        return scaled_rms_norm_reference(x, weight, eps, update)
+    values, scales = new_scaled(x)
+    launch(x, None, unit_stride(update), weight, eps, x, values, scales)
+    return values, scales
+
+
+def gathered_scaled_rms_norm(
+    table: Tensor, row_index: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gathered_scaled_rms_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(table):
+        return gathered_scaled_rms_norm_reference(table, row_index, weight, eps)
+    x, values, scales = gathered_scaled_outputs(table, row_index)
+    launch(unit_stride(table), row_index.contiguous(), None, weight, eps, x, values, scales)
+    return x, values, scales

@@ -30,6 +30,7 @@ from mdkern.models.hf.intercept import (
     whole_attention,
 )
 from mdkern.models.hf.introspect import OutputLayer, check_evaluating, output_layer
+from mdkern.models.hf.llama_fp8 import Fp8Block, copies_of, size_of_copies, why_not
 from mdkern.models.hf.llama_parts import Parts, Plan, UnlikeLlamaError, resolve
 from mdkern.models.soft import Soft
 
@@ -61,9 +62,14 @@ class SplitDenoiser(AdaptedDenoiser):
     model: nn.Module
     weight: Tensor | None = None  # of soft inputs
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, **facts: Any) -> None:
-        """`facts`: the arguments of `AdaptedDenoiser`."""
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, precision: str | None = None, **facts: Any) -> None:
+        """
+        Args:
+            precision: "fp8": the products of mdkern's own passes are in e4m3 where they can be. None: as the weights.
+            facts: the arguments of `AdaptedDenoiser`.
+        """
         super().__init__(model, **facts)
+        self.precision = precision
         self.settle(anatomy)
 
     def settle(self, anatomy: Anatomy) -> None:
@@ -71,11 +77,29 @@ class SplitDenoiser(AdaptedDenoiser):
         self.anatomy = anatomy
         own = "" if anatomy.own_forward == anatomy.no_cache else f" because {anatomy.own_forward}"
         backbone = f"its own forward{own}" if anatomy.plan is None else "mdkern's own passes"
-        self.description = f"split at its output layer, with its backbone run by {backbone}"
+        self.description = f"split at its output layer, with its backbone run by {backbone}{self.in_precision()}"
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
         self.takes_soft, self.no_soft_reason = bool(anatomy.embedding), anatomy.no_soft
         self.block_causal = anatomy.blocks
         self.tell_padding(anatomy.padding)
+
+    def in_precision(self) -> str:
+        """What became of a `precision` that was asked for, for the description."""
+        if self.precision is None:
+            return ""
+        parts = self.parts
+        if parts is None:
+            return f" in {self.dtype}, not in {self.precision}, for which mdkern's own passes are needed"
+        reason = why_not(parts)
+        if reason:
+            return f" in {self.dtype}, not in {self.precision} because {reason}"
+        return f" in {self.precision}, with {size_of_copies(parts) / 2**30:.2g} GiB of copies of its weights"
+
+    @Live
+    def copies(self) -> tuple[Fp8Block, ...] | None:
+        """The blocks' layers in 8 bits as the weights are now; None where the products run as the weights are."""
+        parts = None if self.precision is None else self.parts
+        return None if parts is None or why_not(parts) else copies_of(self.model, parts)
 
     @Live
     def parts(self) -> Parts | None:
@@ -113,6 +137,7 @@ class SplitDenoiser(AdaptedDenoiser):
         now.settle(anatomy)
         now = held(now)
         now.parts = now.parts
+        now.copies = now.copies
         return now
 
     def softened(self, weight: Tensor) -> SplitDenoiser:
@@ -132,7 +157,8 @@ class SplitDenoiser(AdaptedDenoiser):
         if parts is not None:
             if self.shifted:
                 positions = serving(input_ids, positions, attention_mask)
-            return llama_fused.run(parts, input_ids, positions, self.places(attention_mask), mask, soft=soft)
+            places = self.places(attention_mask)
+            return llama_fused.run(parts, input_ids, positions, places, mask, soft=soft, copies=self.copies)
         replaced = self.padding.way == "attention" or self.block_causal is not None
         attention = whole_attention(mask) if replaced else None
         hidden = self.run(input_ids, t, attention, soft, **self.padding.arguments(input_ids, attention_mask))
@@ -153,6 +179,8 @@ class SplitDenoiser(AdaptedDenoiser):
     def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
         with torch.no_grad():
             own = self.parts_for(length, attention_mask) is None
+            if not own and self.copies is not None:
+                return "its products in fp8 run by kernels that may choose their sums by the number of rows"
         return super().why_not_invariant(length, attention_mask) if own else ""
 
     def places(self, attention_mask: Tensor | None) -> Tensor | None:
@@ -238,7 +266,7 @@ class SplitDenoiser(AdaptedDenoiser):
             if parts is not None:
                 if self.shifted:
                     positions = serving(input_ids, positions, attention_mask)
-                return llama_fused.run(parts, input_ids, positions, places, mask, kept, soft=soft)
+                return llama_fused.run(parts, input_ids, positions, places, mask, kept, soft=soft, copies=self.copies)
             attention = KeptAttention(layout, cache, None, mask, None)
             hidden = self.run(input_ids, t, attention, soft, **self.padding.arguments(input_ids, attention_mask))
             return self.wanted(hidden, input_ids, positions, attention_mask)
@@ -257,7 +285,7 @@ class SplitDenoiser(AdaptedDenoiser):
         index = place if places is None else places.gather(1, place)
         mask = self.mask_of(input_ids, place, last + 1, attention_mask)
         if parts is not None:
-            return llama_fused.run(parts, input_ids, positions, index, mask, kept, columns, soft)
+            return llama_fused.run(parts, input_ids, positions, index, mask, kept, columns, soft, self.copies)
         turn, arguments = None, dict[str, Tensor]()
         if rotary:
             turn = Turn(self.model.get_submodule(rotary), last + 1, layout.head_dim, place)
