@@ -203,7 +203,7 @@ def routing(capability: int) -> None:
 
 
 def sorted_pairs(capability: int) -> None:
-    types = {"index": "*i64", "order": "*i32", "ends": "*i32", "pairs": "i32"}
+    types = {"index": "*i64", "order": "*i32", "place": "*i64", "ends": "*i32", "pairs": "i32"}
     constants = {"BLOCK": triton_experts.SORT_BLOCK}
     build(triton_experts.sort_pairs_kernel, ASTSource, capability, types, constants, num_warps=8)
 

@@ -307,8 +307,10 @@ def test_a_query_that_sees_nothing_gives_0() -> None:
 def test_pairs_are_sorted_by_expert(rows: int, choices: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_experts, "SORT_BLOCK", 16)
     index = torch.randint(0, experts, (rows, choices), generator=torch.Generator().manual_seed(rows))
-    order, ends = triton_experts.sort_pairs(index, experts)
+    order, place, ends = triton_experts.sort_pairs(index, experts)
     flat = index.flatten().tolist()
+    assert [order.tolist().index(pair) for pair in range(len(flat))] == place.flatten().tolist()
+    assert place.shape == index.shape
     assert order.tolist() == sorted(range(len(flat)), key=lambda pair: (flat[pair], pair))
     assert ends.tolist() == [sum(chosen <= expert for chosen in flat) for expert in range(experts)]
 

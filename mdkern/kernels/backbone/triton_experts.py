@@ -43,23 +43,25 @@ FLOAT32 = Tiling(64, 32, 2, 4)
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def sort_pairs_kernel(index, order, ends, pairs, BLOCK: tl.constexpr):
-    """The pairs of one expert, in ascending order, after those of the experts before it."""
+def sort_pairs_kernel(index, order, place, ends, pairs, BLOCK: tl.constexpr):
+    """The pairs of one expert, in ascending order, after those of the experts before it; and where each pair is."""
     expert = tl.program_id(0)
-    place = expert * 0
+    before = expert * 0
     count = expert * 0
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
         chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
-        place += tl.sum((chosen < expert).to(tl.int32), 0)
+        before += tl.sum((chosen < expert).to(tl.int32), 0)
         count += tl.sum((chosen == expert).to(tl.int32), 0)
-    tl.store(ends + expert, place + count)
+    tl.store(ends + expert, before + count)
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
         chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
         own = (chosen == expert).to(tl.int32)
-        tl.store(order + place + tl.cumsum(own, 0) - 1, pair, mask=own != 0)
-        place += tl.sum(own, 0)
+        at = before + tl.cumsum(own, 0) - 1
+        tl.store(order + at, pair, mask=own != 0)
+        tl.store(place + pair, at.to(tl.int64), mask=own != 0)
+        before += tl.sum(own, 0)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -69,7 +71,7 @@ def expert_product_kernel(
     places,  # [2, E] or [1, E]: how many numbers after `weight` each expert's gate and up begin, or its weight
     order,  # [pairs]: the pairs sorted by expert
     ends,  # [E]: where each expert's pairs end
-    out,  # [pairs, F] in sorted order, or with GATED False [pairs, D] in the order of pairs
+    out,  # [pairs, F] or [pairs, D] in sorted order
     pairs,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,  # K, experts of a row
@@ -96,8 +98,9 @@ def expert_product_kernel(
     last = tl.sum(tl.where(own, end, 0), 0)
     row = first + tl.arange(0, BLOCK_ROWS)
     there = row < last
-    pair = tl.load(order + row, mask=there, other=0)
-    source = pair // CHOICES if GATED else tl.where(there, row, 0)
+    source = tl.where(there, row, 0)
+    if GATED:
+        source = tl.load(order + row, mask=there, other=0) // CHOICES
     inner = tl.arange(0, BLOCK_INNER)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wanted = column < COLUMNS
@@ -132,23 +135,25 @@ def expert_product_kernel(
             else:
                 right = tl.load(beside_entry + k, mask=within, other=0.0)
             beside = tl.dot(right, tl.trans(rows), beside, input_precision="ieee")
-    target = pair
     if GATED:
         curved = product
         if not SILU:
             curved = 1.5957691216057308 * (product + 0.044715 * product * product * product)  # 2 sqrt(2 / pi)
         product = product * tl.sigmoid(curved) * beside
-        target = row
-    write = out + target.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    write = out + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     tl.store(write, tl.trans(product).to(out.dtype.element_ty), mask=there[:, None] & wanted[None, :])
 
 
-def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The pairs sorted by expert, stably, and where each expert's end: int32 ``[pairs]`` and ``[E]``."""
+def sort_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs sorted by expert, stably, where each is in that order, and where those of each expert end.
+
+    int32 ``[pairs]``, int64 of the shape of `index`, and int32 ``[E]``.
+    """
     order = torch.empty(index.numel(), dtype=torch.int32, device=index.device)
+    place = torch.empty(index.shape, dtype=torch.int64, device=index.device)
     ends = torch.empty(experts, dtype=torch.int32, device=index.device)
-    sort_pairs_kernel[(experts,)](index, order, ends, index.numel(), BLOCK=SORT_BLOCK, num_warps=8)
-    return order, ends
+    sort_pairs_kernel[(experts,)](index, order, place, ends, index.numel(), BLOCK=SORT_BLOCK, num_warps=8)
+    return order, place, ends
 
 
 def rows_of_a_tile(pairs: int, experts: int) -> int:
@@ -224,11 +229,9 @@ def gated_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, do
         return torch.zeros_like(x)
     if groups_well(x, gate_up, pairs):
         x = x.contiguous()
-        order, ends = sort_pairs(index.contiguous(), len(down))
+        order, place, ends = sort_pairs(index.contiguous(), len(down))
         outputs = grouped(x, gate_up, down, order, ends, choices, activation)
-        place = torch.arange(pairs, device=x.device)
-        place = torch.empty_like(place).scatter_(0, order.long(), place)
-        return combine(outputs, place.view_as(index), weights.contiguous())
+        return combine(outputs, place, weights.contiguous())
     _, depth, width = down.shape
     silu = activation == "silu"
     first = Product(gate_up, None, width, depth, True, silu)
@@ -259,9 +262,8 @@ def listed_experts(
 def by_expert(x: Tensor, index: Tensor, weights: Tensor, first: Product, second: Product, experts: int) -> Tensor:
     """The mixture by our products."""
     x, choices = x.contiguous(), index.shape[1]
-    order, ends = sort_pairs(index.contiguous(), experts)
+    order, place, ends = sort_pairs(index.contiguous(), experts)
     tilings = (FLOAT32, FLOAT32) if x.dtype == torch.float32 else (GATED, DOWN)
     gated = product(x, first, order, ends, choices, tilings[0])
     outputs = product(gated, second, order, ends, choices, tilings[1])
-    place = torch.arange(index.numel(), device=x.device)
-    return combine(outputs, place.view_as(index), weights.contiguous())
+    return combine(outputs, place, weights.contiguous())
