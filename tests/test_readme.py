@@ -24,6 +24,7 @@ from benchmarks.report import Comparison
 from mdkern.cli.decoder import parse_decoder
 from mdkern.cli.main import build_parser
 from mdkern.decoders import DECODERS, by_name
+from mdkern.evaluation.search import Results
 from tests.problems.canvas_models import small_model
 from tests.problems.hf_models import MASK, llada
 
@@ -69,8 +70,14 @@ class GemmaTokenizer:
 
 
 @pytest.mark.slow
-def test_every_python_block_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_python_block_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     load = mdkern.from_pretrained
+    monkeypatch.chdir(tmp_path)
+    searched = Results(Path("search.jsonl"), {})  # what the guide's search says
+    for models, score in re.findall(r"^ *(?:best|worst)  ([HL]{4})  ([\d.]+) ±", GUIDE, re.MULTILINE):
+        searched.add(tuple(models), torch.tensor([float(score)]))
 
     def load_or_stand_in(name: str, **options: Any) -> Any:
         if not name.startswith("GSAI-ML/"):
@@ -101,7 +108,9 @@ def test_every_python_block_runs(capsys: pytest.CaptureFixture[str], monkeypatch
             exec(compile(block, "the documents", "exec"), names)
         if re.search("^out = ", block, re.MULTILINE):
             assert names["out"].sequences.ndim == 2
-    assert "of the FLOPs saved" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the FLOPs saved" in printed
+    assert "\nH:50% L:50%\n" in printed  # the schedule fitted to the search
 
 
 def test_every_command_line_is_understood() -> None:

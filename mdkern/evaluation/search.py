@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mdkern.digest import digest
 from mdkern.evaluation.intervals import Estimate, paired
 
-__all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "search"]
+__all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "read_results", "search"]
 
 Models = tuple[str, ...]  # the model of each segment
 
@@ -128,23 +128,11 @@ class Results:
 
         A last line without its end was cut off when a process was killed.
         """
-        text = path.read_text() if path.exists() else ""
-        if not text:
-            return {}, 0
-        whole = text[: text.rfind("\n") + 1] or text
-        try:
-            header, *entries = map(json.loads, whole.splitlines())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} does not hold a search's results ({error})") from error
-        asked = header if isinstance(header, dict) else {}
-        if asked.get("digest") != self.setting["digest"]:
-            differing = [key for key, value in self.setting.items() if key != "digest" and asked.get(key) != value]
+        header, found, size = parsed(path)
+        if size and header.get("digest") != self.setting["digest"]:
+            differing = [key for key, value in self.setting.items() if key != "digest" and header.get(key) != value]
             raise ValueError(f"{path} is of another search (it differs in {', '.join(differing)}): choose another file")
-        found = dict[Models, Found]()
-        for entry in entries:
-            models = tuple(entry["models"])
-            found[models] = Found(models, torch.tensor(entry["scores"], dtype=torch.float64))
-        return found, len(whole.encode())
+        return found, size
 
     def add(self, models: Models, scores: Tensor) -> None:
         rounded = [round(value, 6) for value in scores.tolist()]
@@ -158,6 +146,46 @@ class Results:
     def ranked(self) -> list[Found]:
         """The best first."""
         return ranked(self.found.values())
+
+
+def parsed(path: Path) -> tuple[dict[str, Any], dict[Models, Found], int]:
+    """A search's file: its description, its results, and its bytes up to the end of the last whole line.
+
+    Of an empty or missing file nothing and 0.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    text = path.read_text() if path.exists() else ""
+    if not text:
+        return {}, {}, 0
+    whole = text[: text.rfind("\n") + 1] or text
+    try:
+        header, *entries = map(json.loads, whole.splitlines())
+        found = {
+            tuple(entry["models"]): Found(tuple(entry["models"]), torch.tensor(entry["scores"], dtype=torch.float64))
+            for entry in entries
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold a search's results ({error})") from error
+    return header if isinstance(header, dict) else {}, found, len(whole.encode())
+
+
+def read_results(path: str | os.PathLike[str]) -> list[Found]:
+    """What a search has written so far, the best schedule first: of `mdkern search --output`.
+
+    `influence` and ``Schedule.optimize(..., by="influence", found=...)`` take it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of no search, or has no schedule yet.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    header, found, _ = parsed(Path(path))
+    if not found or "digest" not in header:
+        raise ValueError(f"{path} does not hold a search's results")
+    return ranked(found.values())
 
 
 def search(

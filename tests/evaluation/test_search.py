@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.evaluation.search import Found, Models, Results, all_schedules, frequencies, influence, search
+from mdkern.evaluation.search import Found, Models, Results, all_schedules, frequencies, influence, read_results, search
 
 SETTING = {"segments": 4, "light": 2, "seed": 0}
 
@@ -106,6 +106,23 @@ class TestResults:
         with pytest.raises(ValueError, match="search"):
             Results(path, SETTING)
         assert path.read_text() == text
+
+    def test_results_are_read_without_what_they_were_searched_for(self, tmp_path: Path) -> None:
+        path = tmp_path / "search.jsonl"
+        results = Results(path, SETTING)
+        with pytest.raises(ValueError, match="does not hold a search's results"):
+            read_results(path)  # no schedule yet
+        results.add(("H", "L"), torch.tensor([2.0, 4.0]))
+        results.add(("L", "H"), torch.tensor([1.0, 3.0]))
+        with path.open("a") as file:
+            file.write('{"models": ["L", "L"], "sco')  # cut off
+        found = read_results(path)
+        assert [(entry.name, entry.scores.tolist()) for entry in found] == [("LH", [1.0, 3.0]), ("HL", [2.0, 4.0])]
+        with pytest.raises(FileNotFoundError):
+            read_results(tmp_path / "none.jsonl")
+        path.write_text('{"texts": 1}\n{"texts": 2}\n')
+        with pytest.raises(ValueError, match="does not hold a search's results"):
+            read_results(path)
 
     def test_a_score_that_is_no_number_stops_the_search(self, tmp_path: Path) -> None:
         results = Results(tmp_path / "search.jsonl", SETTING)
