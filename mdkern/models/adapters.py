@@ -79,7 +79,9 @@ def adapt(
         precision: "fp8": a `DiT` without time conditioning computes most of its products in 8 bits (e4m3), which is
             faster and less accurate; see `mdkern.models.dit_fp8` for what is rounded and how. On a GPU passes over
             4,096 positions or more do so, smaller ones gain nothing and stay in 16 bits; on a CPU all do, for
-            comparison. "bf16" or None: products are in the dtype of the weights.
+            comparison. A model built like Llama, in bfloat16 on a GPU, computes all products of its blocks so, with
+            copies of their weights that take half as much memory; where a layer is not a plain linear one, a warning
+            says why it runs as without. "bf16" or None: products are in the dtype of the weights.
         name: its name in messages.
 
     Raises:
@@ -112,14 +114,15 @@ def adapt(
         )
         check_placed(model, model.embedding.device, device, shifted, allow_causal)
         return DiTDenoiser(model, name, eos_id, max_length, precision)
-    if precision == "fp8":
-        raise ValueError(f"precision={precision!r} is for mdkern's own DiT, not for a {type(model).__name__}")
     if isinstance(model, str | PathLike):
         raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
     if is_block_diffusion(model):
         raise TypeError(f"{type(model).__name__} writes canvases without a mask token: give it to mdkern.sample_canvas")
+    if precision == "fp8" and not isinstance(model, nn.Module):
+        kinds = "mdkern's own DiT and models built like Llama"
+        raise ValueError(f"precision={precision!r} is for {kinds}, not for a {type(model).__name__}")
     check_evaluating(model)
     vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
     described: dict[str, Any] = {
@@ -144,11 +147,17 @@ def adapt(
         )
     if not allow_causal and blocks is None:
         check_direction(described["name"], block_setting(model), anatomy.direction)
+    in_fp8 = "fp8" if precision == "fp8" else None
     if not anatomy.reason:
-        return SplitDenoiser(model, anatomy, **described)
+        split = SplitDenoiser(model, anatomy, precision=in_fp8, **described)
+        reason = "" if in_fp8 is None else split.why_not_fp8()
+        if reason:
+            warnings.warn(f"{split.name} runs in {split.dtype}, not in fp8, because {reason}", stacklevel=2)
+        return split
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
     slow = "the output layer is computed at every position of every forward pass"
+    slow += "" if in_fp8 is None else f", and its products are in {denoiser.dtype}, not in fp8"
     warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=2)
     return denoiser
 

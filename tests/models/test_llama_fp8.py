@@ -18,7 +18,7 @@ from mdkern.models.denoiser import PREPARED
 from mdkern.models.hf import llama_fp8
 from mdkern.models.hf.split import SplitDenoiser
 from tests.models.test_llama import FAMILIES
-from tests.problems.hf_models import MASK, WORDS, adapted, llama, random_ids
+from tests.problems.hf_models import MASK, WORDS, adapted, bert, llama, random_ids
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 KEPT = torch.arange(WORDS) != MASK
@@ -31,10 +31,9 @@ def without_gradients() -> Iterator[None]:
 
 
 def in_fp8(model: Any, **options: Any) -> SplitDenoiser:
-    plain = adapted(model, **options)
-    assert isinstance(plain, SplitDenoiser)
-    facts = ("vocab_size", "mask_id", "name", "eos_ids", "max_length", "num_blocks", "shifted")
-    return SplitDenoiser(model, plain.anatomy, precision="fp8", **{name: getattr(plain, name) for name in facts})
+    denoiser = adapted(model, precision="fp8", **options)
+    assert isinstance(denoiser, SplitDenoiser)
+    return denoiser
 
 
 class Rounded(torch.overrides.TorchFunctionMode):
@@ -180,20 +179,31 @@ class Adapter(nn.Module):
 
 
 class TestOthers:
-    def test_adapters_run_as_the_model_does(self) -> None:
-        model, ids = llama(), random_ids(2, 9)
-        layer = model.model.layers[1].mlp
-        layer.up_proj = Adapter(layer.up_proj)
-        denoiser = in_fp8(model)
-        assert "not in fp8" in repr(denoiser)
-        assert "its mlp.up_proj is a Adapter, not a plain linear layer" in repr(denoiser)
+    def check_as_it_is(self, model: Any, reason: str) -> None:
+        """A model that cannot run in fp8 runs as it is, and it is said why."""
+        ids = random_ids(2, 9)
+        with pytest.warns(UserWarning, match=f"not in fp8, because.*{reason}"):
+            denoiser = mdkern.adapt(model, precision="fp8")
+        assert reason in repr(denoiser)
         torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], rtol=1e-4, atol=1e-5)
 
-    def test_sides_that_do_not_fit(self) -> None:
-        model, ids = llama(intermediate_size=40), random_ids(2, 9)
+    def test_what_cannot_be_rounded_runs_as_it_is(self) -> None:
+        model = llama()
+        layer = model.model.layers[1].mlp
+        layer.up_proj = Adapter(layer.up_proj)
+        self.check_as_it_is(model, "its mlp.up_proj is a Adapter, not a plain linear layer")
+        self.check_as_it_is(llama(intermediate_size=40), "a layer of it has a side of 40, which 16 does not divide")
+        self.check_as_it_is(bert(), "its blocks are not built like Llama's")
+
+    def test_an_adapter_that_is_put_in_later(self) -> None:
+        model, ids = llama(**SIZES), random_ids(2, 9)
         denoiser = in_fp8(model)
-        assert "a side of 40, which 16 does not divide" in repr(denoiser)
-        torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], rtol=1e-4, atol=1e-5)
+        denoiser.hidden(ids)
+        layer = model.model.layers[1].mlp
+        layer.up_proj = Adapter(layer.up_proj)
+        for kept in (denoiser, denoiser.current()):
+            torch.testing.assert_close(kept.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], rtol=1e-4, atol=1e-4)
+            assert "not in fp8" in repr(kept)
 
     def test_it_is_not_batch_invariant(self) -> None:
         assert "fp8" in in_fp8(llama(**SIZES)).why_not_invariant(8, None)

@@ -81,9 +81,10 @@ def layers_of(block: Block) -> tuple[tuple[Linear, ...], ...]:
 
 
 def size_of_copies(parts: Parts) -> int:
-    """Bytes of `copies_of`."""
-    rooms = [room(together, "meta") for block in parts.blocks for together in layers_of(block)]
-    return sum(tensor.nbytes for tensor in tensors_of(tuple(rooms)))
+    """Bytes of `copies_of`, if either all or none of the layers that are packed together have biases."""
+    layers = [layer for block in parts.blocks for together in layers_of(block) for layer in together]
+    biases = [tensor for layer in layers if (tensor := layer.bias) is not None]
+    return sum(layer.weight.numel() + 4 * len(layer.weight) for layer in layers) + sum(bias.nbytes for bias in biases)
 
 
 def copies_of(model: nn.Module, parts: Parts) -> tuple[Fp8Block, ...]:

@@ -75,29 +75,34 @@ class SplitDenoiser(AdaptedDenoiser):
     def settle(self, anatomy: Anatomy) -> None:
         """Set how the model is run, by its anatomy."""
         self.anatomy = anatomy
-        own = "" if anatomy.own_forward == anatomy.no_cache else f" because {anatomy.own_forward}"
-        backbone = f"its own forward{own}" if anatomy.plan is None else "mdkern's own passes"
-        self.description = f"split at its output layer, with its backbone run by {backbone}{self.in_precision()}"
         self.takes_cache, self.no_cache_reason = anatomy.layout is not None, anatomy.no_cache
         self.takes_soft, self.no_soft_reason = bool(anatomy.embedding), anatomy.no_soft
         self.block_causal = anatomy.blocks
         self.tell_padding(anatomy.padding)
 
-    def in_precision(self) -> str:
-        """What became of a `precision` that was asked for, for the description."""
+    @Live
+    def description(self) -> str:
+        anatomy = self.anatomy
+        own = "" if anatomy.own_forward == anatomy.no_cache else f" because {anatomy.own_forward}"
+        backbone = f"its own forward{own}" if anatomy.plan is None else "mdkern's own passes"
+        how = f"split at its output layer, with its backbone run by {backbone}"
         if self.precision is None:
-            return ""
+            return how
+        reason, parts = self.why_not_fp8(), self.parts
+        if reason or parts is None:
+            return f"{how}; in {self.dtype}, not in fp8, because {reason}"
+        return f"{how} in fp8, with {size_of_copies(parts) / 2**30:.2g} GiB of copies of its weights"
+
+    def why_not_fp8(self) -> str:
+        """Why its products are not in e4m3 as it is now, in words that follow "because"; "" if they are."""
+        if self.anatomy.plan is None:
+            return self.anatomy.own_forward
         parts = self.parts
-        if parts is None:
-            return f" in {self.dtype}, not in {self.precision}, for which mdkern's own passes are needed"
-        reason = why_not(parts)
-        if reason:
-            return f" in {self.dtype}, not in {self.precision} because {reason}"
-        return f" in {self.precision}, with {size_of_copies(parts) / 2**30:.2g} GiB of copies of its weights"
+        return "its modules are not what they were" if parts is None else why_not(parts)
 
     @Live
     def copies(self) -> tuple[Fp8Block, ...] | None:
-        """The blocks' layers in 8 bits as the weights are now; None where the products run as the weights are."""
+        """The blocks' layers in e4m3 as the weights are now; None where the products run as the weights are."""
         parts = None if self.precision is None else self.parts
         return None if parts is None or why_not(parts) else copies_of(self.model, parts)
 
