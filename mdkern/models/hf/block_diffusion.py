@@ -6,14 +6,14 @@ The model's own code is run, and nothing in it is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from mdkern.models.fingerprint import Snapshot
+from mdkern.models.fingerprint import Snapshot, describe
 from mdkern.models.hf.lean import lean_copy
 
 CLASS = "DiffusionGemmaForBlockDiffusion"
@@ -100,8 +100,9 @@ def parts_of(model: Any) -> tuple[nn.Module, ...]:
     return model.lm_head, model.model.encoder, model.model.decoder
 
 
-def settings_of(model: Any) -> tuple[Any, ...]:
-    return model.config, repr(vars(model.config)), model.final_logit_softcapping
+def settings_of(model: Any) -> Hashable:
+    configs = model.config, model.config.get_text_config()
+    return *(describe(vars(config)) for config in configs), model.final_logit_softcapping
 
 
 class BlockDiffusion:
