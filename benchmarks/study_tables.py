@@ -228,7 +228,22 @@ def measures(shown: Shown) -> str:
         f"middle, {shared[2]:.0%} to the last.\n"
     )
     title = "Loss difference, KL and path KL over the diffusion time"
-    return picture(shown, title) + caption + verdict
+    return picture(shown, title) + caption + verdict + less_baseline(found)
+
+
+def less_baseline(found: Mapping[str, Any]) -> str:
+    """Where the KL is largest once what two equally deep models differ by is taken off (eq. 7), if that is known."""
+    if not found["baseline_kl"]:
+        return ""
+    kl, base = ([value["mean"] for value in found[name]] for name in ("kl", "baseline_kl"))
+    left = [value - other for value, other in zip(kl, base)]
+    top = max(range(len(left)), key=left.__getitem__)
+    shares = [other / value for value, other in zip(kl, base)]
+    return (
+        f"\nThe KL of two equally deep models (the second is {found['baseline']}) is {min(shares):.0%} to "
+        f"{max(shares):.0%} of that. What is left when it is taken off (eq. 7) is largest at t = "
+        f"{found['times'][top]:.2f} ({left[top]:.3f} nats a masked token).\n"
+    )
 
 
 def prediction(shown: Shown) -> str:

@@ -433,6 +433,19 @@ class TestVerdicts:
         assert verdict(0.03, 0.04, 0.01).startswith("Different from the paper")
         assert verdict(0.03, 0.031, 0.0295).startswith("The light models cannot be told apart")
 
+    def test_what_two_equal_models_differ_by_is_taken_off(self) -> None:
+        kl, base = [0.5, 0.4, 0.1], [0.3, 0.1, 0.02]
+        found = {
+            "kl": [{"mean": value} for value in kl],
+            "baseline_kl": [{"mean": value} for value in base],
+            "times": [0.75, 0.5, 0.25],
+            "baseline": "12b",
+        }
+        text = study_tables.less_baseline(found)
+        assert "is 20% to 60% of that" in text
+        assert "largest at t = 0.50 (0.300 nats" in text
+        assert study_tables.less_baseline(found | {"baseline_kl": []}) == ""
+
     def test_what_costs_more_than_the_sandwich_wins_nothing(self) -> None:
         def row(light: float, saved: float) -> dict[str, Any]:
             other = {"flops_saved": saved, "over": {"sandwich": estimate(-0.01)}}
