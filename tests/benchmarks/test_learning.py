@@ -300,12 +300,22 @@ def test_what_light_passes_lose_is_held_against_the_whole_gap() -> None:
 
 class TestDocument:
     def test_every_command_is_understood(self) -> None:
-        commands = re.findall(r"^python -m benchmarks\.learning (--[^#\n]*)", DOCUMENT.read_text(), re.MULTILINE)
-        assert len(commands) == 6
+        text = DOCUMENT.read_text().replace("\\\n", "")
+        commands = re.findall(r"^python -m benchmarks\.learning (--[^#\n]*)", text, re.MULTILINE)
+        assert len(commands) == 8
         for command in commands:
             named = build_parser().parse_args(shlex.split(command)).parts
             assert set(named) <= set(PARTS)
             assert all(set(PARTS[name].needs) <= set(named) for name in named)
+
+    @pytest.mark.parametrize("document", ["learning.md", "study.md"])
+    def test_under_what_is_measured_is_the_command_that_measures_it(self, document: str) -> None:
+        sections = re.split(r"^## ", (DOCUMENT.parent / document).read_text(), flags=re.MULTILINE)
+        shown = [section for section in sections[1:] if "<!-- end -->" in section]
+        assert len(shown) > 5
+        for section in shown:
+            title, tables = section.split("\n")[0], section.rindex("<!-- end -->")
+            assert title == "In short" or "\npython -m benchmarks." in section[tables:], title
 
     def test_the_figures_are_those_of_the_results(self) -> None:
         for name, (part, _) in learning_figures.FIGURES.items():
