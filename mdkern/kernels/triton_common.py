@@ -75,9 +75,21 @@ def load_row_index(row_index, rows, valid, hidden_rows):
 
 
 @triton.jit
+def from_float8(bits):
+    """float32 of the bits of float8_e4m3fn, uint8, of which none is NaN. It needs no instructions for float8, which
+    GPUs before compute capability 8.9 lack.
+
+    The bits of exponent and fraction are those of a float32 with another bias of the exponent, subnormals included.
+    """
+    wide = bits.to(tl.uint32)
+    moved = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
 def tile_product(
     hidden,  # [N, D], or a descriptor of the M gathered rows
-    weight,  # [V, D], or a descriptor of it; not read with FROM_LOGITS
+    weight,  # [V, D], or a descriptor of it; uint8: the bits of float8; not read with FROM_LOGITS
     index,  # [BM] rows of `hidden`, int64
     row_tile,  # with HIDDEN_TMA: which tile of the gathered rows
     tile,
@@ -121,14 +133,20 @@ def tile_product(
                 if not EVEN_K:
                     inside = inside & (inner[None, :] < hidden_dim)
                 at = weight + ids.to(tl.int64)[:, None] * weight_stride + inner[None, :]
-                w = tl.load(at, mask=inside, other=0.0)
+                w = tl.load(at, mask=inside, other=0)
+            if w.dtype == tl.uint8:
+                w = from_float8(w).to(h.dtype)
             x = tl.dot(h, w.T, x, input_precision=PRECISION)
     return x
 
 
 @triton.jit
-def finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Apply scale, soft cap and bias to a tile's product. With a bias it is at least LOWEST, and LOWEST past V."""
+def finish_logits(
+    x, weight_scale, bias, ids, vocab, scale, soft_cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr
+):  # fmt: skip
+    """Apply scales, soft cap and bias to a tile's product. With a bias it is at least LOWEST, and LOWEST past V."""
+    if weight_scale is not None:
+        x = x * tl.load(weight_scale + ids, mask=ids < vocab, other=0.0)[None, :]
     if HAS_SCALE:
         x = x * scale
     if HAS_CAP:
@@ -143,6 +161,7 @@ def finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE: tl.constexpr,
 def tile_logits(
     hidden,
     weight,
+    weight_scale,  # [V] or None
     bias,  # [V] or None
     index,
     row_tile,
@@ -170,6 +189,6 @@ def tile_logits(
         hidden, weight, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, BM, BN, BK, EVEN_K,
         HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, PRECISION,
     )  # fmt: skip
-    x = finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
+    x = finish_logits(x, weight_scale, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
     x = tl.where(ids[None, :] < vocab, x, LOWEST)
     return tl.where(x < IMPOSSIBLE, LOWEST, x)

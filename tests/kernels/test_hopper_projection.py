@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.experimental.gluon import language as gl
+
 from mdkern.kernels.head import hopper_projection, launch, launch_hopper
 from mdkern.kernels.head.launch_hopper import HEAD_START, HIDDEN_DIM, HopperTiling, choose_hopper_tiling
 from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, SkinnyTiling
@@ -24,7 +26,10 @@ def build(tiling: HopperTiling, depth: int, **constants: Any) -> Any:
     fixed = launch_hopper.tiling_constants(tiling, depth) | {"MODE": 1, "WANT_TOP": True, "WANT_ENTROPY": True}
     fixed |= {"WANT_ARGMAX": False, "OF_SAMPLER": False}
     fixed |= {"PROGRAMS": 132, "FIXED": False, "HAS_SCALE": False, "HAS_CAP": False, "first_id": None} | constants
-    types = {"weight": gluon.descriptor([tiling.vocab, HIDDEN_DIM])}
+    element = gl.float8e4nv if tiling.float8 else gl.bfloat16
+    if not tiling.float8:
+        fixed["weight_scale"] = None
+    types = {"weight": gluon.descriptor([tiling.vocab, HIDDEN_DIM], element)}
     if fixed["first_id"]:
         types["first_id"] = fixed.pop("first_id")
     if not tiling.stationary:
@@ -39,6 +44,11 @@ TILINGS = {
     "few, deep": HopperTiling(1, 128, 8),
     "middling": HopperTiling(2, 128, 6),
     "many": HopperTiling(2, 256, 4),
+}
+FLOAT8_TILINGS = {
+    "few, float8": HopperTiling(1, 128, 5, stationary=True, float8=True),
+    "few and deep, float8": HopperTiling(1, 128, 6, float8=True),
+    "middling, float8": HopperTiling(2, 128, 5, float8=True),
 }
 
 
@@ -62,24 +72,30 @@ TEMPERED = {"WANT_TOP": False, "WANT_ARGMAX": True, "OF_SAMPLER": True, "HAS_CAP
         ("middling", TEMPERED),
         ("many", TEMPERED),
         ("many", {"first_id": "i32"}),
+        *((tiling, {}) for tiling in FLOAT8_TILINGS),
+        ("few, float8", GREEDY),
+        ("middling, float8", TEMPERED | {"first_id": "i32"}),
     ],
 )
 def test_it_compiles_for_hopper(tiling: str, constants: dict[str, Any]) -> None:
-    built = build(TILINGS[tiling], 768, **constants)
+    built = build((TILINGS | FLOAT8_TILINGS)[tiling], 768, **constants)
     assert built.metadata.shared <= SHARED_MEMORY
     assert "wgmma.mma_async" in built.asm["ptx"]
     assert "cp.async.bulk.tensor" in built.asm["ptx"]
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 128, 500, 1024, 5000])
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENT)
-def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
+def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype, float8: bool) -> None:
     for depth in range(8, 9000, 8):
         hidden = torch.empty(4, depth, dtype=dtype, device="meta")
-        tiling = choose_hopper_tiling(rows, hidden)
+        tiling = choose_hopper_tiling(rows, hidden, float8)
         if tiling is None or isinstance(tiling, SkinnyTiling):  # test_hopper_skinny has the latter
             continue
+        assert tiling.float8 == float8
         stage = (tiling.vocab + (0 if tiling.stationary else tiling.rows)) * HIDDEN_DIM * 2
+        stage += tiling.vocab * HIDDEN_DIM if float8 else 0
         held = -(-depth // HIDDEN_DIM) * 64 * HIDDEN_DIM * 2 if tiling.stationary else 0
         assert tiling.stages >= 4
         assert tiling.stages >= HEAD_START

@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.experimental.gluon import language as gl
+
 from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce, launch, launch_skinny
 from mdkern.kernels.head.launch import vocab_projection
 from mdkern.kernels.head.launch_skinny import (
@@ -28,6 +30,7 @@ GREEDY = {"MODE": 0, "bias": None, "row_count": None, "temperature": None}
 CAPPED = {"HAS_SCALE": True, "HAS_CAP": True, "temperature": None}
 TEMPERED = {"WANT_ARGMAX": True, "OF_SAMPLER": True}
 SHARD = {"WANT_ARGMAX": True, "first_id": "i32"}
+FLOAT8 = {"weight_scale": gl.float8e4nv}
 
 
 def build(rows: int, **constants: Any) -> Any:
@@ -41,9 +44,13 @@ def build(rows: int, **constants: Any) -> Any:
         "WANT_ARGMAX": False,
         "OF_SAMPLER": False,
         "first_id": None,
+        "weight_scale": None,
     }
-    types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.hidden_dim])}
     fixed |= constants
+    element = gl.bfloat16
+    if fixed["weight_scale"]:
+        element = fixed.pop("weight_scale")
+    types = {"weight": gluon.descriptor([GROUP_SIZE, tiling.hidden_dim], element)}
     if fixed["first_id"]:
         types["first_id"] = fixed.pop("first_id")
     return gluon.build(
@@ -57,8 +64,8 @@ def build(rows: int, **constants: Any) -> Any:
 
 @pytest.mark.parametrize(
     "constants",
-    [{}, GREEDY, CAPPED, TEMPERED, SHARD],
-    ids=["drawn", "greedy", "capped", "tempered", "a shard"],
+    [{}, GREEDY, CAPPED, TEMPERED, SHARD, FLOAT8, FLOAT8 | GREEDY, FLOAT8 | TEMPERED | SHARD],
+    ids=["drawn", "greedy", "capped", "tempered", "a shard", "float8", "float8, greedy", "float8, tempered shard"],
 )
 @pytest.mark.parametrize("rows", [8, 16])
 def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
@@ -79,18 +86,20 @@ def test_the_choosing_kernel_compiles(constants: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16])
+@pytest.mark.parametrize("weight_bytes", [1, 2])
 @pytest.mark.parametrize("dtype", ELEMENT)
-def test_rows_and_ring_fit_in_shared_memory(rows: int, dtype: torch.dtype) -> None:
+def test_rows_and_ring_fit_in_shared_memory(rows: int, dtype: torch.dtype, weight_bytes: int) -> None:
     chosen = 0
     for depth in range(16, 12_000, 16):
-        tiling = choose_skinny_tiling(rows, torch.empty(4, depth, dtype=dtype, device="meta"))
+        tiling = choose_skinny_tiling(rows, torch.empty(4, depth, dtype=dtype, device="meta"), weight_bytes)
         if tiling is None:
             continue
         chosen += 1
         assert tiling.rows >= rows
         assert tiling.stages >= 4 > tiling.head_start > 0
         assert (
-            held_bytes(tiling.rows, tiling.hidden_dim, depth) + tiling.stages * GROUP_SIZE * tiling.hidden_dim * 2
+            held_bytes(tiling.rows, tiling.hidden_dim, depth)
+            + tiling.stages * GROUP_SIZE * tiling.hidden_dim * weight_bytes
             <= SHARED
         )
     assert chosen >= 4096 // 16

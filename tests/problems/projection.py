@@ -31,6 +31,7 @@ class Problem:
     temperature: str = "mixed"  # greedy, one, mixed
     count: int | None = None
     of: str = "model"
+    float8: bool = False  # whether the weight is in float8, with a scale for each id
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,9 @@ class Problem:
 
         self.hidden = normal(source, width, scale=self.spread if self.from_logits else 1.0)
         self.weight = None if self.from_logits else normal(self.columns, width, scale=self.spread / width**0.5)
+        self.weight_scale = None
+        if self.float8:
+            self.weight, self.weight_scale = in_float8(self.weight)
         self.bias = None
         if self.biased:
             self.bias = torch.randn(self.columns, generator=generator)
@@ -59,6 +63,7 @@ class Problem:
     def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
         rows = self.hidden[self.row_index].to(dtype)
         product = rows if self.weight is None else rows @ self.weight.to(dtype).T
+        product = product if self.weight_scale is None else product * self.weight_scale.to(dtype)
         product = product * self.options.get("scale", 1.0)
         cap = self.options.get("soft_cap", 0.0)
         product = cap * torch.tanh(product / cap) if cap else product
@@ -69,7 +74,7 @@ class Problem:
 
     def run(self, **changes: Any) -> RowStatistics:
         wanted = {"want_top": True, "want_entropy": True, "want_argmax": True, "of": self.of}
-        arguments = {"row_count": self.row_count} | wanted | self.options | changes
+        arguments = {"row_count": self.row_count, "weight_scale": self.weight_scale} | wanted | self.options | changes
         temperature = arguments.pop("temperature", self.temperatures)
         return vocab_projection(
             self.hidden, self.weight, self.bias, self.row_index, temperature, self.seed, self.keys, **arguments
@@ -81,7 +86,13 @@ class Problem:
         uniform_temperature = float(self.temperatures[0]) if uniform and self.rows else 1.0
         scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
         rows = Rows(self.row_index, self.row_count, temperature, uniform_temperature, self.seed, self.keys)
-        return self.hidden, Head(self.weight, self.bias, scale, cap), rows, Wanted(True, True, self.of, True)
+        return self.hidden, Head(self.weight, self.bias, scale, cap, self.weight_scale), rows, Wanted(True, True, self.of, True)
+
+
+def in_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight ``[V, D]`` in float8_e4m3fn, and the scale of each row, by which its largest entry is 448."""
+    scale = weight.float().abs().amax(1) / 448.0
+    return (weight.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 def flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

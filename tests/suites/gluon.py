@@ -35,10 +35,10 @@ NUMBERS = {
 SCALARS = ("scale", "soft_cap", "uniform_temperature")
 
 
-def descriptor(block: list[int]) -> str:
-    """The type of a bfloat16 matrix that bulk copies read in such blocks."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return f"tensordesc<bf16[{block[0]},{block[1]}],{layout!r}>"
+def descriptor(block: list[int], element: gl.dtype = gl.bfloat16) -> str:
+    """The type of a matrix that bulk copies read in such blocks."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, element)
+    return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
 
 
 def build(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: Any) -> Any:

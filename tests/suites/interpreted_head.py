@@ -129,6 +129,10 @@ def test_tilings_agree_with_the_reference(tiling: str, temperature: str) -> None
         {"of": "sampler"},
         {"of": "sampler", "biased": True, "count": 13, "options": {"soft_cap": 5.0}},
         {"of": "sampler", "from_logits": True, "biased": True, "columns": 300},
+        {"float8": True, "biased": True, "count": 13},
+        {"float8": True, "dtype": torch.bfloat16, "options": {"scale": 0.5, "soft_cap": 5.0}, "columns": 390},
+        {"float8": True, "dtype": torch.float16, "depth": 200, "columns": 130, "of": "sampler"},
+        {"float8": True, "depth": 77, "temperature": "greedy"},
     ],
     ids=str,
 )

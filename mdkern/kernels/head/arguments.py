@@ -12,16 +12,29 @@ TopPRule = Literal["reach", "within"]
 
 
 class Head(NamedTuple):
-    """An output layer: ``logits = cap(scale * hidden @ weight.T) + bias``, ``cap(x) = c * tanh(x / c)``."""
+    """An output layer: ``logits = cap(scale * hidden @ weight.T) + bias``, ``cap(x) = c * tanh(x / c)``.
+
+    With a `weight_scale`, `weight` is float8_e4m3fn and stands for ``weight * weight_scale[:, None]``.
+    """
 
     weight: Tensor | None  # [V, D]; None: the rows of `hidden` are the logits (D = V)
     bias: Tensor | None  # float32 [V]
     scale: float
     soft_cap: float  # c; 0: no cap
+    weight_scale: Tensor | None = None  # float32 [V]: each row of a weight in float8 is multiplied by its entry
 
     def vocab(self, hidden: Tensor) -> int:
         """The size of the vocabulary, V."""
         return hidden.shape[1] if self.weight is None else self.weight.shape[0]
+
+    def part(self, ids: slice) -> Self:
+        """The head of some ids. It must have a weight."""
+        assert self.weight is not None
+        return self._replace(
+            weight=self.weight[ids],
+            bias=None if self.bias is None else self.bias[ids],
+            weight_scale=None if self.weight_scale is None else self.weight_scale[ids],
+        )
 
 
 class Rows(NamedTuple):

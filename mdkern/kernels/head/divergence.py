@@ -47,19 +47,23 @@ def divergence(
     soft_cap: float = 0.0,
     other_scale: float = 1.0,
     other_soft_cap: float = 0.0,
+    weight_scale: Tensor | None = None,  # [V]
+    other_weight_scale: Tensor | None = None,  # [V]
 ) -> RowDivergence:
     """KL(p || q) and cross-entropy of the first head's distribution p and the second head's q, at some rows.
 
     Args:
-        hidden, weight, bias, scale, soft_cap: the head of p, as in `vocab_projection`.
-        other_hidden, other_weight, other_bias, other_scale, other_soft_cap: the head of q; its width D' may differ.
+        hidden, weight, bias, scale, soft_cap, weight_scale: the head of p, as in `vocab_projection`.
+        other_hidden, other_weight, other_bias, other_scale, other_soft_cap, other_weight_scale: the head of q; its width
+            D' may differ.
         row_index: int32 or int64 ``[M]``, rows of both `hidden` and `other_hidden`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; different vocabularies; on a CPU also rows outside of
             `hidden`.
     """
-    head, other = Head(weight, bias, scale, soft_cap), Head(other_weight, other_bias, other_scale, other_soft_cap)
+    head = Head(weight, bias, scale, soft_cap, weight_scale)
+    other = Head(other_weight, other_bias, other_scale, other_soft_cap, other_weight_scale)
     check_head(hidden, head)
     check_head(other_hidden, other, "other_")
     vocab, other_vocab = head.vocab(hidden), other.vocab(other_hidden)

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.gluon_common import barrier, ring_advance
+from mdkern.kernels.head.hopper_float8 import convert_tiles
 from mdkern.kernels.head.hopper_fold import (
     COLUMN,
     ROW,
@@ -33,27 +34,9 @@ from mdkern.kernels.head.hopper_fold import (
     _shifted,
     _sloped,
 )
-from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, locate_item, schedule_tiles
+from mdkern.kernels.head.hopper_position import item_position
+from mdkern.kernels.head.triton_projection import GREEDY, STATISTICS, count_items, schedule_tiles
 from mdkern.kernels.triton_common import GROUP_SIZE, LOG2E, LOWEST, load_keys, load_row_count, load_row_index
-
-
-@gluon.jit
-def _position(item, program, schedule, PROGRAMS: gl.constexpr, FIXED: gl.constexpr):
-    """An item of a program's work: its row tile; the first and last of its vocabulary tiles and their distance; and the
-    number of its partial result."""
-    whole, _, chunk, splits, _, vocab_tiles = schedule
-    row_tile, part, partial = locate_item(item, program, schedule, PROGRAMS, FIXED)
-    first = part
-    last = vocab_tiles
-    stride = program * 0 + 1
-    if row_tile >= whole:  # neighbouring programs take neighbouring tiles
-        last = gl.minimum(splits * chunk, vocab_tiles)
-        stride = splits
-        if part == splits:
-            first = last
-            last = vocab_tiles
-            stride = stride * 0 + 1
-    return row_tile, first, last, stride, partial
 
 
 @gluon.jit
@@ -77,20 +60,32 @@ def _produce(
     Full rings in all programs are 15 MB of copies in flight, and any other load waits behind them. So after
     `HEAD_START` copies the producer lets the consumers load their first operands.
     """
-    hidden_ring, weight_ring, full, empty, asked = rings
+    hidden_ring, weight_ring, full, empty, asked = rings[:5]
     program, items, schedule = work
     stage = program * 0
     phase = stage + 1
+    FLOAT8: gl.constexpr = weight.dtype == gl.float8e4nv
     for item in range(items):
-        row_tile, first, last, stride, _ = _position(item, program, schedule, PROGRAMS, FIXED)
+        row_tile, first, last, stride, _ = item_position(item, program, schedule, PROGRAMS, FIXED)
         for tile in range(first, last, stride):
             for k in range(K_TILES):
                 if HEAD_START > 0:
                     mbarrier.wait(asked, 0, pred=k >= HEAD_START)
-                mbarrier.wait(empty.index(stage), phase)
-                ready = full.index(stage)
-                mbarrier.expect(ready, (BN if STATIONARY else BM + BN) * BK * 2)
-                tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, weight_ring.index(stage))
+                if FLOAT8:  # it goes to the converter's ring
+                    raw_ring, raw_full, raw_empty = rings[5:]
+                    mbarrier.wait(raw_empty.index(stage), phase)
+                    ready = raw_full.index(stage)
+                    mbarrier.expect(ready, BN * BK)
+                    tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, raw_ring.index(stage))
+                    if not STATIONARY:
+                        mbarrier.wait(empty.index(stage), phase)
+                        ready = full.index(stage)
+                        mbarrier.expect(ready, BM * BK * 2)
+                else:
+                    mbarrier.wait(empty.index(stage), phase)
+                    ready = full.index(stage)
+                    mbarrier.expect(ready, (BN if STATIONARY else BM + BN) * BK * 2)
+                    tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, weight_ring.index(stage))
                 if not STATIONARY:
                     tma.async_copy_global_to_shared(hidden, [row_tile * BM, k * BK], ready, hidden_ring.index(stage))
                 stage, phase = ring_advance(stage, phase, STAGES)
@@ -121,9 +116,9 @@ def _consume(
     HAS_CAP: gl.constexpr,
 ):
     """A consumer warpgroup: multiplies its 64 rows by every tile, and folds each result into the state of the rows."""
-    hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
+    hidden, weight_scale, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders = tensors
     count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
-    hidden_ring, weight_ring, full, empty, asked = rings
+    hidden_ring, weight_ring, full, empty, asked = rings[:5]
     program, items, schedule = work
     GROUPS: gl.constexpr = BN // GROUP_SIZE
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -136,7 +131,7 @@ def _consume(
     stage = program * 0
     phase = program * 0
     for item in range(items):
-        row_tile, first, last, stride, partial = _position(item, program, schedule, PROGRAMS, FIXED)
+        row_tile, first, last, stride, partial = item_position(item, program, schedule, PROGRAMS, FIXED)
         if STATIONARY:  # first of all, as otherwise these loads wait behind the copies of the weights
             gathered = row_tile * BM + gl.arange(0, ROWS, layout=gl.SliceLayout(1, chunk_layout))
             index, _ = load_row_index(row_index, gathered, gathered < count, hidden_rows)
@@ -190,8 +185,10 @@ def _consume(
             place = tile  # in the whole vocabulary, by which the noise is keyed
             if first_id is not None:
                 place = tile + first_id // BN
+            ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
+            if weight_scale is not None:
+                factor = gl.load(weight_scale + ids, mask=ids < vocab, other=0.0)
             if bias is not None:
-                ids = tile * BN + gl.arange(0, BN, layout=ids_layout)
                 shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
                 shift = gl.where(shift < LOWEST, LOWEST, shift)
             if MODE == GREEDY:
@@ -214,6 +211,8 @@ def _consume(
                 stage, phase = ring_advance(stage, phase, STAGES)
             product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(empty.index(previous))
+            if weight_scale is not None:
+                product = product * gl.convert_layout(factor, gl.SliceLayout(0, wide))[None, :]
             if HAS_SCALE:
                 product = product * scale
             if HAS_CAP:
@@ -261,6 +260,7 @@ def _consume(
 def vocab_projection_hopper_kernel(
     hidden,  # [N, D] where STATIONARY, else a descriptor of the M gathered rows
     weight,  # descriptor of [V, D]
+    weight_scale,  # [V] of a weight in float8, else None
     bias,
     row_index,
     row_count,
@@ -295,20 +295,33 @@ def vocab_projection_hopper_kernel(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
     REGISTERS: gl.constexpr,
+    CONVERTER_REGISTERS: gl.constexpr,
 ):
     BM: gl.constexpr = ROWS * CONSUMERS
-    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
+    element: gl.constexpr = hidden.dtype.element_ty if STATIONARY else hidden.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], element)
+    weight_ring = gl.allocate_shared_memory(element, [STAGES, BN, BK], layout)
     if STATIONARY:
-        hidden_ring = gl.allocate_shared_memory(weight.dtype, [K_TILES, ROWS, BK], weight.layout)
+        hidden_ring = gl.allocate_shared_memory(element, [K_TILES, ROWS, BK], layout)
     else:
-        hidden_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], weight.layout)
+        hidden_ring = gl.allocate_shared_memory(element, [STAGES, BM, BK], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(asked, count=CONSUMERS)
+    FILLERS: gl.constexpr = 2 if weight_scale is not None and not STATIONARY else 1
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=FILLERS)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    rings = (hidden_ring, weight_ring, full, empty, asked)
+    if weight_scale is not None:
+        raw_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
+        raw_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        raw_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(raw_full.index(stage), count=1)
+            mbarrier.init(raw_empty.index(stage), count=1)
+        rings = (hidden_ring, weight_ring, full, empty, asked, raw_ring, raw_full, raw_empty)
     fence_async_shared()
     if STATIONARY:  # it may be launched before the previous kernel has ended
         gdc_wait()
@@ -317,11 +330,48 @@ def vocab_projection_hopper_kernel(
     count = load_row_count(row_count, capacity)
     schedule = schedule_tiles(count, vocab, BM, BN, PROGRAMS, FIXED)
     # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
-    rings = (hidden_ring, weight_ring, full, empty, asked)
     work = (program, count_items(program, schedule, PROGRAMS, FIXED), schedule)
-    rows = (hidden, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
+    rows = (hidden, weight_scale, bias, row_index, temperature, uniform_temperature, seed, keys, statistics, leaders)
     sizes = (count, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
-    if CONSUMERS == 1:
+    if weight_scale is not None:
+        tiles = (raw_ring, raw_full, raw_empty, weight_ring, full, empty)
+        if CONSUMERS == 1:
+            gl.warp_specialize(
+                [
+                    (_consume, (
+                        rows, sizes, rings, work, K_TILES, 0, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                        HEAD_START, MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    )),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED)),
+                    (_produce, (
+                        hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                        HEAD_START,
+                    )),
+                ],
+                [4, 1],
+                [CONVERTER_REGISTERS, 24],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (_consume, (
+                        rows, sizes, rings, work, K_TILES, 0, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                        HEAD_START, MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    )),
+                    (_consume, (
+                        rows, sizes, rings, work, K_TILES, 1, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                        HEAD_START, MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
+                    )),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED)),
+                    (_produce, (
+                        hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
+                        HEAD_START,
+                    )),
+                ],
+                [4, 4, 1],
+                [REGISTERS, CONVERTER_REGISTERS, 24],
+            )  # fmt: skip
+    elif CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (_consume, (

@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.gluon_common import barrier, ring_advance
+from mdkern.kernels.head.hopper_float8 import load_operand, operand_order
 from mdkern.kernels.head.hopper_skinny_reduce import RECORD
 from mdkern.kernels.head.triton_projection import MIXED
 from mdkern.kernels.triton_common import (
@@ -64,7 +65,7 @@ def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START:
             mbarrier.wait(asked, 0, pred=k >= HEAD_START)
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
-            mbarrier.expect(ready, GROUP_SIZE * BK * 2)
+            mbarrier.expect(ready, GROUP_SIZE * BK * weight_ring.dtype.primitive_bitwidth // 8)
             tma.async_copy_global_to_shared(weight, [group * GROUP_SIZE, k * BK], ready, weight_ring.index(stage))
             stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
 
@@ -154,6 +155,41 @@ def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stri
 
 
 @gluon.jit
+def _reorder_rows(hidden_tiles):
+    """Put the columns of the rows in shared memory into the order of a weight in float8."""
+    BK: gl.constexpr = hidden_tiles.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // BK, BK // 16], [4, 1], [1, 0])
+    for k in range(hidden_tiles.shape[0]):
+        hidden_tiles.index(k).store(operand_order(hidden_tiles.index(k).load(layout)))
+
+
+@gluon.jit
+def _product_of_float8(rings, stage, phase):
+    """`_product` for a weight in float8, which goes through registers: the next tile is converted while the tensor
+    cores have the last one."""
+    hidden_tiles, weight_ring, full, empty, _ = rings
+    ROWS: gl.constexpr = hidden_tiles.shape[1]
+    K_TILES: gl.constexpr = hidden_tiles.shape[0]
+    layout: gl.constexpr = _tile(ROWS)
+    x = gl.zeros([GROUP_SIZE, ROWS], gl.float32, layout=layout)
+    mbarrier.wait(full.index(stage), phase)
+    w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+    mbarrier.arrive(empty.index(stage))
+    stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+    for k in range(K_TILES - 1):
+        x = warpgroup_mma(w, hidden_tiles.index(k).permute((1, 0)), x, use_acc=k > 0, is_async=True)
+        mbarrier.wait(full.index(stage), phase)
+        next_w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+        x, w = warpgroup_mma_wait(0, deps=(x, w))
+        w = next_w
+    x = warpgroup_mma(w, hidden_tiles.index(K_TILES - 1).permute((1, 0)), x, use_acc=K_TILES > 1, is_async=True)
+    x, w = warpgroup_mma_wait(0, deps=(x, w))
+    return x, stage, phase
+
+
+@gluon.jit
 def _product(rings, stage, phase):
     """The product of the next group with all rows, [64, ROWS], and the next stage of the ring."""
     hidden_tiles, weight_ring, full, empty, _ = rings
@@ -238,7 +274,7 @@ def _consume(
     HAS_CAP: gl.constexpr,
 ):
     """The consumer warps: multiply this program's groups by all rows, then write a record for each row."""
-    hidden, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
+    hidden, weight_scale, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
     capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
     races, noises, drawn, used = draws
     ROWS: gl.constexpr = races.shape[1]
@@ -250,8 +286,10 @@ def _consume(
     value = gl.full([ROWS], 1.0, gl.float32, layout=by_row) * uniform_temperature
     if temperature is not None:
         value = gl.load(temperature + row, mask=row < count, other=1.0)
+    ids = program * GROUP_SIZE + id_in_group
+    if weight_scale is not None:
+        next_factor = gl.load(weight_scale + ids, mask=ids < vocab, other=0.0)
     if bias is not None:
-        ids = program * GROUP_SIZE + id_in_group
         next_shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
     _, total = load_row_index(row_index, row, row < count, hidden_rows)
     _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, rings[0])
@@ -267,6 +305,9 @@ def _consume(
     leader = gl.full([GROUP_SIZE, ROWS], -float("inf"), gl.float32, layout=tile)
     state = top, total, nothing, lowest, best, row * 0, leader, leader, row * 0
     async_copy.wait_group(0)
+    if weight_scale is not None:
+        barrier()
+        _reorder_rows(rings[0])
     fence_async_shared()
     barrier()
 
@@ -276,11 +317,17 @@ def _consume(
     noise_phase = program * 0
     for group in range(program, groups, PROGRAMS):
         ids = group * GROUP_SIZE + id_in_group
+        next_ids = ids + PROGRAMS * GROUP_SIZE
         if bias is not None:  # loaded one group ahead, as a load behind full rings takes as long as a group
             shift = next_shift
-            next_ids = ids + PROGRAMS * GROUP_SIZE
             next_shift = gl.load(bias + next_ids, mask=next_ids < vocab, other=LOWEST)
-        x, stage, phase = _product(rings, stage, phase)
+        if weight_scale is not None:
+            factor = next_factor
+            next_factor = gl.load(weight_scale + next_ids, mask=next_ids < vocab, other=0.0)
+            x, stage, phase = _product_of_float8(rings, stage, phase)
+            x = x * gl.expand_dims(factor, 1)
+        else:
+            x, stage, phase = _product(rings, stage, phase)
         if HAS_SCALE:
             x = x * scale
         if HAS_CAP:
@@ -317,6 +364,7 @@ def _consume(
 def vocab_projection_skinny_kernel(
     hidden,  # [N, D]
     weight,  # descriptor of [V, D]
+    weight_scale,  # [V] of a weight in float8, else None
     bias,
     row_index,
     row_count,
@@ -346,7 +394,8 @@ def vocab_projection_skinny_kernel(
     HAS_CAP: gl.constexpr,
 ):
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, GROUP_SIZE, BK], weight.layout)
-    hidden_tiles = gl.allocate_shared_memory(weight.dtype, [K_TILES, ROWS, BK], weight.layout)
+    held_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BK], hidden.dtype.element_ty)
+    hidden_tiles = gl.allocate_shared_memory(hidden.dtype.element_ty, [K_TILES, ROWS, BK], held_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -369,7 +418,7 @@ def vocab_projection_skinny_kernel(
     groups = gl.cdiv(vocab, GROUP_SIZE)
     rings = (hidden_tiles, weight_ring, full, empty, asked)
     draws = (races, noises, drawn, used)
-    rows = (hidden, bias, row_index, row_count, temperature, uniform_temperature, records)
+    rows = (hidden, weight_scale, bias, row_index, row_count, temperature, uniform_temperature, records)
     sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
     gl.warp_specialize(
         [

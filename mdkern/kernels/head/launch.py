@@ -54,7 +54,7 @@ def hopper_launcher(device: torch.device) -> ModuleType | None:
 
 
 def choose_tiling(
-    rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool
+    rows: int, hidden: Tensor, bulk_copy: bool, from_logits: bool, float8: bool = False
 ) -> Tiling | HopperTiling | SkinnyTiling:
     """Tiles for at most `rows` rows: for Gluon on Hopper where it is faster, else for Triton.
 
@@ -63,7 +63,9 @@ def choose_tiling(
     rows, which are gathered first and then read by bulk copies. Times: docs/notes/output-layer.md.
     """
     hopper = hopper_launcher(hidden.device) if bulk_copy else None
-    tiling: HopperTiling | SkinnyTiling | None = None if hopper is None else hopper.choose_hopper_tiling(rows, hidden)
+    tiling: HopperTiling | SkinnyTiling | None = None
+    if hopper is not None:
+        tiling = hopper.choose_hopper_tiling(rows, hidden, float8)
     if tiling is not None:
         return tiling
     if from_logits:
@@ -120,7 +122,9 @@ def project_parts(
         return
     hidden, head, rows = *with_unit_strides(hidden, head), rows.contiguous()
     bulk_copy = head.weight is not None and copies_in_bulk(head.weight)
-    tiling = tiling or choose_tiling(rows_to_choose_by(capacity), hidden, bulk_copy, head.weight is None)
+    tiling = tiling or choose_tiling(
+        rows_to_choose_by(capacity), hidden, bulk_copy, head.weight is None, head.weight_scale is not None
+    )
     greedy = rows.temperature is None and rows.uniform_temperature == 0.0
     constants: dict[str, Any] = {
         "PROGRAMS": programs or num_sms(hidden.device) * tiling.programs_per_sm,
@@ -222,6 +226,7 @@ def project(
     kernels.vocab_projection_kernel[(constants["PROGRAMS"],)](
         source,
         table,
+        head.weight_scale,
         head.bias,
         *rows,
         *partial_results,
@@ -251,9 +256,9 @@ def operands(
     source: Any = hidden
     if gather:
         source = TensorDescriptor.from_tensor(hidden.index_select(0, row_index), [tiling.rows, tiling.hidden_dim])
-    table: Any = head.weight
+    table: Any = head.weight if head.weight_scale is None else bits_of(head.weight)
     if bulk_copy:
-        table = TensorDescriptor.from_tensor(head.weight, [tiling.vocab, tiling.hidden_dim])
+        table = TensorDescriptor.from_tensor(table, [tiling.vocab, tiling.hidden_dim])
     return (
         source,
         table,
@@ -270,9 +275,15 @@ def operands(
     )
 
 
+def bits_of(weight: Tensor | None) -> Tensor | None:
+    """The bits of a weight in float8, uint8, as Triton has no float8 for compute capability 8.0."""
+    return None if weight is None else weight.view(torch.uint8)
+
+
 def with_unit_strides(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """The tensors with unit stride within rows, copied if needed. A weight is large, so it is refused instead."""
     if head.weight is not None and head.weight.stride(1) != 1:
         raise ValueError(f"weight must have unit stride along its rows, not strides {head.weight.stride()}")
-    bias = None if head.bias is None else head.bias.contiguous()
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous(), head._replace(bias=bias)
+    bias, weight_scale = (None if part is None else part.contiguous() for part in (head.bias, head.weight_scale))
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    return hidden, head._replace(bias=bias, weight_scale=weight_scale)

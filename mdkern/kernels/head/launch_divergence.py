@@ -95,4 +95,4 @@ def arguments(hidden: Tensor, head: Head, row_index: Tensor, tiling: Tiling) -> 
     """The kernel's arguments and constants for one head."""
     source, table, flags = operands(hidden, head, row_index, tiling, reads_in_bulk(head))
     strides = (hidden.stride(0), 0 if head.weight is None else head.weight.stride(0))
-    return (source, table, head.bias, hidden.shape[1], *strides, head.scale, head.soft_cap), flags
+    return (source, table, head.weight_scale, head.bias, hidden.shape[1], *strides, head.scale, head.soft_cap), flags

@@ -107,6 +107,7 @@ def write_logits(
     kernels.filtered_logits_kernel[(triton.cdiv(chunk, tiling.rows) * triton.cdiv(vocab, tiling.vocab),)](
         source,
         table,
+        head.weight_scale,
         head.bias,
         *rows[:4],
         scaled,

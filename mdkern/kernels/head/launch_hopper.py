@@ -13,13 +13,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels.head import hopper_projection
 from mdkern.kernels.head.arguments import Head, Rows
-from mdkern.kernels.head.launch_skinny import ELEMENT, SHARED, SkinnyTiling, choose_skinny_tiling, project_skinny
+from mdkern.kernels.head.launch_skinny import (
+    ELEMENT,
+    SHARED,
+    WEIGHT_ELEMENT,
+    SkinnyTiling,
+    choose_skinny_tiling,
+    project_skinny,
+)
 
 __all__ = ["ELEMENT", "HopperTiling", "SkinnyTiling", "choose_hopper_tiling", "project_on_hopper", "project_skinny"]
 
 HIDDEN_DIM = 64  # elements of a copied tile's rows: 128 bytes, the width of the shared-memory swizzle
 HEAD_START = 2  # copies that the producer starts before the consumers load their rows
 CONSUMER_REGISTERS = 224  # registers of a thread of each consumer; the producer has 24
+# With a converter: 208 + 208 + 72 + 24 are the registers that four warpgroups have at 128 each.
+FLOAT8_REGISTERS, CONVERTER_REGISTERS = 208, 72
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class HopperTiling:
     # one has ended.
     stationary: bool = False
 
+    float8: bool = False  # the weight goes through converter warps, which take registers and shared memory
+
     @property
     def rows(self) -> int:
         return 64 * self.consumers
@@ -47,17 +58,19 @@ class HopperTiling:
     @property
     def registers(self) -> int:
         """Registers of a thread at launch. Some are left, so that the reduce kernel can start before this one ends."""
-        return 128 if self.consumers == 1 else 160
+        return 128 if self.consumers == 1 or self.float8 else 160
 
 
-def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | SkinnyTiling | None:
+def choose_hopper_tiling(rows: int, hidden: Tensor, float8: bool = False) -> HopperTiling | SkinnyTiling | None:
     """Tiles for at most `rows` rows; None if `triton_projection` should be used. Times: docs/notes/output-layer.md."""
     hidden_dim, size = hidden.shape[1], hidden.element_size()
     if hidden.dtype not in ELEMENT or hidden_dim % 8:  # bulk copies want rows of a multiple of 16 bytes
         return None
-    skinny = choose_skinny_tiling(rows, hidden)
+    skinny = choose_skinny_tiling(rows, hidden, 1 if float8 else 2)
     if skinny is not None:
         return skinny
+    if float8:
+        return choose_float8_tiling(rows, hidden)
     stages = (SHARED - triton.cdiv(hidden_dim, HIDDEN_DIM) * 64 * HIDDEN_DIM * size) // (128 * HIDDEN_DIM * size)
     shallow = stages >= 5  # 64 rows fit into shared memory beside a ring
     aligned = hidden_dim % 16 == 0 and hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
@@ -68,6 +81,20 @@ def choose_hopper_tiling(rows: int, hidden: Tensor) -> HopperTiling | SkinnyTili
     if rows <= 1024 and shallow:
         return HopperTiling(2, 128, stages=6)
     return HopperTiling(2, 256, stages=4)
+
+
+def choose_float8_tiling(rows: int, hidden: Tensor) -> HopperTiling:
+    """Tiles for at most `rows` rows and a weight in float8. Each stage has it twice, in 8 and in 16 bits; and four
+    warpgroups have too few registers for tiles of 256 ids."""
+    hidden_dim = hidden.shape[1]
+    held = triton.cdiv(hidden_dim, HIDDEN_DIM) * 64 * HIDDEN_DIM * 2
+    stages = (SHARED - held) // (3 * 128 * HIDDEN_DIM)
+    aligned = hidden_dim % 16 == 0 and hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
+    if rows <= 256 and stages >= 4 and aligned:
+        return HopperTiling(1, 128, min(stages, 7), stationary=True, float8=True)
+    if rows <= 64:
+        return HopperTiling(1, 128, stages=6, float8=True)
+    return HopperTiling(2, 128, stages=5, float8=True)
 
 
 def project_on_hopper(
@@ -82,16 +109,19 @@ def project_on_hopper(
     """Run the first kernel: statistics and leading groups of each part of the vocabulary."""
 
     def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[matrix.dtype])
+        layout = gl.NVMMASharedLayout.get_default_for(block, WEIGHT_ELEMENT[matrix.dtype])
         return TensorDescriptor.from_tensor(matrix, block, layout)
 
     assert head.weight is not None
+    if head.weight_scale is not None and not tiling.float8:
+        raise ValueError("tiles for a weight in float8 are HopperTiling(..., float8=True)")
     source: Any = hidden
     if tiling.gather:
         source = descriptor(gather_rows(hidden, rows.row_index, tiling.rows), [tiling.rows, HIDDEN_DIM])
     hopper_projection.vocab_projection_hopper_kernel[(constants["PROGRAMS"],)](
         source,
         descriptor(head.weight, [tiling.vocab, HIDDEN_DIM]),
+        head.weight_scale,
         head.bias,
         *rows,
         *partial_results,
@@ -130,5 +160,6 @@ def tiling_constants(tiling: HopperTiling, hidden_dim: int) -> dict[str, Any]:
         "STAGES": tiling.stages,
         "STATIONARY": tiling.stationary,
         "HEAD_START": HEAD_START,
-        "REGISTERS": CONSUMER_REGISTERS,
+        "REGISTERS": FLOAT8_REGISTERS if tiling.float8 else CONSUMER_REGISTERS,
+        "CONVERTER_REGISTERS": CONVERTER_REGISTERS,
     }

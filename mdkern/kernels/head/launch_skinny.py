@@ -18,7 +18,8 @@ GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
 RECORD = hopper_skinny_reduce.RECORD.value
 SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for barriers and exchange between lanes
 RING = 128 * 1024  # bytes in flight; more is slower, see docs/notes/output-layer.md
-ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}  # of the rows
+WEIGHT_ELEMENT = ELEMENT | {torch.float8_e4m3fn: gl.float8e4nv}
 REGISTERS = 128  # of a thread at launch; some are left, so that the reduce kernel can start before this one ends
 
 
@@ -36,11 +37,11 @@ class SkinnyTiling:
 
     @property
     def head_start(self) -> int:
-        """Number of copies, 32 KiB in all, that start before the consumers load their rows."""
+        """Number of copies that start before the consumers load their rows: 32 KiB in all in 16 bits."""
         return 256 // self.hidden_dim
 
 
-def choose_skinny_tiling(rows: int, hidden: Tensor) -> SkinnyTiling | None:
+def choose_skinny_tiling(rows: int, hidden: Tensor, weight_bytes: int = 2) -> SkinnyTiling | None:
     """Tiles for at most `rows` rows. None above 16 rows, where `hopper_projection` is faster, and if the rows and four
     copied tiles do not fit into shared memory."""
     hidden_dim, aligned = hidden.shape[1], hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
@@ -48,7 +49,7 @@ def choose_skinny_tiling(rows: int, hidden: Tensor) -> SkinnyTiling | None:
         return None
     held = 8 if rows <= 8 else 16
     for copied in (256, 128):
-        stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // (GROUP_SIZE * copied * 2)
+        stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // (GROUP_SIZE * copied * weight_bytes)
         if stages >= 4 and (hidden_dim % copied == 0 or copied == 128):
             return SkinnyTiling(held, stages, copied)
     return None
@@ -76,10 +77,11 @@ def project_skinny(
     constants = {name: value for name, value in constants.items() if name != "FIXED"} | {"PROGRAMS": programs}
     records = torch.empty((capacity, programs, RECORD), dtype=torch.float32, device=hidden.device)
     block = [GROUP_SIZE, tiling.hidden_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[hidden.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, WEIGHT_ELEMENT[head.weight.dtype])
     hopper_skinny.vocab_projection_skinny_kernel[(programs,)](
         hidden,
         TensorDescriptor.from_tensor(head.weight, block, layout),
+        head.weight_scale,
         head.bias,
         *rows,
         records,

@@ -65,9 +65,12 @@ def embed_rows(
     for first in range(0, vocab, width):
         part = slice(first, min(first + width, vocab))
         ids = part.stop - first
-        logits = hidden[:, part] if head.weight is None else product(hidden[None], head.weight[part].T[None])
+        logits = hidden[:, part]
+        if head.weight is not None:
+            logits = product(hidden[None], head.weight[part].to(hidden.dtype).T[None])
         soft_weights_kernel[(rows, triton.cdiv(ids, BLOCK))](
             logits,
+            None if head.weight_scale is None else head.weight_scale[part],
             None if head.bias is None else head.bias[part],
             logsumexp,
             temperature,

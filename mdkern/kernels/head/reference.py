@@ -93,9 +93,11 @@ def soft_embedding(
     ids = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0], embedding.shape[1]))
     for start in range(0, head.vocab(hidden), ids):
         part = slice(start, start + ids)
-        weight = None if head.weight is None else head.weight[part]
-        bias = None if head.bias is None else head.bias[part]
-        logits = row_logits(hidden[:, part] if weight is None else hidden, head._replace(weight=weight, bias=bias))
+        if head.weight is None:
+            bias = None if head.bias is None else head.bias[part]
+            logits = row_logits(hidden[:, part], head._replace(bias=bias))
+        else:
+            logits = row_logits(hidden, head.part(part))
         soft += (logits / divisor - logsumexp[:, None]).exp() @ embedding[part].float()
     return soft.to(embedding.dtype)
 
@@ -202,7 +204,7 @@ def check_values(row_index: Tensor, temperature: Tensor | None, hidden_rows: int
 
 def row_logits(states: Tensor, head: Head) -> Tensor:
     """float32 logits ``[M, V]`` of hidden rows ``[M, D]``."""
-    product = states if head.weight is None else product_float32(states, head.weight)
+    product = states if head.weight is None else product_float32(states, head.weight, head.weight_scale)
     return finish_logits(product, head.bias, head.scale, head.soft_cap)
 
 
@@ -216,8 +218,11 @@ def finish_logits(product: Tensor, bias: Tensor | None, scale: float, soft_cap: 
     return logits if bias is None else logits + bias
 
 
-def product_float32(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows [M, D] @ weight.T [D, V]`` accumulated and returned in float32."""
+def product_float32(rows: Tensor, weight: Tensor, weight_scale: Tensor | None = None) -> Tensor:
+    """``rows [M, D] @ weight.T [D, V]``, times ``weight_scale [V]`` if the weight has one, accumulated and returned in
+    float32."""
+    if weight_scale is not None:
+        return product_float32(rows, weight.to(rows.dtype)) * weight_scale
     if rows.dtype == torch.float32:
         return rows @ weight.T
     if rows.is_cuda:

@@ -76,6 +76,7 @@ def vocab_projection_sharded(
     row_count: Tensor | None = None,  # []
     scale: float = 1.0,
     soft_cap: float = 0.0,
+    weight_scale: Tensor | None = None,  # [V of the shard]
     want_top: bool = False,
     want_entropy: bool = False,
     want_argmax: bool = False,
@@ -83,7 +84,8 @@ def vocab_projection_sharded(
 ) -> RowStatistics:
     """`vocab_projection` of the whole vocabulary, of which this process has the ids from `first` on.
 
-    To be called by all processes with the same arguments but for `weight`, `bias` and `first`. There are no filters:
+    To be called by all processes with the same arguments but for `weight`, `weight_scale`, `bias` and
+    `first`. There are no filters:
     where one cuts is found by a search through all logits of a row, which no process has.
 
     Args:
@@ -95,7 +97,7 @@ def vocab_projection_sharded(
     Raises:
         ValueError: as `vocab_projection`.
     """
-    head = Head(weight, bias, scale, soft_cap)
+    head = Head(weight, bias, scale, soft_cap, weight_scale)
     per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     rows = Rows(row_index, row_count, per_row, uniform, seed, keys)
     check_head(hidden, head)

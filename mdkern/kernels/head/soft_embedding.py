@@ -44,6 +44,7 @@ def soft_embedding(
     *,
     scale: float = 1.0,
     soft_cap: float = 0.0,
+    weight_scale: Tensor | None = None,  # [V]
 ) -> Tensor:
     """``exp(logits / temperature - logsumexp) @ table`` for each row, with ``logits = cap(scale * hidden @ weight.T) +
     bias``.
@@ -53,13 +54,14 @@ def soft_embedding(
 
     Args:
         hidden: floating ``[M, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
-        weight: same dtype, ``[V, D]``.
+        weight: same dtype, ``[V, D]``; or float8_e4m3fn with a `weight_scale`.
         bias: float32 ``[V]``.
         logsumexp: float32 ``[M]``, of ``logits / temperature``: what ``vocab_projection(of="sampler")`` returns. Rows
             for which it is NaN give NaN.
         temperature: float32 ``[M]``, or a number for all rows. 0 stands for 1, as in ``vocab_projection``.
-        table: same dtype as `hidden`, ``[V, E]``. None: `weight`, for tied embeddings.
+        table: same dtype as `hidden`, ``[V, E]``. None: `weight`, for tied embeddings, unless it is in float8.
         scale, soft_cap: see the formula; ``soft_cap=0`` is no cap.
+        weight_scale: as in `vocab_projection`.
 
     Returns:
         ``[M, E]`` of the dtype of `table`.
@@ -67,7 +69,7 @@ def soft_embedding(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; numbers out of range.
     """
-    head = Head(weight, bias, scale, soft_cap)
+    head = Head(weight, bias, scale, soft_cap, weight_scale)
     check_head(hidden, head)
     per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     check_tensor("logsumexp", logsumexp, (torch.float32,), (hidden.shape[0],), hidden.device)
@@ -76,6 +78,8 @@ def soft_embedding(
         raise ValueError(f"temperature must be a float32 of at least 0, not {uniform}")
     if table is None and weight is None:
         raise ValueError("table is needed where the rows are logits: there is no weight that could be the embedding")
+    if table is None and weight_scale is not None:
+        raise ValueError("table is needed beside a weight in float8: the embedding of a tied model stays as it is")
     fits = table is None or (
         table.ndim == 2
         and table.shape[0] == head.vocab(hidden)

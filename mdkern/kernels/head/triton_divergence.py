@@ -51,6 +51,7 @@ def _absorb(x, y, state, EXCLUDES: tl.constexpr):
 def divergence_kernel(
     hidden,
     weight,
+    weight_scale,
     bias,
     hidden_dim,
     hidden_stride,
@@ -59,6 +60,7 @@ def divergence_kernel(
     soft_cap,
     other_hidden,
     other_weight,
+    other_weight_scale,
     other_bias,
     other_hidden_dim,
     other_hidden_stride,
@@ -103,12 +105,12 @@ def divergence_kernel(
     first = split * chunk
     for tile in range(first, tl.minimum(first + chunk, tl.cdiv(vocab, BN))):
         x = tile_logits(
-            hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale,
-            soft_cap, BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
+            hidden, weight, weight_scale, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride,
+            scale, soft_cap, BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
         )  # fmt: skip
         y = tile_logits(
-            other_hidden, other_weight, other_bias, index, row_tile, tile, vocab, other_hidden_dim, other_hidden_stride,
-            other_weight_stride, other_scale, other_soft_cap, BM, BN, OTHER_BK, OTHER_EVEN_K, OTHER_HIDDEN_TMA,
+            other_hidden, other_weight, other_weight_scale, other_bias, index, row_tile, tile, vocab, other_hidden_dim,
+            other_hidden_stride, other_weight_stride, other_scale, other_soft_cap, BM, BN, OTHER_BK, OTHER_EVEN_K, OTHER_HIDDEN_TMA,
             OTHER_WEIGHT_TMA, OTHER_FROM_LOGITS, OTHER_HAS_SCALE, OTHER_HAS_CAP, OTHER_PRECISION,
         )  # fmt: skip
         state = _absorb(x, y, state, EXCLUDES)

@@ -34,6 +34,7 @@ STATISTICS = tl.constexpr(4)  # of a row in a tile: maximum, sum of exponentials
 def filtered_logits_kernel(
     hidden,
     weight,
+    weight_scale,
     bias,
     row_index,
     row_count,  # [] or None
@@ -77,8 +78,8 @@ def filtered_logits_kernel(
     valid = (local < chunk) & (rows < count)
     index, poison = load_row_index(row_index, rows, valid, hidden_rows)
     x = tile_logits(
-        hidden, weight, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, scale, soft_cap,
-        BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
+        hidden, weight, weight_scale, bias, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride,
+        scale, soft_cap, BM, BN, BK, EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, HAS_SCALE, HAS_CAP, PRECISION,
     )  # fmt: skip
 
     if WANT_TOP and not OF_SAMPLER:

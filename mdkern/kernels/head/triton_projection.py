@@ -253,7 +253,8 @@ def _greedy_scores(logits, scores, greedy, GROUPS: tl.constexpr):
 @triton.jit(do_not_specialize=["capacity", "vocab", "hidden_rows", "first_id"])
 def vocab_projection_kernel(
     hidden,  # [N, D], or a descriptor of the M gathered rows
-    weight,  # [V, D], or a descriptor of it
+    weight,  # [V, D], or a descriptor of it; uint8: the bits of float8
+    weight_scale,  # [V] or None
     bias,  # [V] or None
     row_index,
     row_count,  # [] or None
@@ -341,7 +342,7 @@ def vocab_projection_kernel(
                 hidden, weight, index, row_tile, tile, vocab, hidden_dim, hidden_stride, weight_stride, BM, BN, BK,
                 EVEN_K, HIDDEN_TMA, WEIGHT_TMA, FROM_LOGITS, PRECISION,
             )  # fmt: skip
-            x = finish_logits(x, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
+            x = finish_logits(x, weight_scale, bias, ids, vocab, scale, soft_cap, HAS_SCALE, HAS_CAP)
             if bias is None and not FROM_LOGITS:
                 if (tile + 1) * BN > vocab:
                     x = tl.where(ids[None, :] < vocab, x, LOWEST)

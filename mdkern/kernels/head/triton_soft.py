@@ -15,6 +15,7 @@ from mdkern.kernels.triton_common import IMPOSSIBLE, LOG2E, finish_logits
 @triton.jit(do_not_specialize=["ids"])
 def soft_weights_kernel(
     logits,  # [M, ids]
+    weight_scale,  # [ids] or None
     bias,  # [ids] or None
     logsumexp,  # [M]
     temperature,  # [M], or None: `uniform_temperature` everywhere
@@ -34,7 +35,7 @@ def soft_weights_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ids
     x = tl.load(logits + row * logits_stride + column, mask=inside, other=0.0).to(tl.float32)
-    x = finish_logits(x[None, :], bias, column, ids, scale, soft_cap, HAS_SCALE, HAS_CAP)
+    x = finish_logits(x[None, :], weight_scale, bias, column, ids, scale, soft_cap, HAS_SCALE, HAS_CAP)
     divisor = uniform_temperature
     if temperature is not None:
         divisor = tl.load(temperature + row)

@@ -50,6 +50,7 @@ def vocab_projection(
     row_count: Tensor | None = None,  # []
     scale: float = 1.0,
     soft_cap: float = 0.0,
+    weight_scale: Tensor | None = None,  # [V]
     want_top: bool = False,
     want_entropy: bool = False,
     want_argmax: bool = False,
@@ -63,7 +64,7 @@ def vocab_projection(
 
     Args:
         hidden: floating ``[N, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
-        weight: same dtype, ``[V, D]``.
+        weight: same dtype, ``[V, D]``; or float8_e4m3fn with a `weight_scale`.
         bias: float32 ``[V]``; ``-inf`` at ids that must never be produced (mask, padding, a user's list).
         row_index: int32 or int64 ``[M]``, rows of `hidden`. On a GPU they are not checked beforehand: a row outside of
             `hidden` gives token -1 and NaN, or PyTorch's device assertion where rows are gathered.
@@ -73,6 +74,9 @@ def vocab_projection(
         keys: int64 ``[M, 3]``: sample number, position and step of each row. The draw is a function of (seed, key, id).
         row_count: int32 or int64 scalar tensor on the device: only the first `row_count` rows are computed. None: all.
         scale, soft_cap: see the formula; ``soft_cap=0`` is no cap.
+        weight_scale: float32 ``[V]``, for a weight in float8, which stands for ``weight * weight_scale[:, None]``. The
+            rows of `hidden` keep their dtype: results are those of that product, with float32 sums, at any number of
+            rows.
         want_top, want_entropy, want_argmax: whether to return ``top1`` and ``top2``, ``entropy``, and ``argmax``.
             ``argmax`` is for rows without filters.
         of: the distribution that all statistics describe. ``"model"``: ``softmax(logits)``, without temperature and
@@ -93,7 +97,7 @@ def vocab_projection(
         ValueError: shapes, dtypes or devices that do not fit; numbers out of range; on a CPU also values of `row_index`
             and `temperature` that are.
     """
-    head, filters = Head(weight, bias, scale, soft_cap), Filters(top_k, top_p, min_p, top_p_rule)
+    head, filters = Head(weight, bias, scale, soft_cap, weight_scale), Filters(top_k, top_p, min_p, top_p_rule)
     per_row, uniform = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     rows = Rows(row_index, row_count, per_row, uniform, seed, keys)
     check_head(hidden, head)
@@ -123,16 +127,25 @@ def vocab_projection(
 
 def check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
     """Refuse an output layer that does not fit its hidden rows. `prefix` is put before the arguments' names."""
-    weight, bias, scale, soft_cap = head
+    weight, bias, scale, soft_cap, weight_scale = head
     if not hidden.is_floating_point() or hidden.ndim != 2 or hidden.is_meta:
         raise ValueError(f"{prefix}hidden must be floating [N, D] with values, not {describe(hidden)}")
+    own = hidden.dtype if weight_scale is None else torch.float8_e4m3fn
     if weight is not None and (
         weight.ndim != 2
-        or weight.dtype != hidden.dtype
+        or weight.dtype != own
         or weight.shape[1] != hidden.shape[1]
         or weight.device != hidden.device
     ):
-        raise ValueError(f"{prefix}weight {describe(weight)} does not fit {prefix}hidden {describe(hidden)}")
+        needed = ""
+        if weight.dtype == torch.float8_e4m3fn and weight_scale is None:
+            needed = f": a weight in float8 needs {prefix}weight_scale"
+        elif weight_scale is not None and weight.dtype != own:
+            needed = f": {prefix}weight_scale is for a weight in float8_e4m3fn"
+        raise ValueError(f"{prefix}weight {describe(weight)} does not fit {prefix}hidden {describe(hidden)}{needed}")
+    if weight is None and weight_scale is not None:
+        raise ValueError(f"{prefix}weight_scale needs a weight in float8_e4m3fn, and there is no weight")
+    check_tensor(f"{prefix}weight_scale", weight_scale, (torch.float32,), (head.vocab(hidden),), hidden.device)
     check_tensor(f"{prefix}bias", bias, (torch.float32,), (head.vocab(hidden),), hidden.device)
     if not math.isfinite(scale) or not (math.isfinite(soft_cap) and soft_cap >= 0.0):
         raise ValueError(
