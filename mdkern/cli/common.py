@@ -145,6 +145,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         choices=["bf16", "fp8"],
         help="of the matrix products: fp8 is faster and less accurate (default: that of the weights)",
     )
+    group.add_argument(
+        "--head-precision",
+        choices=["bf16", "fp8"],
+        help="of the output layer's weight: fp8 halves the time that few rows take (default: that of the weights)",
+    )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -192,7 +197,8 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any
             raise ValueError(f"{given[0]} goes with --heavy, --light or --model; the shipped pair has its own files")
         pair = load_pair(device, dtype)
         both = {"H": pair.heavy, "L": pair.light}
-        return {name: adapt(model, precision=arguments.precision) for name, model in both.items()}, pair.tokenizer
+        precisions = {"precision": arguments.precision, "head_precision": arguments.head_precision}
+        return {name: adapt(model, **precisions) for name, model in both.items()}, pair.tokenizer
     names = [name for name, _ in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
@@ -203,6 +209,7 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
         "precision": arguments.precision,
+        "head_precision": arguments.head_precision,
     }
     models = {name: load_model(name, path, dtype, device, tokenizer, **options) for name, path in paths}
     if tokenizer is None:

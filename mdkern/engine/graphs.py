@@ -34,9 +34,9 @@ from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
 from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
-from mdkern.models.denoiser import PREPARED, Head
+from mdkern.models.around import AroundDenoiser
+from mdkern.models.denoiser import PREPARED, QUANTISED_HEADS, Head
 from mdkern.models.fingerprint import Mark, describe, fingerprint
-from mdkern.models.sharded import ShardedDenoiser
 
 __all__ = ["clear", "held"]
 
@@ -345,7 +345,9 @@ def held() -> list[tuple[str, int]]:
     with _lock:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
         kept += [("state", workspace.memory()) for workspace in _idle]
-        return kept + [("prepared weights", nested_bytes(tensors)) for tensors in list(PREPARED.values())]
+        return kept + [
+            ("prepared weights", nested_bytes(tensors)) for tensors in [*PREPARED.values(), *QUANTISED_HEADS.values()]
+        ]
 
 
 def nested_bytes(tensors: Any) -> int:
@@ -364,6 +366,7 @@ def clear() -> None:
         _idle.clear()
         _refused.clear()
         PREPARED.clear()
+        QUANTISED_HEADS.clear()
 
 
 def mark_of(denoiser: Denoiser) -> Hashable:
@@ -371,9 +374,9 @@ def mark_of(denoiser: Denoiser) -> Hashable:
 
     None for a model that cannot be examined.
     """
-    if isinstance(denoiser, ShardedDenoiser):
+    if isinstance(denoiser, AroundDenoiser):
         inner = mark_of(denoiser.inner)
-        return None if inner is None else (inner, id(denoiser.shard))
+        return None if inner is None else (inner, denoiser.mark())
     model = fingerprint(model_of(denoiser))
     if model is None:
         return None

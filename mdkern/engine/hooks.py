@@ -103,6 +103,7 @@ def row_statistics(
     flat, width = hidden.flatten(0, 1), hidden.shape[1]
     if processors is None:
         shaping: dict[str, Any] = {"row_count": row_count, "scale": head.scale, "soft_cap": head.soft_cap}
+        shaping["weight_scale"] = head.weight_scale
         if head.shard is not None:
             return of_shard(head, head.shard, flat, row, temperature, seed, keys, **shaping, **options)
         return vocab_projection(flat, head.weight, head.bias, row, temperature, seed, keys, **shaping, **options)

@@ -82,7 +82,8 @@ def check_models(denoisers: Mapping[str, Denoiser]) -> None:
         if denoiser.device.type == "meta":
             raise ValueError(f"model {name} is on the meta device, which holds no weights: load them first")
         weight = denoiser.head.weight
-        if weight is not None and not (weight.is_floating_point() and weight.element_size() > 1):
+        scaled = denoiser.head.weight_scale is not None
+        if weight is not None and not scaled and not (weight.is_floating_point() and weight.element_size() > 1):
             raise ValueError(f"model {name} has a head of {weight.dtype}: at least 16 floating bits are needed")
         opened = open_ids(denoiser)
         if opened:

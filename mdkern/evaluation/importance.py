@@ -162,8 +162,10 @@ def row_kl(heavy: Denoiser, hidden: Tensor, light: Denoiser, light_hidden: Tenso
         row,
         scale=p.scale,
         soft_cap=p.soft_cap,
+        weight_scale=p.weight_scale,
         other_scale=q.scale,
         other_soft_cap=q.soft_cap,
+        other_weight_scale=q.weight_scale,
     ).kl
 
 

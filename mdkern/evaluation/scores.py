@@ -3,6 +3,8 @@ memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,8 @@ def target_log_prob(
     """
     keys = torch.zeros((len(row_index), 3), dtype=torch.int64, device=hidden.device)
     seed = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    normaliser = vocab_projection(
-        hidden, head.weight, head.bias, row_index, 0.0, seed, keys, scale=head.scale, soft_cap=head.soft_cap
-    ).logsumexp
+    shaping: dict[str, Any] = {"scale": head.scale, "soft_cap": head.soft_cap, "weight_scale": head.weight_scale}
+    normaliser = vocab_projection(hidden, head.weight, head.bias, row_index, 0.0, seed, keys, **shaping).logsumexp
     return target_logit(head, hidden, row_index, target) - normaliser
 
 
@@ -75,5 +76,7 @@ def target_logit(
             product = states.gather(1, tokens[:, None])[:, 0].float()
         else:
             product = (states.float() * head.weight[tokens].float()).sum(-1)
+            if head.weight_scale is not None:
+                product = product * head.weight_scale[tokens]
         logit[part] = finish_logits(product, head.bias[tokens], head.scale, head.soft_cap)
     return logit

@@ -16,6 +16,7 @@ from mdkern.models import dit_compile, dit_fp8, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
+from mdkern.models.float8_head import with_head_precision
 from mdkern.models.hf.adapted import LogitsDenoiser
 from mdkern.models.hf.block_diffusion import is_block_diffusion
 from mdkern.models.hf.introspect import (
@@ -47,6 +48,7 @@ def adapt(
     block_causal: int | None = None,
     allow_causal: bool = False,
     precision: str | None = None,
+    head_precision: str | None = None,
     name: str | None = None,
 ) -> Denoiser:
     """Make a `Denoiser` of a model.
@@ -82,15 +84,28 @@ def adapt(
             comparison. A model built like Llama, in bfloat16 on a GPU, computes all products of its blocks so, with
             copies of their weights that take half as much memory; where a layer is not a plain linear one, a warning
             says why it runs as without. "bf16" or None: products are in the dtype of the weights.
+        head_precision: "fp8": the output layer's weight is rounded to 8 bits (e4m3) with a scale for each id, so that a
+            pass with few rows to sample reads half of the bytes; hidden states keep their dtype. The model's own weight
+            is not changed, and the copy takes half of its memory more; each call of `sample` makes it anew. "bf16" or
+            None: the weight as it is.
         name: its name in messages.
 
     Raises:
         TypeError: not a model.
-        ValueError: a `precision` that the model can't run in; a `vocab_size` or `mask_id` that is missing, impossible
-            or contradicts the model's own; `shifted` or `allow_causal` for a DiT or a `Denoiser`; a model in training
-            mode, or a causal one; attention that cannot be made block-causal; a device that does not exist or is not
-            the model's.
+        ValueError: a `precision` or `head_precision` that the model can't run in; a `vocab_size` or `mask_id` that is
+            missing, impossible or contradicts the model's own; `shifted` or `allow_causal` for a DiT or a `Denoiser`; a
+            model in training mode, or a causal one; attention that cannot be made block-causal; a device that does not
+            exist or is not the model's.
     """
+    if head_precision is not None:
+        if head_precision not in ("bf16", "fp8"):
+            raise ValueError(f"head_precision must be 'bf16' (that of the weight) or 'fp8', not {head_precision!r}")
+        whole = adapt(
+            model, vocab_size=vocab_size, mask_id=mask_id, eos_id=eos_id, max_length=max_length, num_blocks=num_blocks,
+            device=device, shifted=shifted, block_causal=block_causal, allow_causal=allow_causal, precision=precision,
+            name=name,
+        )  # fmt: skip
+        return with_head_precision(whole, head_precision)
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
         if value is not None and (not is_whole(value) or value < 1):

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdkern.kernels.head.reference import finish_logits
+from mdkern.kernels.head.reference import finish_logits, product_float32
 from mdkern.models.shard import Shard
 
 # What prepared denoisers keep between calls of `sample`, by model: tuples of tensors, which CUDA graphs read.
 PREPARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+QUANTISED_HEADS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # likewise, of `mdkern.models.float8_head`
 AnyDenoiser = TypeVar("AnyDenoiser", bound="Denoiser")
 
 
@@ -70,6 +71,7 @@ class Head:
     bias: Tensor  # [V] float32, of the whole vocabulary
     scale: float = 1.0
     soft_cap: float = 0.0  # c; 0: no cap
+    weight_scale: Tensor | None = None  # [V] float32, of a weight in float8_e4m3fn, whose rows it multiplies
     shard: Shard | None = None  # the process's part of the vocabulary, whose rows `weight` has; None: all of it
 
     @property
@@ -78,7 +80,13 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits, float32 ``[..., V]``. For baselines, tests and training; the sampler does not call it."""
-        logits = hidden if self.weight is None else torch.nn.functional.linear(hidden, self.weight)
+        if self.weight is None:
+            logits = hidden
+        elif self.weight_scale is None:
+            logits = torch.nn.functional.linear(hidden, self.weight)
+        else:
+            logits = product_float32(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.weight_scale)
+            logits = logits.view(*hidden.shape[:-1], -1)
         if self.shard is not None:
             logits = self.shard.joined(logits)
         return finish_logits(logits, self.bias, self.scale, self.soft_cap)

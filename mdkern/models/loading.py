@@ -53,6 +53,7 @@ def from_pretrained(
     shifted: bool | None = None,
     block_causal: int | None = None,
     precision: str | None = None,
+    head_precision: str | None = None,
     name: str | None = None,
     **options: Any,
 ) -> Denoiser:
@@ -75,7 +76,7 @@ def from_pretrained(
         mask_id: the mask token's id. None: that of the config or of the tokenizer.
         eos_id: an id that ends a text, or several. None: all that the config, the generation config and the tokenizer
             name, and the token that its chat template puts after an answer.
-        shifted, block_causal, precision, name: as in `mdkern.adapt`.
+        shifted, block_causal, precision, head_precision, name: as in `mdkern.adapt`.
         options: passed on to ``from_pretrained`` of transformers (``cache_dir``, ``token``, ``local_files_only``,
             ``attn_implementation``, ``quantization_config``, ...). For a `DiT` only the first three have an effect, and
             others are refused.
@@ -97,7 +98,8 @@ def from_pretrained(
     )
     found = loaded.tokenizer
     facts: dict[str, Any] = {"eos_id": eos_id, "shifted": shifted, "block_causal": block_causal, "name": name}
-    denoiser = adapt(loaded.module, mask_id=loaded.mask_id, precision=precision, **facts)
+    facts |= {"precision": precision, "head_precision": head_precision}
+    denoiser = adapt(loaded.module, mask_id=loaded.mask_id, **facts)
     if found is not None:
         what = "its tokenizer" if tokenizer is None else "the tokenizer"
         check_tokenizer(found, denoiser, what, masks=mask_id is None)

@@ -18,79 +18,40 @@ with, in ``script.py``::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from copy import copy
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mdkern.digest import model_digest
 from mdkern.kernels.head.sharded import shard_of
 from mdkern.models.adapters import adapt
+from mdkern.models.around import AroundDenoiser
 from mdkern.models.denoiser import Denoiser, Head, Live
 from mdkern.models.shard import Shard
 from mdkern.ranks import Ranks, check_equal
 
-OWN = {"name", "description", "device", "dtype", "head"}
-FACTS = [name for name in Denoiser.__annotations__ if name not in OWN]  # what does not depend on the output layer
 
-
-class ShardedDenoiser(Denoiser):
+class ShardedDenoiser(AroundDenoiser):
     """A denoiser with the output layer of another one's head only in part."""
 
     def __init__(self, inner: Denoiser, shard: Shard) -> None:
-        self.inner, self.shard = inner, shard
-        self.model = getattr(inner, "model", inner)  # by which CUDA graphs know the model
-        self.name = inner.name
+        super().__init__(inner)
+        self.shard = shard
         self.description = f"{inner.description}, its vocabulary divided over {shard.count} processes"
-        for fact in FACTS:
-            setattr(self, fact, getattr(inner, fact))
-
-    device = Live(lambda self: self.inner.device)
-    dtype = Live(lambda self: self.inner.dtype)
 
     @Live
     def head(self) -> Head:
         """The whole bias, and the weight's rows of this process's ids."""
-        whole = self.inner.head
+        whole, part = self.inner.head, slice(self.shard.first, self.shard.stop)
         assert whole.weight is not None
-        return replace(whole, weight=whole.weight[self.shard.first : self.shard.stop], shard=self.shard)
+        weight_scale = None if whole.weight_scale is None else whole.weight_scale[part]
+        return replace(whole, weight=whole.weight[part], weight_scale=weight_scale, shard=self.shard)
 
-    def around(self, inner: Denoiser) -> ShardedDenoiser:
-        """The same around another form of the denoiser."""
-        now = copy(self)
-        now.inner = inner
-        return now
-
-    def current(self) -> ShardedDenoiser:
-        return self.around(self.inner.current())
-
-    def prepared(self, rows: int) -> ShardedDenoiser:
-        return self.around(self.inner.prepared(rows))
-
-    def softened(self, weight: Tensor) -> ShardedDenoiser:
-        return self.around(self.inner.softened(weight))
-
-    def hidden(self, *arguments: Any, **options: Any) -> Tensor:
-        return self.inner.hidden(*arguments, **options)
-
-    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        return self.inner.cache_shape(batch, length)
-
-    def paired_hidden(self, *arguments: Any, **options: Any) -> Tensor:
-        return self.inner.paired_hidden(*arguments, **options)
-
-    def window_hidden(self, *arguments: Any, **options: Any) -> Tensor:
-        return self.inner.window_hidden(*arguments, **options)
-
-    def flops(self, length: int, rows: int) -> int | None:
-        return self.inner.flops(length, rows)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.inner.named_weights()
+    def mark(self) -> Hashable:
+        return id(self.shard)
 
 
 def shard_head(model: Any, group: Any = None) -> ShardedDenoiser:

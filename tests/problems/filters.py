@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from mdkern.kernels.head import reference
 from mdkern.kernels.head.arguments import Filters, Head, Rows, Wanted
-from tests.problems.projection import NAMES, SEED, exact_statistics
+from tests.problems.projection import NAMES, SEED, exact_statistics, in_float8
 
 
 def noise(generator: Generator, rows: int, columns: int) -> Tensor:
@@ -101,6 +101,7 @@ class FilterProblem:
         biased: bool = False,
         device: str = "cpu",
         seed: int = 0,
+        float8: bool = False,
     ) -> None:
         generator = Generator().manual_seed(seed + rows * 31 + columns)
         self.rows, self.columns, self.count = rows, columns, count
@@ -110,7 +111,9 @@ class FilterProblem:
             self.weight = (torch.randn(columns, depth, generator=generator) * 2 / depth**0.5).to(dtype).to(device)
         else:
             self.hidden, self.weight = ROWS[kind](generator, source, columns).to(dtype), None
-        self.hidden = self.hidden.to(device)
+        self.hidden, self.weight_scale = self.hidden.to(device), None
+        if float8:
+            self.weight, self.weight_scale = in_float8(self.weight)
         self.bias = None
         if biased:
             self.bias = torch.randn(columns, generator=generator).to(device)
@@ -129,11 +132,12 @@ class FilterProblem:
         temperature = self.temperatures if self.uniform is None else None
         uniform = 1.0 if self.uniform is None else self.uniform
         rows = Rows(self.row_index, self.row_count, temperature, uniform, self.seed, self.keys)
-        return self.hidden, Head(self.weight, self.bias, 1.0, 0.0), rows, Wanted(True, True, of)
+        return self.hidden, Head(self.weight, self.bias, 1.0, 0.0, self.weight_scale), rows, Wanted(True, True, of)
 
     def logits(self) -> Tensor:
         rows = self.hidden[self.row_index].double()
         product = rows if self.weight is None else rows @ self.weight.double().T
+        product = product if self.weight_scale is None else product * self.weight_scale.double()
         return product if self.bias is None else product + self.bias.double()
 
 

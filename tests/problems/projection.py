@@ -86,7 +86,12 @@ class Problem:
         uniform_temperature = float(self.temperatures[0]) if uniform and self.rows else 1.0
         scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
         rows = Rows(self.row_index, self.row_count, temperature, uniform_temperature, self.seed, self.keys)
-        return self.hidden, Head(self.weight, self.bias, scale, cap, self.weight_scale), rows, Wanted(True, True, self.of, True)
+        return (
+            self.hidden,
+            Head(self.weight, self.bias, scale, cap, self.weight_scale),
+            rows,
+            Wanted(True, True, self.of, True),
+        )
 
 
 def in_float8(weight: Tensor) -> tuple[Tensor, Tensor]:

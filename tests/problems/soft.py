@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdkern.kernels import soft_embedding
 from mdkern.kernels.head.arguments import Head
+from tests.problems.projection import in_float8
 
 
 @dataclass
@@ -25,6 +26,7 @@ class SoftProblem:
     tied: bool = False
     biased: bool = False
     from_logits: bool = False
+    float8: bool = False
     options: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,6 +38,9 @@ class SoftProblem:
         self.hidden = normal(self.rows, self.columns if self.from_logits else self.depth)
         self.weight = None if self.from_logits else normal(self.columns, self.depth, scale=2.0 / self.depth**0.5)
         self.table = self.weight if self.tied else normal(self.columns, self.width)
+        self.weight_scale = None
+        if self.float8:
+            self.weight, self.weight_scale = in_float8(self.weight)
         self.bias = None
         if self.biased:
             self.bias = torch.randn(self.columns, generator=generator)
@@ -49,6 +54,7 @@ class SoftProblem:
 
     def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
         product = self.hidden.to(dtype) if self.weight is None else self.hidden.to(dtype) @ self.weight.to(dtype).T
+        product = product if self.weight_scale is None else product * self.weight_scale.to(dtype)
         product, cap = product * self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
         product = cap * torch.tanh(product / cap) if cap else product
         return product if self.bias is None else product + self.bias.to(dtype)
@@ -59,13 +65,13 @@ class SoftProblem:
 
     def run(self) -> Tensor:
         table = None if self.tied else self.table
-        return soft_embedding(
-            self.hidden, self.weight, self.bias, self.logsumexp, self.temperature, table, **self.options
-        )
+        options = {"weight_scale": self.weight_scale, **self.options}
+        return soft_embedding(self.hidden, self.weight, self.bias, self.logsumexp, self.temperature, table, **options)
 
     def arguments(self) -> tuple[Any, ...]:
         """Of the implementations behind the operator."""
-        head = Head(self.weight, self.bias, self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0))
+        scale, cap = self.options.get("scale", 1.0), self.options.get("soft_cap", 0.0)
+        head = Head(self.weight, self.bias, scale, cap, self.weight_scale)
         return self.hidden, head, None if self.tied else self.table, self.logsumexp, self.temperature, 1.0
 
     def flat(self) -> tuple[Any, ...]:

@@ -15,9 +15,11 @@ TYPES |= dict.fromkeys(COUNTS, "i32")
 TYPES |= {"other_hidden_stride": "i64", "other_weight_stride": "i64"}
 
 
-def descriptors(prefix: str, tile: tuple[int, int, int], bulk: bool, gather: bool) -> dict[str, str]:
+def descriptors(
+    prefix: str, tile: tuple[int, int, int], bulk: bool, gather: bool, element: str = "bf16"
+) -> dict[str, str]:
     rows, columns, depth = tile
-    types = {f"{prefix}weight": f"tensordesc<bf16[{columns},{depth}]>"} if bulk else {}
+    types = {f"{prefix}weight": f"tensordesc<{element}[{columns},{depth}]>" if bulk else f"*{element}"}
     return types | ({f"{prefix}hidden": f"tensordesc<bf16[{rows},{depth}]>"} if gather else {})
 
 
@@ -27,11 +29,12 @@ def head(depth: int, bulk: bool, gather: bool = False, **changes: Any) -> dict[s
 
 def logits(capability: int, tile: tuple[int, int, int], warps: int, gather: bool, **changes: Any) -> None:
     bulk = capability >= 90 and not changes.get("FROM_LOGITS", False)
+    float8 = changes.pop("float8", False)
+    scales = {} if float8 else {"weight_scale": None}
     wanted = {"WANT_TOP": capability != 80, "WANT_ENTROPY": capability != 80, "OF_SAMPLER": False}
-    constants = head(tile[2], bulk, gather) | {"BM": tile[0], "BN": tile[1]} | wanted | changes
-    build(
-        triton_filter.filtered_logits_kernel, capability, constants, TYPES | descriptors("", tile, bulk, gather), warps
-    )
+    constants = head(tile[2], bulk, gather) | {"BM": tile[0], "BN": tile[1]} | wanted | scales | changes
+    types = TYPES | descriptors("", tile, bulk, gather, "u8" if float8 else "bf16")
+    build(triton_filter.filtered_logits_kernel, capability, constants, types, warps)
 
 
 def draw(capability: int, of_sampler: bool) -> None:
@@ -46,13 +49,15 @@ def diverge(capability: int, tile: tuple[int, int, int], warps: int, gather: boo
     flags = head(tile[2], bulk, gather)
     constants = {"BM": tile[0], "BN": tile[1], "EXCLUDES": True} | flags
     constants |= {f"OTHER_{name}": value for name, value in flags.items()}
-    types = TYPES | descriptors("", tile, bulk, gather) | descriptors("other_", tile, bulk, gather)
+    constants |= {"weight_scale": None}  # the first head's weight is in 16 bits, the other one's in float8
+    types = TYPES | descriptors("", tile, bulk, gather) | descriptors("other_", tile, bulk, gather, "u8")
     build(triton_divergence.divergence_kernel, capability, constants, types, warps)
 
 
 def main() -> None:
     for capability in (80, 90, 100):
         logits(capability, (16, 128, 64), 4, False)
+        logits(capability, (64, 128, 64), 4, False, float8=True)
         logits(capability, (16, 256, 64), 4, False, FROM_LOGITS=True, weight=None)
         draw(capability, False)
         draw(capability, True)

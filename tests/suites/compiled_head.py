@@ -76,9 +76,10 @@ def projection(
     capability: int, mode: int, tile: tuple[int, int, int], warps: int, bulk: bool, **constants: Any
 ) -> None:
     rows, columns, depth = tile
-    types = {}
+    float8 = constants.pop("float8", False)
+    types = {"weight": "*u8" if float8 else "*bf16"}
     if bulk:
-        types["weight"] = f"tensordesc<bf16[{columns},{depth}]>"
+        types["weight"] = f"tensordesc<{'u8' if float8 else 'bf16'}[{columns},{depth}]>"
         if constants.get("HIDDEN_TMA"):
             types["hidden"] = f"tensordesc<bf16[{rows},{depth}]>"
     fixed = {
@@ -95,6 +96,8 @@ def projection(
         "FIXED": capability == 90,
         "first_id": None,
     }
+    if not float8:
+        fixed["weight_scale"] = None
     if constants.pop("shard", False):
         types["first_id"] = "i32"
         del fixed["first_id"]
@@ -128,6 +131,8 @@ def main() -> None:
             projection(capability, 1, (128, 256, 64), 8, bulk, HIDDEN_TMA=True, bias=None, row_count=None)
         projection(capability, 0, (16, 128, 64), 4, False, FROM_LOGITS=True, weight=None)
         projection(capability, 1, (16, 128, 64), 4, bulk, shard=True)
+        projection(capability, 1, (16, 128, 128 if bulk else 64), 4, bulk, float8=True)
+        projection(capability, 1, (64, 128, 64), 4, bulk, float8=True, bias=None)
         finish(capability, 1)
         for rule in (0, 3):
             constants = {"RULE": rule, "RANDOM": rule == 0, "BLOCK": 1024, "BITS": 42}

@@ -17,6 +17,7 @@ from mdkern.kernels.head import launch_divergence, launch_filter, reference, tri
 from mdkern.kernels.head.arguments import Filters, Head
 from mdkern.kernels.head.launch import Tiling
 from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
+from tests.problems.projection import in_float8
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -160,6 +161,7 @@ def test_rows_that_are_not_there_are_reported(of: str) -> None:
         {"uniform": 0.0},
         {"depth": 72, "biased": True},
         {"depth": 72, "dtype": torch.bfloat16, "columns": 390},
+        {"depth": 72, "dtype": torch.bfloat16, "columns": 390, "float8": True, "biased": True},
     ],
     ids=str,
 )
@@ -205,7 +207,10 @@ def test_no_rows() -> None:
 # Divergence.
 
 
-def heads(dtype: torch.dtype = torch.float32, logits: bool = False, columns: int = 301) -> tuple[Any, ...]:
+def heads(
+    dtype: torch.dtype = torch.float32, logits: bool = False, columns: int = 301, float8: bool = False
+) -> tuple[Any, ...]:
+    """The second head, or the first with ``logits=True``, is of another kind than the other."""
     generator = torch.Generator().manual_seed(4)
     parts: list[Any] = []
     for depth in (24, 72):
@@ -216,7 +221,9 @@ def heads(dtype: torch.dtype = torch.float32, logits: bool = False, columns: int
             parts += [(torch.randn(columns, depth, generator=generator) * 0.4).to(dtype)]
         bias = torch.randn(columns, generator=generator)
         bias[[3, columns - 1]] = -torch.inf
-        parts[-1] = Head(parts[-1], bias, 0.5 if depth == 24 else 1.0, 0.0 if depth == 24 else 3.0)
+        weight, weight_scale = in_float8(parts[-1]) if float8 and depth == 72 else (parts[-1], None)
+        shape = 0.5 if depth == 24 else 1.0, 0.0 if depth == 24 else 3.0
+        parts[-1] = Head(weight, bias, *shape, weight_scale)
     return *parts, torch.randperm(40, generator=generator)[:37]
 
 
@@ -228,7 +235,7 @@ DIVERGENCE_TILINGS = {
 
 @pytest.mark.parametrize("tiling", DIVERGENCE_TILINGS)
 @pytest.mark.parametrize("programs", [1, 3, 64])
-@pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, {"logits": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"dtype": torch.bfloat16}, {"logits": True}, {"float8": True}], ids=str)
 def test_divergence_is_the_references(changes: dict[str, Any], programs: int, tiling: str) -> None:
     arguments = heads(**changes)
     got = launch_divergence.divergence(*arguments, tiling=DIVERGENCE_TILINGS[tiling], programs=programs)

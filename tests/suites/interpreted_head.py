@@ -21,6 +21,7 @@ from mdkern.kernels.head.launch import Tiling, vocab_projection
 from mdkern.kernels.head.sharded import shard_of
 from mdkern.kernels.head.triton_projection import count_items, locate_item, schedule_tiles
 from mdkern.kernels.invariant import batch_invariant
+from mdkern.kernels.triton_common import from_float8
 from tests.problems.projection import SEED, Problem, check_against_reference
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
@@ -86,6 +87,22 @@ def test_noise_is_the_references() -> None:
     for odd in range(2):
         want = noise.gumbel(torch.tensor(SEED), pair, pair + 1, pair + 2, 2 * pair + odd, noise.TOKEN)
         torch.testing.assert_close(out[:, odd], want, rtol=2e-6, atol=2e-6)
+
+
+@triton.jit
+def from_float8_kernel(bits, out):
+    at = tl.arange(0, 256)
+    tl.store(out + at, from_float8(tl.load(bits + at)))
+
+
+def test_every_float8_is_read_as_what_it_is() -> None:
+    bits, got = torch.arange(256).to(torch.uint8), torch.empty(256)
+    from_float8_kernel[(1,)](bits, got)
+    want = bits.view(torch.float8_e4m3fn).float()
+    number = ~want.isnan()
+    assert int(number.sum()) == 254
+    assert torch.equal(got[number], want[number])
+    assert torch.equal(got.signbit(), want.signbit())
 
 
 SMALL = Tiling(16, 128, 64, 4, 3)
@@ -297,13 +314,12 @@ def test_bad_rows_are_reported_and_ties_go_to_the_lowest_id(temperature: str) ->
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_shards_agree_with_the_reference(tiling: str, temperature: str, of: str) -> None:
     """Records of each shard, the last of them ragged and one without ids, merged by the kernel."""
-    problem = Problem(columns=800, biased=True, count=17, temperature=temperature, of=of)
+    float8 = tiling == "bulk"
+    problem = Problem(columns=800, biased=True, count=17, temperature=temperature, of=of, float8=float8)
     hidden, head, rows, wanted = problem.arguments(temperature == "greedy")
-    assert head.weight is not None
-    assert head.bias is not None
     records = []
     for rank in range(5):
         first, stop = shard_of(problem.columns, rank, 5)
-        part = head._replace(weight=head.weight[first:stop], bias=head.bias[first:stop])
+        part = head.part(slice(first, stop))
         records.append(launch_sharded.project_shard(hidden, part, rows, wanted, first, TILINGS[tiling], 3))
     check_against_reference(problem, launch_sharded.merge_shards(torch.stack(records), rows, wanted))

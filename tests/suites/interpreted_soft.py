@@ -27,6 +27,7 @@ assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
         {"biased": True, "options": {"soft_cap": 3.0, "scale": 0.5}},
         {"from_logits": True},
         {"dtype": torch.float16},
+        {"float8": True, "biased": True},
     ],
     ids=str,
 )

@@ -54,8 +54,8 @@ def divergence(
 
     Args:
         hidden, weight, bias, scale, soft_cap, weight_scale: the head of p, as in `vocab_projection`.
-        other_hidden, other_weight, other_bias, other_scale, other_soft_cap, other_weight_scale: the head of q; its width
-            D' may differ.
+        other_hidden, other_weight, other_bias, other_scale, other_soft_cap, other_weight_scale: the head of q; its
+            width D' may differ.
         row_index: int32 or int64 ``[M]``, rows of both `hidden` and `other_hidden`.
 
     Raises:

@@ -6,7 +6,7 @@ depend on the order of its inner dimension, so no value moves: in every 16 colum
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
@@ -62,7 +62,7 @@ def convert(x, dtype: gl.constexpr):
 
 @gluon.jit
 def convert_tiles(rings, work, K_TILES: gl.constexpr, PROGRAMS: gl.constexpr, FIXED: gl.constexpr):
-    """The converter warps of `hopper_projection`: take tiles ``[BN, BK]`` of float8 from one ring to another in 16 bits."""
+    """The converter warps of `hopper_projection`: take tiles ``[BN, BK]`` of float8 to another ring, in 16 bits."""
     raw_ring, raw_full, raw_empty, ring, full, empty = rings
     PART: gl.constexpr = 64
     BK: gl.constexpr = raw_ring.shape[2]

@@ -110,8 +110,8 @@ def divergence_kernel(
         )  # fmt: skip
         y = tile_logits(
             other_hidden, other_weight, other_weight_scale, other_bias, index, row_tile, tile, vocab, other_hidden_dim,
-            other_hidden_stride, other_weight_stride, other_scale, other_soft_cap, BM, BN, OTHER_BK, OTHER_EVEN_K, OTHER_HIDDEN_TMA,
-            OTHER_WEIGHT_TMA, OTHER_FROM_LOGITS, OTHER_HAS_SCALE, OTHER_HAS_CAP, OTHER_PRECISION,
+            other_hidden_stride, other_weight_stride, other_scale, other_soft_cap, BM, BN, OTHER_BK, OTHER_EVEN_K,
+            OTHER_HIDDEN_TMA, OTHER_WEIGHT_TMA, OTHER_FROM_LOGITS, OTHER_HAS_SCALE, OTHER_HAS_CAP, OTHER_PRECISION,
         )  # fmt: skip
         state = _absorb(x, y, state, EXCLUDES)
     at = parts + split.to(tl.int64) * PARTS * count + rows

@@ -132,10 +132,7 @@ def check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
         raise ValueError(f"{prefix}hidden must be floating [N, D] with values, not {describe(hidden)}")
     own = hidden.dtype if weight_scale is None else torch.float8_e4m3fn
     if weight is not None and (
-        weight.ndim != 2
-        or weight.dtype != own
-        or weight.shape[1] != hidden.shape[1]
-        or weight.device != hidden.device
+        weight.ndim != 2 or weight.dtype != own or weight.shape[1] != hidden.shape[1] or weight.device != hidden.device
     ):
         needed = ""
         if weight.dtype == torch.float8_e4m3fn and weight_scale is None:
