@@ -49,9 +49,6 @@ class AroundDenoiser(Denoiser):
     def hidden(self, *arguments: Any, **options: Any) -> Tensor:
         return self.inner.hidden(*arguments, **options)
 
-    def check_states(self, states: Any, batch: int, count: int) -> Tensor:
-        return self.inner.check_states(states, batch, count)
-
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return self.inner.cache_shape(batch, length)
 

@@ -259,13 +259,13 @@ class Denoiser:
 
         Only shape, dtype and device are checked, which needs no synchronisation.
         """
-        weight, bias = self.head.weight, self.head.bias
+        weight, bias, scaled = self.head.weight, self.head.bias, self.head.weight_scale is not None
         wanted = batch, count, len(bias) if weight is None else weight.shape[1]
         if isinstance(states, Tensor) and tuple(states.shape) == wanted and states.device == bias.device:
-            fits = states.is_floating_point() if weight is None else states.dtype == weight.dtype
+            fits = states.is_floating_point() if scaled or weight is None else states.dtype == weight.dtype
             if fits:
                 return states
-        dtype = "a floating dtype" if weight is None else str(weight.dtype)
+        dtype = "a floating dtype" if scaled or weight is None else str(weight.dtype)
         given, hint = type(states).__name__, ""
         if isinstance(states, Tensor):
             given = f"{states.dtype} {tuple(states.shape)} on {states.device}"

@@ -10,6 +10,7 @@ import torch
 from mdkern.kernels import divergence
 from mdkern.kernels.head import reference
 from mdkern.kernels.head.divergence import _divergence
+from tests.problems.projection import FLOAT8_CHECKS, in_float8
 
 
 def heads(bias: bool = True) -> tuple[Any, ...]:
@@ -35,6 +36,20 @@ def test_divergence_is_that_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(got.kl.double(), (p * log_ratio).sum(-1), rtol=1e-5, atol=1e-5)
     entropy = -(p * torch.where(possible, p.log(), 0.0)).sum(-1)
     torch.testing.assert_close(got.cross_entropy.double(), (p * log_ratio).sum(-1) + entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_from_a_weight_in_float8_is_that_of_float64() -> None:
+    """The first head as it is and rounded: small numbers, which sums of differences keep."""
+    hidden, weight, *_, rows = heads(bias=False)
+    rounded, scale = in_float8(weight)
+    got = divergence(hidden, weight, None, hidden, rounded, None, rows, other_weight_scale=scale)
+    log_p = (hidden[rows].double() @ weight.double().T).log_softmax(-1)
+    log_q = (hidden[rows].double() @ (rounded.double() * scale.double()[:, None]).T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert 1e-5 < kl.mean() < 1e-2
+    torch.testing.assert_close(got.kl.double(), kl, rtol=1e-3, atol=1e-7)
+    back = divergence(hidden, rounded, None, hidden, weight, None, rows, weight_scale=scale)
+    torch.testing.assert_close(back.kl.double(), (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-3, atol=1e-7)
 
 
 def test_divergence_is_zero_from_itself_alone() -> None:
@@ -67,7 +82,10 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 def test_the_operator_is_well_registered() -> None:
     p, q = heads()[:3], heads()[3:6]
-    torch.library.opcheck(_divergence, (*p, 1.0, 0.0, *q, 1.0, 0.0, heads()[-1]))
+    torch.library.opcheck(_divergence, (*p, 1.0, 0.0, None, *q, 1.0, 0.0, None, heads()[-1]))
+    weight, scale = in_float8(q[1])
+    eight = *p, 1.0, 0.0, None, q[0], weight, q[2], 1.0, 0.0, scale, heads()[-1]
+    torch.library.opcheck(_divergence, eight, test_utils=FLOAT8_CHECKS)
 
 
 # On a GPU.

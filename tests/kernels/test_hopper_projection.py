@@ -133,6 +133,12 @@ ON_GPU = [
     {"rows": 65, "biased": True, "of": "sampler"},
     {"rows": 300, "columns": 5_001, "of": "sampler", "options": {"soft_cap": 5.0}},
     {"rows": 3000, "columns": 5_001, "of": "sampler"},
+    {"rows": 25, "count": 19, "biased": True, "float8": True},
+    {"rows": 50, "columns": 4_095, "depth": 144, "dtype": torch.float16, "options": {"scale": 0.7}, "float8": True},
+    {"rows": 200, "count": 65, "biased": True, "temperature": "greedy", "float8": True},
+    {"rows": 60, "columns": 3_000, "depth": 4096, "float8": True},
+    {"rows": 300, "columns": 3_000, "depth": 4096, "biased": True, "float8": True},
+    {"rows": 3000, "columns": 5_001, "biased": True, "count": 2900, "of": "sampler", "float8": True},
 ]
 
 
@@ -148,13 +154,15 @@ def test_gpu_agrees_with_float64(changes: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("rows", [1, 65, 300])
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", TILINGS | FLOAT8_TILINGS)
 def test_gpu_tilings_agree_with_each_other(tiling: str, rows: int) -> None:
     """Any tiles at any number of rows, more or fewer than the tiles' own, in any number of programs."""
-    problem = Problem(rows=rows, columns=3_001, depth=768, device="cuda", dtype=HALF, biased=True, count=rows)
+    chosen = (TILINGS | FLOAT8_TILINGS)[tiling]
+    given = {"columns": 3_001, "depth": 768, "device": "cuda", "dtype": HALF, "biased": True, "float8": chosen.float8}
+    problem = Problem(rows=rows, count=rows, **given)
     for programs in (1, 132):
         arguments = problem.arguments(False)
-        got = launch.vocab_projection(*arguments, tiling=TILINGS[tiling], programs=programs)
+        got = launch.vocab_projection(*arguments, tiling=chosen, programs=programs)
         check_against_reference(problem, got, differing=1)
 
 
@@ -189,10 +197,12 @@ def test_gpu_what_is_not_asked_for_changes_nothing(rows: int) -> None:
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("rows", [64, 200])
-def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int) -> None:
-    """A race between copying and multiplying would show as a replay that differs."""
-    problem = Problem(rows=rows, columns=50_258, depth=768, dtype=HALF, device="cuda", biased=True, count=rows)
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("rows", [64, 200, 600])
+def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int, float8: bool) -> None:
+    """A race between copying, converting and multiplying would show as a replay that differs."""
+    given = {"columns": 50_258, "depth": 768, "device": "cuda", "dtype": HALF, "biased": True, "float8": float8}
+    problem = Problem(rows=rows, count=rows, **given)
     whole = problem.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -126,6 +126,11 @@ ON_GPU = [
     {"rows": 3, "columns": 64},
     {"rows": 13, "count": 11, "biased": True, "columns": 50_258, "of": "sampler"},
     {"rows": 16, "depth": 4096, "columns": 1_000},
+    {"rows": 1, "biased": True, "columns": 50_258, "float8": True},
+    {"rows": 13, "count": 11, "biased": True, "columns": 50_258, "float8": True},
+    {"rows": 16, "temperature": "greedy", "float8": True},
+    {"rows": 7, "depth": 144, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}, "float8": True},
+    {"rows": 16, "depth": 4096, "columns": 1_000, "of": "sampler", "float8": True},
 ]
 
 
@@ -135,7 +140,7 @@ ON_GPU = [
 @pytest.mark.parametrize("changes", ON_GPU, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_gpu_agrees_with_float64(changes: dict[str, Any], programs: int) -> None:
     problem = Problem(**BASE | changes)
-    tiling = choose_skinny_tiling(problem.rows, problem.hidden)
+    tiling = choose_skinny_tiling(problem.rows, problem.hidden, problem.weight.element_size())
     got = vocab_projection(*problem.arguments(False), tiling=tiling, programs=programs)
     check_against_reference(problem, got, differing=int(problem.rows > 8))
 
@@ -169,10 +174,11 @@ def test_gpu_bad_rows_touch_no_other() -> None:
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int) -> None:
+def test_gpu_graph_reads_the_count_and_repeats_itself(rows: int, float8: bool) -> None:
     """A race between the warps would show as a replay that differs."""
-    problem = Problem(rows=rows, **BASE | {"columns": 50_258}, biased=True, count=rows)
+    problem = Problem(rows=rows, **BASE | {"columns": 50_258}, biased=True, count=rows, float8=float8)
     whole = problem.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -13,7 +13,7 @@ from mdkern.kernels.head import reference, sharded
 from mdkern.kernels.head.arguments import Rows, Wanted
 from mdkern.kernels.head.sharded import RECORD, shard_of, vocab_projection_sharded
 from tests.own_process import run_in_the_interpreter
-from tests.problems.projection import NAMES, Problem, exact_statistics, flat
+from tests.problems.projection import FLOAT8_CHECKS, NAMES, Problem, exact_statistics, flat
 
 PROBLEMS: list[dict[str, Any]] = [
     {},
@@ -21,6 +21,7 @@ PROBLEMS: list[dict[str, Any]] = [
     {"columns": 3000, "temperature": "greedy"},
     {"columns": 2000, "of": "sampler"},
     {"dtype": torch.bfloat16, "options": {"scale": 0.5, "soft_cap": 5.0}},
+    {"columns": 1500, "float8": True, "biased": True},
 ]
 
 
@@ -43,6 +44,7 @@ def in_shards(problem: Problem, ranks: int, **options: Any) -> RowStatistics:
             problem.keys,
             first=part.start,
             exchange=exchange,
+            weight_scale=None if problem.weight_scale is None else problem.weight_scale[part],
             **arguments,
         )
 
@@ -138,6 +140,8 @@ def test_the_operators_meet_their_contracts() -> None:
     problem = Problem(rows=3, columns=300, depth=16)
     arguments = problem.arguments()
     torch.library.opcheck(sharded._project_shard, (*flat(arguments), 256))
+    eight = flat(Problem(rows=3, columns=300, depth=16, float8=True).arguments())
+    torch.library.opcheck(sharded._project_shard, (*eight, 256), test_utils=FLOAT8_CHECKS)
     records = reference.project_shard(*arguments, 0)
     assert records.shape == (3, RECORD)
     rows: Rows = arguments[2]
@@ -158,6 +162,8 @@ GPU_PROBLEMS: list[dict[str, Any]] = [  # each has another kernel
     {"rows": 500, "columns": 50_258, "depth": 768, "of": "sampler", "biased": True},
     {"rows": 3000, "columns": 12_000, "depth": 1000, "biased": True, "count": 2900},
     {"rows": 40, "columns": 5000, "depth": 100, "dtype": torch.float32},
+    {"rows": 16, "columns": 9000, "depth": 768, "float8": True},
+    {"rows": 300, "columns": 9000, "depth": 768, "float8": True, "biased": True},
 ]
 
 

@@ -12,6 +12,7 @@ from mdkern.kernels import soft_embedding, vocab_projection
 from mdkern.kernels.head import reference
 from mdkern.kernels.head.soft_embedding import _soft_embedding
 from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.problems.projection import FLOAT8_CHECKS
 from tests.problems.soft import SoftProblem
 
 
@@ -27,7 +28,14 @@ def test_the_kernel_compiles_for_every_gpu() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tied": True}, {"options": {"soft_cap": 3.0, "scale": 0.5}}, {"from_logits": True}, {"biased": True}],
+    [
+        {},
+        {"tied": True},
+        {"options": {"soft_cap": 3.0, "scale": 0.5}},
+        {"from_logits": True},
+        {"biased": True},
+        {"float8": True},
+    ],
     ids=str,
 )
 def test_it_is_that_of_float64(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +80,8 @@ def test_bad_rows_touch_no_other() -> None:
 def test_the_operator_is_well_registered() -> None:
     for tied in (False, True):
         torch.library.opcheck(_soft_embedding, SoftProblem(rows=3, columns=70, tied=tied).flat())
+    eight = SoftProblem(rows=3, columns=70, float8=True).flat()
+    torch.library.opcheck(_soft_embedding, eight, test_utils=FLOAT8_CHECKS)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -88,6 +98,8 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("logsumexp must be", hidden, weight, None, lse[1:], 1.0)
     refused("temperature must be", hidden, weight, None, lse, -1.0)
     refused("temperature must be", hidden, weight, None, lse, problem.temperature.double())
+    eight = SoftProblem(float8=True)
+    refused("table is needed", hidden, eight.weight, None, lse, 1.0, weight_scale=eight.weight_scale)
     refused("soft_cap", hidden, weight, None, lse, 1.0, soft_cap=-1.0)
 
 
@@ -99,6 +111,7 @@ ON_GPU = [
     {"rows": 2500, "columns": 4_096, "depth": 128, "dtype": torch.bfloat16},
     {"rows": 40, "columns": 3_000, "depth": 77, "dtype": torch.float16, "biased": True},
     {"rows": 5, "columns": 3_000, "dtype": torch.float32, "from_logits": True},
+    {"rows": 300, "columns": 5_001, "depth": 256, "dtype": torch.bfloat16, "float8": True},
 ]
 
 

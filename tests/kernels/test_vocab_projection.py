@@ -12,7 +12,14 @@ from torch import Tensor
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.vocab_projection import _vocab_projection
 from tests.own_process import run_compiling, run_in_the_interpreter
-from tests.problems.projection import SEED, Problem, check_against_reference, exact_statistics, flat
+from tests.problems.projection import (
+    FLOAT8_CHECKS,
+    SEED,
+    Problem,
+    check_against_reference,
+    exact_statistics,
+    flat,
+)
 
 V = 50_258
 
@@ -93,6 +100,34 @@ def test_draws_have_the_exact_distribution(kind: str, temperature: float) -> Non
     assert chi_square(token, (logits.double() / temperature).softmax(-1)) > 1e-4
 
 
+def in_float8(columns: int, temperature: float) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of 12,000 draws from one row of a head in float8, and the float64 probabilities of its weight as it is
+    after rounding, which chi-square tells from those before."""
+    problem = Problem(rows=12_000, columns=columns, depth=24, float8=True, spread=1.5)
+    number = torch.arange(problem.rows)
+    problem.row_index, problem.keys = number * 0, torch.stack((number, number * 0 + 5, number * 0 + 9), 1)
+    probability = (problem.logits()[0] / temperature).softmax(-1)
+    return {"temperature": temperature, "want_argmax": False, "problem": problem}, probability
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_draws_from_a_weight_in_float8_have_the_exact_distribution(temperature: float) -> None:
+    options, probability = in_float8(130, temperature)
+    problem = options.pop("problem")
+    assert chi_square(problem.run(**options).token, probability) > 1e-4
+    filters = {"top_k": 20, "top_p": 0.9}
+    token = problem.run(**options, **filters).token
+    assert chi_square(token, filtered(probability.log(), 20, 0.9, 0.0)) > 1e-4
+
+
+def test_chi_square_would_find_the_weight_before_rounding() -> None:
+    options, _ = in_float8(130, 0.1)
+    problem = options.pop("problem")
+    before = Problem(rows=12_000, columns=130, depth=24, spread=1.5)
+    before.row_index = problem.row_index[:1]
+    assert chi_square(problem.run(**options).token, (before.logits()[0] / 0.1).softmax(-1)) < 1e-6
+
+
 def filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """Probabilities after the filters, id by id as their definitions say (no two logits are equal)."""
     order = logits.double().argsort(descending=True).tolist()
@@ -141,6 +176,8 @@ def test_draws_have_the_exact_distribution_at_full_vocabulary() -> None:
         {"from_logits": True},
         {"spread": 40.0},
         {"of": "sampler", "biased": True},
+        {"float8": True, "biased": True, "options": {"scale": 0.5, "soft_cap": 5.0}},
+        {"float8": True, "of": "sampler", "dtype": torch.bfloat16},
     ],
     ids=str,
 )
@@ -254,6 +291,30 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         vocab_projection(problem.hidden, torch.ones(9, 5), None, problem.row_index, 1.0, problem.seed, problem.keys)
 
 
+def test_scales_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="a weight in float8 needs weight_scale"):
+        Problem(float8=True).run(weight_scale=None)
+    with pytest.raises(ValueError, match="weight_scale is for a weight in float8_e4m3fn"):
+        Problem().run(weight_scale=torch.ones(777))
+    with pytest.raises(ValueError, match="there is no weight"):
+        Problem(from_logits=True).run(weight_scale=torch.ones(777))
+    with pytest.raises(ValueError, match="weight_scale must be float32"):
+        Problem(float8=True).run(weight_scale=torch.ones(776))
+    with pytest.raises(ValueError, match="weight_scale must be float32"):
+        Problem(float8=True).run(weight_scale=torch.ones(777, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_scale_that_is_no_number_spoils_the_rows(value: float) -> None:
+    """So does a weight with such an entry, whose scale is that."""
+    problem = Problem(rows=5, float8=True)
+    assert problem.weight_scale is not None
+    problem.weight_scale[3] = value
+    result = problem.run()
+    finite = problem.logits()[:, 3] < 0  # infinitely improbable, if it is infinite
+    assert (result.token[~finite | (value != value)] == -1).all()
+
+
 BAD: dict[str, tuple[str, Any]] = {
     "seed": ("seed must be int64", lambda seed: seed.int()),
     "row_index": ("row_index must be int32 or int64", lambda index: index.double()),
@@ -319,6 +380,8 @@ def test_gpu_rows_that_are_not_there_are_reported() -> None:
 @pytest.mark.parametrize("uniform", [False, True])
 def test_the_operator_is_well_registered(uniform: bool) -> None:
     torch.library.opcheck(_vocab_projection, flat(Problem(rows=5, columns=90, biased=True).arguments(uniform)))
+    eight = Problem(rows=5, columns=90, biased=True, float8=True)
+    torch.library.opcheck(_vocab_projection, flat(eight.arguments(uniform)), test_utils=FLOAT8_CHECKS)
 
 
 # On a GPU.
@@ -336,6 +399,13 @@ ON_GPU = [
     {"rows": 60, "columns": 3000, "depth": 100, "dtype": FULL},
     {"rows": 50, "columns": 3000, "dtype": FULL, "from_logits": True, "biased": True},
     {"rows": 300, "columns": 5_000, "depth": 512, "dtype": HALF, "biased": True, "of": "sampler"},
+    {"rows": 1, "columns": V, "depth": 768, "dtype": HALF, "float8": True},
+    {"rows": 16, "columns": V, "depth": 768, "dtype": HALF, "float8": True, "biased": True},
+    {"rows": 100, "columns": 4_095, "depth": 1008, "dtype": torch.float16, "count": 77, "float8": True},
+    {"rows": 300, "columns": 126_464, "depth": 512, "dtype": HALF, "biased": True, "float8": True},
+    {"rows": 1000, "columns": 5000, "depth": 4096, "dtype": HALF, "options": {"soft_cap": 5.0}, "float8": True},
+    {"rows": 70, "columns": 777, "depth": 77, "dtype": HALF, "float8": True},
+    {"rows": 60, "columns": 3000, "depth": 100, "dtype": FULL, "float8": True},
 ]
 
 
