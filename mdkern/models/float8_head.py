@@ -56,8 +56,10 @@ def with_head_precision(denoiser: Denoiser, head_precision: str) -> Denoiser:
     if head_precision == "fp8":
         return denoiser if rounded else Float8HeadDenoiser(denoiser)
     if rounded:
-        raise ValueError(f"head_precision={head_precision!r} must be given where the model is adapted: this Denoiser has"
-                         " an output layer in e4m3")  # fmt: skip
+        raise ValueError(
+            f"head_precision={head_precision!r} must be given where the model is adapted: this Denoiser has an output"
+            " layer in e4m3"
+        )
     return denoiser
 
 

@@ -193,6 +193,8 @@ def test_what_cannot_be_rounded_is_refused() -> None:
     model = random_dit(2, **SIZE)
     with pytest.raises(ValueError, match=r"head_precision must be 'bf16' .* or 'fp8', not 'int8'"):
         adapt(model, head_precision="int8")
+    with pytest.raises(ValueError, match="must be given where the model is adapted"):
+        adapt(adapt(model, head_precision="fp8"), head_precision="bf16")
     with pytest.raises(ValueError, match=r"of torch\.float64, and 16 or 32 floating bits are needed"):
         adapt(copy.deepcopy(model).double(), head_precision="fp8")
     with pytest.raises(ValueError, match="runs by its logits: it needs an output layer that mdkern runs"):
