@@ -5,8 +5,9 @@
 
 The model is transformers' Llama with attention in both directions and random weights, so that texts mean nothing; the
 passes are what they would be. All three decode with LLaDA's rule, 32 columns a block and 32 steps, greedily. The plain
-loop has no cache and computes the logits of all positions. Beside single passes stands the larger of two floors: their
-FLOPs at the rate of a large product, and their weights at the rate at which memory is read, both measured in the run.
+loop has no cache and computes the logits of all positions. mdkern also runs with ``precision="fp8"``. Beside single
+passes stands the larger of two floors: their FLOPs at the rate of a large product, and their weights at the rate at
+which memory is read, both measured in the run.
 """
 
 from __future__ import annotations
@@ -95,11 +96,13 @@ def texts(denoiser: Denoiser, batch: int, given: int, written: int) -> Tensor:
     return ids.to(denoiser.device)
 
 
-def runs(model: Any, denoiser: Denoiser, rounds: int, batch: int, given: int, written: int) -> dict[str, Any]:
-    """Seconds of whole runs by each contender, and their passes."""
+def runs(
+    model: Any, denoiser: Denoiser, in_fp8: Denoiser, rounds: int, batch: int, given: int, written: int
+) -> dict[str, Any]:
+    """Seconds of whole runs by each contender, their passes, and the share of tokens that are the same in fp8."""
     ids, device = texts(denoiser, batch, given, written), denoiser.device.type
 
-    def ours(cache: str) -> Any:
+    def ours(cache: str, denoiser: Denoiser = denoiser) -> Any:
         return mdkern.sample(
             denoiser, input_ids=ids, decoder="top_probability", steps=STEPS, block_length=BLOCK, cache=cache,
             batch_size=batch, temperature=0.0, seed=0, progress=False,
@@ -121,33 +124,53 @@ def runs(model: Any, denoiser: Denoiser, rounds: int, batch: int, given: int, wr
         found[name] = [seconds(run, device)[0] for _ in range(rounds)]
         return result
 
+    same = {}
     for cache in CACHES:
-        passes[cache] = int(measure(f"mdkern, {cache}", partial(ours, cache)).nfe["H"].max())
+        own = measure(f"mdkern, {cache}", partial(ours, cache))
+        passes[cache] = int(own.nfe["H"].max())
+        rounded = measure(f"fp8, {cache}", partial(ours, cache, in_fp8))
+        same[cache] = float((rounded.sequences == own.sequences)[:, given:].float().mean())
     with by_its_own_forward():
         for cache in CACHES:
             measure(f"own forward, {cache}", partial(ours, cache))
     measure("plain loop", plain)
-    return {"batch": batch, "given": given, "written": written, "passes": passes, "seconds": found}
+    case = {"batch": batch, "given": given, "written": written}
+    return case | {"passes": passes, "seconds": found, "same_in_fp8": same}
 
 
-def passes(denoiser: Denoiser, batch: int, given: int, written: int) -> dict[str, Any]:
-    """Milliseconds of a pass over whole texts whose first masked block is wanted, and of one over this block."""
-    now, length = denoiser.current(), given + written
+def passes(denoiser: Denoiser, in_fp8: Denoiser, batch: int, given: int, written: int) -> dict[str, Any]:
+    """Milliseconds of a pass over whole texts whose first masked block is wanted, and of one over this block.
+
+    With them go the differences of the states of a whole pass from those of mdkern's pass, relative.
+    """
+    length = given + written
     ids = texts(denoiser, batch, given, written)
-    cache = torch.zeros(now.cache_shape(batch, length), dtype=now.dtype, device=now.device)
-    columns = (given + torch.arange(BLOCK, device=now.device)).expand(batch, -1).contiguous()
-    rows = torch.arange(BLOCK, device=now.device).expand(batch, -1).contiguous()
+    columns = (given + torch.arange(BLOCK, device=ids.device)).expand(batch, -1).contiguous()
+    rows = torch.arange(BLOCK, device=ids.device).expand(batch, -1).contiguous()
     block = ids[:, given : given + BLOCK].contiguous()
-    ways: dict[str, Callable[[], object]] = {
-        "whole": lambda: now.hidden(ids, None, columns),
-        "window": lambda: now.window_hidden(cache, block, columns, rows),
-    }
+    times: dict[str, dict[str, float]] = {}
+    states: dict[str, Tensor] = {}
+
+    def measure(name: str, denoiser: Denoiser) -> None:
+        now = denoiser.current()
+        cache = torch.zeros(now.cache_shape(batch, length), dtype=now.dtype, device=now.device)
+        ways: dict[str, Callable[[], object]] = {
+            "whole": lambda: now.hidden(ids, None, columns),
+            "window": lambda: now.window_hidden(cache, block, columns, rows),
+        }
+        times[name] = medians(now, ways)
+        states[name] = now.hidden(ids, None, columns).double()
+
     with torch.no_grad():
-        times = {"mdkern": medians(now, ways)}
+        measure("mdkern", denoiser)
+        measure("fp8", in_fp8)
         with by_its_own_forward():
-            times["own forward"] = medians(now, ways)
+            measure("own forward", denoiser)
+    ours = states.pop("mdkern")
+    differences = {name: float((other - ours).norm() / ours.norm()) for name, other in states.items()}
     counts = {"whole": batch * length, "window": batch * BLOCK}
-    return {"batch": batch, "given": given, "written": written, "columns": counts, "ms": times}
+    case = {"batch": batch, "given": given, "written": written}
+    return case | {"columns": counts, "ms": times, "differences": differences}
 
 
 def medians(denoiser: Denoiser, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -159,26 +182,32 @@ def medians(denoiser: Denoiser, ways: dict[str, Callable[[], object]]) -> dict[s
 
 
 def rates(device: str) -> dict[str, float]:
-    """TFLOP/s of a product of 8,192³ in bfloat16, and TB/s of reading memory."""
-    if device == "cpu":
-        return {"tflops": 0.1, "tb_per_second": 0.01}  # not measured: a CPU's times are not shown
+    """TFLOP/s of a product of 8,192³ in bfloat16 and in e4m3, and TB/s of reading memory."""
+    if device == "cpu":  # not measured: a CPU's times are not shown
+        return {"tflops": 0.1, "fp8_tflops": 0.1, "tb_per_second": 0.01}
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
     large, sink = torch.ones(1 << 30, device=device), torch.zeros((), device=device)
-    product, out = torch.empty_like(left), GpuTimer()
-    times = out.compare(
-        {"product": partial(torch.mm, left, right, out=product), "read": partial(torch.amax, large, 0, out=sink)}, 4, 9
-    )
+    product, out, one = torch.empty_like(left), GpuTimer(), torch.ones((), device=device)
+    rounded = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).T
+    scaled = partial(torch._scaled_mm, *rounded, one, one, out_dtype=torch.bfloat16, use_fast_accum=True, out=product)
+    ways: dict[str, Callable[[], object]] = {
+        "product": partial(torch.mm, left, right, out=product),
+        "fp8": scaled,
+        "read": partial(torch.amax, large, 0, out=sink),
+    }
+    times = out.compare(ways, 4, 9)
     return {
         "tflops": 2 * 8192**3 / times["product"].median / 1e9,
+        "fp8_tflops": 2 * 8192**3 / times["fp8"].median / 1e9,
         "tb_per_second": 4 * 2**30 / times["read"].median / 1e9,
     }
 
 
-def floor(content: dict[str, Any], columns: int) -> float:
+def floor(content: dict[str, Any], columns: int, in_fp8: bool = False) -> float:
     """Milliseconds that a pass over so many columns takes at least, attention and the output layer left out."""
-    weights, measured = content["weights_of_blocks"], content["rates"]
-    arithmetic = 2 * columns * weights / measured["tflops"] / 1e9
-    return max(arithmetic, 2 * weights / measured["tb_per_second"] / 1e9)
+    weights, measured, size = content["weights_of_blocks"], content["rates"], 1 if in_fp8 else 2
+    arithmetic = 2 * columns * weights / measured["fp8_tflops" if in_fp8 else "tflops"] / 1e9
+    return max(arithmetic, size * weights / measured["tb_per_second"] / 1e9)
 
 
 def measure(folder: Path, tiny: bool) -> dict[str, Any]:
@@ -186,11 +215,13 @@ def measure(folder: Path, tiny: bool) -> dict[str, Any]:
     device = "cpu" if tiny else "cuda"
     sizes, cases, rounds = (SMALL, TINY_CASES, 1) if tiny else (LLADA_8B, CASES, 2)
     model, denoiser = bidirectional_llama(sizes, device)
+    in_fp8 = mdkern.adapt(model, mask_id=denoiser.mask_id, precision="fp8")
     content: dict[str, Any] = {
         "environment": host_environment() | {"triton": "–"} if tiny else environment("transformers"),
         "sizes": sizes,
         "weights_of_blocks": sum(parameter.numel() for parameter in model.model.layers.parameters()),
         "how": denoiser.description,
+        "how_in_fp8": in_fp8.description,
         "rates": rates(device),
         "block": BLOCK,
         "steps": STEPS,
@@ -200,8 +231,8 @@ def measure(folder: Path, tiny: bool) -> dict[str, Any]:
     }
     for case in cases:
         jobs: dict[str, Callable[[], dict[str, Any]]] = {
-            "passes": partial(passes, denoiser, *case),
-            "runs": partial(runs, model, denoiser, rounds, *case),
+            "passes": partial(passes, denoiser, in_fp8, *case),
+            "runs": partial(runs, model, denoiser, in_fp8, rounds, *case),
         }
         for part, job in jobs.items():
             began = time.perf_counter()
@@ -221,40 +252,48 @@ def place(row: dict[str, Any]) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Single passes with their floor, then whole runs."""
+    """Single passes with their floors, then whole runs."""
     sizes, found = content["sizes"], content["rates"]
     text = (
         f"{caption(content)}. {sizes['num_hidden_layers']} blocks, width {sizes['hidden_size']:,}, V = "
         f"{sizes['vocab_size']:,}, bfloat16, random weights; blocks of {content['block']}. Milliseconds of a pass "
-        "without its output layer, by the model's own forward and by mdkern's passes, both in CUDA graphs. Floor: the "
-        f"larger of the arithmetic at {found['tflops']:.0f} TFLOP/s and of reading the weights at "
-        f"{found['tb_per_second']:.2f} TB/s.\n\n"
-    )
-    rows = [
-        [
-            place(row),
-            name,
-            f"{row['ms']['own forward'][kind]:.1f}",
-            f"{row['ms']['mdkern'][kind]:.1f}",
-            f"{row['ms']['own forward'][kind] / row['ms']['mdkern'][kind]:.1f} ×",
-            f"{floor(content, row['columns'][kind]):.1f}",
-        ]
-        for row in content["passes"]
-        for kind, name in (("window", "one block, cached"), ("whole", "whole texts"))
-    ]
-    text += markdown(["texts × tokens", "pass", "own forward", "mdkern", "", "floor"], rows)
-    text += (
-        f"\nWhole runs of {content['steps']} steps with LLaDA's rule, medians in seconds; the plain loop, in eager "
-        "PyTorch, has no cache and takes as many steps.\n\n"
+        "without its output layer, by the model's own forward and by mdkern's passes in bfloat16 and in fp8, all in "
+        f"CUDA graphs. Floor: the larger of the arithmetic at {found['tflops']:.0f} ({found['fp8_tflops']:.0f} in fp8) "
+        f"TFLOP/s and of reading the weights at {found['tb_per_second']:.2f} TB/s. Difference: that of the states of a "
+        "whole pass in fp8 from those of mdkern's pass in bfloat16, and in brackets that of the own forward's.\n\n"
     )
     rows = []
-    for row in content["runs"]:
+    for row in content["passes"]:
+        for kind, name in (("window", "one block, cached"), ("whole", "whole texts")):
+            own, ours, rounded = (row["ms"][way][kind] for way in ("own forward", "mdkern", "fp8"))
+            least = [floor(content, row["columns"][kind], in_fp8) for in_fp8 in (False, True)]
+            shown = [f"{ms:.2f}" for ms in (own, ours, least[0], rounded, least[1])]
+            apart = row["differences"]
+            differences = f"{apart['fp8']:.1%} ({apart['own forward']:.1%})" if kind == "whole" else ""
+            rows.append([place(row), name, *shown, f"{own / ours:.1f} ×", f"{own / rounded:.1f} ×", differences])
+    header = ["texts × tokens", "pass", "own forward", "mdkern", "floor", "fp8", "floor in fp8"]
+    header += ["gain", "gain in fp8", "difference"]
+    text += markdown(header, rows)
+    text += (
+        f"\nWhole runs of {content['steps']} steps with LLaDA's rule, medians in seconds; the plain loop, in eager "
+        "PyTorch, has no cache and takes as many steps. Same tokens: the share that fp8 leaves as they are, which says "
+        "little where weights are random.\n\n"
+    )
+    return text + runs_table(content["runs"])
+
+
+def runs_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in found:
         times = {name: statistics.median(values) for name, values in row["seconds"].items()}
         for cache in CACHES:
-            ours, own, plain = (times[name] for name in (f"mdkern, {cache}", f"own forward, {cache}", "plain loop"))
-            rows.append([place(row), cache, f"{plain:.2f}", f"{own:.2f}", f"{ours:.2f}", f"{plain / ours:.1f} ×"])
-    header = ["texts × tokens", "cache", "plain loop", "mdkern, own forward", "mdkern", "to the plain loop"]
-    return text + markdown(header, rows)
+            names = ("plain loop", f"own forward, {cache}", f"mdkern, {cache}", f"fp8, {cache}")
+            plain, own, ours, rounded = (times[name] for name in names)
+            shown = [f"{time:.2f}" for time in (plain, own, ours, rounded)]
+            ratios = [f"{plain / ours:.1f} ×", f"{plain / rounded:.1f} ×", f"{row['same_in_fp8'][cache]:.0%}"]
+            rows.append([place(row), cache, *shown, *ratios])
+    header = ["texts × tokens", "cache", "plain loop", "own forward", "mdkern", "fp8"]
+    return markdown([*header, "gain", "gain in fp8", "same tokens"], rows)
 
 
 def people() -> str:

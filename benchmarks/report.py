@@ -210,17 +210,18 @@ def compare_people() -> Iterator[Comparison]:
         return
     content = load("people")
     for row in content["passes"]:
-        own, ours = row["ms"]["own forward"], row["ms"]["mdkern"]
-        for kind in ours:
+        own = row["ms"]["own forward"]
+        for kind in own:
             where = " of ".join((f"{kind} pass", bench_people.place(row)))
-            yield Comparison("LLaDA-8B's shape", "mdkern's passes", "own forward", where, ours[kind] / own[kind])
+            for way, name in (("mdkern", "mdkern's passes"), ("fp8", "mdkern's passes in fp8")):
+                yield Comparison("LLaDA-8B's shape", name, "own forward", where, row["ms"][way][kind] / own[kind])
     for row in content["runs"]:
         times = {name: statistics.median(values) for name, values in row["seconds"].items()}
         for cache in bench_people.CACHES:
-            ours = times[f"mdkern, {cache}"]
-            for peer in (f"own forward, {cache}", "plain loop"):
-                name = f"mdkern, cache {cache}"
-                yield Comparison("LLaDA-8B's shape", name, peer, bench_people.place(row), ours / times[peer])
+            for way in ("mdkern", "fp8"):
+                name, ours = f"{way}, cache {cache}", times[f"{way}, {cache}"]
+                for peer in (f"own forward, {cache}", "plain loop"):
+                    yield Comparison("LLaDA-8B's shape", name, peer, bench_people.place(row), ours / times[peer])
 
 
 def compare_diffusion_gemma() -> Iterator[Comparison]:

@@ -160,7 +160,7 @@ class TestCopies:
         assert llama_fp8.size_of_copies(parts) == numbers + 4 * channels
         tensors = llama_fp8.tensors_of(denoiser.copies)
         assert sum(tensor.nbytes for tensor in tensors) == numbers + 4 * channels
-        assert f"{(numbers + 4 * channels) / 2**30:.2g} GiB of copies of its weights" in repr(denoiser)
+        assert f"with copies of its weights of {(numbers + 4 * channels) / 2**20:.1f} MiB" in repr(denoiser)
 
 
 def addresses(denoiser: SplitDenoiser) -> list[int]:

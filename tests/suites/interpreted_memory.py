@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 from mdkern.kernels.backbone import (
     triton_experts,
     triton_folded_norm,
+    triton_fp8_skinny,
     triton_invariant_attention,
     triton_invariant_linear,
     triton_modulated_norm,
@@ -34,6 +35,7 @@ from mdkern.kernels.backbone import (
     triton_skinny,
     triton_swiglu,
 )
+from mdkern.kernels.backbone.quantise import quantise_rows
 from mdkern.kernels.backbone.route_experts import Routing
 from mdkern.kernels.head import launch_soft
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
@@ -197,6 +199,27 @@ class TestEveryEntryIsWritten:
             triton_skinny.skinny_linear(x, weight, weight, weight, bias, bias, bias),
             triton_skinny.skinny_swiglu(x, weight, weight, bias, bias),
             triton_skinny.skinny_parts(x, weight, bias),
+        )
+        assert not any(map(is_poisoned, products))
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_results_in_e4m3(self, rows: int) -> None:
+        x, weight, index = normal(1, rows, 20), normal(2, 20), torch.arange(rows)
+        outcomes = (
+            *triton_rms_norm.scaled_rms_norm(x, weight, 0.1, normal(3, 2, rows, 20)),
+            *triton_rms_norm.gathered_scaled_rms_norm(x, index, weight, 0.1),
+            *triton_swiglu.scaled_swiglu(x, normal(3, rows, 20)),
+        )
+        assert not any(map(is_poisoned, outcomes))
+
+    @pytest.mark.parametrize("rows", [1, 17])
+    def test_skinny_products_in_e4m3(self, rows: int) -> None:
+        wide, layer, bias = normal(1, rows, 512).bfloat16(), quantise_rows(normal(2, 256, 512)), normal(3, 256)
+        given = *quantise_rows(wide), *layer, bias.bfloat16(), torch.bfloat16
+        products = (
+            triton_fp8_skinny.fp8_skinny_linear(*given),
+            triton_fp8_skinny.fp8_skinny_swiglu(*given),
+            triton_fp8_skinny.fp8_skinny_parts(wide, *layer, bias.bfloat16()),
         )
         assert not any(map(is_poisoned, products))
 

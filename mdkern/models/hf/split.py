@@ -91,7 +91,7 @@ class SplitDenoiser(AdaptedDenoiser):
         reason, parts = self.why_not_fp8(), self.parts
         if reason or parts is None:
             return f"{how}; in {self.dtype}, not in fp8, because {reason}"
-        return f"{how} in fp8, with {size_of_copies(parts) / 2**30:.2g} GiB of copies of its weights"
+        return f"{how} in fp8, with copies of its weights of {size_of_copies(parts) / 2**20:,.1f} MiB"
 
     def why_not_fp8(self) -> str:
         """Why its products are not in e4m3 as it is now, in words that follow "because"; "" if they are."""
