@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import (
     bench_diffusion_gemma,
     bench_people,
+    bench_precision,
     bench_sizes,
     choice_tables,
     decoder_tables,
@@ -321,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
     "people": bench_people.people,
     "sizes": bench_sizes.sizes,
+    "precision": bench_precision.precision,
     **gpu_tables.TABLES,
     **paper_tables.TABLES,
     **decoder_tables.TABLES,

@@ -28,7 +28,7 @@ from mdkern.engine.resolve import check_count
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.intervals import Estimate, estimate
 from mdkern.evaluation.likelihood import DEFAULT_BATCH_SIZE, resolve_texts
-from mdkern.evaluation.scores import masked_hidden, sum_by_text, target_log_prob
+from mdkern.evaluation.scores import masked_hidden, rounded_once, sum_by_text, target_log_prob
 from mdkern.kernels import divergence, noise
 from mdkern.models import Denoiser
 from mdkern.sampling import sample
@@ -96,6 +96,7 @@ def importance(
     texts = resolve_texts(denoisers, input_ids, None, attention_mask, seed, None)
     grid = resolve_times(times)
     batch_size = check_count("batch_size", batch_size)
+    denoisers = rounded_once(denoisers, batch_size * input_ids.shape[1])
     found = []
     with torch.no_grad(), tqdm(grid, desc="importance", disable=None if progress is None else not progress) as bar:
         for number, t in enumerate(bar):

@@ -20,7 +20,7 @@ from mdkern.engine.resolve import check_ids, check_length, check_mask, resolve_s
 from mdkern.engine.resolve_blocks import resolve_blocks
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.exact import exact_nats
-from mdkern.evaluation.scores import masked_hidden, sum_by_text, target_log_prob
+from mdkern.evaluation.scores import masked_hidden, rounded_once, sum_by_text, target_log_prob
 from mdkern.kernels import noise
 from mdkern.models import Denoiser
 from mdkern.plan import positions_in_text
@@ -155,8 +155,9 @@ def fixed_count(
     nats = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
     nfe = {}
     bar = tqdm(total=int(run.sum()), desc="likelihood", unit="mask", leave=False, disable=disable)
+    rows = batch_size * texts.input_ids.shape[1]
     with torch.no_grad(), bar:
-        for number, (name, denoiser) in enumerate(denoisers.items()):
+        for number, (name, denoiser) in enumerate(rounded_once(denoisers, rows).items()):
             mine = run & (model == number)
             nfe[name] = mine.sum(-1)
             for text, sample in batches(mine, batch_size):

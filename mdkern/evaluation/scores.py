@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from mdkern.kernels.head.reference import finish_logits
 from mdkern.models.denoiser import Denoiser, Head
 
 CHUNK_ENTRIES = 1 << 26  # float32 entries of rows x D held at a time
+
+
+def rounded_once(denoisers: Mapping[str, Denoiser], rows: int) -> dict[str, Denoiser]:
+    """The denoisers for passes over at most so many positions; the weights of those in 8 bits are rounded now."""
+    return {name: model if model.precision is None else model.prepared(rows) for name, model in denoisers.items()}
 
 
 def masked_hidden(

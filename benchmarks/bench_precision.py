@@ -1,0 +1,245 @@
+"""What 8-bit products cost in quality and gain in time: `precision="fp8"` beside the model's own dtype.
+
+    python -m benchmarks.bench_precision FOLDER           # one GPU of 80 GB, two minutes; FOLDER/precision.json
+    python -m benchmarks.bench_precision FOLDER --tiny    # small models on a CPU, to try it out
+
+Quality is that of the shipped heavy model, in float32 and bfloat16 (on a CPU float32 only) and with products in e4m3.
+Its samples are judged by the shipped judge. It is asked for likelihoods of texts that the judge wrote, which favour
+none of them: the exact one of sampling by the margin rule, and the bound over random masks. At the masked positions of
+those texts its distributions are compared with those of the first row.
+
+Time is that of the paper's setting (`benchmarks.paper_setting`), whole runs with all steps by the heavy model, in
+turns, and of a pass of its backbone again and again, at the power limit. Weights there are random.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mdkern
+from benchmarks import paper_setting
+from benchmarks.decoder_setting import JUDGE
+from benchmarks.harness import RESULTS, environment, folder_command, host_environment, seconds
+from benchmarks.kernel_tables import caption, markdown
+from benchmarks.paper_setting import HEAVY
+from mdkern import Denoiser, adapt
+from mdkern.evaluation.text import judge, token_entropy
+from mdkern.files import write_whole
+from mdkern.pretrained import load_pair
+from mdkern.profiling.profile import Setting, time_run
+
+KEPT = RESULTS / "precision.json"
+ABSENT = "Not measured yet.\n"
+PRECISIONS = {"bf16": None, "fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Size:
+    judged: int = 256  # samples
+    texts: int = 64  # whose likelihood is asked for
+    length: int = 256
+    steps: int = 128
+    masks: int = 16  # of each text
+    runs: int = 3
+    passes: int = 500
+    paper: paper_setting.Size = field(default_factory=paper_setting.Size)
+
+
+TINY = Size(
+    4, 4, 32, 8, 2, 1, 2, paper_setting.Size(Setting(2, 16, 8), (2, 1), 50, 256, 4, 16, 1, 2, "eager"),
+)  # fmt: skip
+
+
+def subjects(device: torch.device) -> dict[str, Denoiser]:
+    """The shipped heavy model in each precision; the first one is what others are compared with."""
+    whole = load_pair(device, torch.float32).heavy
+    found = {"float32": adapt(whole)}
+    if device.type == "cuda":
+        half = load_pair(device, torch.bfloat16).heavy
+        return found | {"bfloat16": adapt(half), "fp8": adapt(half, precision="fp8")}
+    return found | {"fp8": adapt(whole, precision="fp8")}
+
+
+@torch.no_grad()
+def written_by(model: Any, count: int, length: int, seed: int = 0) -> Tensor:
+    """Texts that a causal language model writes at temperature 1, int64 ``[count, length]``."""
+    torch.manual_seed(seed)
+    ids = torch.zeros(count, 1, dtype=torch.int64, device=model.device)
+    for _ in range(length):
+        logits = model(ids, use_cache=False).logits[:, -1].float()
+        ids = torch.cat((ids, torch.multinomial(logits.softmax(-1), 1)), 1)
+    return ids[:, 1:] if length < model.config.n_positions else ids[:, :length]
+
+
+@torch.no_grad()
+def masked_log_probs(denoiser: Denoiser, texts: Tensor, masked: Tensor) -> Tensor:
+    """Log-probabilities at the masked positions, float32 ``[M, V]``."""
+    prepared = denoiser.prepared(texts.numel())
+    hidden = prepared.hidden(torch.where(masked, denoiser.mask_id, texts))
+    return denoiser.head.logits(hidden[masked]).log_softmax(-1)
+
+
+def quality(size: Size, device: torch.device) -> list[dict[str, Any]]:
+    from transformers import GPT2LMHeadModel
+
+    reader: Any = GPT2LMHeadModel.from_pretrained(JUDGE, dtype=torch.float32)
+    reader = reader.to(device).eval()
+    texts = written_by(reader, size.texts, size.length)
+    share = torch.linspace(0.05, 0.95, size.texts)[:, None]
+    masked = (torch.rand(texts.shape, generator=torch.Generator().manual_seed(1)) < share).to(device)
+    first: Tensor | None = None
+    rows = []
+    for name, denoiser in subjects(device).items():
+        drawn = mdkern.sample(
+            denoiser, num_samples=size.judged, length=size.length, steps=size.steps, batch_size=size.texts, seed=2,
+            progress=False,
+        ).sequences  # fmt: skip
+        assert drawn is not None
+        nll = judge(reader, drawn).nats_per_token()
+        options: dict[str, Any] = {"batch_size": size.texts, "progress": False}
+        exact = mdkern.likelihood(denoiser, input_ids=texts, method="decoder", decoder="margin", **options)
+        bound = mdkern.likelihood(denoiser, input_ids=texts, samples=size.masks, seed=3, **options)
+        scores = masked_log_probs(denoiser, texts, masked)
+        first = scores if first is None else first
+        possible = first > -torch.inf
+        divergence = torch.where(possible, first.exp() * (first - scores), 0.0).sum(-1)
+        rows.append(
+            {
+                "precision": name,
+                "judge_nats": float(nll.mean()),
+                "judge_error": float(nll.std()) / len(nll) ** 0.5,
+                "token_entropy": float(token_entropy(drawn).mean()),
+                "exact_nats": float(exact.nats.sum() / exact.tokens.sum()),
+                "bound_nats": float(bound.nats.sum() / bound.tokens.sum()),
+                "agreement": float((scores.argmax(-1) == first.argmax(-1)).double().mean()),
+                "divergence": float(divergence.double().mean()),
+            }
+        )
+    return rows
+
+
+def speed(size: Size, device: torch.device) -> dict[str, Any]:
+    """Seconds of whole runs, milliseconds of a pass, and the eager baseline's run in the same process."""
+    bench = paper_setting.Bench(size.paper, device)
+    model, setting = bench.half[HEAVY], size.paper.setting
+    denoisers = {name: adapt(model, precision=precision) for name, precision in PRECISIONS.items()}
+    runs: dict[str, list[float]] = {name: [] for name in denoisers}
+    for turn in range(-1, size.runs):  # the first ones compile kernels and capture graphs
+        for name, denoiser in denoisers.items():
+            took, _ = time_run(denoiser, setting, max(turn, 0))
+            runs[name] += [took] * (turn >= 0)
+    passes = {name: pass_ms(denoiser, setting, size.passes) for name, denoiser in denoisers.items()}
+    eager = bench.eager(HEAVY, setting, size.paper.steps)["run"]
+    return {"setting": vars(setting), "seconds": runs, "pass_ms": passes, "eager": eager}
+
+
+@torch.no_grad()
+def pass_ms(denoiser: Denoiser, setting: Setting, count: int) -> float:
+    """Milliseconds of one backbone pass, replayed so often that the card is at its power limit."""
+    shape = setting.batch_size, setting.length
+    ids = torch.randint(denoiser.mask_id, shape, generator=torch.Generator().manual_seed(0)).to(denoiser.device)
+    positions = ids[:, :8] % setting.length
+    prepared = denoiser.prepared(ids.numel())
+    run: Callable[[], Any] = partial(prepared.hidden, ids, None, positions)
+    run()
+    if denoiser.device.type == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+
+    def repeat() -> None:
+        for _ in range(count):
+            run()
+
+    repeat()
+    return 1e3 * seconds(repeat, denoiser.device.type)[0] / count
+
+
+def measure(folder: Path, tiny: bool) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
+    size = TINY if tiny else Size()
+    known = environment() | ({} if device.type == "cuda" else host_environment())
+    content: dict[str, Any] = {"environment": known, "failed": []}
+    content |= {"judged": size.judged, "texts": size.texts, "length": size.length, "steps": size.steps}
+    for part, job in {"quality": quality, "speed": speed}.items():
+        began = time.perf_counter()
+        try:
+            content[part] = job(size, device)
+        except Exception:
+            traceback.print_exc()
+            content["failed"].append(part)
+        print(f"{part}: {time.perf_counter() - began:.1f} s", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "precision.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def table(content: dict[str, Any]) -> str:
+    """Quality, then time."""
+    text = f"{caption(content)}.\n"
+    if "quality" in content:
+        text += (
+            f"\nThe shipped heavy model: {content['judged']} samples of {content['length']} tokens in "
+            f"{content['steps']} steps; likelihoods and distributions of {content['texts']} texts that the judge "
+            "wrote. All in nats a token; agreement is the share of masked positions with the same most probable "
+            "token.\n\n"
+        )
+        rows = [
+            [
+                row["precision"],
+                f"{row['judge_nats']:.3f} ± {row['judge_error']:.3f}",
+                f"{row['token_entropy']:.2f}",
+                f"{row['exact_nats']:.4f}",
+                f"{row['bound_nats']:.4f}",
+                f"{row['agreement']:.1%}",
+                f"{row['divergence']:.4f}",
+            ]
+            for row in content["quality"]
+        ]
+        of_first = f"of {content['quality'][0]['precision']}"
+        header = ["precision", "judge of samples", "entropy of their tokens", "exact likelihood", "bound"]
+        text += markdown([*header, f"agreement with that {of_first}", f"KL from that {of_first}"], rows)
+    if "speed" in content:
+        found, setting = content["speed"], content["speed"]["setting"]
+        text += (
+            f"\nThe paper's setting, all steps by the heavy model: {setting['batch_size']} sequences of "
+            f"{setting['length']:,} tokens in {setting['steps']:,} steps; eager PyTorch takes {found['eager']:.1f} s "
+            "in the same process.\n\n"
+        )
+        rows = [
+            [
+                name,
+                f"{statistics.median(runs):.3f}",
+                f"{found['eager'] / statistics.median(runs):.1f} ×",
+                f"{found['pass_ms'][name]:.2f}",
+            ]
+            for name, runs in found["seconds"].items()
+        ]
+        text += markdown(["precision", "seconds of a run", "to eager", "ms of a backbone pass"], rows)
+    return text
+
+
+def precision() -> str:
+    """The table of the kept results."""
+    return table(json.loads(KEPT.read_text())) if KEPT.exists() else ABSENT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return folder_command("bench_precision", __doc__ or "", measure, table, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
