@@ -59,7 +59,8 @@ def embed_rows(
     shift = 14 if embedding.dtype == torch.float16 else 0  # probabilities below 2^-24 would be 0 in float16
     splits = choose_splits(rows, embedding)
     unit = splits * UNIT
-    width = max(1, min(chunk_elements // rows, MOST_IDS, -(-vocab // unit) * unit) // unit) * unit
+    chunks = max(1, triton.cdiv(vocab, max(1, min(chunk_elements // rows, MOST_IDS))))
+    width = triton.cdiv(triton.cdiv(vocab, chunks), unit) * unit or unit  # as equal as units allow
     probability = embedding.new_empty(rows, width)
     soft = torch.zeros(rows, embedding.shape[1], dtype=torch.float32, device=hidden.device)
     for first in range(0, vocab, width):
