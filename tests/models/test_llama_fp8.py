@@ -117,8 +117,16 @@ def scaled(model: Any, seed: int) -> None:
     model.model.layers[1].mlp.down_proj.weight.mul_(1.0 + seed)
 
 
+def put_in_its_place(model: Any, seed: int) -> None:
+    """Another parameter at the same address, of which PyTorch has counted no change either."""
+    layer = model.model.layers[0].self_attn.o_proj
+    numbers = layer.weight.detach().numpy()
+    numbers *= 1.0 + seed
+    layer.weight = nn.Parameter(torch.from_numpy(numbers), requires_grad=False)
+
+
 class TestCopies:
-    @pytest.mark.parametrize("change", [replaced, assigned, scaled])
+    @pytest.mark.parametrize("change", [replaced, assigned, scaled, put_in_its_place])
     def test_weights_that_change_are_heeded(self, change: Callable[[Any, int], None]) -> None:
         model, ids = llama(**SIZES), random_ids(2, 9)
         denoiser = in_fp8(model)
