@@ -352,8 +352,7 @@ class DiTDenoiser(Denoiser):
             folds = dit_fused.fold(self.model, rows, self.precision)
         if folds is None:
             return self
-        if self.precision is None:
-            dit_compile.compile_together(self.model, folds, rows)
+        dit_compile.compile_together(self.model, folds, rows)
         prepared = copy.copy(self)
         prepared.folds = folds
         return prepared

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import new_sums
+from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual
+from mdkern.kernels.backbone.quantise import FP8
 from mdkern.kernels.device import num_sms
 from mdkern.kernels.invariant import batch_invariant, is_batch_invariant
 from mdkern.models.dit import DiT
-from mdkern.models.dit_fused import Folded, Folds, Operands, modulation, qkv_of
+from mdkern.models.dit_fp8 import QuantisedBlock
+from mdkern.models.dit_fused import Folded, Folds, Operands, Stream, modulation, qkv_of, quantised_qkv
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ def compile_together(model: DiT, folds: Folds, rows: int) -> None:
     """
     device, config = model.embedding.device, model.config
     rows = min(rows, ROWS_OF_A_TILE * num_sms(device))
-    key = device, model.embedding.dtype, config, rows, is_batch_invariant()
+    key = device, model.embedding.dtype, config, rows, is_batch_invariant(), folds and folds.precision
     if key in _compiled:
         return
     _compiled.add(key)
@@ -60,7 +63,7 @@ def compile_together(model: DiT, folds: Folds, rows: int) -> None:
 
 def first_launches(model: DiT, folds: Folds, rows: int) -> list[Callable[[], Any]]:
     """A call of each kind of product that `dit_fused.hidden` makes with `folds`, on zeros."""
-    block = model.blocks[0]
+    block, last = model.blocks[0], folds.blocks[-1]
     _, _, gate1, _, _, gate2 = modulation(block.modulation, None)  # type: ignore[arg-type]
     width, wide = model.config.width, model.config.mlp_ratio * model.config.width
 
@@ -81,6 +84,17 @@ def first_launches(model: DiT, folds: Folds, rows: int) -> list[Callable[[], Any
         out = new_sums(x) if sums else None
         products.linear_residual(x, zeros(columns), layer.weight, layer.bias, gate, sums=out)
 
+    if isinstance(last, QuantisedBlock):
+        normed, units = (zeros(columns).to(FP8) for columns in (width, wide))
+        jobs = [
+            lambda: scaled_gelu(normed, *last.mlp_up, last.level),
+            lambda: scaled_residual(zeros(width), units, *last.mlp_down),
+            lambda: added(block.attn_out, width, gate1, sums=False),
+        ]
+        if last.attn_qkv is not None:
+            length = min(rows, model.config.max_length)
+            jobs.append(lambda: quantised_qkv(model, Stream(zeros(width)), last, 3, 2, length))
+        return jobs
     jobs = [up, lambda: added(block.attn_out, width, gate1), lambda: added(block.mlp_down, wide, gate2)]
     jobs += [heads] if len(folds.blocks) > 1 else []
     # The last block's few rows are cuBLAS's, but for the batch-invariant mode.

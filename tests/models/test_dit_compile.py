@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mdkern import adapt
-from mdkern.kernels.backbone import launch_linear
+from mdkern.kernels.backbone import launch_linear, linear_fp8
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.invariant import batch_invariant, is_batch_invariant
 from mdkern.models import dit_compile, dit_fused
@@ -55,7 +55,10 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(launch_linear, "num_sms", lambda device: 2)
     for name in ("linear_rotary", "linear_gelu", "linear_residual"):
         monkeypatch.setattr(products, f"{name}_operator", getattr(products, f"{name}_on_gpu"))
-    monkeypatch.setattr(products, "runs_fused", lambda *_: True)
+    for name in ("scaled_rotary", "scaled_gelu", "scaled_residual"):
+        monkeypatch.setattr(linear_fp8, f"{name}_operator", getattr(linear_fp8, f"{name}_on_gpu"))
+    for module in (products, linear_fp8):
+        monkeypatch.setattr(module, "runs_fused", lambda *_: True)
     monkeypatch.setattr(products, "FEWEST_ROWS", 1)
     monkeypatch.setattr(dit_fused, "is_hopper", lambda device: True)
     monkeypatch.setattr(dit_fused, "covers", lambda model: True)
@@ -83,6 +86,17 @@ def test_they_are_those_of_the_pass(make_dit: Any, on_hopper: set[str], invarian
             both()
     else:
         both()
+
+
+def test_they_are_those_of_a_pass_in_e4m3(make_dit: Any, on_hopper: set[str]) -> None:
+    model = make_dit(**WIDE).bfloat16().requires_grad_(False)
+    ids = torch.randint(10, (32, 64))
+    prepared = adapt(model, precision="fp8").prepared(ids.numel())
+    beforehand = set(on_hopper)
+    on_hopper.clear()
+    prepared.hidden(ids)
+    assert len(beforehand) == 4
+    assert on_hopper == beforehand
 
 
 def test_they_are_compiled_at_the_same_time_and_once(make_dit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

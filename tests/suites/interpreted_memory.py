@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from mdkern.kernels.backbone import (
+    quantise,
     triton_experts,
     triton_folded_norm,
     triton_fp8_skinny,
@@ -28,6 +29,7 @@ from mdkern.kernels.backbone import (
     triton_invariant_linear,
     triton_modulated_norm,
     triton_place_heads,
+    triton_quantise,
     triton_rms_norm,
     triton_rotary,
     triton_route_experts,
@@ -206,6 +208,8 @@ class TestEveryEntryIsWritten:
     def test_results_in_e4m3(self, rows: int) -> None:
         x, weight, index = normal(1, rows, 20), normal(2, 20), torch.arange(rows)
         outcomes = (
+            *triton_quantise.quantise_rows(x),
+            triton_quantise.quantised_norm(x),
             *triton_rms_norm.scaled_rms_norm(x, weight, 0.1, normal(3, 2, rows, 20)),
             *triton_rms_norm.gathered_scaled_rms_norm(x, index, weight, 0.1),
             *triton_swiglu.scaled_swiglu(x, normal(3, rows, 20)),
@@ -309,6 +313,13 @@ class TestOffsetsPastTwoToThe31:
         table, normed = triton_modulated_norm.gathered_norm(x, index, weight, shift, scale)
         assert torch.equal(table[-4:], last)
         torch.testing.assert_close(normed[-4:], want, rtol=2e-3, atol=2e-3)
+        for rounded, reference in (
+            (triton_quantise.quantised_norm(x), quantise.quantised_norm_reference(last)),
+            (triton_quantise.quantise_rows(x)[0], quantise.quantise_rows_reference(last)[0]),
+        ):
+            filled = min(4, int(rounded[-4:].ne(0).any(1).sum()))  # rows of the last program
+            assert filled
+            torch.testing.assert_close(rounded[-filled:].float(), reference[-filled:].float(), rtol=0.13, atol=0.01)
 
     def test_rotations(self) -> None:
         angle = normal(5, 256, 32)

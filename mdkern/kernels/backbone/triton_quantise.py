@@ -91,7 +91,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if not computes_in_fp8(x.device):
         return quantise_rows_reference(x)
     rows, width = x.shape
-    quantised = torch.empty(x.shape, dtype=FP8, device=x.device)
+    quantised = x.new_empty(*x.shape, dtype=FP8)
     scale = x.new_empty(rows, dtype=torch.float32)
     if rows:
         x = unit_stride(x)
@@ -106,7 +106,7 @@ def quantised_norm(x: Tensor, rows_of_program: int | None = None, warps: int | N
     if not fits(x) or not computes_in_fp8(x.device):
         return quantised_norm_reference(x)
     rows, width = x.shape
-    normed = torch.empty(x.shape, dtype=FP8, device=x.device)
+    normed = x.new_empty(*x.shape, dtype=FP8)
     if not normed.numel():
         return normed
     x = unit_stride(x)
