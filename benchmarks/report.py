@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import (
     bench_diffusion_gemma,
+    bench_head_precision,
     bench_people,
     bench_precision,
     bench_sizes,
@@ -30,7 +31,8 @@ from benchmarks import (
     paper_tables,
     study_tables,
 )
-from benchmarks.bench_vocab_projection import GEMM
+from benchmarks.bench_head_precision import FLOAT8
+from benchmarks.bench_vocab_projection import GEMM, SAMPLED
 from benchmarks.decoder_setting import Size
 from benchmarks.harness import write_text_whole
 from benchmarks.kernel_tables import OURS, load, markdown
@@ -161,6 +163,18 @@ def compare_projections() -> Iterator[Comparison]:
                 yield Comparison(work, ours, theirs, f"{row['rows']:,}", times[ours] / times[theirs])
 
 
+def compare_head_precisions() -> Iterator[Comparison]:
+    """The output layer in 8 bits with that in 16 bits, and both with the product alone."""
+    if not bench_head_precision.KEPT.exists():
+        return
+    pairs = ((SAMPLED, GEMM), (FLOAT8, GEMM), (FLOAT8, SAMPLED))
+    for row in load("head-precision")["table"]:
+        times = {name: timing["median"] for name, timing in row["ms"].items()}
+        work = f"output layer in 8 and 16 bits, V = {row['columns']:,}, D = {row['depth']:,}"
+        for ours, theirs in pairs:
+            yield Comparison(work, ours, theirs, f"{row['rows']:,}", times[ours] / times[theirs])
+
+
 def compare_selections() -> Iterator[Comparison]:
     """`select` with the chain of PyTorch operations."""
     rows = [(row, "") for row in load("select")["table"]]
@@ -249,6 +263,7 @@ def all_comparisons() -> list[Comparison]:
     return list(
         chain(
             compare_projections(),
+            compare_head_precisions(),
             compare_selections(),
             compare_decoders(),
             compare_people(),
@@ -319,6 +334,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-cuda": partial(sampling, "cuda"),
     "vocab-projection": kernel_tables.vocab_projection,
     "select": kernel_tables.select,
+    "head-precision": bench_head_precision.head_precision,
     "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
     "people": bench_people.people,
     "sizes": bench_sizes.sizes,

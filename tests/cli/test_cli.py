@@ -157,6 +157,22 @@ def test_one_model_needs_no_schedule(run, checkpoints, capsys):
     assert "saved" not in err
 
 
+def test_an_output_layer_in_8_bits(run, checkpoints, tmp_path):
+    """The command draws what `sample` draws with the same rounded output layers, and other tokens than without."""
+    file = tmp_path / "out.jsonl"
+    options = ["--schedule", "L6 H12 L6", "--seed", "3", "--num-samples", "2", "--output", str(file)]
+    options += ["--temperature", "0.05"]  # as logits of random weights are small
+    found = []
+    for precision in ([], ["--head-precision", "fp8"]):
+        assert run(*options, *precision)[0] == 0
+        found.append([record["token_ids"] for record in records(file)])
+    models = (DiT.from_pretrained(checkpoints[place]) for place in (1, 3))
+    heavy, light = (mdkern.adapt(model, head_precision="fp8") for model in models)
+    shape = {"num_samples": 2, "length": LENGTH, "seed": 3, "temperature": 0.05, "progress": False}
+    want = mdkern.sample(heavy, light, "L6 H12 L6", **shape)
+    assert found[1] == want.sequences.tolist() != found[0]
+
+
 def test_three_models(run, checkpoints):
     code, _, err = run("--model", f"m={checkpoints[1]}", "--schedule", "L8 M8 H8")
     assert code == 0

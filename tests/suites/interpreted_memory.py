@@ -39,10 +39,12 @@ from mdkern.kernels.backbone import (
 )
 from mdkern.kernels.backbone.quantise import quantise_rows
 from mdkern.kernels.backbone.route_experts import Routing
-from mdkern.kernels.head import launch_soft
+from mdkern.kernels.head import launch, launch_soft
+from mdkern.kernels.head.arguments import NO_FILTERS, Filters
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
 from tests.problems.backbone import HeadsCase, modulation, normal
 from tests.problems.experts import experts_problem, routing_problem, sandwich_problem
+from tests.problems.projection import Problem
 from tests.problems.selection import RULES, random_selection
 from tests.problems.soft import SoftProblem
 from tests.problems.tick import arguments, random_state
@@ -67,29 +69,34 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
 
     def note(self: Any, args: Any, kwargs: Any) -> Any:
-        ranges[:] = [extent(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [getattr(x, "base", x) for x in (*args, *kwargs.values())]  # the matrix, of a descriptor
+        ranges[:] = [extent(x) for x in given if isinstance(x, Tensor)]
         return begin(self, args, kwargs)
 
+    def chosen(mask: Any) -> Any:
+        return numpy.asarray(mask if isinstance(mask, numpy.ndarray) else mask.data).astype(bool)
+
     def look(pointers: Any, mask: Any, what: str) -> None:
-        at = numpy.broadcast_to(pointers.data, numpy.broadcast_shapes(pointers.data.shape, mask.data.shape))
-        at = at[numpy.broadcast_to(mask.data.astype(bool), at.shape)].astype(numpy.int64)
+        wanted = chosen(mask)
+        at = numpy.broadcast_to(pointers.data, numpy.broadcast_shapes(pointers.data.shape, wanted.shape))
+        at = at[numpy.broadcast_to(wanted, at.shape)].astype(numpy.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         inside = numpy.zeros(at.shape, bool)
         for first, end in ranges:
             inside |= (at >= first) & (at + size <= end)
         assert inside.all(), f"{what} outside of every argument"
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         look(pointers, mask, "a load")
-        loaded = load(self, pointers, mask, *rest)
-        value = numpy.ascontiguousarray(loaded.data[mask.data.astype(bool)]).view(numpy.uint8)
+        loaded = load(self, pointers, mask, *rest, **options)
+        value = numpy.ascontiguousarray(loaded.data[chosen(mask)]).view(numpy.uint8)
         size = loaded.data.dtype.itemsize
         assert not value.size or not (value.reshape(-1, size) == POISON).all(1).any(), "a load of what nobody wrote"
         return loaded
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         look(pointers, mask, "a store")
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **options)
 
     monkeypatch.setattr(executor, "_init_args_hst", note)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
@@ -253,6 +260,15 @@ class TestEveryEntryIsWritten:
         for given in (sandwich_problem(3, 20, 3, True), sandwich_problem(1, 33, 0, False)):
             assert not any(map(is_poisoned, triton_sandwich.sandwich_norm(*given)))
         assert not any(map(is_poisoned, triton_sandwich.choose_experts(normal(1, 3, 13), normal(2, 13), 3, 1.0)))
+
+    @pytest.mark.parametrize("float8", [False, True])
+    @pytest.mark.parametrize("filters", [NO_FILTERS, Filters(5, 0.9)])
+    def test_projections(self, filters: Filters, float8: bool) -> None:
+        problem = Problem(rows=7, columns=300, depth=48, biased=True, float8=float8)
+        given = problem.arguments()
+        wanted = given[3]._replace(want_argmax=not filters.active())
+        outputs = launch.vocab_projection(*given[:3], wanted, filters)
+        assert not any(map(is_poisoned, outputs))
 
     @pytest.mark.parametrize("biased", [False, True])
     def test_soft_embeddings(self, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
