@@ -106,13 +106,20 @@ def measure_quality(model: DiT, texts: Tensor, shares: Sequence[float]) -> list[
                 "positions": len(rows),
                 "variation": float(variation.mean()),
                 "variation_99": float(variation.quantile(0.99)),
-                "same_argmax": float((drawn[0].argmax == drawn[1].argmax).double().mean()),
-                "same_draw": float((drawn[0].token == drawn[1].token).double().mean()),
+                "same_argmax": same(drawn[0].argmax, drawn[1].argmax),
+                "same_draw": same(drawn[0].token, drawn[1].token),
                 "entropy": float(entropies[0]),
                 "entropy_rounded": float(entropies[1]),
             }
         )
     return found
+
+
+def same(one: Tensor | None, other: Tensor | None) -> float:
+    """The share of ids that are the same."""
+    assert one is not None
+    assert other is not None
+    return float((one == other).double().mean())
 
 
 def measure(folder: Path, tiny: bool) -> dict[str, Any]:
@@ -131,6 +138,7 @@ def measure(folder: Path, tiny: bool) -> dict[str, Any]:
         keep()
     pair, size = load_pair(), {"num_samples": 2, "length": 32, "steps": 8} if tiny else {"num_samples": 64}
     texts = mdkern.sample(pair.heavy, seed=2, progress=False, **size).sequences  # type: ignore[arg-type]
+    assert texts is not None
     for name, model in (("heavy", pair.heavy), ("light", pair.light)):
         content["quality"][name] = measure_quality(model, texts, SHARES[:1] if tiny else SHARES)
         keep()
