@@ -302,7 +302,7 @@ class DiTDenoiser(Denoiser):
             raise ValueError(f"precision={self.precision!r} is not for {self.name}: {reason}")
         mebibytes = dit_fp8.extra_bytes(self.model) / 2**20
         self.description = (
-            f"runs by mdkern's own passes, with queries, keys, values and the MLP in e4m3 (fp8), whose weights take"
+            f"runs by mdkern's own passes, with the products of its blocks in e4m3 (fp8), whose weights take"
             f" {mebibytes:.1f} MiB more"
         )
 

@@ -24,7 +24,7 @@ from mdkern.kernels.device import num_sms
 from mdkern.kernels.invariant import batch_invariant, is_batch_invariant
 from mdkern.models.dit import DiT
 from mdkern.models.dit_fp8 import QuantisedBlock
-from mdkern.models.dit_fused import Folded, Folds, Operands, Stream, modulation, qkv_of, quantised_qkv
+from mdkern.models.dit_fused import FoldedBlock, Folds, Operands, Stream, modulation, qkv_of, quantised_qkv
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,10 @@ def first_launches(model: DiT, folds: Folds, rows: int) -> list[Callable[[], Any
 
     def heads() -> Tensor:
         x, length = zeros(width), min(rows, model.config.max_length)
-        (folded,) = (block.attn_qkv for block in folds.blocks[1:2] if isinstance(block.attn_qkv, Folded))
-        return qkv_of(block, Operands(x, *folded, new_sums(x).zero_()), 3, 2, model.rotary, length)  # type: ignore[arg-type]
+        second = folds.blocks[1]
+        assert isinstance(second, FoldedBlock)
+        assert second.attn_qkv is not None
+        return qkv_of(block, Operands(x, *second.attn_qkv, new_sums(x).zero_()), 3, 2, model.rotary, length)  # type: ignore[arg-type]
 
     def added(layer: Any, columns: int, gate: Tensor, sums: bool = True) -> None:
         x = zeros(width)
@@ -89,9 +91,9 @@ def first_launches(model: DiT, folds: Folds, rows: int) -> list[Callable[[], Any
         jobs = [
             lambda: scaled_gelu(normed, *last.mlp_up, last.level),
             lambda: scaled_residual(zeros(width), units, *last.mlp_down),
-            lambda: added(block.attn_out, width, gate1, sums=False),
+            lambda: added(block.attn_out, width, gate1, sums=False),  # of the first block
         ]
-        if last.attn_qkv is not None:
+        if last.attention is not None:
             length = min(rows, model.config.max_length)
             jobs.append(lambda: quantised_qkv(model, Stream(zeros(width)), last, 3, 2, length))
         return jobs

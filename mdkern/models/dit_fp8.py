@@ -1,4 +1,4 @@
-"""The weights of a `DiT` in e4m3, for `dit_fused.hidden`: queries, keys and values, and the MLP.
+"""The weights of a `DiT` in e4m3, for `dit_fused.hidden`: the projections around attention, and the MLP.
 
 Nothing is calibrated, and no number leaves the format's range, because all that is rounded has a bound:
 
@@ -6,17 +6,18 @@ Nothing is calibrated, and no number leaves the format's range, because all that
   adaLN's modulation, which are constant, are multiplied into the weights before these are rounded.
 - A hidden unit of the MLP is a product of such a row and a row of the weight, so that it is at most sqrt(D) times that
   row's norm, plus the bias (Cauchy and Schwarz). One number for each unit brings it into the range; the column of the
-  next weight is divided by it.
+  next weight is divided by it. The same holds for values, of which attention gives means.
 
 As e4m3 has floating point, a bound that is seldom reached costs no accuracy: numbers down to 2^-15 of it keep all bits.
-What adds to the residual stream stays in 16 bits, as do attention, its output projection, the head, the first block's
-queries, keys and values, and the last block at the rows that are wanted. Measurements: docs/notes/backbone.md.
+The residual stream stays in 16 bits, as do attention itself and the projections around it in the first block, the head,
+and the last block at the rows that are wanted. Measurements: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,18 @@ class Quantised(NamedTuple):
     bias: Tensor  # float32 [C]
 
 
-class QuantisedBlock(NamedTuple):
-    """The layers of a block whose input is in e4m3. In the first block the first one is not among them."""
+class QuantisedAttention(NamedTuple):
+    """The layers around a block's attention."""
 
-    attn_qkv: Quantised | None
+    qkv: Quantised
+    level: Tensor  # float32 [D], which attention's result is multiplied by
+    out: Quantised  # the gate contained
+
+
+class QuantisedBlock(NamedTuple):
+    """The layers of a block whose input is in e4m3. In the first block those around attention are not among them."""
+
+    attention: QuantisedAttention | None
     mlp_up: Quantised
     level: Tensor  # float32 [mlp_ratio * D], which the MLP's hidden units are multiplied by
     mlp_down: Quantised  # the gate contained
@@ -65,21 +74,24 @@ def why_not(model: DiT) -> str:
 
 def extra_bytes(model: DiT) -> int:
     """Bytes of a model's layers in e4m3, which are kept beside its own."""
-    blocks = [room(block, "meta", with_qkv=bool(number)) for number, block in enumerate(model.blocks)]  # type: ignore[arg-type]
-    layers = [
-        tensor for block in blocks for layer in block for tensor in (layer if isinstance(layer, tuple) else [layer])
-    ]
-    return sum(tensor.nbytes for tensor in layers if tensor is not None)
+    blocks = [room(block, "meta", attention=bool(number)) for number, block in enumerate(model.blocks)]  # type: ignore[arg-type]
+    return sum(tensor.nbytes for tensor in tensors_of(blocks))
 
 
-def room(block: Block, device: torch.device | str, with_qkv: bool) -> QuantisedBlock:
+def tensors_of(layers: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples."""
+    if isinstance(layers, Tensor):
+        yield layers
+    for layer in layers or () if not isinstance(layers, Tensor) else ():
+        yield from tensors_of(layer)
+
+
+def room(block: Block, device: torch.device | str, attention: bool) -> QuantisedBlock:
     """Uninitialised memory for a block."""
-    up = new_layer(block.mlp_up, device)
+    up, out = new_layer(block.mlp_up, device), new_layer(block.attn_out, device)
+    around = QuantisedAttention(new_layer(block.attn_qkv, device), torch.empty_like(out.bias), out)
     return QuantisedBlock(
-        new_layer(block.attn_qkv, device) if with_qkv else None,
-        up,
-        torch.empty_like(up.bias),
-        new_layer(block.mlp_down, device),
+        around if attention else None, up, torch.empty_like(up.bias), new_layer(block.mlp_down, device)
     )
 
 
@@ -90,16 +102,27 @@ def new_layer(layer: nn.Linear, device: torch.device | str) -> Quantised:
 
 def quantise_block(block: Block, parts: tuple[Tensor, ...], out: QuantisedBlock) -> None:
     """Write a block's layers in e4m3 to `out`; `parts` are the six of its constant modulation."""
-    shift1, scale1, _, shift2, scale2, gate2 = parts
-    if out.attn_qkv is not None:
-        quantise_after_norm(block.attn_qkv, block.norm1.weight, shift1, scale1, out.attn_qkv)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
+    if out.attention is not None:
+        qkv, level, projection = out.attention
+        quantise_after_norm(block.attn_qkv, block.norm1.weight, shift1, scale1, qkv)
+        # What attention gives are means of the values.
+        level.copy_(LARGEST / most_of(Quantised(*(part[-len(level) :] for part in qkv))))
+        quantise_levelled(block.attn_out, level, gate1, projection)
     quantise_after_norm(block.mlp_up, block.norm2.weight, shift2, scale2, out.mlp_up)
     out.level.copy_(LARGEST / most_of_gelu(out.mlp_up))
-    weight, scale, bias = out.mlp_down
-    quantised = quantise_rows(block.mlp_down.weight.float() / out.level)
-    weight.copy_(quantised[0])
-    torch.mul(quantised[1], gate2, out=scale)
-    torch.mul(block.mlp_down.bias.float(), gate2, out=bias)
+    quantise_levelled(block.mlp_down, out.level, gate2, out.mlp_down)
+
+
+def quantise_levelled(layer: nn.Linear, level: Tensor, gate: Tensor, out: Quantised) -> None:
+    """A layer and the gate behind it, for an input whose columns are multiplied by `level`."""
+    quantised = quantise_rows(layer.weight.float() / level)
+    out.weight.copy_(quantised[0])
+    torch.mul(quantised[1], gate, out=out.scale)
+    if layer.bias is None:
+        out.bias.zero_()
+    else:
+        torch.mul(layer.bias.float(), gate, out=out.bias)
 
 
 def quantise_after_norm(layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Tensor, out: Quantised) -> None:
@@ -113,11 +136,19 @@ def quantise_after_norm(layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Te
         out.bias.add_(layer.bias)
 
 
+def most_of(layer: Quantised) -> Tensor:
+    """A bound on each column of a layer's result, without its sign, float32 ``[C]``, over all `quantised_norm`."""
+    return reach(layer) + layer.bias.abs()
+
+
 def most_of_gelu(up: Quantised) -> Tensor:
-    """A bound on ``|gelu(up)|`` of each hidden unit, float32 ``[C]``, over all rows of `quantised_norm`."""
-    width = up.weight.shape[1]
-    longest = math.sqrt(width) * (
-        norm_level(width) * (1 + HALF_STEP) + LEAST_NORMAL * HALF_STEP
-    )  # a rounded row's norm
-    reach = longest * torch.linalg.vector_norm(up.weight.float(), dim=1) * up.scale
-    return (reach + up.bias).clamp(min=LEAST_OF_GELU)
+    """A bound on ``|gelu(up)|`` of each hidden unit, as `most_of`."""
+    return (reach(up) + up.bias).clamp(min=LEAST_OF_GELU)
+
+
+def reach(layer: Quantised) -> Tensor:
+    """The most that a layer adds to its bias: the norm of its weight's row times that of the input."""
+    width = layer.weight.shape[1]
+    rounding = HALF_STEP * (norm_level(width) + LEAST_NORMAL)  # of an entry of the norm, relative to 1
+    longest = math.sqrt(width) * (norm_level(width) + rounding)
+    return longest * torch.linalg.vector_norm(layer.weight.float(), dim=1) * layer.scale

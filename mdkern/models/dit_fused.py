@@ -17,7 +17,7 @@ from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
-from mdkern.kernels.backbone.quantise import quantised_norm
+from mdkern.kernels.backbone.quantise import quantise_columns, quantised_norm
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import rows_to_choose_by
@@ -162,7 +162,7 @@ def room(model: DiT, device: torch.device | str, precision: str | None = None) -
     return Folds(
         table.new_empty(table.shape, device=device) if table.nbytes <= LARGEST_TABLE else None,
         tuple(
-            dit_fp8.room(block, device, with_qkv=bool(number))
+            dit_fp8.room(block, device, attention=bool(number))
             if precision == "fp8"
             else FoldedBlock(new_fold(block.attn_qkv, device) if number else None, new_fold(block.mlp_up, device))
             for number, block in enumerate(blocks)
@@ -176,8 +176,7 @@ def new_fold(layer: nn.Linear, device: torch.device | str) -> Folded:
 
 
 def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
-    layers = [layer for block in folds.blocks for layer in block if isinstance(layer, tuple)]
-    tensors = [folds.qkv, *(tensor for layer in layers for tensor in layer)]
+    tensors = [folds.qkv, *dit_fp8.tensors_of(folds.blocks)]
     return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
 
 
@@ -209,10 +208,10 @@ class Stream:
         self.update: Tensor | None = None
         self.gate: Tensor | None = None
 
-    def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False, at_once: bool = False) -> None:
+    def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False) -> None:
         """``x += gate * layer(rows)``, now or in the next norm. If it is done now, `sums` also sums the new rows."""
         self.sums = None
-        if at_once or products.adds_in_place(rows, layer.weight, gate):
+        if products.adds_in_place(rows, layer.weight, gate):
             self.sums = new_sums(self.x) if sums else None
             products.linear_residual(self.x, rows, layer.weight, layer.bias, gate, sums=self.sums)
         else:
@@ -271,8 +270,7 @@ def hidden(
             folded = None if isinstance(folded, QuantisedBlock) else folded
         attended = attend(queries[0], key, value, mask).view(stream.x.shape)
         if isinstance(folded, QuantisedBlock):
-            stream.add(attended, block.attn_out, gate1, at_once=True)
-            quantised_mlp(stream, folded)
+            add_quantised(stream, attended, block, gate1, folded)
             continue
         stream.add(attended, block.attn_out, gate1, sums=folded is not None)
         up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
@@ -287,18 +285,22 @@ def hidden(
 
 def quantised_qkv(model: DiT, stream: Stream, block: QuantisedBlock, kinds: int, rotated: int, length: int) -> Tensor:
     """`qkv_of` the norm of the stream, in e4m3."""
-    assert block.attn_qkv is not None
+    assert block.attention is not None
     columns, heads = kinds * model.config.width, rotated * model.config.num_heads
-    weight, scale, bias = (part[-columns:] for part in block.attn_qkv)
+    weight, scale, bias = (part[-columns:] for part in block.attention.qkv)
     cos, sin = model.rotary
     rows, dtype = quantised_norm(stream.x), stream.x.dtype
     return scaled_rotary(rows, weight, scale, bias, cos, sin, heads=heads, length=length, dtype=dtype)
 
 
-def quantised_mlp(stream: Stream, block: QuantisedBlock) -> None:
-    """Norm, MLP and gate in e4m3, added to the stream."""
-    units = scaled_gelu(quantised_norm(stream.x), *block.mlp_up, block.level)
-    scaled_residual(stream.x, units, *block.mlp_down)
+def add_quantised(stream: Stream, attended: Tensor, block: Block, gate: Tensor, folded: QuantisedBlock) -> None:
+    """Add to the stream what comes after attention: its projection, and the MLP, in e4m3."""
+    if folded.attention is None:
+        products.linear_residual(stream.x, attended, block.attn_out.weight, block.attn_out.bias, gate)
+    else:
+        scaled_residual(stream.x, quantise_columns(attended, folded.attention.level), *folded.attention.out)
+    units = scaled_gelu(quantised_norm(stream.x), *folded.mlp_up, folded.level)
+    scaled_residual(stream.x, units, *folded.mlp_down)
 
 
 def modulation(module: Modulation, condition: Tensor | None) -> tuple[Tensor, ...]:

@@ -26,9 +26,9 @@ from mdkern.models.dit_fp8 import QuantisedBlock
 from mdkern.models.dit_fused import (
     FoldedBlock,
     Stream,
+    add_quantised,
     attend,
     modulation,
-    quantised_mlp,
     quantised_qkv,
     queries_at,
     soft_rows,
@@ -179,8 +179,7 @@ def fused_window_hidden(
         keys, values = cached[:, :, :-1]
         attended = attend(query, keys, values, mask).view(stream.x.shape)
         if isinstance(folded, QuantisedBlock) and not last:
-            stream.add(attended, block.attn_out, gate1, at_once=True)
-            quantised_mlp(stream, folded)
+            add_quantised(stream, attended, block, gate1, folded)
             continue
         stream.add(attended, block.attn_out, gate1)
         normed = stream.norm(block.norm2.weight, shift2, scale2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels.backbone import quantise
-from mdkern.kernels.backbone.quantise import FP8, norm_level, quantise_rows, quantised_norm
+from mdkern.kernels.backbone.quantise import FP8, norm_level, quantise_columns, quantise_rows, quantised_norm
 from tests.own_process import run_compiling, run_in_the_interpreter
 from tests.problems.backbone import normal
 
@@ -42,6 +42,16 @@ def test_rows_are_rounded_and_no_more(device: str, dtype: torch.dtype, spread: f
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_columns_are_brought_into_the_range(device: str) -> None:
+    x, level = normal(1, 7, 300).to(device), torch.linspace(0.1, 500, 300, device=device)
+    got = quantise_columns(x.bfloat16(), level)
+    exact = x.bfloat16().double() * level.double()
+    assert (got.double().abs() <= 448).all()
+    assert (exact.abs() > 448).any()
+    check_rounding(got, exact.clamp(-448, 448))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_zeros_and_what_is_not_finite(device: str) -> None:
     x = normal(1, 4, 100).to(device)
     x[0], x[1, 3], x[2, 7] = 0, torch.nan, torch.inf
@@ -70,8 +80,11 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for x in (normal(1, 5), normal(1, 5, 5).double(), torch.ones(5, 5, dtype=torch.int64), normal(1, 5, 0)):
         with pytest.raises(ValueError, match="bfloat16"):
             quantise_rows(x)
+    with pytest.raises(ValueError, match="level must be"):
+        quantise_columns(normal(1, 5, 5), normal(2, 4))
 
 
 def test_the_operators_are_well_registered() -> None:
     torch.library.opcheck(quantise.quantise_rows_operator, (normal(1, 3, 20),))
+    torch.library.opcheck(quantise.quantise_columns_operator, (normal(1, 3, 20), normal(2, 20)))
     torch.library.opcheck(quantise.quantised_norm_operator, (normal(1, 3, 20),))

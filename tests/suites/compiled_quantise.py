@@ -16,6 +16,13 @@ def rows(capability: int, width: int) -> None:
     assert "e4m3x2" in built.asm["ptx"]
 
 
+def columns(capability: int) -> None:
+    types = {"x": "*bf16", "level": "*fp32", "quantised": "*fp8e4nv", "rows": "i32", "stride": "i64"}
+    constants = {"WIDTH": 768, "ROWS": 4, "BLOCK": 1024}
+    built = build(triton_quantise.quantise_columns_kernel, ASTSource, capability, types, constants, num_warps=4)
+    assert "e4m3x2" in built.asm["ptx"]
+
+
 def norm(capability: int) -> None:
     types = {"x": "*bf16", "normed": "*fp8e4nv", "rows": "i32", "stride": "i64", "eps": "fp32"}
     constants = {"WIDTH": 768, "LEVEL": 16.0, "ROWS": 4, "BLOCK": 1024}
@@ -27,6 +34,7 @@ def main() -> None:
     for capability in (89, 90, 100):
         for width in (768, 14336):
             rows(capability, width)
+        columns(capability)
         norm(capability)
 
 

@@ -217,6 +217,7 @@ class TestEveryEntryIsWritten:
         outcomes = (
             *triton_quantise.quantise_rows(x),
             triton_quantise.quantised_norm(x),
+            triton_quantise.quantise_columns(x, weight),
             *triton_rms_norm.scaled_rms_norm(x, weight, 0.1, normal(3, 2, rows, 20)),
             *triton_rms_norm.gathered_scaled_rms_norm(x, index, weight, 0.1),
             *triton_swiglu.scaled_swiglu(x, normal(3, rows, 20)),

@@ -9,7 +9,11 @@ import torch
 import triton
 
 from mdkern.kernels.backbone import triton_quantise
-from mdkern.kernels.backbone.quantise import quantise_rows_reference, quantised_norm_reference
+from mdkern.kernels.backbone.quantise import (
+    quantise_columns_reference,
+    quantise_rows_reference,
+    quantised_norm_reference,
+)
 from tests.problems.backbone import normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -34,6 +38,13 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     for quantised, scale in (triton_quantise.quantise_rows(x), quantise_rows_reference(x)):
         assert quantised.float().isfinite().all(1).tolist() == [True, False, False, True]
         assert (quantised.float() * scale[:, None]).isfinite().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (3, 1100), (0, 8)])
+def test_columns_are_the_references(rows: int, width: int) -> None:
+    x, level = normal(1, rows, 2 * width)[:, width:], torch.linspace(1, 1000, width)
+    got, want = triton_quantise.quantise_columns(x, level), quantise_columns_reference(x, level)
+    assert torch.equal(got.float(), want.float())
 
 
 @pytest.mark.parametrize("rows_of_program", [1, 4])

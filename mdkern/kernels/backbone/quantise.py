@@ -1,4 +1,4 @@
-"""`quantise_rows`, `quantised_norm`: rows in 8-bit floating point, for matrix products at twice the rate of 16 bits.
+"""`quantise_rows`, `quantise_columns`, `quantised_norm`: numbers in 8 bits, for products at twice the rate of 16.
 
 The format is e4m3 (Micikevicius et al., 2209.05433): numbers up to 448 with three bits after the leading one, so that
 rounding changes a number by at most 1/16 of it down to 2^-6, and by at most 2^-10 below. One scale for each row brings
@@ -38,12 +38,18 @@ def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantise_rows` in plain PyTorch."""
     full = x.float()
     most = full.abs().amax(1).clamp(min=SMALLEST_SCALE * LARGEST)
-    return rounded(full * (LARGEST / most)[:, None]), most * (1 / LARGEST)
+    inverse = torch.full_like(most, LARGEST) / most  # a number over a tensor would be rounded twice
+    return rounded(full * inverse[:, None]), most * (1 / LARGEST)
 
 
 def quantised_norm_reference(x: Tensor) -> Tensor:
     """`quantised_norm` in plain PyTorch."""
     return rounded(F.layer_norm(x.to(wide(x)), x.shape[-1:], eps=EPS) * norm_level(x.shape[1]))
+
+
+def quantise_columns_reference(x: Tensor, level: Tensor) -> Tensor:
+    """`quantise_columns` in plain PyTorch."""
+    return rounded(x.float() * level)
 
 
 KERNELS = "mdkern.kernels.backbone.triton_quantise"
@@ -58,6 +64,14 @@ quantised_norm_operator = operator(
     lambda x: torch.empty_like(x, dtype=FP8),
     f"{KERNELS}:quantised_norm",
     name="quantised_norm",
+)
+
+
+quantise_columns_operator = operator(
+    quantise_columns_reference,
+    lambda x, level: torch.empty_like(x, dtype=FP8),
+    f"{KERNELS}:quantise_columns",
+    name="quantise_columns",
 )
 
 
@@ -87,6 +101,25 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     check_rows(x)
     quantised, scale = quantise_rows_operator(x)
     return quantised, scale
+
+
+def quantise_columns(x: Tensor, level: Tensor) -> Tensor:
+    """``x * level`` in e4m3. What is beyond its range becomes the largest number.
+
+    Args:
+        x: floating ``[N, K]`` of at most 32 bits, any row stride.
+        level: float32 ``[K]``, which brings each column into the range.
+
+    Returns:
+        float8_e4m3fn ``[N, K]``, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_rows(x)
+    check_tensor("level", level, x.shape[1:], torch.float32, x.device)
+    quantised: Tensor = quantise_columns_operator(x, level)
+    return quantised
 
 
 def quantised_norm(x: Tensor) -> Tensor:

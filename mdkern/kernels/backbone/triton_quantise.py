@@ -15,6 +15,7 @@ from mdkern.kernels.backbone.quantise import (
     LARGEST,
     SMALLEST_SCALE,
     norm_level,
+    quantise_columns_reference,
     quantise_rows_reference,
     quantised_norm_reference,
 )
@@ -60,6 +61,26 @@ def quantise_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def quantise_columns_kernel(
+    x,
+    level,
+    quantised,
+    rows,
+    stride,
+    WIDTH: tl.constexpr,  # K
+    ROWS: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = column < WIDTH
+    inside = (row < rows)[:, None] & within[None, :]
+    held = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(level + column, mask=within, other=0.0)
+    tl.store(quantised + row[:, None] * WIDTH + column[None, :], round_to_fp8(held * factor[None, :]), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def quantised_norm_kernel(
     x,
     normed,
@@ -99,6 +120,22 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         warps = max(1, block // 512)
         quantise_rows_kernel[(rows,)](x, quantised, scale, x.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
     return quantised, scale
+
+
+def quantise_columns(x: Tensor, level: Tensor) -> Tensor:
+    """`mdkern.kernels.backbone.quantise.quantise_columns` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not computes_in_fp8(x.device):
+        return quantise_columns_reference(x, level)
+    quantised = x.new_empty(*x.shape, dtype=FP8)
+    if quantised.numel():
+        x, (rows, width) = unit_stride(x), x.shape
+        block = min(1024, triton.next_power_of_2(width))
+        grid = triton.cdiv(rows, 4), triton.cdiv(width, block)
+        warps = max(1, block // 256)
+        quantise_columns_kernel[grid](
+            x, unit_stride(level), quantised, rows, x.stride(0), WIDTH=width, ROWS=4, BLOCK=block, num_warps=warps
+        )
+    return quantised
 
 
 def quantised_norm(x: Tensor, rows_of_program: int | None = None, warps: int | None = None) -> Tensor:
