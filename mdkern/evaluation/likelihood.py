@@ -31,7 +31,7 @@ __all__ = ["Likelihood", "likelihood"]
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_SAMPLES = 128
 FEW = 62  # tokens whose masks are numbers of 64 bits
-COMPARED = 64  # texts whose masks are compared at a time
+COMPARED_ENTRIES = 1 << 23  # of masks that are compared at a time: texts x samples x L
 METHODS = "fixed_count", "decoder"
 
 
@@ -297,7 +297,7 @@ def first_of_equal(texts: Texts, counts: Tensor) -> Tensor:
     number = torch.arange(counts.shape[1], device=counts.device)
     first = number.repeat(len(counts), 1)
     few = (texts.wanted.sum(-1) <= FEW).nonzero()[:, 0]
-    for text in few.split(COMPARED):
+    for text in few.split(max(1, COMPARED_ENTRIES // (counts.shape[1] * texts.input_ids.shape[1]))):
         pairs = text.repeat_interleave(len(number)), number.repeat(len(text))
         masked = choose_masked(texts, *pairs, counts[pairs])
         bit = (texts.wanted[pairs[0]].cumsum(-1) - 1).clamp(min=0)  # of a wanted token, its place among them

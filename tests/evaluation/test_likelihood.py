@@ -123,6 +123,8 @@ class TestDiT:
         found = likelihood(model, input_ids=ids, wanted=wanted, samples=64)
         assert found.nfe["H"].tolist()[:3] == [1, 3, 7]
         assert 40 < int(found.nfe["H"][3]) < 64
+        monkeypatch.setattr("mdkern.evaluation.likelihood.COMPARED_ENTRIES", 1)
+        assert likelihood(model, input_ids=ids, wanted=wanted, samples=64).nfe["H"].tolist() == found.nfe["H"].tolist()
         monkeypatch.setattr("mdkern.evaluation.likelihood.FEW", 0)
         each = likelihood(model, input_ids=ids, wanted=wanted, samples=64)
         assert each.nfe["H"].tolist() == [64] * 4
