@@ -94,7 +94,8 @@ def model_digest(denoiser: Denoiser) -> str:
         sums.append(word_sum(weight.detach()).to(denoiser.device))
     head = denoiser.head
     settings = denoiser.vocab_size, denoiser.mask_id, denoiser.time_conditioning, denoiser.block_causal
-    shape = (head.scale, head.soft_cap, *(() if head.weight_scale is None else ("float8",)))
+    rounding = () if denoiser.precision is None else (denoiser.precision,)
+    shape = (head.scale, head.soft_cap, *(() if head.weight_scale is None else ("float8",)), *rounding)
     return digest((settings, shape, model_settings(denoiser), described, torch.stack(sums)))
 
 

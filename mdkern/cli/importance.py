@@ -73,7 +73,11 @@ def run_importance(arguments: argparse.Namespace) -> None:
         raise ValueError(f"importance compares two models, --heavy and --light, not {', '.join(models)}")
     heavy, light = models["H"], models["L"]
     device, dtype = heavy.device, heavy.dtype
-    baseline = None if arguments.baseline is None else load_model("B", arguments.baseline, dtype, device)
+    baseline = (
+        None
+        if arguments.baseline is None
+        else load_model("B", arguments.baseline, dtype, device, precision=arguments.precision)
+    )
     length = arguments.length or longest_of((heavy, light), None)
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
     common = {"batch_size": arguments.batch_size, "seed": arguments.seed}

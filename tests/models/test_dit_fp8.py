@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern import DiT, adapt, from_pretrained, sample
+from mdkern.cli import main as cli
+from mdkern.digest import model_digest
 from mdkern.engine.graphs import mark_of
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_product
 from mdkern.kernels.backbone.modulated_norm import modulated_norm_reference
@@ -156,6 +158,20 @@ def test_what_it_says(make_dit: MakeDiT, tmp_path: Any) -> None:
         assert "e4m3" not in repr(adapt(model, precision=precision))
     model.save_pretrained(tmp_path / "model")
     assert from_pretrained(tmp_path / "model", precision="fp8").precision == "fp8"
+
+
+def test_resumed_runs_know_the_precision(make_dit: MakeDiT) -> None:
+    model = make_dit(**SHAPE)
+    own, rounded = (model_digest(adapt(model, precision=precision)) for precision in (None, "fp8"))
+    assert own == model_digest(adapt(model, precision="bf16")) != rounded
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["sample", "--device", "cpu", "--num-samples", "1", "--length", "16", "--steps", "4", "--seed", "1"]
+    assert cli.main([*options, "--precision", "fp8"]) == 0
+    assert "float32 in fp8" in capsys.readouterr().err
+    assert cli.main([*options, "--precision", "bf16"]) == 0
+    assert "fp8" not in capsys.readouterr().err
 
 
 def test_what_it_refuses(make_dit: MakeDiT) -> None:
