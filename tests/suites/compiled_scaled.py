@@ -28,17 +28,22 @@ def swiglu(capability: int, width: int) -> None:
 
 
 def skinny(
-    capability: int, tiling: triton_fp8_skinny.Tiling, rows: int, columns: int, inner: int, *, biased: bool,
-    gated: bool = False, splits: int = 1,
-) -> None:  # fmt: skip
+    capability: int, kind: str, tiling: triton_fp8_skinny.Tiling, rows: int, columns: int, inner: int, *, biased: bool
+) -> None:
     """Products of the shapes of Qwen 2.5 7B."""
-    types = {"weight": "*fp8e4nv", "weight_scales": "*fp32", "rows": "i32", "x_stride": "i32"}
-    types |= {"x": "*bf16", "out": "*fp32"} if splits > 1 else {"x": "*fp8e4nv", "x_scales": "*fp32", "out": "*bf16"}
+    types = {"weight": "*fp8e4nv", "weight_scales": "*fp32", "rows": "i32", "x_stride": "i32", "x": "*fp8e4nv"}
+    types |= {"x": "*bf16"} if kind == "wide parts" else {"x_scales": "*fp32"}
     types |= {"bias": "*bf16"} if biased else {}
-    constants = {"COLUMNS": columns, "INNER": inner, "GATED": gated, "SPLITS": splits}
+    if kind == "gated":
+        types |= {"out": "*fp8e4nv", "out_scales": "*fp32"}
+    else:
+        types |= {"out": "*bf16" if kind == "linear" else "*fp32"}
+    constants = {"COLUMNS": columns, "INNER": inner, "GATED": kind == "gated", "TILED": kind == "parts"}
+    constants |= {"SPLITS": 4 if kind.endswith("parts") else 1, "EARLY": True}
     constants |= {"BLOCK_ROWS": rows, "BLOCK": tiling.columns, "BLOCK_INNER": tiling.inner}
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     built = build(triton_fp8_skinny.fp8_skinny_kernel, ASTSource, capability, types, constants, **options)
+    assert "griddepcontrol.wait" in built.asm["ptx"]
     if capability == 90:  # the one on which it runs
         assert built.metadata.shared <= 227 * 1024
         assert "QGMMA" in built.asm["sass"]
@@ -46,16 +51,18 @@ def skinny(
 
 
 def main() -> None:
+    tilings = triton_fp8_skinny
     for capability in (90, 100):
         norm(capability, gathered=True)
         norm(capability, gathered=False)
         norm(capability, gathered=False, parts=4)
         for width in (12288, 18944):
             swiglu(capability, width)
-        for rows in (32, 64):
-            skinny(capability, triton_fp8_skinny.LINEAR, rows, 4608, 3584, biased=rows == 32)
-            skinny(capability, triton_fp8_skinny.GATED, rows, 18944, 3584, biased=rows == 64, gated=True)
-            skinny(capability, triton_fp8_skinny.PARTS, rows, 3584, 18944, biased=rows == 64, splits=4)
+        for rows, gated in ((32, tilings.FEW_GATED), (64, tilings.GATED)):
+            skinny(capability, "linear", tilings.LINEAR, rows, 4608, 3584, biased=rows == 32)
+            skinny(capability, "gated", gated, rows, 18944, 3584, biased=rows == 64)
+            skinny(capability, "parts", tilings.PARTS, rows, 3584, 18944, biased=rows == 64)
+            skinny(capability, "wide parts", tilings.WIDE_PARTS, rows, 3584, 3584, biased=rows == 32)
 
 
 if __name__ == "__main__":

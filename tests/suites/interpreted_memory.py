@@ -37,6 +37,7 @@ from mdkern.kernels.backbone import (
     triton_skinny,
     triton_swiglu,
 )
+from mdkern.kernels.backbone.fp8_skinny import tiled
 from mdkern.kernels.backbone.quantise import quantise_rows
 from mdkern.kernels.backbone.route_experts import Routing
 from mdkern.kernels.head import launch, launch_soft
@@ -227,11 +228,12 @@ class TestEveryEntryIsWritten:
     @pytest.mark.parametrize("rows", [1, 17])
     def test_skinny_products_in_e4m3(self, rows: int) -> None:
         wide, layer, bias = normal(1, rows, 512).bfloat16(), quantise_rows(normal(2, 256, 512)), normal(3, 256)
-        given = *quantise_rows(wide), *layer, bias.bfloat16(), torch.bfloat16
+        given = *quantise_rows(wide), *layer, bias.bfloat16()
         products = (
-            triton_fp8_skinny.fp8_skinny_linear(*given),
-            triton_fp8_skinny.fp8_skinny_swiglu(*given),
-            triton_fp8_skinny.fp8_skinny_parts(wide, *layer, bias.bfloat16()),
+            triton_fp8_skinny.fp8_skinny_linear(*given, torch.bfloat16),
+            *triton_fp8_skinny.fp8_skinny_swiglu(*given),
+            triton_fp8_skinny.fp8_skinny_parts(wide, None, *given[2:]),
+            triton_fp8_skinny.fp8_skinny_parts(*tiled(wide), *given[2:]),
         )
         assert not any(map(is_poisoned, products))
 

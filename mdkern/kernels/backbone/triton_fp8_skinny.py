@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.backbone.fp8_skinny import (
-    INNER_TILE,
     TILE,
     fits,
     fp8_skinny_parts_reference,
@@ -25,8 +25,8 @@ from mdkern.kernels.backbone.fp8_skinny import (
 )
 from mdkern.kernels.backbone.scaled_linear import new_product, scaled_linear_reference
 from mdkern.kernels.backbone.skinny import SPLITS
-from mdkern.kernels.backbone.triton_quantise import round_to_fp8
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
+from mdkern.kernels.device import launches_early
 
 
 class Tiling(NamedTuple):
@@ -38,9 +38,11 @@ class Tiling(NamedTuple):
     warps: int
 
 
-LINEAR = Tiling(64, INNER_TILE, 4, 4)
-GATED = Tiling(128, TILE, 4, 4)
-PARTS = Tiling(64, TILE, 5, 4)
+LINEAR = Tiling(64, 128, 6, 4)
+GATED = Tiling(TILE, 128, 4, 8)
+FEW_GATED = Tiling(TILE, 256, 3, 8)  # of at most 32 rows
+PARTS = Tiling(64, TILE, 5, 4)  # of rows in e4m3
+WIDE_PARTS = Tiling(128, TILE, 5, 8)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,8 +52,8 @@ def fp8_skinny_kernel(
     weight,  # e4m3 [C, K], contiguous; GATED: gate above up
     weight_scales,  # [C]
     bias,  # [C]
-    out,  # [N, C], [SPLITS, N, C], or [N, C / 2]
-    out_scales,  # of each program's columns
+    out,  # [N, C] or [SPLITS, N, C]; GATED: e4m3 [N, C / 2]
+    out_scales,  # [N, C / 2 / BLOCK]
     rows,  # N
     x_stride,
     COLUMNS: tl.constexpr,  # of the output
@@ -62,7 +64,11 @@ def fp8_skinny_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # of columns
     BLOCK_INNER: tl.constexpr,
+    EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     place = tl.program_id(0) * BLOCK
     split = tl.program_id(1)
     SPAN: tl.constexpr = INNER // SPLITS
@@ -78,8 +84,8 @@ def fp8_skinny_kernel(
         some = tl.load(read + k, mask=there[:, None], other=0.0)
         if x_scales is None:
             wide = some.to(tl.float32)
-            scale, inverse = scale_and_inverse(wide, 1)
-            some = round_to_fp8(wide * inverse[:, None])
+            scale, inverse = scale_and_inverse(tl.max(tl.abs(wide), 1))
+            some = (wide * inverse[:, None]).to(tl.float8e4nv)
         elif TILED:
             scale = tl.load(x_scales + row * TILES + (split * SPAN + k) // BLOCK_INNER, mask=there, other=0.0)
         if GATED:
@@ -104,8 +110,7 @@ def fp8_skinny_kernel(
             beside += tl.load(bias + COLUMNS + place + column).to(tl.float32)[:, None]
     if GATED:
         product = product * tl.sigmoid(product) * beside
-    if out_scales is not None:
-        scale, inverse = scale_and_inverse(product, 0)
+        scale, inverse = scale_and_inverse(tl.max(tl.abs(product), 0))
         tl.store(out_scales + row * (COLUMNS // BLOCK) + tl.program_id(0), scale, mask=there)
         product = product * inverse[None, :]
     write = out + (split * rows + row).to(tl.int64)[:, None] * COLUMNS + place + column[None, :]
@@ -122,13 +127,13 @@ def launch(
     tiling: Tiling,
     *,
     splits: int = 1,
-    gated: bool = False,
     out_scales: Tensor | None = None,
-) -> Tensor:
+) -> None:
+    """`out_scales` are given for a gated product."""
     rows, inner = x.shape
-    columns = out.shape[-1]
+    columns, early = out.shape[-1], launches_early(x.device)
     if not out.numel():
-        return out
+        return
     fp8_skinny_kernel[(columns // tiling.columns, splits)](
         x,
         x_scales,
@@ -141,16 +146,17 @@ def launch(
         x.stride(0),
         COLUMNS=columns,
         INNER=inner,
-        GATED=gated,
+        GATED=out_scales is not None,
         TILED=x_scales is not None and x_scales.ndim == 2,
         SPLITS=splits,
         BLOCK_ROWS=max(32, triton.next_power_of_2(rows)),  # fewer rows are no faster, and one kind more to compile
         BLOCK=tiling.columns,
         BLOCK_INNER=tiling.inner,
+        EARLY=early,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        launch_pdl=early,
     )
-    return out
 
 
 def fp8_skinny_linear(
@@ -160,21 +166,28 @@ def fp8_skinny_linear(
     if not fits(values, weight):
         return scaled_linear_reference(values, scales, weight, weight_scales, bias, dtype)
     out = new_product(values, scales, weight, weight_scales, bias, dtype)
-    return launch(values, scales, weight, weight_scales, bias, out, LINEAR)
+    launch(values, scales, weight, weight_scales, bias, out, LINEAR)
+    return out
 
 
 def fp8_skinny_swiglu(
-    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`fp8_skinny_swiglu` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not fits(values, weight):
-        return fp8_skinny_swiglu_reference(values, scales, weight, weight_scales, bias, dtype)
-    out = new_swiglu(values, scales, weight, weight_scales, bias, dtype)
-    return launch(values, scales, weight, weight_scales, bias, out, GATED, gated=True)
+        return fp8_skinny_swiglu_reference(values, scales, weight, weight_scales, bias)
+    out, out_scales = new_swiglu(values, scales, weight)
+    tiling = FEW_GATED if len(values) <= 32 else GATED
+    launch(values, scales, weight, weight_scales, bias, out, tiling, out_scales=out_scales)
+    return out, out_scales
 
 
-def fp8_skinny_parts(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_skinny_parts(
+    x: Tensor, scales: Tensor | None, weight: Tensor, weight_scales: Tensor, bias: Tensor | None
+) -> Tensor:
     """`fp8_skinny_parts` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not fits(x, weight):
-        return fp8_skinny_parts_reference(x, weight, weight_scales, bias)
-    return launch(x, None, weight, weight_scales, bias, new_parts(x, weight), PARTS, splits=SPLITS)
+        return fp8_skinny_parts_reference(x, scales, weight, weight_scales, bias)
+    out = new_parts(x, scales, weight)
+    launch(x, scales, weight, weight_scales, bias, out, WIDE_PARTS if scales is None else PARTS, splits=SPLITS)
+    return out

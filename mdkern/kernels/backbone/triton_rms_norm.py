@@ -18,8 +18,14 @@ from mdkern.kernels.backbone.rms_norm import (
 )
 from mdkern.kernels.backbone.scaled_linear import new_scaled
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
-from mdkern.kernels.backbone.triton_quantise import round_to_fp8
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
+
+FEW_ROWS = 128  # they leave multiprocessors idle, so that a row is given more warps
+
+
+@triton.jit
+def _sum_and_largest(sum_a, most_a, sum_b, most_b):
+    return sum_a + sum_b, tl.maximum(most_a, most_b)
 
 
 @triton.jit(do_not_specialize=["table_rows"])
@@ -60,14 +66,16 @@ def rms_norm_kernel(
     if (update is not None) or (row_index is not None):
         tl.store(stream + row * WIDTH + column, held, mask=within)
     wide = tl.where(within, held.to(tl.float32), 0.0)
-    spread = tl.sqrt_rn(tl.sum(wide * wide, 0) / WIDTH + eps)
-    result = wide * (1.0 / spread) * multiplier
-    if scales is not None:
-        scale, inverse = scale_and_inverse(result, 0)
-        tl.store(scales + row, scale)
-        tl.store(normed + row * WIDTH + column, round_to_fp8(result * inverse), mask=within)
-    else:
+    if scales is None:
+        spread = tl.sqrt_rn(tl.sum(wide * wide, 0) / WIDTH + eps)
+        result = wide * (1.0 / spread) * multiplier
         tl.store(normed + row * WIDTH + column, result.to(normed.dtype.element_ty), mask=within)
+    else:  # what a row is divided by cancels out of its numbers in e4m3, so that one reduction is enough
+        weighted = wide * multiplier
+        squares, most = tl.reduce((wide * wide, tl.abs(weighted)), 0, _sum_and_largest)
+        scale, inverse = scale_and_inverse(most)
+        tl.store(scales + row, scale / tl.sqrt_rn(squares / WIDTH + eps))
+        tl.store(normed + row * WIDTH + column, (weighted * inverse).to(normed.dtype.element_ty), mask=within)
 
 
 def launch(
@@ -101,7 +109,7 @@ def launch(
         PARTS=parts,
         WIDTH=width,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // (512 if scales is None or rows > FEW_ROWS else 256))),
     )
 
 

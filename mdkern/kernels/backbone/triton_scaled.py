@@ -1,7 +1,6 @@
 """What the kernels that round their results to e4m3 share."""
 
 # mypy: ignore-errors
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -13,7 +12,10 @@ LEAST = tl.constexpr(SMALLEST_SCALE * LARGEST)
 
 
 @triton.jit
-def scale_and_inverse(x, AXIS: tl.constexpr):
-    """The scales of `quantise_rows` along an axis, and what numbers are multiplied by to be divided by them."""
-    most = tl.maximum(tl.max(tl.abs(x), AXIS), LEAST)
+def scale_and_inverse(most):
+    """The scale of `quantise_rows` for numbers of up to this size, and what they are multiplied by to be divided by it.
+
+    The conversion to e4m3 keeps what rounding has made larger than 448 in its range, and NaN as it is.
+    """
+    most = tl.maximum(most, LEAST)
     return most * (1.0 / MOST), tl.div_rn(MOST, most)

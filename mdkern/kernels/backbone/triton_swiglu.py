@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mdkern.kernels.backbone.scaled_linear import new_scaled
 from mdkern.kernels.backbone.swiglu import scaled_swiglu_reference, swiglu_output, swiglu_reference
-from mdkern.kernels.backbone.triton_quantise import round_to_fp8
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
 from mdkern.kernels.device import computes_in_fp8
 
@@ -49,9 +48,9 @@ def scaled_swiglu_kernel(gate, up, values, scales, gate_stride, up_stride, WIDTH
     g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
     product = g * tl.sigmoid(g) * u
-    scale, inverse = scale_and_inverse(product, 0)
+    scale, inverse = scale_and_inverse(tl.max(tl.abs(product), 0))
     tl.store(scales + row, scale)
-    tl.store(values + row * WIDTH + column, round_to_fp8(product * inverse), mask=within)
+    tl.store(values + row * WIDTH + column, (product * inverse).to(values.dtype.element_ty), mask=within)
 
 
 def warps_of(width: int) -> int:

@@ -182,7 +182,6 @@ class Fp8Products(Products):
     def mlp_update(self, normed: Scaled) -> Tensor:
         _, _, gate_up, down = self.packed
         if runs_fp8_skinny(normed.values, gate_up.values, down.values):
-            activated = fp8_skinny_swiglu(normed, gate_up.weight, gate_up.bias, dtype=self.dtype)
-            return fp8_skinny_parts(activated, down.weight, down.bias)
+            return fp8_skinny_parts(fp8_skinny_swiglu(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
         gate, up = scaled_linear(normed, gate_up.weight, gate_up.bias, dtype=self.dtype).chunk(2, 1)
         return scaled_linear(scaled_swiglu(gate, up), down.weight, down.bias, dtype=self.dtype)
