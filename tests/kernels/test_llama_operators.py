@@ -40,6 +40,11 @@ def test_swiglu_by_definition() -> None:
     gate, up = normal(1, 3, 7), normal(2, 3, 7)
     want = [[float(g) / (1 + math.exp(-g)) * float(u) for g, u in zip(*rows)] for rows in zip(gate, up)]
     torch.testing.assert_close(swiglu.swiglu(gate, up), torch.tensor(want), **EXACT)
+    curved = [[math.sqrt(2 / math.pi) * (float(g) + 0.044715 * float(g) ** 3) for g in row] for row in gate]
+    want = 0.5 * gate * (1 + torch.tensor(curved).tanh()) * up
+    torch.testing.assert_close(swiglu.swiglu(gate, up, "gelu"), want, **EXACT)
+    with pytest.raises(ValueError, match="activation must be one of gelu, silu"):
+        swiglu.swiglu(gate, up, "relu")
 
 
 def test_norm_adds_parts_by_definition() -> None:
@@ -205,8 +210,10 @@ def test_gpu_norm_and_swiglu_round_once(dtype: torch.dtype, rows: int, width: in
     exact = rms_norm.rms_norm_reference(wide, weight.double(), 1e-5, update.double())
     torch.testing.assert_close(stream, wide.to(dtype))
     assert relative_error(normed, exact) < 2 * relative_error(exact.to(dtype), exact)
-    exact = swiglu.swiglu_reference(x.double(), update.double())
-    assert relative_error(swiglu.swiglu(x, update), exact) < 1.1 * relative_error(exact.to(dtype), exact)
+    for activation in swiglu.ACTIVATIONS:
+        exact = swiglu.swiglu_reference(x.double(), update.double(), activation)
+        got = swiglu.swiglu(x, update, activation)
+        assert relative_error(got, exact) < 1.1 * relative_error(exact.to(dtype), exact)
 
 
 @pytest.mark.gpu

@@ -110,7 +110,9 @@ def skinny(capability: int, tiling: triton_skinny.Tiling, rows: int, splits: int
 
 def swiglu(capability: int) -> None:
     types = dict.fromkeys(("gate", "up", "out"), "*bf16") | {"columns": "i32", "gate_stride": "i64", "up_stride": "i64"}
-    build(triton_swiglu.swiglu_kernel, ASTSource, capability, types, {"BLOCK": triton_swiglu.COLUMNS}, num_warps=4)
+    for silu in (True, False):
+        constants = {"SILU": silu, "BLOCK": triton_swiglu.COLUMNS}
+        build(triton_swiglu.swiglu_kernel, ASTSource, capability, types, constants, num_warps=4)
 
 
 def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> None:

@@ -171,9 +171,9 @@ def test_swiglu_is_the_references(columns: int, dtype: torch.dtype) -> None:
     both = normal(1, 3, 2 * columns, dtype=dtype)
     gate, up = both[:, :columns], both[:, columns:]
     precision = 1e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(
-        triton_swiglu.swiglu(gate, up), swiglu_reference(gate, up), rtol=precision, atol=precision
-    )
+    for activation in ("silu", "gelu"):
+        got, want = (function(gate, up, activation) for function in (triton_swiglu.swiglu, swiglu_reference))
+        torch.testing.assert_close(got, want, rtol=precision, atol=precision)
 
 
 @pytest.mark.parametrize("parts", [1, 4])

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.kernels.backbone.modulated_norm import wide
+from mdkern.kernels.backbone.swiglu import ACTIVATIONS, activated
 from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.operator import operator
 
-ACTIVATIONS = ("gelu", "silu")  # GELU by its tanh approximation
 ALIGNED = 16  # bytes of which addresses of listed weights are multiples
 
 
@@ -62,10 +62,6 @@ def mixture(
         output = F.linear(gated.to(kind), downs[expert].to(kind)).to(x.dtype)
         out.index_add_(0, row, output.to(kind) * weights[row, choice, None])
     return out.to(x.dtype)
-
-
-def activated(gate: Tensor, activation: str) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 KERNELS = "mdkern.kernels.backbone.triton_experts"

@@ -55,7 +55,8 @@ def fp8_skinny_swiglu_reference(
 ) -> tuple[Tensor, Tensor]:
     """`fp8_skinny_swiglu` in plain PyTorch."""
     both = scaled_linear_reference(values, scales, weight, weight_scales, bias, torch.float32)
-    activated = tiled(swiglu_reference(*both.chunk(2, 1)))
+    gate, up = both.chunk(2, 1)
+    activated = tiled(swiglu_reference(gate, up))
     return activated.values, activated.scales
 
 

@@ -44,11 +44,11 @@ def skinny_swiglu_reference(
 ) -> Tensor:
     """`skinny_swiglu` in plain PyTorch."""
     rows = x.to(wide(x))
-    both = [
+    first, second = (
         F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         for weight, bias in ((gate, gate_bias), (up, up_bias))
-    ]
-    return swiglu_reference(*both).to(x.dtype)
+    )
+    return swiglu_reference(first, second).to(x.dtype)
 
 
 def skinny_parts_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""`swiglu`: the activation of a Llama's MLP, ``silu(gate) * up`` (Shazeer, 2002.05202), in one pass.
+"""`swiglu`: the activation of a Llama's MLP, ``silu(gate) * up``, or of a Gemma's, with GELU, in one pass.
 
-`scaled_swiglu` gives it in e4m3 (`mdkern.kernels.backbone.quantise`). This file has the contracts and the references in
-plain PyTorch; `triton_swiglu` has the GPU kernels.
+Both are of Shazeer (2002.05202). `scaled_swiglu` gives it in e4m3 (`mdkern.kernels.backbone.quantise`). This file has
+the contracts and the references in plain PyTorch; `triton_swiglu` has the GPU kernels.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from mdkern.kernels.backbone.scaled_linear import Scaled, new_scaled
 from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.operator import operator
 
+ACTIVATIONS = ("gelu", "silu")  # GELU by its tanh approximation
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+
+def swiglu_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """`swiglu` in plain PyTorch."""
-    return (F.silu(gate.to(wide(gate))) * up).to(gate.dtype)
+    return (activated(gate.to(wide(gate)), activation) * up).to(gate.dtype)
+
+
+def activated(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def scaled_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +49,13 @@ scaled_swiglu_operator = operator(
 def swiglu(
     gate: Tensor,  # [N, F]
     up: Tensor,  # [N, F]
+    activation: str = "silu",
 ) -> Tensor:
-    """``gate * sigmoid(gate) * up``, computed in float32 and rounded once.
+    """``act(gate) * up``, computed in float32 and rounded once.
 
     Args:
         gate, up: floating ``[N, F]`` of one dtype, each row contiguous, any row stride.
+        activation: one of `ACTIVATIONS`: "silu", ``gate * sigmoid(gate)``, or "gelu", which is its tanh approximation.
 
     Returns:
         ``[N, F]``, contiguous.
@@ -56,7 +64,9 @@ def swiglu(
         ValueError: shapes or dtypes that do not fit.
     """
     check_halves(gate, up)
-    product: Tensor = swiglu_operator(gate, up)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    product: Tensor = swiglu_operator(gate, up, activation)
     return product
 
 

@@ -2,8 +2,8 @@
 
 The pairs of a row and one of its experts are sorted by expert. Each program of a product then has some columns of one
 expert's weights, and a tile of its rows. With few rows the time is that of reading the weights, which are the left
-operand for the reason given in `triton_skinny`. Programs of one expert and the same columns run side by side, so that
-weights are read from memory once.
+operand for the reason given in `triton_skinny`. Programs of one expert run side by side, so that its weights are read
+from memory once, and in the order in which they lie there.
 """
 
 # mypy: ignore-errors
@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.backbone.experts import activated, gated_experts_reference, listed_experts_reference
+from mdkern.kernels.backbone.experts import gated_experts_reference, listed_experts_reference
 from mdkern.kernels.backbone.triton_combine import combine
+from mdkern.kernels.backbone.triton_swiglu import swiglu
 from mdkern.kernels.device import copies_in_bulk
 from mdkern.kernels.invariant import is_batch_invariant
 
@@ -36,9 +37,9 @@ class Tiling(NamedTuple):
     warps: int
 
 
-# With 2 programs on a multiprocessor 120 KiB are under way, three times what hides the memory's latency.
-GATED = Tiling(64, 64, 4, 4)
-DOWN = Tiling(128, 64, 4, 4)
+# Three programs and more on a multiprocessor: while one begins or ends, the others read. docs/notes/diffusion-gemma.md
+GATED = Tiling(64, 64, 3, 4)
+DOWN = Tiling(64, 64, 3, 4)
 FLOAT32 = Tiling(64, 32, 2, 4)
 
 
@@ -84,7 +85,7 @@ def expert_product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    tile = tl.program_id(0)  # of all experts' rows
+    tile = tl.program_id(1)  # of all experts' rows
     each = tl.arange(0, EXPERT_BLOCK)
     end = tl.load(ends + each, mask=each < EXPERTS, other=0)
     begin = tl.load(ends + each - 1, mask=(each > 0) & (each < EXPERTS), other=0)
@@ -102,7 +103,7 @@ def expert_product_kernel(
     if GATED:
         source = tl.load(order + row, mask=there, other=0) // CHOICES
     inner = tl.arange(0, BLOCK_INNER)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = column < COLUMNS
     some = tl.where(wanted, column, 0)
     read = x + source.to(tl.int64)[:, None] * INNER + inner[None, :]
@@ -178,7 +179,7 @@ def product(x: Tensor, of: Product, order: Tensor, ends: Tensor, choices: int, t
     pairs, experts = len(order), len(ends)
     rows = rows_of_a_tile(pairs, experts)
     out = torch.empty((pairs, of.columns), dtype=x.dtype, device=x.device)
-    expert_product_kernel[(min(pairs, experts) + pairs // rows, triton.cdiv(of.columns, tiling.columns))](
+    expert_product_kernel[(triton.cdiv(of.columns, tiling.columns), min(pairs, experts) + pairs // rows)](
         x,
         of.weight,
         of.places,
@@ -207,7 +208,7 @@ def grouped(
 ) -> Tensor:
     """The experts' outputs ``[pairs, D]`` in sorted order, by PyTorch's grouped products."""
     gate, up = F.grouped_mm(x[order // choices], gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    gated = activated(gate, activation).mul_(up)
+    gated = swiglu(gate, up, activation)
     del gate, up  # 2 F numbers a pair, which the outputs may use again
     return F.grouped_mm(gated, down.transpose(-2, -1), offs=ends)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mdkern.kernels.backbone.experts import gated_experts
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.sandwich import choose_experts, sandwich_norm
+from mdkern.kernels.backbone.swiglu import swiglu
 
 TANH_GELU = "GELUTanh", "PytorchGELUTanh"  # transformers' names, today's and an older one
 NORMS = (
@@ -59,6 +60,17 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         own: Tensor = type(self).forward(self, hidden_states, top_k_index, top_k_weights)
         return own
     return gated_experts(hidden_states, top_k_index, top_k_weights.float(), self.gate_up_proj, self.down_proj)
+
+
+def mlp(self: Any, x: Tensor) -> Tensor:
+    """DiffusionGemmaText4MLP, if its gate is the tanh approximation of GELU."""
+    if type(self.act_fn).__name__ not in TANH_GELU:
+        own: Tensor = type(self).forward(self, x)
+        return own
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    gated = swiglu(gate.flatten(0, -2), up.flatten(0, -2), "gelu")
+    down: Tensor = self.down_proj(gated.view(gate.shape))
+    return down
 
 
 def attention(
@@ -129,6 +141,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "DiffusionGemmaRMSNorm": norm,
     "DiffusionGemmaTextRotaryEmbedding": rotary,
     "DiffusionGemmaTextExperts": experts,
+    "DiffusionGemmaText4MLP": mlp,
     "DiffusionGemmaEncoderTextAttention": attention,
     "DiffusionGemmaDecoderTextAttention": attention,
     "DiffusionGemmaEncoderTextLayer": layer,
