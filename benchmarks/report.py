@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import (
     bench_diffusion_gemma,
+    bench_first_call,
     bench_head_precision,
     bench_people,
     bench_precision,
@@ -336,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "select": kernel_tables.select,
     "head-precision": bench_head_precision.head_precision,
     "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
+    "first-call": bench_first_call.first_call,
     "people": bench_people.people,
     "sizes": bench_sizes.sizes,
     "precision": bench_precision.precision,

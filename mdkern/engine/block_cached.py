@@ -8,7 +8,9 @@ All steps have one shape and slots need not wait for each other, so that one gra
 of a slot's sequence, begins with the first block.
 
 The tokens are those of decoding without a cache, to rounding. A sequence with P tokens given before its first mask and
-m blocks to write takes ``P // B // n`` commits, and with n = 1 another m - 1.
+m blocks to write takes ``P // B // n`` commits, and with n = 1 another m - 1. Long prompts are *filled in* instead: the
+first pass of a segment runs whole sequences, and counts as one commit of each that has a long prompt. Sequences that
+take a slot over later do without.
 """
 
 from __future__ import annotations
@@ -23,20 +25,39 @@ from tqdm import tqdm
 from mdkern.engine.cached import keys_and_values, windows
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.progress import Progress, Settings
-from mdkern.engine.slots import Slots
+from mdkern.engine.slots import Slots, observe
 from mdkern.engine.state import SamplerState
 from mdkern.engine.stepwise import SegmentRun, decode_slots, run_segment
 from mdkern.models import Denoiser
 from mdkern.models.denoiser import Head
 
 FREE_COLUMNS = 64  # of a pass on a GPU, which waits for the weights: docs/notes/block-causal.md
+LONG_PROMPT = 8  # commits in place of which a prompt is filled in, as they would take longer
+MOST_FILLED = 1 << 16  # rows of a pass that fills in
 
 
 def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts) -> None:
     """Run a segment's steps, each a pass over one block of each sequence, or over a few."""
-    blocks = blocks_of_window(segment)
-    tick = partial(block_tick, cache=keys_and_values(segment), blocks=blocks)
-    run_segment(segment, bar, drafts, f"{blocks} blocks", tick)
+    blocks, cache = blocks_of_window(segment), keys_and_values(segment)
+    tick = partial(block_tick, cache=cache, blocks=blocks)
+    run_segment(segment, bar, drafts, f"{blocks} blocks", tick, partial(fill_in, segment, cache, blocks))
+
+
+def fill_in(segment: SegmentRun, cache: Tensor, blocks: int) -> None:
+    """Make the keys and values of long prompts of the slots' sequences final in one pass, at a segment's start."""
+    settings, state, progress, model = segment.settings, segment.state, segment.progress, segment.model
+    assert settings.block_length is not None
+    sequence, none = progress.slot, len(progress.start) - 1
+    first = progress.start[sequence] + progress.block[sequence] * settings.block_length
+    behind = (first - progress.kept[sequence]).clamp(min=0) // settings.block_length
+    long = (behind >= LONG_PROMPT * blocks) & (sequence != none)
+    columns = len(sequence) * state.input_ids.shape[1] * (2 if settings.guidance_scale else 1)
+    if columns > MOST_FILLED or not bool(long.any()):
+        return
+    windows(segment.denoiser, settings, state, progress, observe(settings, state, progress), cache, None)
+    progress.kept.copy_(progress.kept.scatter(0, sequence, torch.where(long, first, progress.kept[sequence])))
+    for counts in (progress.nfe, progress.commits):
+        counts[model].index_add_(0, sequence, long.long())
 
 
 def blocks_of_window(segment: SegmentRun) -> int:

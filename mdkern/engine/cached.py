@@ -111,7 +111,9 @@ def steps_of(segment: SegmentRun, kv_cache: KVCache, window: int | None) -> tupl
     if segment.workspace is not None:
         key = "cached", window, settings.key(), progress.key(), segment.model
         looped = None if window is None else progress.status
-        graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=looped)
+        graph = segment.workspace.graph(
+            denoiser, key, step, progress.idle, loop_while=looped, rehearsed=settings.keeps_nothing
+        )
     return graph, partial(step, denoiser.head)
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mdkern.engine.device_loop import DeviceLoop, make_loop
 from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
+from mdkern.kernels.compile_ahead import can_compile_ahead, launches_compile
 from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
 from mdkern.models.around import AroundDenoiser
@@ -132,6 +133,7 @@ class Workspace:
         step: Callable[[Head], None],
         idle: Callable[[], None],
         loop_while: Tensor | None = None,
+        rehearsed: bool = True,
     ) -> Graph | None:
         """The graph of `step`: one captured earlier if it still holds, else a new one.
 
@@ -143,6 +145,7 @@ class Workspace:
                 and repeated steps without it would read past the end of the ticks.
             loop_while: also make a device-side loop that runs while this tensor's first entry is not 0. It is not made
                 for a head that is divided over processes: a graph with NCCL's kernels can't be the body of a loop.
+            rehearsed: whether the step, the denoiser apart, may be rehearsed: it keeps nothing for the next time.
 
         Returns:
             None if the step could not be captured. A warning has then given the reason, once for each model.
@@ -166,7 +169,14 @@ class Workspace:
             if not self.graphs:  # a pool does not outlive its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             try:
-                captured, memory = capture(lambda: step(head), idle, self.pool, bias.device, loop_while is not None)
+                captured, memory = capture(
+                    lambda: step(head),
+                    idle,
+                    self.pool,
+                    bias.device,
+                    loop_while is not None,
+                    rehearsed=rehearsed and denoiser.keeps_nothing and head.shard is None,
+                )
             except CaptureError as error:
                 refuse(denoiser, mark, error)
                 return None
@@ -198,6 +208,7 @@ def capture(
     device: torch.device,
     keep_graph: bool = False,
     warm_ups: int = WARM_UPS,
+    rehearsed: bool = False,
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     """Capture `step` on a stream of its own, after it has been warmed up by `warm_ups` runs.
 
@@ -210,24 +221,59 @@ def capture(
         stream, current = capture_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
+            rehearsal, memory = rehearse(step, idle, pool, device) if rehearsed else (None, 0)
             warm_up(step, idle, warm_ups)
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
-            with no_collection():
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    step()
-                    graph.capture_end()
-                except BaseException as error:
-                    leave(graph, device, pool)
-                    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                        raise CaptureError(str(error)) from error
+            try:
+                record(graph, step, pool, device, "thread_local")
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
                     raise
+                raise CaptureError(str(error)) from error
+            del rehearsal  # the capture has had its memory
         current.wait_stream(stream)
-        memory = torch.cuda.memory_reserved() - before
+        memory += torch.cuda.memory_reserved() - before
     logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
     return graph, memory
+
+
+def rehearse(
+    step: Callable[[], None], idle: Callable[[], None], pool: Any, device: torch.device
+) -> tuple[torch.cuda.CUDAGraph | None, int]:
+    """Compile all kernels of a step at the same time, before it is run for the first time.
+
+    Its launches only compile, and everything else is captured instead of run, because it would read what they have not
+    written. Nothing of the step may keep a tensor that it makes, as a model's own forward does with tables of angles:
+    it would never be filled.
+
+    Returns:
+        The graph, which is of no use, but has memory of the pool, and the bytes of that.
+    """
+    if not can_compile_ahead(device):
+        return None, 0
+    idle()
+    torch.cuda.synchronize()
+    before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+    try:
+        with launches_compile(device):
+            record(graph, step, pool, device, "relaxed")  # cuBLAS allocates when it is first used
+    except Exception as error:  # the step itself will meet it
+        logger.debug("a step could not be rehearsed: %s", error)
+    return graph, torch.cuda.memory_reserved() - before
+
+
+def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, device: torch.device, mode: str) -> None:
+    """Capture a step on the current stream."""
+    with no_collection():
+        graph.capture_begin(pool=pool, capture_error_mode=mode)
+        try:
+            step()
+            graph.capture_end()
+        except BaseException:
+            leave(graph, device, pool)
+            raise
 
 
 @contextmanager

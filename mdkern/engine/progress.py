@@ -72,6 +72,11 @@ class Settings:
         """Whether the decoder says when a block is over."""
         return settles(self.decoder)
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether a step runs no code of the user's, which may keep what it computes."""
+        return self.most_passes is None and self.router is None
+
     def key(self) -> Hashable:
         """A key that is equal for equal settings; decoders are compared by their parameters."""
         counts = self.block_length, self.mask_id, self.eos_ids, self.stop_at_eos, identity(self.router)

@@ -159,23 +159,35 @@ def decode_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, propose: Prop
     run_segment(segment, bar, drafts, "decode", partial(decode_tick, propose=propose))
 
 
-def run_segment(segment: SegmentRun, bar: tqdm, drafts: Drafts, kind: str, tick: Callable[..., None]) -> None:
+def run_segment(
+    segment: SegmentRun,
+    bar: tqdm,
+    drafts: Drafts,
+    kind: str,
+    tick: Callable[..., None],
+    begin: Callable[[], None] | None = None,
+) -> None:
     """Run a segment's steps until no slot has work.
 
     Args:
         kind: names the step in the key of its graph.
         tick: `decode_tick`, or a step like it.
+        begin: called before the first step, if there is one.
     """
     denoiser, settings, state, progress = segment.denoiser, segment.settings, segment.state, segment.progress
     step = partial(tick, denoiser, settings=settings, state=state, progress=progress, model=segment.model)
     graph = None
     if segment.workspace is not None:
         key = kind, settings.key(), progress.key(), segment.model
-        graph = segment.workspace.graph(denoiser, key, step, progress.idle, loop_while=progress.status)
+        graph = segment.workspace.graph(
+            denoiser, key, step, progress.idle, loop_while=progress.status, rehearsed=settings.keeps_nothing
+        )
     progress.begin_segment(state, settings, segment.stop, segment.model)
     running, left = progress.status.tolist()
     if running:
         progress.report.copy_(progress.status)
+        if begin is not None:
+            begin()
         head, watch = denoiser.head, watcher(progress, left, bar, drafts)
         run_steps(graph, partial(step, head), progress, watch, in_step=head.shard is not None)
 

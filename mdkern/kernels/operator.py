@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
@@ -57,7 +58,33 @@ def operator(
     registered = torch.library.custom_op(f"mdkern::{name or reference.__name__}", on_cpu, mutates_args=tuple(mutates))
     registered.register_kernel("cuda")(on_gpu)
     registered.register_fake(lambda *flat: fake(*whole(flat)))
+    for implementation in getattr(registered, "_backend_fns", {}).values():
+        hide_lazily(implementation)
     return registered
+
+
+def hide_lazily(implementation: Callable[..., Any]) -> None:
+    """Let an operator's implementation be hidden from torch.compile's tracer only in processes that have imported it.
+
+    Otherwise PyTorch imports the compiler at the operator's first call, which takes seconds. The names are private; in
+    a version without them nothing changes.
+    """
+    plain = getattr(implementation, "__wrapped__", None)
+    if plain is None:
+        return
+    hidden: Callable[..., Any] | None = None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal hidden
+        if "torch._dynamo" not in sys.modules:
+            return plain(*args, **kwargs)
+        if hidden is None:
+            import torch._dynamo
+
+            hidden = torch._dynamo.disable(plain, wrapping=False)
+        return hidden(*args, **kwargs)
+
+    setattr(plain, "__dynamo_disable", call)
 
 
 def expand(function: Callable[..., Any]) -> tuple[list[Any], list[inspect.Parameter]]:

@@ -6,13 +6,15 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.models import dit_compile, dit_fp8, dit_fused, dit_window
+from mdkern.kernels.compile_ahead import rehearse_once
+from mdkern.models import dit_fp8, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, available_device, held, ids_of, is_whole
 from mdkern.models.dit import Block, DiT
@@ -260,6 +262,7 @@ class DiTDenoiser(Denoiser):
     description = "runs by mdkern's own passes"
     takes_cache = True
     takes_soft = True
+    keeps_nothing = Live(lambda self: not self.changed_module())
     folds: dit_fused.Folds | None = None
     weight: Tensor | None = None  # of soft inputs
 
@@ -348,11 +351,13 @@ class DiTDenoiser(Denoiser):
 
     def prepared(self, rows: int) -> DiTDenoiser:
         """A denoiser with the norms folded into the weights, if that makes it faster, and with these in 8 bits."""
+        model, precision = self.model, self.precision
+        fold = partial(dit_fused.fold, model, rows, precision)
         with torch.no_grad():
-            folds = dit_fused.fold(self.model, rows, self.precision)
+            rehearse_once((self.device, model.config, self.dtype, precision), fold, self.device)
+            folds = fold()
         if folds is None:
             return self
-        dit_compile.compile_together(self.model, folds, rows)
         prepared = copy.copy(self)
         prepared.folds = folds
         return prepared

@@ -126,6 +126,7 @@ class Denoiser:
     time_conditioning: bool = False
     precision: str | None = None  # "fp8" if its products are in 8 bits; None: in the dtype of its weights
     block_causal: int | None = None  # B, if position i sees the columns below (i // B + 1) B only; None: it sees all
+    keeps_nothing: bool = False  # whether its passes are mdkern's code alone, which keeps nothing from one to the next
     takes_attention_mask: bool = True  # whether sequences may be padded
     right_padding_only: bool = False  # whether padding may only come after the text
     takes_cache: bool = False  # whether `cache_shape` and `window_hidden` are implemented

@@ -290,6 +290,38 @@ class TestCache:
         assert out.commits["H"].tolist() == [finished // blocks for finished in (0, 2, 0, 1, 2, 3, 4, 4)]
         assert_same(draw(MODELS, TWO, cache="block", **options), draw(MODELS, TWO, **options))
 
+    @pytest.mark.parametrize("blocks", [1, 2])
+    @pytest.mark.parametrize("name", ["threshold", "top probability", "edit", "soft inputs"])
+    def test_long_prompts_are_filled_in(self, name: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In one pass, at a segment's start; shorter ones, and those of sequences that wait for a slot, are not."""
+        monkeypatch.setattr(block_cached, "LONG_PROMPT", 2)
+        monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: blocks)
+        ids = prompts((0, 7, 9, 17, 18, 18), 23)
+        options = {"input_ids": ids, "decoder": CACHED[name], "temperature": 0.0, "return_history": True}
+        plain, out = (draw(cache=cache, batch_size=5, **options) for cache in ("none", "block"))
+        assert_same(out, plain)
+        finished = (0, 1, 2, 4, 4)
+        fills = [1 if count >= 2 * blocks else count // blocks for count in finished]
+        between = [5 - count if blocks == 1 else 0 for count in finished]  # two blocks at once commit as they go
+        assert out.commits["H"].tolist()[:5] == [a + b for a, b in zip(fills, between)]
+        assert out.commits["H"].tolist()[5] == 4 // blocks + (blocks == 1), "it takes over a slot"
+        assert_same(draw(MODELS, TWO, cache="block", **options), draw(MODELS, TWO, **options))
+
+    def test_prompts_are_filled_in_with_padding_and_guidance(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(block_cached, "LONG_PROMPT", 1)
+        for before in (0, 8):
+            ids = torch.nn.functional.pad(prompts(), (before, 1), value=3)
+            mask = torch.nn.functional.pad(torch.ones_like(prompts()), (before, 1))
+            options = {"input_ids": ids, "attention_mask": mask, "guidance_scale": 1.5, "return_history": True}
+            out = draw(cache="block", batch_size=len(ids), **options)
+            assert_same(out, draw(**options))
+            assert out.commits["H"][-1] == 1 + 1  # two of the prompt at once, and the one before the last block
+
+    def test_no_pass_fills_in_more_rows_than_memory_is_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(block_cached, "LONG_PROMPT", 1)
+        monkeypatch.setattr(block_cached, "MOST_FILLED", 3 * LENGTH - 1)
+        assert draw(cache="block").commits["H"].tolist() == commits(prompts())
+
     def test_windows_of_several_blocks_with_padding_and_guidance(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(block_cached, "blocks_of_window", lambda segment: 2)
         ids = torch.nn.functional.pad(prompts(), (8, 1), value=3)

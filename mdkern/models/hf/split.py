@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdkern.kernels.compile_ahead import is_rehearsing
 from mdkern.models.block_causal import block_mask, window_mask, with_padding
 from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
@@ -61,6 +62,7 @@ class SplitDenoiser(AdaptedDenoiser):
 
     model: nn.Module
     weight: Tensor | None = None  # of soft inputs
+    keeps_nothing = True  # but for the model's own forward, which is not rehearsed
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, *, precision: str | None = None, **facts: Any) -> None:
         """
@@ -216,6 +218,8 @@ class SplitDenoiser(AdaptedDenoiser):
         **arguments: Any,
     ) -> Tensor:
         """The output layer's input, ``[B, W, D]``."""
+        if is_rehearsing():
+            raise RuntimeError("a model's own forward is not rehearsed, as it may keep what it computes")
         weight = layer_of(self.model).weight
         held = vars(self).get("head")  # the head of this call of `sample`; only addresses are compared
         if held is not None and (weight.data_ptr() != held.weight.data_ptr() or weight.dtype != held.weight.dtype):

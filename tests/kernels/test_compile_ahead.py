@@ -1,0 +1,65 @@
+"""Kernels that are compiled side by side before a step first runs."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+import mdkern
+from mdkern.engine import graphs
+from mdkern.kernels import compile_ahead
+from tests.own_process import run_compiling
+from tests.problems.hf_models import adapted, bert, llama, random_ids
+
+pytest.importorskip("triton")
+
+
+def test_launches_compile_in_threads_and_launch_nothing() -> None:
+    run_compiling("tests.suites.compiled_ahead")
+
+
+def test_what_may_keep_something_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own forward may make a table of angles, which would never be filled."""
+    own, fused, ids = adapted(bert()), adapted(llama()), random_ids(1, 6)
+    dit = mdkern.DiT(mdkern.DiTConfig(vocab_size=9, mask_id=8, width=16, num_heads=2, num_blocks=1, max_length=8))
+    monkeypatch.setattr(compile_ahead._rehearsing, "value", True)
+    with torch.no_grad():
+        fused.hidden(ids)
+        with pytest.raises(RuntimeError, match="own forward is not rehearsed"):
+            own.hidden(ids)
+    denoiser = mdkern.adapt(dit)
+    assert denoiser.keeps_nothing
+    dit.blocks[0].mlp_up = torch.nn.Sequential(dit.blocks[0].mlp_up)
+    assert not denoiser.keeps_nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function = mdkern.adapt(lambda input_ids: torch.zeros(*input_ids.shape, 9), vocab_size=9, mask_id=8)
+    assert not function.keeps_nothing
+
+
+@pytest.mark.gpu
+def test_gpu_a_step_finds_its_kernels_compiled(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the step are compiled in threads, and the tokens are those of a run without graphs."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    compiled: list[tuple[str, bool]] = []
+    note = lambda **told: compiled.append((told["src"].name, threading.current_thread() is here))  # noqa: E731
+    here = threading.current_thread()
+    monkeypatch.setattr(triton.knobs.compilation, "listener", note)
+    torch.manual_seed(0)
+    config = mdkern.DiTConfig(vocab_size=611, mask_id=610, width=136, num_heads=2, num_blocks=2, max_length=40)
+    model = mdkern.DiT(config).to("cuda", torch.bfloat16)
+    options = {"num_samples": 3, "length": 40, "steps": 5, "seed": 0}
+    drawn = mdkern.sample(model, **options).sequences
+    asides = {name for name, inline in compiled if not inline}
+    assert {"modulated_norm_kernel", "end_tick_kernel"} <= asides
+    assert len(asides) > 4
+    assert not [name for name, inline in compiled if inline and name in asides]
+    assert torch.equal(drawn, mdkern.sample(model, cuda_graphs=False, **options).sequences)
+    graphs.clear()

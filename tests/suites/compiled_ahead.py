@@ -1,0 +1,81 @@
+"""Kernels that are compiled side by side, for a GPU that is not there: run by the tests in a process of its own."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from mdkern.kernels import compile_ahead
+from mdkern.kernels.backbone import triton_combine, triton_swiglu
+
+events: list[tuple[str, str]] = []  # what happened, to which kernel or in which thread
+
+
+def launcher(source, metadata):
+    events.append(("loads", threading.current_thread().name))
+    return lambda *_: events.append(("launches", source.name))
+
+
+class Driver:
+    """Of an H200."""
+
+    launcher_cls = staticmethod(launcher)
+    utils = SimpleNamespace(
+        get_device_properties=lambda _: {"max_shared_mem": 232448}, load_binary=lambda *_: (object(), 1, 32, 0, 1024)
+    )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compiled(src, metadata, metadata_group, times, cache_hit) -> None:
+    events.append(("compiles", src.name))
+
+
+def names(kind: str) -> list[str]:
+    return sorted(name for what, name in events if what == kind)
+
+
+def step() -> None:
+    rows, weights = torch.randn(4, 64).bfloat16(), torch.rand(2, 2)
+    triton_combine.combine(rows, torch.tensor([[0, 1], [2, 3]]), weights)
+    for _ in range(3):
+        triton_swiglu.swiglu(rows, rows)
+    triton_swiglu.swiglu(rows.float(), rows.float())
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    triton.knobs.compilation.listener = compiled
+    here, there = threading.current_thread().name, torch.device("cpu")
+    with compile_ahead.launches_compile(there):
+        step()
+        half = torch.randn(2, 64).half()
+        elsewhere = threading.Thread(target=triton_swiglu.swiglu, args=(half, half))
+        elsewhere.start()
+        elsewhere.join()
+        assert names("launches") == ["swiglu_kernel"], "only other threads launch"
+    assert names("compiles") == ["combine_kernel", "swiglu_kernel", "swiglu_kernel", "swiglu_kernel"], events
+    assert len(names("loads")) == 4, "each is ready to be launched"
+    assert names("loads").count(here) == 0, "and was made so in a thread"
+    before = len(names("launches"))
+    step()
+    assert len(names("compiles")) == len(names("loads")) == 4, "launches find what was compiled"
+    assert len(names("launches")) == before + 5
+
+
+if __name__ == "__main__":
+    main()
