@@ -51,20 +51,21 @@ class SoftInput:
 class InPlace:
     """A layer of keys and values in one tensor of fixed size, of which the model is given the part that is filled.
 
-    The tensors' addresses depend on the number of tokens alone, so that a captured pass can be replayed.
+    The tensor's address depends on the number of tokens alone, so that a captured pass can be replayed.
     """
 
     room: int
     filled: int
     cumulative_length: int
     window: int  # tokens of the past that are seen, all if it is `room`
+    beside: dict[tuple[int, int], Tensor]  # of all layers of a cache, see `with_canvas`
     keys: Tensor
     values: Tensor
     is_initialized: bool
 
-    def start(self, room: int, window: int | None) -> None:
-        self.room, self.window = room, room if window is None else window - 1
-        self.held: tuple[Tensor, Tensor] | None = None
+    def start(self, room: int, window: int | None, beside: dict[tuple[int, int], Tensor]) -> None:
+        self.room, self.window, self.beside = room, room if window is None else window - 1, beside
+        self.held: Tensor | None = None  # [2, B, room, H, head_dim]
         self.place(0)
 
     def place(self, end: int) -> None:
@@ -72,20 +73,37 @@ class InPlace:
         self.filled = self.cumulative_length = end
         self.is_initialized = end > 0
         if self.held is not None:
-            self.keys, self.values = (held[:, :, max(0, end - self.window) : end] for held in self.held)
+            self.keys, self.values = self.held[:, :, max(0, end - self.window) : end].transpose(2, 3)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B, H, n, head_dim]``; what these tokens attend to."""
         if self.held is None:
-            shape = (*key_states.shape[:2], self.room, key_states.shape[3])
-            self.held = key_states.new_zeros(shape), value_states.new_zeros((*shape[:3], value_states.shape[3]))
+            shape = key_states.shape
+            self.held = key_states.new_zeros(2, shape[0], self.room, shape[1], shape[3])
         before, end = self.filled, self.filled + key_states.shape[2]
         for held, new in zip(self.held, (key_states, value_states)):
-            held[:, :, before:end] = new
+            held[:, before:end] = new.transpose(1, 2)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.place(end)
-        seen, values_seen = (held[:, :, max(0, before - self.window) : end] for held in self.held)
+        seen, values_seen = self.held[:, :, max(0, before - self.window) : end].transpose(2, 3)
         return seen, values_seen
+
+    def with_canvas(self, length: int) -> tuple[Tensor, Tensor]:
+        """Room for a canvas behind a copy of what it sees of the past; the layers of a cache share it.
+
+        Returns:
+            ``[2, B, length + 1, H, head_dim]``, where the canvas's keys and values are to be written, and ``[2, B, H,
+            seen + length, head_dim]``, what it attends to then.
+        """
+        assert self.held is not None
+        batch, _, heads, depth = self.held.shape[1:]
+        key, columns = (heads, depth), min(self.room, self.window) + length + 1
+        if key not in self.beside or self.beside[key].shape[2] < columns:
+            self.beside[key] = self.held.new_empty(2, batch, columns, heads, depth)
+        first = max(0, self.filled - self.window)
+        seen, beside = self.filled - first, self.beside[key]
+        beside[:, :, :seen] = self.held[:, :, first : self.filled]
+        return beside[:, :, seen : seen + length + 1], beside[:, :, : seen + length].transpose(2, 3)
 
 
 class WholeLayer(InPlace, DynamicLayer):  # type: ignore[misc]
@@ -162,14 +180,15 @@ class BlockDiffusion:
         """An empty cache for up to `room` tokens of each sequence."""
         cache = DynamicCache(config=self.config.get_text_config())
         layers: list[Any] = []
+        beside: dict[tuple[int, int], Tensor] = {}
         given: list[Any] = list(cache.layers)
         for layer in given:
             if getattr(layer, "is_sliding", False):
                 own: Any = WindowLayer(sliding_window=layer.sliding_window)
-                own.start(room, layer.sliding_window)
+                own.start(room, layer.sliding_window, beside)
             else:
                 own = WholeLayer()
-                own.start(room, None)
+                own.start(room, None, beside)
             layers.append(own)
         cache.layers = layers
         return cache

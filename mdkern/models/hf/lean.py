@@ -88,12 +88,20 @@ def attention(
     value = self.v_norm(value)  # a new tensor, so that keys may be changed in place
     cos, sin = position_embeddings.halves
     norms = {"query_norm": self.q_norm.weight, "key_norm": self.k_norm.weight, "eps": self.q_norm.eps}
-    place_heads(cos, sin, query.flatten(0, 1), key.flatten(0, 1), length=len(cos), **norms)
-    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-    if hasattr(self, "append_to_cache"):  # the decoder's
-        key, value = self.append_to_cache(past_key_values, key, value)
+    rows = query.flatten(0, 1), key.flatten(0, 1)
+    canvas = hasattr(self, "append_to_cache")  # it is the decoder's
+    room_for = getattr(past_key_values.layers[self.layer_idx], "with_canvas", None)
+    if canvas and room_for is not None:
+        kept, (seen, values_seen) = room_for(len(cos))
+        place_heads(cos, sin, *rows, value.flatten(0, 1), length=len(cos), kept=kept, **norms)
+        query, key, value = query.transpose(1, 2), seen, values_seen
     else:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+        place_heads(cos, sin, *rows, length=len(cos), **norms)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if canvas:
+            key, value = self.append_to_cache(past_key_values, key, value)
+        else:
+            key, value = past_key_values.update(key, value, self.layer_idx)
     module: Any = sys.modules[type(self).__module__]
     attend = module.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, module.eager_attention_forward
