@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone import linear as products
-from mdkern.kernels.backbone.folded_norm import SPAN, fold_norm, new_sums
+from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.quantise import quantise_columns, quantised_norm
@@ -115,12 +115,13 @@ def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
     They take as much memory as the layers themselves (in e4m3 half of it), and up to 256 MiB for the table. They are
     kept, at the same addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In
     float16, products of weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for passes of
-    fewer than 4,096 rows, with time conditioning, and on other cards than Hopper's; in e4m3 for such passes on a GPU.
+    fewer than 512 rows, with time conditioning, and on other cards than Hopper's; in e4m3 for passes of fewer than
+    4,096 rows on a GPU.
     """
     if not covers(model) and (precision is None or model.embedding.is_cuda):
         PREPARED.pop(model, None)
         return None
-    if not pays(rows, precision, model.embedding) or not (precision == "fp8" or folds_fit(model)):
+    if not (pays(rows, model.embedding) if precision == "fp8" else folds_fit(model, rows)):
         return None
     kept: Kept = PREPARED.get(model) or Kept()
     field = precision or "own"
@@ -149,9 +150,9 @@ def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
     return folds
 
 
-def pays(rows: int, precision: str | None, x: Tensor) -> bool:
-    """Whether folds are used in a pass over so many rows: where that is faster, and in e4m3 always on a CPU."""
-    return rows_to_choose_by(rows) >= products.FEWEST_ROWS or (precision == "fp8" and not x.is_cuda)
+def pays(rows: int, x: Tensor) -> bool:
+    """Whether e4m3 is used in a pass over so many rows: where that is faster, and always on a CPU."""
+    return rows_to_choose_by(rows) >= products.FEWEST_ROWS or not x.is_cuda
 
 
 def room(model: DiT, device: torch.device | str, precision: str | None = None) -> Folds:
@@ -180,13 +181,13 @@ def sizes(folds: Folds) -> list[tuple[torch.Size, torch.dtype] | None]:
     return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
 
 
-def folds_fit(model: DiT) -> bool:
+def folds_fit(model: DiT, rows: int) -> bool:
+    """Whether folds, other than those in e4m3, are used in a pass over so many rows."""
     config = model.config
     return (
         model.time_embedding is None
         and is_hopper(model.embedding.device)
-        and config.width % SPAN == 0
-        and products.rotates_fused(model.rotary[0], config.num_heads)
+        and products.folds(rows, config.width, model.rotary[0], config.num_heads)
     )
 
 
@@ -212,7 +213,7 @@ class Stream:
         """``x += gate * layer(rows)``, now or in the next norm. If it is done now, `sums` also sums the new rows."""
         self.sums = None
         if products.adds_in_place(rows, layer.weight, gate):
-            self.sums = new_sums(self.x) if sums else None
+            self.sums = products.sums_of_stream(self.x) if sums else None
             products.linear_residual(self.x, rows, layer.weight, layer.bias, gate, sums=self.sums)
         else:
             self.update, self.gate = layer(rows), gate
@@ -243,8 +244,9 @@ def hidden(
     `folds` must have been made from the present weights, which is not checked.
     """
     batch, length = input_ids.shape
-    if folds is not None and not pays(batch * length, folds.precision, model.embedding):
-        folds = None
+    if folds is not None:
+        fp8 = folds.precision == "fp8"
+        folds = folds if (pays(batch * length, input_ids) if fp8 else folds_fit(model, batch * length)) else None
     stream = None
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):

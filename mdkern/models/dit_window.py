@@ -58,7 +58,7 @@ def window_hidden(
     layers in e4m3 are used.
     """
     run: Callable[..., Tensor]
-    if folds is not None and folds.precision == "fp8" and dit_fused.pays(input_ids.numel(), "fp8", input_ids):
+    if folds is not None and folds.precision == "fp8" and dit_fused.pays(input_ids.numel(), input_ids):
         run = partial(fused_window_hidden, quantised=folds.blocks)
     else:
         run = fused_window_hidden if dit_fused.covers(model) else plain_window_hidden

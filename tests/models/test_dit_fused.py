@@ -28,7 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"time_conditioning": True, "cond_dim": 12},
     {"tie_head": True, "mlp_ratio": 3},
 ]
-ON_THE_DEVICE = {"width": 256, "num_heads": 4, "num_blocks": 3, "max_length": 512}
+ON_THE_DEVICE = {"width": 512, "num_heads": 8, "num_blocks": 3, "max_length": 512}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -388,7 +388,7 @@ def by_modules(model: DiT, *arguments: Any, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conditioned", [False, True])
-@pytest.mark.parametrize(("batch", "length"), [(2, 100), (16, 512)])  # cuBLAS's products; on a Hopper our own
+@pytest.mark.parametrize(("batch", "length"), [(2, 100), (2, 500), (16, 512)])  # cuBLAS's products; on a Hopper ours
 @pytest.mark.parametrize("rows", [None, 8])
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_is_as_exact_as_the_modules(

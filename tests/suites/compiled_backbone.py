@@ -21,6 +21,7 @@ from mdkern.kernels.backbone import (
     triton_folded_norm,
     triton_invariant_attention,
     triton_invariant_linear,
+    triton_linear,
     triton_modulated_norm,
     triton_place_heads,
     triton_rms_norm,
@@ -265,6 +266,26 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
+def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
+    """To queries, keys and values or hidden units of width 768, or back to the stream."""
+    types = {"x": f"tensordesc<bf16[{tiling.rows}, 64]>", "weight": f"tensordesc<bf16[{tiling.columns}, 64]>"}
+    types |= {"bias": "*bf16", "eps": "fp32"} | dict.fromkeys(("rows", "length", "rotated", "gate_rows"), "i32")
+    types |= {"gate": "*bf16", "gate_stride": "i32", "stream": "*bf16"} if added else {"out": "*bf16"}
+    types |= {"new_sums": "*fp32"} if added and spans else {}
+    types |= {"sums": "*fp32"} if spans and not added else {}
+    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
+    constants = {"COLUMNS": 768 if added else 2304, "INNER": 3072 if added else 768, "SPANS": 0 if added else spans}
+    constants |= {"GELU": not added and not pairs, "HALF": pairs, "GATES": added and not spans}
+    constants |= {"ROWS": tiling.rows, "BLOCK": tiling.columns, "DEPTH": triton_linear.DEPTH}
+    constants |= {"GROUP": triton_linear.GROUP, "PDL": True, "FAST": True}
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages, "launch_pdl": True}
+    built = build(triton_linear.product_kernel, ASTSource, capability, types, constants, **options)
+    if capability == 90:
+        assert built.metadata.shared <= 227 * 1024
+        assert "HGMMA" in built.asm["sass"]
+        assert "UTMALDG" in built.asm["sass"]
+
+
 def main() -> None:
     for capability in (80, 90, 100):
         for width in (768, 100, 4096):
@@ -291,6 +312,11 @@ def main() -> None:
         swiglu(capability)
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)
+    for capability in (90, 100):
+        middle_product(capability, triton_linear.WIDE, added=False, pairs=32, spans=12)
+        middle_product(capability, triton_linear.WIDE, added=False, spans=12)
+        middle_product(capability, triton_linear.NARROW, added=True, spans=12)
+        middle_product(capability, triton_linear.NARROW, added=True)
     linear(pairs=32, bias=False)
     linear(pairs=32, spans=3)
     linear(pairs=64, bias=False, element="fp16")

@@ -6,11 +6,13 @@ for many rows on a Hopper GPU; elsewhere the reference runs. Measurements: docs/
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdkern.kernels.backbone.folded_norm import SPAN, one_over_spread, row_sums
+from mdkern.kernels.backbone.folded_norm import SPAN, new_sums, one_over_spread, row_sums
 from mdkern.kernels.backbone.invariant_linear import invariant_linear
 from mdkern.kernels.backbone.modulated_norm import per_row, wide
 from mdkern.kernels.backbone.rotary import check_angles, check_heads, check_length, rotary
@@ -20,6 +22,9 @@ from mdkern.kernels.invariant import is_batch_invariant, rows_to_choose_by
 from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
+MIDDLE_ROWS = 512  # with fewer, cuBLAS divides the inner dimension, too
+MIDDLE_SPAN = 64  # columns of a tile of `triton_linear`, or half of one
+MIDDLE_PAIRS = (32, 64)  # halves of the heads that it rotates
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
@@ -32,7 +37,7 @@ def product_reference(x: Tensor, weight: Tensor, bias: Tensor | None, sums: Tens
     """``x @ weight.T + bias``; with `sums`, each row of the product is divided by the standard deviation of its row."""
     if sums is None:
         return product_of(x, weight, bias)
-    product = product_of(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums)[:, None]
+    product = product_of(x.to(wide(x)), weight.to(wide(x))) * one_over_spread(sums, x.shape[1])[:, None]
     return (product if bias is None else product + bias).to(x.dtype)
 
 
@@ -66,7 +71,7 @@ def linear_residual_reference(
     """`linear_residual` in plain PyTorch: a product, then a pass over its output."""
     stream.copy_(stream.to(wide(stream)) + per_row(gate, stream) * product_of(x, weight, bias))
     if sums is not None:
-        sums.copy_(row_sums(stream))
+        sums.copy_(row_sums(stream, stream.shape[1] // sums.shape[0]))
 
 
 def linear_rotary_on_gpu(
@@ -79,35 +84,47 @@ def linear_rotary_on_gpu(
     bias: Tensor | None,
     sums: Tensor | None,
 ) -> Tensor:
-    if not runs_fused(x, weight) or not rotates_fused(cos, heads):
+    kernels = launcher(x, weight, sums, x.shape[1])
+    in_the_middle = kernels is not None and not runs_fused(x, weight)
+    if kernels is None or not (cos.shape[1] in MIDDLE_PAIRS if in_the_middle else rotates_fused(cos, heads)):
         return linear_rotary_reference(x, weight, cos, sin, heads, length, bias, sums)
-    from mdkern.kernels.backbone import launch_linear
-
     out = new_product(x, weight)
     rotated = heads * 2 * cos.shape[1]
-    launch_linear.linear(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, sums=sums)
+    kernels.linear(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, sums=sums)
     return out
 
 
 def linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
-    if not runs_fused(x, weight):
+    kernels = launcher(x, weight, sums, x.shape[1])
+    if kernels is None:
         return linear_gelu_reference(x, weight, bias, sums)
-    from mdkern.kernels.backbone import launch_linear
-
     out = new_product(x, weight)
-    launch_linear.linear(x, weight, out, bias=bias, gelu=True, sums=sums)
+    kernels.linear(x, weight, out, bias=bias, gelu=True, sums=sums)
     return out
 
 
 def linear_residual_on_gpu(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
-    if not adds_in_place(x, weight, gate):
+    kernels = launcher(x, weight, sums, weight.shape[0]) if adds_in_place(x, weight, gate) else None
+    if kernels is None:
         linear_residual_reference(stream, x, weight, bias, gate, sums)
-        return
-    from mdkern.kernels.backbone import launch_linear
+    else:
+        kernels.linear_residual(stream, x, weight, bias, gate, sums)
 
-    launch_linear.linear_residual(stream, x, weight, bias, gate, sums)
+
+def launcher(x: Tensor, weight: Tensor, sums: Tensor | None, columns: int) -> ModuleType | None:
+    """The module whose kernels run a product, if their `sums`, over rows of `columns` numbers, are in its spans."""
+    span = None if sums is None else columns // sums.shape[0]
+    if runs_fused(x, weight):
+        from mdkern.kernels.backbone import launch_linear
+
+        return launch_linear if span in (None, SPAN) else None
+    if runs_in_the_middle(x, weight):
+        from mdkern.kernels.backbone import triton_linear
+
+        return triton_linear if span in (None, MIDDLE_SPAN) else None
+    return None
 
 
 def new_product(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -132,12 +149,53 @@ linear_residual_operator = operator(
 def runs_fused(x: Tensor, weight: Tensor) -> bool:
     """Whether a Hopper kernel runs the product: many rows, whole column tiles, matrices that bulk copies can read."""
     return (
-        is_hopper(x.device)
-        and rows_to_choose_by(x.shape[0]) >= FEWEST_ROWS
+        rows_to_choose_by(x.shape[0]) >= FEWEST_ROWS
         and weight.shape[0] % COLUMN_TILE == 0
+        and (x.shape[1] >= COLUMN_TILE or is_batch_invariant())
+        and reads_in_bulk(x, weight)
+    )
+
+
+def runs_in_the_middle(x: Tensor, weight: Tensor) -> bool:
+    """Whether `triton_linear` runs the product: there are too few tiles for `runs_fused`, as there are not many rows or
+    few columns, and too many rows for memory to be the limit."""
+    columns, inner = weight.shape
+    return (
+        x.shape[0] >= MIDDLE_ROWS
+        and (x.shape[0] < FEWEST_ROWS or min(columns, inner) < COLUMN_TILE)
+        and columns % MIDDLE_SPAN == 0
+        and inner % MIDDLE_SPAN == 0
+        and not is_batch_invariant()
+        and reads_in_bulk(x, weight)
+    )
+
+
+def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
+    """Whether bulk copies on a Hopper GPU can read both operands, in 16 bits."""
+    return (
+        is_hopper(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
         and copies_in_bulk(x)
         and copies_in_bulk(weight)
+    )
+
+
+def span_of_sums(rows: int, width: int) -> int:
+    """Columns of each sum that `linear_residual` writes for so many rows of a stream of so many columns."""
+    return SPAN if rows_to_choose_by(rows) >= FEWEST_ROWS and width >= SPAN else MIDDLE_SPAN
+
+
+def sums_of_stream(stream: Tensor) -> Tensor:
+    """Room for the sums that `linear_residual` writes of such a stream, in the spans of the kernel that runs it."""
+    return new_sums(stream, span_of_sums(*stream.shape))
+
+
+def folds(rows: int, width: int, cos: Tensor, heads: int) -> bool:
+    """Whether norms can be left to the products of so many rows, as their kernels read and write the rows' sums."""
+    if span_of_sums(rows, width) == SPAN:
+        return width % SPAN == 0 and rotates_fused(cos, heads)
+    return (
+        rows >= MIDDLE_ROWS and width % MIDDLE_SPAN == 0 and cos.shape[1] in MIDDLE_PAIRS and not is_batch_invariant()
     )
 
 
@@ -149,7 +207,7 @@ def rotates_fused(cos: Tensor, heads: int) -> bool:
 def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
     """Whether `linear_residual` is one pass. Where it is not, the norm that follows should do the addition."""
     whole = gate.ndim == 1 or (not is_batch_invariant() and (x.shape[0] // gate.shape[0]) % 64 == 0)
-    return runs_fused(x, weight) and whole and gate.stride(-1) == 1
+    return gate.stride(-1) == 1 and ((runs_fused(x, weight) and whole) or runs_in_the_middle(x, weight))
 
 
 def linear_rotary(
@@ -161,7 +219,7 @@ def linear_rotary(
     heads: int,
     length: int,
     bias: Tensor | None = None,  # [C]
-    sums: Tensor | None = None,  # [K / 256, 2, N]
+    sums: Tensor | None = None,  # [spans of K, 2, N]
 ) -> Tensor:
     """``x @ weight.T + bias`` with rotary embedding of the first `heads` heads; row n is at position ``n % length``.
 
@@ -215,7 +273,7 @@ def linear_residual(
     bias: Tensor | None,  # [C]
     gate: Tensor,  # [C] or [S, C]
     *,
-    sums: Tensor | None = None,  # [C / 256, 2, N]
+    sums: Tensor | None = None,  # [spans of C, 2, N]
 ) -> None:
     """``stream += gate * (x @ weight.T + bias)`` in place, rounded once.
 
@@ -259,9 +317,10 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, sums: T
 
 
 def check_sums(sums: Tensor, x: Tensor) -> None:
-    shape = (x.shape[1] // SPAN, 2, x.shape[0])
-    if x.shape[1] % SPAN or sums.shape != shape or sums.dtype != wide(x) or not sums.is_contiguous():
+    columns, spans = x.shape[1], sums.shape[0] if sums.ndim else 0
+    whole = spans > 0 and columns % spans == 0 and sums.shape == (spans, 2, x.shape[0])
+    if not whole or sums.dtype != wide(x) or not sums.is_contiguous():
         raise ValueError(
-            f"sums of rows {list(x.shape)} must be contiguous {wide(x)} [{x.shape[1]} / {SPAN}, 2, {x.shape[0]}], "
-            f"not {sums.dtype} {list(sums.shape)}"
+            f"sums of rows {list(x.shape)} must be contiguous {wide(x)} [spans of the {columns} columns, 2,"
+            f" {x.shape[0]}], not {sums.dtype} {list(sums.shape)}"
         )
