@@ -36,6 +36,8 @@ FLOAT8 = {"weight_scale": gl.float8e4nv}
 def build(rows: int, **constants: Any) -> Any:
     """Compile the kernel as `project_skinny` would ask for it."""
     tiling = SkinnyTiling(rows, 4, 256)
+    if constants.get("weight_scale"):
+        tiling = SkinnyTiling(rows, 8, 128, consumers=2)
     fixed = launch_skinny.tiling_constants(tiling, 768) | {
         "MODE": 1,
         "PROGRAMS": 132,
@@ -58,7 +60,7 @@ def build(rows: int, **constants: Any) -> Any:
         fixed,
         types,
         num_warps=4,
-        maxnreg=launch_skinny.REGISTERS,
+        maxnreg=tiling.registers,
     )
 
 
@@ -75,13 +77,15 @@ def test_it_compiles_for_hopper(rows: int, constants: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("constants", [{"MODE": 0}, {"MODE": 1}, {"MODE": 1, "shard_records": "written"}], ids=str)
-def test_the_choosing_kernel_compiles(constants: dict[str, Any]) -> None:
-    fixed = {"shard_records": None, "PROGRAMS": 132, "SPLITS": 256, "WANT_TOP": True, "WANT_ENTROPY": True} | constants
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_the_choosing_kernel_compiles(constants: dict[str, Any], consumers: int) -> None:
+    fixed = {"shard_records": None, "PROGRAMS": 132 * consumers, "SPLITS": 256 * consumers}
+    fixed |= {"WANT_TOP": True, "WANT_ENTROPY": True} | constants
     fixed = {"WANT_ARGMAX": True, "OF_SAMPLER": constants["MODE"] == 1} | fixed
     if fixed["shard_records"]:  # a shard has no other outputs
         del fixed["shard_records"]
         fixed |= dict.fromkeys(("token_out", "log_prob", "logsumexp", "top1", "top2", "entropy", "argmax"))
-    built = gluon.build(hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel, fixed, {}, num_warps=1)
+    built = gluon.build(hopper_skinny_reduce.vocab_projection_skinny_reduce_kernel, fixed, {}, num_warps=consumers)
     assert "ld.global.v4" in built.asm["ptx"]  # a record is two loads, not eight
 
 
@@ -131,6 +135,8 @@ ON_GPU = [
     {"rows": 16, "temperature": "greedy", "float8": True},
     {"rows": 7, "depth": 144, "dtype": torch.float16, "options": {"soft_cap": 5.0, "scale": 0.7}, "float8": True},
     {"rows": 16, "depth": 4096, "columns": 1_000, "of": "sampler", "float8": True},
+    {"rows": 3, "columns": 64, "float8": True},  # nothing is left for a program's second consumer
+    {"rows": 16, "columns": 70, "biased": True, "float8": True},
 ]
 
 
@@ -158,8 +164,19 @@ def test_gpu_tokens_do_not_depend_on_the_tiles(temperature: str) -> None:
 
 @pytest.mark.gpu
 @needs_hopper
-def test_gpu_bad_rows_touch_no_other() -> None:
-    problem = Problem(rows=16, **BASE, biased=True)
+def test_gpu_tokens_from_float8_do_not_depend_on_the_tiles() -> None:
+    problem = Problem(rows=8, **BASE | {"columns": 50_258}, float8=True)
+    arguments = problem.arguments(False)
+    want = vocab_projection(*arguments, tiling=launch.Tiling(16, 128, 128, 4, 3))[0]
+    for shape in ((8, 16, 128, 2), (8, 7, 128, 2), (16, 5, 128, 2), (8, 8, 128, 1), (16, 4, 256, 1)):
+        assert torch.equal(vocab_projection(*arguments, tiling=SkinnyTiling(*shape))[0], want), shape
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("float8", [False, True])
+def test_gpu_bad_rows_touch_no_other(float8: bool) -> None:
+    problem = Problem(rows=16, **BASE, biased=True, float8=float8)
     whole = problem.run()
     bad = [3, 9, 15]
     place = problem.row_index[bad]

@@ -11,7 +11,12 @@ depend on the order of its inner dimension, so no value moves: in every 16 colum
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from mdkern.kernels.gluon_common import ring_advance
 from mdkern.kernels.head.hopper_position import item_position
@@ -61,28 +66,37 @@ def convert(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def convert_tiles(rings, work, K_TILES: gl.constexpr, PROGRAMS: gl.constexpr, FIXED: gl.constexpr):
-    """The converter warps of `hopper_projection`: take tiles ``[BN, BK]`` of float8 to another ring, in 16 bits."""
+def convert_tiles(
+    rings,
+    work,
+    K_TILES: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    FIXED: gl.constexpr,
+    TURN: gl.constexpr,  # number of the converter
+    CONVERTERS: gl.constexpr,
+):
+    """Converter warps of `hopper_projection`: take tiles in float8 to another ring, in 16 bits, in turn."""
     raw_ring, raw_full, raw_empty, ring, full, empty = rings
-    PART: gl.constexpr = 64
     BK: gl.constexpr = raw_ring.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // BK, BK // 16], [4, 1], [1, 0])
     program, items, schedule = work
     stage = program * 0
     phase = program * 0
+    turn = program * 0
     for item in range(items):
         _, first, last, stride, _ = item_position(item, program, schedule, PROGRAMS, FIXED)
         for _ in range(first, last, stride):
             for _ in range(K_TILES):
-                mbarrier.wait(raw_full.index(stage), phase)
-                mbarrier.wait(empty.index(stage), phase ^ 1)
-                for part in gl.static_range(raw_ring.shape[1] // PART):
-                    x = raw_ring.index(stage).slice(part * PART, PART, dim=0).load(layout)
-                    ring.index(stage).slice(part * PART, PART, dim=0).store(convert(x, ring.dtype))
-                fence_async_shared()
-                mbarrier.arrive(full.index(stage))
-                mbarrier.arrive(raw_empty.index(stage))
+                if turn == TURN:
+                    mbarrier.wait(raw_full.index(stage), phase)
+                    x = convert(raw_ring.index(stage).load(layout), ring.dtype)
+                    mbarrier.wait(empty.index(stage), phase ^ 1)
+                    ring.index(stage).store(x)
+                    fence_async_shared()
+                    mbarrier.arrive(full.index(stage))
+                    mbarrier.arrive(raw_empty.index(stage))
                 stage, phase = ring_advance(stage, phase, raw_ring.shape[0])
+                turn = (turn + 1) % CONVERTERS
 
 
 @gluon.jit
@@ -97,3 +111,40 @@ def load_operand(tile, dtype: gl.constexpr, layout: gl.constexpr):
     result has `layout`."""
     x = convert(tile.load(_four_bytes(tile.shape[1])), dtype)
     return gl.convert_layout(operand_order(x), gl.DotOperandLayout(0, layout, 2), True)
+
+
+@gluon.jit
+def reorder_rows(hidden_tiles):
+    """Put the columns of the rows in shared memory into the order of a weight in float8."""
+    BK: gl.constexpr = hidden_tiles.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // BK, BK // 16], [4, 1], [1, 0])
+    for k in range(hidden_tiles.shape[0]):
+        hidden_tiles.index(k).store(operand_order(hidden_tiles.index(k).load(layout)))
+
+
+@gluon.jit
+def product_of_float8(rings, stage, phase, layout: gl.constexpr):
+    """`hopper_skinny._product` for a weight in float8, which goes through registers; the result has `layout`.
+
+    A tile is given back when its product has begun. Then its values have been used, and so have arrived in registers.
+    """
+    hidden_tiles, weight_ring, full, empty = rings[:4]
+    IDS: gl.constexpr = weight_ring.shape[1]
+    ROWS: gl.constexpr = hidden_tiles.shape[1]
+    K_TILES: gl.constexpr = hidden_tiles.shape[0]
+    x = gl.zeros([IDS, ROWS], gl.float32, layout=layout)
+    mbarrier.wait(full.index(stage), phase)
+    w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+    for k in range(K_TILES - 1):
+        x = warpgroup_mma(w, hidden_tiles.index(k).permute((1, 0)), x, use_acc=k > 0, is_async=True)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+        mbarrier.wait(full.index(stage), phase)
+        next_w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+        x, w = warpgroup_mma_wait(0, deps=(x, w))
+        w = next_w
+    x = warpgroup_mma(w, hidden_tiles.index(K_TILES - 1).permute((1, 0)), x, use_acc=K_TILES > 1, is_async=True)
+    mbarrier.arrive(empty.index(stage))
+    stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+    x, w = warpgroup_mma_wait(0, deps=(x, w))
+    return x, stage, phase

@@ -342,14 +342,15 @@ def vocab_projection_hopper_kernel(
                         rows, sizes, rings, work, K_TILES, 0, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
                         HEAD_START, MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                     )),
-                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED)),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED, 0, 2)),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED, 1, 2)),
                     (_produce, (
                         hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
                         HEAD_START,
                     )),
                 ],
-                [4, 1],
-                [CONVERTER_REGISTERS, 24],
+                [4, 4, 1],
+                [CONVERTER_REGISTERS, CONVERTER_REGISTERS, 24],
             )  # fmt: skip
         else:
             gl.warp_specialize(
@@ -362,14 +363,15 @@ def vocab_projection_hopper_kernel(
                         rows, sizes, rings, work, K_TILES, 1, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
                         HEAD_START, MODE, WANT_TOP, WANT_ENTROPY, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
                     )),
-                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED)),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED, 0, 2)),
+                    (convert_tiles, (tiles, work, K_TILES, PROGRAMS, FIXED, 1, 2)),
                     (_produce, (
                         hidden, weight, rings, work, K_TILES, PROGRAMS, FIXED, BM, BN, BK, STAGES, STATIONARY,
                         HEAD_START,
                     )),
                 ],
-                [4, 4, 1],
-                [REGISTERS, CONVERTER_REGISTERS, 24],
+                [4, 4, 4, 1],
+                [REGISTERS, CONVERTER_REGISTERS, CONVERTER_REGISTERS, 24],
             )  # fmt: skip
     elif CONSUMERS == 1:
         gl.warp_specialize(

@@ -4,7 +4,8 @@ The tensor cores multiply a group, which is 64 ids of the vocabulary, by 8 or 16
 wasted, and a program's work comes in small pieces. One producer warp copies the output layer through a ring, four
 producer warps draw the noise of the next groups, and four consumer warps multiply and fold. The rows stay in shared
 memory. Each program writes a record of 32 bytes for each row, with its candidate for the token, and
-`hopper_skinny_reduce` merges these.
+`hopper_skinny_reduce` merges these. A weight in float8 arrives in half of the time, so that two times four consumer
+warps take groups in turn.
 Times, and what was tried: docs/notes/output-layer.md.
 """
 
@@ -24,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mdkern.kernels import triton_noise as noise
 from mdkern.kernels.gluon_common import barrier, ring_advance
-from mdkern.kernels.head.hopper_float8 import load_operand, operand_order
+from mdkern.kernels.head.hopper_float8 import product_of_float8, reorder_rows
+from mdkern.kernels.head.hopper_skinny_noise import NOISE_STAGES, in_whole, produce_noise
 from mdkern.kernels.head.hopper_skinny_reduce import RECORD
 from mdkern.kernels.head.triton_projection import MIXED
 from mdkern.kernels.triton_common import (
@@ -35,13 +36,10 @@ from mdkern.kernels.triton_common import (
     LOG2E,
     LOWEST,
     NOWHERE,
-    load_keys,
     load_row_count,
     load_row_index,
     merge_top_two,
 )
-
-NOISE_STAGES = gl.constexpr(2)  # number of groups whose noise is drawn ahead
 
 
 @constexpr_function
@@ -56,7 +54,7 @@ def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START:
 
     Full rings in all programs are 17 MB of copies in flight, and any other load waits behind them.
     """
-    hidden_tiles, weight_ring, full, empty, asked = rings
+    hidden_tiles, weight_ring, full, empty, asked, _ = rings
     BK: gl.constexpr = weight_ring.shape[2]
     stage = program * 0
     phase = stage + 1
@@ -68,74 +66,6 @@ def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START:
             mbarrier.expect(ready, GROUP_SIZE * BK * weight_ring.dtype.primitive_bitwidth // 8)
             tma.async_copy_global_to_shared(weight, [group * GROUP_SIZE, k * BK], ready, weight_ring.index(stage))
             stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
-
-
-@gluon.jit
-def _in_whole(group, first_id):
-    """A group's number in the whole vocabulary, by which the noise is keyed."""
-    place = group
-    if first_id is not None:
-        place = group + first_id // GROUP_SIZE
-    return place
-
-
-@gluon.jit
-def _group_race(seed, keys, group):
-    """``1 / exponential`` of a group for each row."""
-    sample, position, step = keys
-    w0, w1, w2, w3 = noise.random_words(seed, sample, position, step, (sample * 0) + (group >> 1), noise.GROUP)
-    odd = (group & 1) == 1
-    return noise.inverse_exponential(gl.where(odd, w2, w0), gl.where(odd, w3, w1))
-
-
-@gluon.jit
-def _token_noise(seed, keys, pair):
-    """The Gumbel noise of ``[32]`` pairs of ids for all rows: ``[64, ROWS]``."""
-    sample, position, step = keys
-    w0, w1, w2, w3 = noise.random_words(
-        seed, sample[None, :], position[None, :], step[None, :], gl.expand_dims(pair, 1), noise.TOKEN
-    )
-    both = gl.join(noise.gumbel(w0, w1), noise.gumbel(w2, w3)).permute(0, 2, 1)
-    return both.reshape(2 * pair.shape[0], sample.shape[0])
-
-
-@gluon.jit
-def _produce_noise(
-    keys,
-    row_count,
-    seed,
-    capacity,
-    draws,
-    program,
-    groups,
-    first_id,
-    PROGRAMS: gl.constexpr,
-    MODE: gl.constexpr,
-):
-    """The producer warps of noise: for all rows, the race of each group and the noise of its ids."""
-    races, noises, drawn, used = draws
-    ROWS: gl.constexpr = races.shape[1]
-    by_row: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    pairs: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])  # pairs of ids, which a Philox call serves
-    if MODE == MIXED:
-        seed_value = gl.load(seed)
-        count = load_row_count(row_count, capacity)
-        group_row = gl.arange(0, ROWS, layout=by_row)
-        token_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, pairs))
-        group_keys = load_keys(keys, group_row, group_row < count)
-        token_keys = load_keys(keys, token_row, token_row < count)
-        pair = gl.arange(0, GROUP_SIZE // 2, layout=gl.SliceLayout(1, pairs))
-        noise_stage = program * 0
-        phase = noise_stage + 1
-        for group in range(program, groups, PROGRAMS):
-            place = _in_whole(group, first_id)
-            race = _group_race(seed_value, group_keys, place)
-            token_noise = _token_noise(seed_value, token_keys, pair + place * (GROUP_SIZE // 2))
-            mbarrier.wait(used.index(noise_stage), phase)
-            races.index(noise_stage).store(race)
-            noises.index(noise_stage).store(token_noise)
-            mbarrier.arrive(drawn.index(noise_stage))
-            noise_stage, phase = ring_advance(noise_stage, phase, NOISE_STAGES)
 
 
 @gluon.jit
@@ -155,44 +85,17 @@ def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stri
 
 
 @gluon.jit
-def _reorder_rows(hidden_tiles):
-    """Put the columns of the rows in shared memory into the order of a weight in float8."""
-    BK: gl.constexpr = hidden_tiles.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // BK, BK // 16], [4, 1], [1, 0])
-    for k in range(hidden_tiles.shape[0]):
-        hidden_tiles.index(k).store(operand_order(hidden_tiles.index(k).load(layout)))
-
-
-@gluon.jit
-def _product_of_float8(rings, stage, phase):
-    """`_product` for a weight in float8, which goes through registers: the next tile is converted while the tensor
-    cores have the last one."""
-    hidden_tiles, weight_ring, full, empty, _ = rings
-    ROWS: gl.constexpr = hidden_tiles.shape[1]
-    K_TILES: gl.constexpr = hidden_tiles.shape[0]
-    layout: gl.constexpr = _tile(ROWS)
-    x = gl.zeros([GROUP_SIZE, ROWS], gl.float32, layout=layout)
-    mbarrier.wait(full.index(stage), phase)
-    w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
-    mbarrier.arrive(empty.index(stage))
-    stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
-    for k in range(K_TILES - 1):
-        x = warpgroup_mma(w, hidden_tiles.index(k).permute((1, 0)), x, use_acc=k > 0, is_async=True)
-        mbarrier.wait(full.index(stage), phase)
-        next_w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
-        mbarrier.arrive(empty.index(stage))
-        stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
-        x, w = warpgroup_mma_wait(0, deps=(x, w))
-        w = next_w
-    x = warpgroup_mma(w, hidden_tiles.index(K_TILES - 1).permute((1, 0)), x, use_acc=K_TILES > 1, is_async=True)
-    x, w = warpgroup_mma_wait(0, deps=(x, w))
-    return x, stage, phase
+def _skip(stage, phase, COUNT: gl.constexpr, STAGES: gl.constexpr):
+    """The stage and phase after `COUNT` stages that another consumer takes."""
+    stage += COUNT
+    phase ^= (stage // STAGES) & 1
+    return stage % STAGES, phase
 
 
 @gluon.jit
 def _product(rings, stage, phase):
     """The product of the next group with all rows, [64, ROWS], and the next stage of the ring."""
-    hidden_tiles, weight_ring, full, empty, _ = rings
+    hidden_tiles, weight_ring, full, empty = rings[:4]
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     x = gl.zeros([GROUP_SIZE, ROWS], gl.float32, layout=_tile(ROWS))
     previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
@@ -266,6 +169,8 @@ def _consume(
     draws,
     program,
     groups,
+    TURN: gl.constexpr,  # number of the consumer
+    CONSUMERS: gl.constexpr,
     PROGRAMS: gl.constexpr,
     MODE: gl.constexpr,
     WANT_ARGMAX: gl.constexpr,
@@ -273,7 +178,13 @@ def _consume(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    """The consumer warps: multiply this program's groups by all rows, then write a record for each row."""
+    """The consumer warps: multiply this program's groups by all rows, then write a record for each row.
+
+    Several consumers take groups in turn, as each were programs of their own. The first one copies the rows.
+    """
+    NEXT: gl.constexpr = CONSUMERS * PROGRAMS
+    K_TILES: gl.constexpr = rings[0].shape[0]
+    STAGES: gl.constexpr = rings[1].shape[0]
     hidden, weight_scale, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
     capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
     races, noises, drawn, used = draws
@@ -286,13 +197,15 @@ def _consume(
     value = gl.full([ROWS], 1.0, gl.float32, layout=by_row) * uniform_temperature
     if temperature is not None:
         value = gl.load(temperature + row, mask=row < count, other=1.0)
-    ids = program * GROUP_SIZE + id_in_group
+    first = program + TURN * PROGRAMS
+    ids = first * GROUP_SIZE + id_in_group
     if weight_scale is not None:
         next_factor = gl.load(weight_scale + ids, mask=ids < vocab, other=0.0)
     if bias is not None:
         next_shift = gl.load(bias + ids, mask=ids < vocab, other=LOWEST)
     _, total = load_row_index(row_index, row, row < count, hidden_rows)
-    _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, rings[0])
+    if TURN == 0:
+        _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stride, rings[0])
     mbarrier.arrive(rings[4])
     inv_temperature = gl.where(value == 0.0, 0.0, 1.0 / value)
     if OF_SAMPLER:  # the logits themselves are divided by the temperature
@@ -304,27 +217,34 @@ def _consume(
     top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
     leader = gl.full([GROUP_SIZE, ROWS], -float("inf"), gl.float32, layout=tile)
     state = top, total, nothing, lowest, best, row * 0, leader, leader, row * 0
-    async_copy.wait_group(0)
-    if weight_scale is not None:
+    if TURN == 0:
+        async_copy.wait_group(0)
+        if weight_scale is not None:
+            barrier()
+            reorder_rows(rings[0])
+        fence_async_shared()
         barrier()
-        _reorder_rows(rings[0])
-    fence_async_shared()
-    barrier()
+        if CONSUMERS > 1:
+            mbarrier.arrive(rings[5])
+    else:
+        mbarrier.wait(rings[5], 0)
 
     stage = program * 0
     phase = program * 0
-    noise_stage = program * 0
+    stage, phase = _skip(stage, phase, TURN * K_TILES, STAGES)
+    noise_stage = program * 0 + TURN
     noise_phase = program * 0
-    for group in range(program, groups, PROGRAMS):
+    for group in range(first, groups, NEXT):
         ids = group * GROUP_SIZE + id_in_group
-        next_ids = ids + PROGRAMS * GROUP_SIZE
+        next_ids = ids + NEXT * GROUP_SIZE
         if bias is not None:  # loaded one group ahead, as a load behind full rings takes as long as a group
             shift = next_shift
             next_shift = gl.load(bias + next_ids, mask=next_ids < vocab, other=LOWEST)
         if weight_scale is not None:
             factor = next_factor
             next_factor = gl.load(weight_scale + next_ids, mask=next_ids < vocab, other=0.0)
-            x, stage, phase = _product_of_float8(rings, stage, phase)
+            x, stage, phase = product_of_float8(rings, stage, phase, tile)
+            stage, phase = _skip(stage, phase, (CONSUMERS - 1) * K_TILES, STAGES)
             x = x * gl.expand_dims(factor, 1)
         else:
             x, stage, phase = _product(rings, stage, phase)
@@ -345,15 +265,15 @@ def _consume(
             race = races.index(noise_stage).load(by_row)
             token_noise = noises.index(noise_stage).load(tile)
             mbarrier.arrive(used.index(noise_stage))
-            noise_stage, noise_phase = ring_advance(noise_stage, noise_phase, NOISE_STAGES)
-        place = _in_whole(group, first_id)
+            noise_stage, noise_phase = _skip(noise_stage, noise_phase, CONSUMERS, NOISE_STAGES)
+        place = in_whole(group, first_id)
         ids = place * GROUP_SIZE + id_in_group
         state = _absorb(x, ids, place, state, inv_temperature, race, token_noise, MODE, WANT_ARGMAX)
 
     top, total, moment, second, best, best_group, leader, leader_value, top_id = state
     ids = best_group[None, :] * GROUP_SIZE + gl.expand_dims(id_in_group, 1)
     _, token, logit = gl.reduce((leader_value, ids, leader), 0, _lead)
-    record = records + (row * PROGRAMS + program) * RECORD
+    record = records + (row * NEXT + program * CONSUMERS + TURN) * RECORD
     token_bits, id_bits = token.to(gl.float32, bitcast=True), top_id.to(gl.float32, bitcast=True)
     numbers = (top, total, moment, second, best, token_bits, logit, id_bits)
     for number in gl.static_range(RECORD):
@@ -372,7 +292,7 @@ def vocab_projection_skinny_kernel(
     uniform_temperature,
     seed,
     keys,
-    records,  # [M, PROGRAMS, RECORD]
+    records,  # [M, PROGRAMS * CONSUMERS, RECORD]
     capacity,
     vocab,
     hidden_rows,  # N
@@ -386,6 +306,7 @@ def vocab_projection_skinny_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     HEAD_START: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     PROGRAMS: gl.constexpr,
     MODE: gl.constexpr,
     WANT_ARGMAX: gl.constexpr,
@@ -399,7 +320,9 @@ def vocab_projection_skinny_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(asked, count=1)
+    mbarrier.init(asked, count=CONSUMERS)
+    held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(held, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
@@ -416,18 +339,37 @@ def vocab_projection_skinny_kernel(
     gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
     program = gl.program_id(0)
     groups = gl.cdiv(vocab, GROUP_SIZE)
-    rings = (hidden_tiles, weight_ring, full, empty, asked)
+    rings = (hidden_tiles, weight_ring, full, empty, asked, held)
     draws = (races, noises, drawn, used)
     rows = (hidden, weight_scale, bias, row_index, row_count, temperature, uniform_temperature, records)
     sizes = (capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id)
-    gl.warp_specialize(
-        [
-            (_consume, (
-                rows, sizes, rings, draws, program, groups, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER, HAS_SCALE, HAS_CAP,
-            )),
-            (_produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
-            (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
-        ],
-        [4, 1],
-        [128, 24],
-    )  # fmt: skip
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    rows, sizes, rings, draws, program, groups, 0, CONSUMERS, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER,
+                    HAS_SCALE, HAS_CAP,
+                )),
+                (produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
+                (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
+            ],
+            [4, 1],
+            [128, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    rows, sizes, rings, draws, program, groups, 0, CONSUMERS, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER,
+                    HAS_SCALE, HAS_CAP,
+                )),
+                (_consume, (
+                    rows, sizes, rings, draws, program, groups, 1, CONSUMERS, PROGRAMS, MODE, WANT_ARGMAX, OF_SAMPLER,
+                    HAS_SCALE, HAS_CAP,
+                )),
+                (produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
+                (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
+            ],
+            [4, 4, 1],
+            [152, 112, 24],
+        )  # fmt: skip

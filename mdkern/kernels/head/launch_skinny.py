@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mdkern.kernels.head import hopper_skinny, hopper_skinny_reduce
+from mdkern.kernels.head import hopper_skinny, hopper_skinny_noise, hopper_skinny_reduce
 from mdkern.kernels.head.arguments import Head, Rows
 
 GROUP_SIZE = hopper_skinny.GROUP_SIZE.value
@@ -20,7 +20,6 @@ SHARED = 227 * 1024 - 3072  # bytes of shared memory for tiles; the rest is for 
 RING = 128 * 1024  # bytes in flight; more is slower, see docs/notes/output-layer.md
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}  # of the rows
 WEIGHT_ELEMENT = ELEMENT | {torch.float8_e4m3fn: gl.float8e4nv}
-REGISTERS = 128  # of a thread at launch; some are left, so that the reduce kernel can start before this one ends
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,12 @@ class SkinnyTiling:
     rows: int
     stages: int
     hidden_dim: int  # columns of a copied tile
+    consumers: int = 1  # warpgroups that multiply and fold, in turn: 2 for a weight in float8, which takes them longer
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread at launch. Some are left, so that the reduce kernel can start before this one ends."""
+        return 128 if self.consumers == 1 else 112
 
     @property
     def head_start(self) -> int:
@@ -47,17 +52,17 @@ def choose_skinny_tiling(rows: int, hidden: Tensor, weight_bytes: int = 2) -> Sk
     hidden_dim, aligned = hidden.shape[1], hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
     if rows > 16 or hidden.dtype not in ELEMENT or hidden_dim % 16 or not aligned:
         return None
-    held = 8 if rows <= 8 else 16
-    for copied in (256, 128):
+    held, float8 = 8 if rows <= 8 else 16, weight_bytes == 1
+    for copied in (128,) if float8 else (256, 128):  # converted, a tile of 256 takes too many registers
         stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // (GROUP_SIZE * copied * weight_bytes)
         if stages >= 4 and (hidden_dim % copied == 0 or copied == 128):
-            return SkinnyTiling(held, stages, copied)
+            return SkinnyTiling(held, stages, copied, consumers=2 if float8 else 1)
     return None
 
 
 def held_bytes(rows: int, copied: int, hidden_dim: int) -> int:
     """Bytes of shared memory besides the ring: the rows, and the noise of two groups."""
-    noise = hopper_skinny.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
+    noise = hopper_skinny_noise.NOISE_STAGES.value * (GROUP_SIZE + 1) * rows * 4
     return triton.cdiv(hidden_dim, copied) * copied * rows * 2 + noise
 
 
@@ -74,8 +79,9 @@ def project_skinny(
     assert head.weight is not None
     capacity, vocab = rows.row_index.shape[0], head.vocab(hidden)
     programs = min(constants["PROGRAMS"], triton.cdiv(vocab, GROUP_SIZE))
-    constants = {name: value for name, value in constants.items() if name != "FIXED"} | {"PROGRAMS": programs}
-    records = torch.empty((capacity, programs, RECORD), dtype=torch.float32, device=hidden.device)
+    constants = {name: value for name, value in constants.items() if name != "FIXED"}
+    parts = programs * tiling.consumers
+    records = torch.empty((capacity, parts, RECORD), dtype=torch.float32, device=hidden.device)
     block = [GROUP_SIZE, tiling.hidden_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, WEIGHT_ELEMENT[head.weight.dtype])
     hopper_skinny.vocab_projection_skinny_kernel[(programs,)](
@@ -99,7 +105,7 @@ def project_skinny(
         HAS_SCALE=head.scale != 1.0,
         HAS_CAP=head.soft_cap > 0.0,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=tiling.registers,
         launch_pdl=True,
         **tiling_constants(tiling, hidden.shape[1]),
     )
@@ -118,10 +124,10 @@ def project_skinny(
         argmax,
         shard_records,
         capacity,
-        SPLITS=max(32, triton.next_power_of_2(programs)),
-        num_warps=1,
+        SPLITS=max(32, triton.next_power_of_2(parts)),
+        num_warps=1 if parts <= 256 else 2,
         launch_pdl=True,
-        **constants,
+        **constants | {"PROGRAMS": parts},
     )
 
 
@@ -133,4 +139,5 @@ def tiling_constants(tiling: SkinnyTiling, hidden_dim: int) -> dict[str, Any]:
         "BK": tiling.hidden_dim,
         "STAGES": tiling.stages,
         "HEAD_START": tiling.head_start,
+        "CONSUMERS": tiling.consumers,
     }
