@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdkern.engine.canvas import CanvasSettings
-from mdkern.engine.canvas_run import Texts, Written, keep, workspace_for, write_texts
+from mdkern.engine.canvas_run import Texts, Written, keep, padded_length, workspace_for, write_texts
 from mdkern.engine.checks import MOST_FLOAT32, check_count, check_flag, check_real
 from mdkern.engine.resolve import check_ids, check_mask, check_streamer, resolve_sample_ids, resolve_seed
 from mdkern.models.hf.block_diffusion import is_block_diffusion
@@ -126,7 +126,8 @@ def sample_canvas(
     for start in range(0, len(ids), batch):
         part = slice(start, start + batch)
         texts = Texts(ids[part], mask[part], numbers[part], seed, canvases, end_ids, pad_id, inputs)
-        workspace = workspace_for(model, settings, len(texts.input_ids), ids.shape[1] + (canvases - 1) * canvas_length)
+        room = padded_length(texts, ids.device) + (canvases - 1) * canvas_length
+        workspace = workspace_for(model, settings, len(texts.input_ids), room)
         written = write_texts(workspace, texts, cuda_graphs, *streaming(streamer, texts.input_ids))
         keep(model, workspace)
         outputs.append(summarise(texts, written))

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mdkern.engine import canvas_graphs
 from mdkern.engine.canvas import CanvasSettings, CanvasState, canvas_step
 from mdkern.engine.canvas_graphs import CapturedPasses, mask_tensors, masks_of, signature
 from mdkern.engine.graphs import process_settings
 from mdkern.models.hf.block_diffusion import BlockDiffusion
 
+LENGTH_UNIT = 64  # prompts are padded to multiples of it on a GPU, so that captured passes serve many lengths
 STEPS_AHEAD = 1  # steps that the host starts before it knows whether the canvas was finished before them
 
 Draft = Callable[[Tensor], None]
@@ -100,19 +102,20 @@ def write_texts(workspace: CanvasWorkspace, texts: Texts, cuda_graphs: bool, dra
         layer.place(0)
     ids, inputs, count = texts.input_ids, texts.inputs, len(texts.input_ids)
     own = texts.attention_mask.sum(-1)
-    attended = None if bool(texts.attention_mask.all()) else texts.attention_mask
+    more = padded_length(texts, network.device) - ids.shape[1], 0
+    fresh, whole = (torch.nn.functional.pad(tensor, more) for tensor in (ids, texts.attention_mask))
+    attended = None if bool(whole.all()) else whole
     done = torch.zeros(count, dtype=torch.bool, device=ids.device)
     lengths = own + texts.canvases * network.canvas_length
     end_ids = torch.tensor(texts.end_ids, dtype=torch.int64, device=ids.device)
     state.begin_text(texts.seed)
-    fresh = ids
     for number in range(texts.canvases):
         encode(workspace, fresh, attended, inputs, cuda_graphs)
         inputs = {}
         if attended is not None:
             attended = torch.nn.functional.pad(attended, (0, network.canvas_length), value=True)
         starts = own + number * network.canvas_length
-        state.begin_canvas(texts.sample_ids, starts, ids.shape[1], network.vocab_size, done)
+        state.begin_canvas(texts.sample_ids, starts, cache.layers[0].filled, network.vocab_size, done)
         denoise(workspace, network.masks(count, attended, cache), cuda_graphs, draft)
         fresh, done, ended_at = finish_canvas(state.argmax, done | (state.bad >= 0), end_ids, texts.pad_id)
         lengths = torch.where((ended_at >= 0) & (lengths > starts + ended_at), starts + ended_at, lengths)
@@ -124,6 +127,12 @@ def write_texts(workspace: CanvasWorkspace, texts: Texts, cuda_graphs: bool, dra
     lengths = lengths.clamp(max=ids.shape[1])
     ended = lengths < own + (ids.shape[1] - texts.input_ids.shape[1])
     return Written(ids, state.passes.clone(), ended, lengths, state.bad.clone())
+
+
+def padded_length(texts: Texts, device: torch.device) -> int:
+    """Columns of the prompts as the encoder is given them; images have places of their own."""
+    unit = LENGTH_UNIT if canvas_graphs.can_capture(device) and not texts.inputs else 1
+    return -(-texts.input_ids.shape[1] // unit) * unit
 
 
 def finish_canvas(argmax: Tensor, done: Tensor, end_ids: Tensor, pad_id: int | None) -> tuple[Tensor, Tensor, Tensor]:

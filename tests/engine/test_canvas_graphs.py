@@ -59,8 +59,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_captured_passes_serve_later_calls(streamed: bool, replayed: list[Replayed]) -> None:
+def test_captured_passes_serve_later_calls(streamed: bool, replayed: list[Replayed], monkeypatch: Any) -> None:
     """Other prompts, other padding and other seeds, by the graphs of earlier calls, give what eager passes give."""
+    monkeypatch.setattr(canvas_run, "LENGTH_UNIT", 1)
     model = small_model(sharpness=3.0)
     model.generation_config.eos_token_id = None
     mask = torch.ones(3, 9, dtype=torch.bool)
@@ -83,6 +84,24 @@ def test_captured_passes_serve_later_calls(streamed: bool, replayed: list[Replay
     # one before the second canvas has a mask in any case.
     assert counts == [2, 5, 6, 7, 7, 7]
     assert all(graph.replays > 1 for graph in replayed)
+
+
+def test_prompts_of_many_lengths_share_their_passes(replayed: list[Replayed], monkeypatch: Any) -> None:
+    model = small_model(sharpness=3.0)
+    model.generation_config.eos_token_id = None
+    got, counts = {}, []
+    for unit in (1, 16):
+        monkeypatch.setattr(canvas_run, "LENGTH_UNIT", unit)
+        got[unit] = [mdkern.sample_canvas(model, prompts(2, length), **SHORT) for length in (5, 9, 12, 16)]
+        counts.append(len(replayed))
+        replayed.clear()
+        canvas_run.clear()
+    # Two canvases at each of 4 lengths; else two steps and encoders of padded prompts, and two steps of full ones.
+    assert counts == [8, 6]
+    for one, padded in zip(*got.values()):
+        assert torch.equal(one.sequences, padded.sequences)
+        assert torch.equal(one.lengths, padded.lengths)
+        assert torch.equal(one.prompt_lengths, padded.prompt_lengths)
 
 
 def test_a_canvas_that_ends_early_takes_no_further_step(replayed: list[Replayed]) -> None:
