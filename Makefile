@@ -3,7 +3,7 @@
 # make test-harness: the tests of mdkern inside lm-evaluation-harness.
 # make docs: the API reference, in build/docs.
 # make bench: how fast it is here.  make bench-results: the same at full size, kept in benchmarks/results.
-# make study [DATA=held-out.txt]: the experiments of docs/study.md, small, in minutes.
+# make study [DATA=books.txt]: the experiments of docs/study.md, small, in minutes.
 # make dist REPOSITORY=https://...: what is uploaded.  Each makes its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -59,16 +59,11 @@ bench: .venv/installed
 bench-results: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s --keep-results
 
-# DATA: text, for the parts that compare models on it, and for a small family of models. The study itself: SIZE=full
-# DEVICE=cuda, and docs/study.md for its family.
+# DATA: text that a small family of models is trained on, and compared on what is held out of it; SECOND: another one.
+# The study itself: SIZE=full, as docs/study.md says.
 SIZE ?= small
-DEVICE ?= cpu
 study: .venv/installed
-	$(BIN)/python -m benchmarks.study --device $(DEVICE) --size $(SIZE) $(if $(DATA),--data $(DATA))
-ifdef DATA
-	$(BIN)/python -m benchmarks.study.train --out runs/small --data $(DATA) --models 1 2 3 3b --width 64 --length 32 --tokens 3e4 --batch-size 16 --devices cpu
-	$(BIN)/python -m benchmarks.study --device cpu --models runs/small --data runs/small/held-out.txt --parts light_size three_models measures path bounds
-endif
+	$(BIN)/python -m benchmarks.study.everything --out runs/study --size $(SIZE) $(if $(DEVICE),--devices $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(SECOND),--second $(SECOND))
 
 # Links of the README to files of the repository are absolute on a package's page, where there are no such files.
 dist: .venv/installed

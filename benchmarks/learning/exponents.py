@@ -47,6 +47,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
+    "small": Size(windows=(0, 16), length=64, steps=300, batch_size=8, evaluated=512),
     "tiny": Size(windows=(0, 2), seeds=1, length=16, steps=4, batch_size=4, evaluated=8),
 }
 
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="training token file (.bin)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out token file (.bin)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="(default: tiny)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="(default: small, minutes on a CPU)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(default: full: benchmarks/results, else runs/)")
     return parser
 

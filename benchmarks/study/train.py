@@ -166,25 +166,36 @@ def describe(asked: argparse.Namespace) -> None:
     write_whole(asked.out / "family.json", json.dumps({"recipe": recipe, "held_out": evaluations}, indent=1) + "\n")
 
 
+def prepared(asked: argparse.Namespace) -> list[Job]:
+    """Make the token files of a family, put the shipped models into its folder, and return the jobs of the others.
+
+    Raises:
+        ValueError, FileNotFoundError: what `check` and `prepare_texts` raise.
+    """
+    check(asked)
+    tokenizer = None if asked.vocab_size is not None else PRETRAINED / "tokenizer"
+    texts = prepare_texts(asked.data, asked.out, asked.held_out, asked.judge, tokenizer, asked.vocab_size or 0)
+    taken = set(SHIPPED) & set(asked.models) if asked.shipped else set()
+    for name in taken:
+        copy_whole(PRETRAINED / SHIPPED[name], asked.out / name)
+    jobs = [model_job(name, texts, asked) for name in asked.models if name not in taken]
+    return [*jobs, *([judge_job(texts, asked)] if asked.judge else [])]
+
+
+def all_devices() -> list[str]:
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train what is not there yet. The exit code is 1 if a model is missing at the end."""
     parser = build_parser()
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        check(asked)
-        own = asked.vocab_size is not None
-        tokenizer = None if own else PRETRAINED / "tokenizer"
-        texts = prepare_texts(asked.data, asked.out, asked.held_out, asked.judge, tokenizer, asked.vocab_size or 0)
+        jobs = prepared(asked)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    taken = set(SHIPPED) & set(asked.models) if asked.shipped else set()
-    for name in taken:
-        copy_whole(PRETRAINED / SHIPPED[name], asked.out / name)
-    jobs = [model_job(name, texts, asked) for name in asked.models if name not in taken]
-    if asked.judge:
-        jobs.append(judge_job(texts, asked))
-    devices = asked.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    devices = asked.devices or all_devices()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the jobs are stopped, too
     try:
         missing = run_jobs(jobs, devices, lambda line: print(line, flush=True))

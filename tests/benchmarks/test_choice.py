@@ -117,7 +117,8 @@ def test_learned_exponents_are_compared_where_they_were_fitted_and_elsewhere(
         tokenize([str(tmp_path / f"{name}.txt")], FOLDER / "tokenizer", tmp_path / f"{name}.bin")
     path = tmp_path / "learning-exponents.json"
     options = ["--data", str(tmp_path / "train.bin"), "--valid", str(tmp_path / "valid.bin"), "--output", str(path)]
-    assert exponents.main([*options, "--device", "cpu"]) == 0
+    options += ["--device", "cpu"]
+    assert exponents.main([*options, "--size", "tiny"]) == 0
     runs = json.loads(path.read_text())["runs"]
     assert [run["windows"] for run in runs] == [0, 2]
     for run in runs:
@@ -126,9 +127,9 @@ def test_learned_exponents_are_compared_where_they_were_fitted_and_elsewhere(
         for where in ("train", "held out"):  # of nearly the same exponents, on equal masks
             assert run[where]["learned"] - run[where]["plain"] == pytest.approx(run[where]["difference"], abs=1e-6)
     monkeypatch.setattr(exponents, "run", lambda *_: pytest.fail("measured again"))
-    assert exponents.main([*options, "--device", "cpu"]) == 0
+    assert exponents.main([*options, "--size", "tiny"]) == 0
     with pytest.raises(SystemExit):
-        exponents.main([*options, "--device", "cpu", "--size", "full"])
+        exponents.main([*options, "--size", "full"])
     assert "another setting" in capsys.readouterr().err
     monkeypatch.setattr(choice_tables, "RESULTS", tmp_path)
     table = choice_tables.TABLES["choice-exponents"]()

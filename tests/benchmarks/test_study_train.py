@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study.jobs import Job, run_jobs
+from benchmarks.study import everything
+from benchmarks.study.__main__ import build_parser as study_parser
+from benchmarks.study.jobs import Job, remaining_cost, run_jobs
+from benchmarks.study.runner import ORDER, PARTS
 from benchmarks.study.setting import SIZES, load_study
 from benchmarks.study.texts import deal, documents_of, prepare_texts
 from benchmarks.study.train import build_parser, check, judge_job, main, model_job
@@ -74,7 +77,7 @@ class TestTexts:
 
 class TestJobs:
     @staticmethod
-    def job(folder: Path, name: str, cost: float, code: str = "") -> Job:
+    def job(folder: Path, name: str, cost: float, code: str = "", after: tuple[str, ...] = ()) -> Job:
         """Appends its beginning and end to a file, and leaves a result."""
         log, result = folder / "order", folder / name
         program = (
@@ -83,7 +86,7 @@ class TestJobs:
             f"log.write('{name} ends ' + device + '\\n'); pathlib.Path({str(result)!r}).touch()"
         )
         keep = (folder / f"{name}.kept").touch
-        return Job(name, (sys.executable, "-c", program), cost, result, folder / f"{name}.log", keep)
+        return Job(name, (sys.executable, "-c", program), cost, result, folder / f"{name}.log", keep, after)
 
     def test_the_longest_first_and_one_at_a_time_on_a_device(self, tmp_path: Path) -> None:
         jobs = [self.job(tmp_path, name, cost) for name, cost in (("a", 1), ("b", 3), ("c", 2))]
@@ -117,6 +120,28 @@ class TestJobs:
         assert any(line.startswith("bad: not finished") and line.endswith("no room") for line in said)
         assert (tmp_path / "good.kept").exists()
         assert not (tmp_path / "bad.kept").exists()
+
+    def test_what_others_wait_for_goes_first(self, tmp_path: Path) -> None:
+        """a with what follows it takes 1 + 4; of the rest the longest first."""
+        parts = (("d", 4, ("a", "c")), ("a", 1, ()), ("b", 3, ()), ("c", 0.5, ()))
+        jobs = [self.job(tmp_path, name, cost, after=after) for name, cost, after in parts]
+        assert remaining_cost(jobs) == {"a": 5, "b": 3, "c": 4.5, "d": 4}
+        assert run_jobs(jobs, ["one"], lambda _: None) == []
+        assert re.findall(r"(\w) begins", (tmp_path / "order").read_text()) == ["a", "c", "d", "b"]
+
+    def test_what_waits_for_a_failure_is_not_run(self, tmp_path: Path) -> None:
+        jobs = [self.job(tmp_path, "a", 1.0, "sys.exit(3)"), self.job(tmp_path, "b", 1.0, after=("a",))]
+        assert run_jobs(jobs, ["one", "two"], lambda _: None) == ["a", "b"]
+        assert "b begins" not in (tmp_path / "order").read_text()
+        for after, message in ((("none",), "which is not there"), (("b",), "wait for each other")):
+            with pytest.raises(ValueError, match=message):
+                run_jobs([self.job(tmp_path, "b", 1.0, after=after)], ["one"], lambda _: None)
+
+    def test_an_exit_code_of_0_may_be_the_result(self, tmp_path: Path) -> None:
+        for code, missing in (("3", ["x"]), ("0", [])):
+            job = Job("x", (sys.executable, "-c", f"exit({code})"), 1.0, tmp_path / "x.done", tmp_path / "x.log",
+                      lambda: None, marks=True)  # fmt: skip
+            assert run_jobs([job], ["one"], lambda _: None) == missing
 
     def test_what_is_done_is_not_run_again(self, tmp_path: Path) -> None:
         (tmp_path / "a").touch()
@@ -188,6 +213,14 @@ class TestRecipe:
             check(asked(tmp_path, *options))
 
 
+def test_the_command_for_everything_is_understood(tmp_path: Path) -> None:
+    [command] = re.findall(
+        r"^python -m benchmarks\.study\.everything (--[^#\n]*)", STUDY.replace("\\\n", ""), re.MULTILINE
+    )
+    asked = everything.build_parser().parse_args(shlex.split(command))
+    assert (asked.size, len(asked.data), len(asked.second)) == ("full", 2, 1)
+
+
 def test_the_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.study\.train (--[^#\n]*)", STUDY.replace("\\\n", ""), re.MULTILINE)
     assert len(commands) == 2
@@ -206,3 +239,70 @@ def test_a_family_from_text_to_study(tmp_path: Path) -> None:
     study = load_study(SIZES["tiny"], "cpu", out, data=out / "held-out.txt")
     assert (study.heavy, study.light) == ("2b", "1")
     assert main(command) == 0  # nothing is trained again
+
+
+class TestEverything:
+    @staticmethod
+    def plan(tmp_path: Path, *options: str) -> dict[str, Job]:
+        for name in ("books", "second"):
+            write_text(tmp_path / f"{name}.txt", 400)
+        asked = everything.build_parser().parse_args(
+            ["--out", str(tmp_path), "--data", str(tmp_path / "books.txt"), *options]
+        )
+        return {job.name: job for job in everything.jobs_of(asked)[0]}
+
+    def test_every_part_of_the_document_is_measured(self, tmp_path: Path) -> None:
+        """With commands that the study understands, after what they need."""
+        plan = self.plan(tmp_path, "--second", str(tmp_path / "second.txt"), "--wide")
+        measured = {name: job for name, job in plan.items() if "benchmarks.study" in job.command}
+        parsed = {name: study_parser().parse_args(job.command[3:]) for name, job in measured.items()}
+        assert {part for call in parsed.values() for part in call.parts} == set(ORDER)
+        for name, call in parsed.items():
+            assert call.data == tmp_path / (f"{name}/held-out.txt" if name == "wikipedia" else "family/held-out.txt")
+            needs = {other for part in call.parts for other in PARTS[part].needs}
+            assert needs <= set(call.parts) or call.parts_of
+            folder = None if call.models is None else call.models.name
+            trained = {other for other in plan if other.startswith(f"{folder} ") and other not in measured}
+            assert trained <= set(plan[name].after)
+            assert folder is None or trained
+        assert parsed["wikipedia"].judge == tmp_path / "wikipedia" / "judge"
+
+    def test_the_full_one_is_that_of_the_document(self, tmp_path: Path) -> None:
+        plan = self.plan(
+            tmp_path, "--size", "full", "--held-out", str(tmp_path / "second.txt"), "--results", str(tmp_path)
+        )
+        [command] = re.findall(r"^python -m benchmarks\.study\.train (--out family [^\n]*)", STUDY, re.MULTILINE)
+        recipe = build_parser().parse_args(shlex.split(command))
+        taken = {"4", "12"} if recipe.shipped else set()
+        assert {name for name in plan if re.fullmatch(r"family \d+b?", name)} == {
+            f"family {name}" for name in recipe.models if name not in taken
+        }
+        run = training.build_parser().parse_args([*plan["family 8"].command[3:], "--device", "cpu"])
+        assert (run.blocks, run.width, run.tokens) == (8, 192, 2.02e9)
+        assert "shipped search" in plan["family measures"].after
+        assert not (tmp_path / "family" / "12b").exists()
+
+    def test_without_a_text_what_needs_none_is_measured(self, tmp_path: Path) -> None:
+        asked = everything.build_parser().parse_args(["--out", str(tmp_path)])
+        jobs, families = everything.jobs_of(asked)
+        assert families == []
+        assert not {part for job in jobs for part in job.command} & everything.NEED_TEXT
+        assert {"hand_made", "search", "decoders", "routing"} < {part for job in jobs for part in job.command}
+
+    def test_it_ends_with_what_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        said: list[str] = []
+        monkeypatch.setattr(everything, "run_jobs", lambda jobs, *_: [jobs[-1].name])
+        assert everything.main(["--out", str(tmp_path)], said.append) == 1
+        assert said[-1].endswith("not finished: shipped others")
+        with pytest.raises(SystemExit):
+            everything.main(["--out", str(tmp_path), "--wide"])
+
+    def test_evaluations_of_models_that_are_gone_are_kept(self, tmp_path: Path) -> None:
+        def write(path: Path, held_out: dict[str, int]) -> None:
+            path.write_text(json.dumps({"recipe": len(held_out), "held_out": held_out}))
+
+        write(tmp_path / "family.json", {"8": 8, "10": 1})
+        write(tmp_path / "study-family-training.json", {"6": 6, "10": 0})
+        everything.keep_evaluations(tmp_path, tmp_path)
+        found = json.loads((tmp_path / "study-family-training.json").read_text())
+        assert found == {"recipe": 2, "held_out": {"6": 6, "10": 1, "8": 8}}
