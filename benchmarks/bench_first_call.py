@@ -27,6 +27,7 @@ from benchmarks.harness import RESULTS, environment, folder_command, host_enviro
 from benchmarks.kernel_tables import caption, markdown
 from mdkern.engine import graphs
 from mdkern.files import write_whole
+from mdkern.kernels import compile_ahead
 
 KEPT = RESULTS / "first-call.json"
 ABSENT = "Not measured yet.\n"
@@ -95,7 +96,7 @@ def one_process(case: str, beside: bool, tiny: bool) -> dict[str, Any]:
     """Seconds of the calls of this process, and the kernels that the first one compiled."""
     kernels: list[dict[str, Any]] = []
     if not beside:
-        graphs.can_compile_ahead = lambda device: False
+        graphs.can_compile_ahead = compile_ahead.can_compile_ahead = lambda device: False
     if torch.cuda.is_available():
         import triton
 

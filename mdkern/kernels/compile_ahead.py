@@ -4,8 +4,8 @@ Triton compiles a kernel when it is first launched, which takes seconds for the 
 launch hands its kernel to threads and returns at once; nothing is launched. What a computation needs is thus known from
 running it once in a way in which its results do not matter, whatever model and options it has. Most of the compiler
 works outside of Python's lock, so that threads share its work out over the cores. What holds the lock, the translation
-of Python into the compiler's language, takes turns, so that the first kernel goes on while the second is translated.
-Times: docs/notes/first-call.md.
+of Python into the compiler's language, takes turns, the largest kernels first, which the rest of the compiler then has
+while the next ones are translated. Times: docs/notes/first-call.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -55,13 +56,15 @@ def launches_compile(device: torch.device) -> Iterator[None]:
     import triton
 
     with _alone, ThreadPoolExecutor(MOST_THREADS) as threads:
-        made = triton.AsyncCompileMode(Loading(threads, device), ignore_errors=True)
-        with translated_in_turn(), made, warm_ups_for_launches():
+        turns, loading = Turns(), Loading(threads, device)
+        made = triton.AsyncCompileMode(loading, ignore_errors=True)
+        with translated_in_turn(turns, loading), made, warm_ups_for_launches():
             _rehearsing.value = True
             try:
                 yield
             finally:
                 _rehearsing.value = False
+                turns.give_back()
 
 
 def is_rehearsing() -> bool:
@@ -93,9 +96,11 @@ class Loading(Executor):
 
     def __init__(self, threads: ThreadPoolExecutor, device: torch.device) -> None:
         self.threads, self.device = threads, device
+        self.working: set[int] = set()  # threads
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def compiled() -> Any:
+            self.working.add(threading.get_ident())
             kernel = function(*args, **kwargs)
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 kernel.run  # noqa: B018  builds the launcher, by a C compiler, and loads the kernel
@@ -120,18 +125,44 @@ def warm_ups_for_launches() -> Iterator[None]:
         yield
 
 
+class Turns:
+    """One thread at a time has the turn, those that wait for it by their weight. At first nobody's thread has it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.waiting: list[tuple[float, int]] = []  # the heaviest first
+        self.taken, self.number = True, 0
+
+    def take(self, weight: float) -> None:
+        with self.changed:
+            self.number += 1
+            mine = -weight, self.number
+            heappush(self.waiting, mine)
+            self.changed.wait_for(lambda: not self.taken and self.waiting[0] == mine)
+            heappop(self.waiting)
+            self.taken = True
+
+    def give_back(self) -> None:
+        with self.changed:
+            self.taken = False
+            self.changed.notify_all()
+
+
 @contextmanager
-def translated_in_turn() -> Iterator[None]:
-    """Inside, one thread at a time translates a kernel from Python."""
+def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
+    """Inside, one of the threads at a time translates a kernel from Python; those in Gluon and long ones come first."""
     from triton.compiler.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    turn = threading.RLock()
-
     def taking_turns(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def make_ir(*args: Any, **kwargs: Any) -> Any:
-            with turn:
-                return plain(*args, **kwargs)
+        def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() not in loading.working:  # of another computation
+                return plain(source, *args, **kwargs)
+            turns.take(len(source.fn.src) * (1000.0 if isinstance(source, GluonASTSource) else 1.0))
+            try:
+                return plain(source, *args, **kwargs)
+            finally:
+                turns.give_back()
 
         return make_ir
 

@@ -23,6 +23,29 @@ def test_launches_compile_in_threads_and_launch_nothing() -> None:
     run_compiling("tests.suites.compiled_ahead")
 
 
+def test_turns_are_taken_one_at_a_time_by_weight() -> None:
+    turns, taken, here = compile_ahead.Turns(), [], threading.Barrier(6)
+
+    def work(weight: int) -> None:
+        here.wait()
+        turns.take(weight)
+        taken.append(weight)
+        assert turns.taken
+        turns.give_back()
+
+    threads = [threading.Thread(target=work, args=(weight,)) for weight in (3, 1, 5, 2, 4)]
+    for thread in threads:
+        thread.start()
+    here.wait()
+    while len(turns.waiting) < 5:  # nobody has the turn before all wait for it
+        threading.Event().wait(0.001)
+    assert taken == []
+    turns.give_back()
+    for thread in threads:
+        thread.join()
+    assert taken == [5, 4, 3, 2, 1]
+
+
 def test_what_may_keep_something_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's own forward may make a table of angles, which would never be filled."""
     own, fused, ids = adapted(bert()), adapted(llama()), random_ids(1, 6)
