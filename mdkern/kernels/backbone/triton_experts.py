@@ -43,7 +43,7 @@ DOWN = Tiling(64, 64, 3, 4)
 FLOAT32 = Tiling(64, 32, 2, 4)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def sort_pairs_kernel(index, order, place, ends, pairs, BLOCK: tl.constexpr):
     """The pairs of one expert, in ascending order, after those of the experts before it; and where each pair is."""
     expert = tl.program_id(0)

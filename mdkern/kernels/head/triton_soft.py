@@ -12,7 +12,7 @@ import triton.language as tl
 from mdkern.kernels.triton_common import IMPOSSIBLE, LOG2E, finish_logits
 
 
-@triton.jit(do_not_specialize=["ids"])
+@triton.jit
 def soft_weights_kernel(
     logits,  # [M, ids]
     weight_scale,  # [ids] or None
@@ -21,7 +21,7 @@ def soft_weights_kernel(
     temperature,  # [M], or None: `uniform_temperature` everywhere
     uniform_temperature,
     weights,  # [M, ids]: 2^SHIFT times the probabilities
-    ids,
+    ids,  # a multiple of 16 in all parts but the last, or loads and stores are of one number each
     logits_stride,
     weights_stride,
     scale,
