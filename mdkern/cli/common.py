@@ -177,6 +177,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def precisions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_models` that say in how many bits models run."""
+    return {"precision": arguments.precision, "head_precision": arguments.head_precision}
+
+
 def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any]:
     """The models by the schedule's names, and their tokenizer."""
     import torch
@@ -197,8 +202,7 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any
             raise ValueError(f"{given[0]} goes with --heavy, --light or --model; the shipped pair has its own files")
         pair = load_pair(device, dtype)
         both = {"H": pair.heavy, "L": pair.light}
-        precisions = {"precision": arguments.precision, "head_precision": arguments.head_precision}
-        return {name: adapt(model, **precisions) for name, model in both.items()}, pair.tokenizer
+        return {name: adapt(model, **precisions(arguments)) for name, model in both.items()}, pair.tokenizer
     names = [name for name, _ in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"models must have different names (--heavy is H, --light is L), not {', '.join(names)}")
@@ -208,8 +212,7 @@ def load_models(arguments: argparse.Namespace) -> tuple[dict[str, Denoiser], Any
     options = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
-        "precision": arguments.precision,
-        "head_precision": arguments.head_precision,
+        **precisions(arguments),
     }
     models = {name: load_model(name, path, dtype, device, tokenizer, **options) for name, path in paths}
     if tokenizer is None:

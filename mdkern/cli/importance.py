@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_models, check_plot, check_target, load_model, load_models, longest_of, positive
+from mdkern.cli.common import (
+    add_models,
+    check_plot,
+    check_target,
+    load_model,
+    load_models,
+    longest_of,
+    positive,
+    precisions,
+)
 
 if TYPE_CHECKING:
     from mdkern.evaluation.importance import ImportanceAt, PathImportanceAt
@@ -76,7 +85,7 @@ def run_importance(arguments: argparse.Namespace) -> None:
     baseline = (
         None
         if arguments.baseline is None
-        else load_model("B", arguments.baseline, dtype, device, precision=arguments.precision)
+        else load_model("B", arguments.baseline, dtype, device, **precisions(arguments))
     )
     length = arguments.length or longest_of((heavy, light), None)
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)

@@ -158,6 +158,7 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
     masked = float((job.ids == first.mask_id).sum()) / len(job.ids)  # of a sample
     where = f"{processes} processes on {first.device.type}" if processes > 1 else str(first.device)
     dtype = str(first.dtype).removeprefix("torch.") + ("" if first.precision is None else f" in {first.precision}")
+    dtype += "" if first.head_precision is None else f" (output layer in {first.head_precision})"
     blocks = {name: denoiser.num_blocks for name, denoiser in denoisers.items() if denoiser.num_blocks is not None}
     passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
     sizes = {name: f" ({blocks[name]} blocks)" if name in blocks else "" for name in passes}

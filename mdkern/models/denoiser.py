@@ -125,6 +125,7 @@ class Denoiser:
     num_blocks: int | None = None  # number of transformer blocks, B in equation (3) of 2604.02340
     time_conditioning: bool = False
     precision: str | None = None  # "fp8" if its products are in 8 bits; None: in the dtype of its weights
+    head_precision: str | None = None  # likewise of its output layer's weight
     block_causal: int | None = None  # B, if position i sees the columns below (i // B + 1) B only; None: it sees all
     keeps_nothing: bool = False  # whether its passes are mdkern's code alone, which keeps nothing from one to the next
     takes_attention_mask: bool = True  # whether sequences may be padded

@@ -31,6 +31,7 @@ class Float8HeadDenoiser(AroundDenoiser):
 
     def __init__(self, inner: Denoiser) -> None:
         super().__init__(inner)
+        self.head_precision = "fp8"
         head = checked(inner)
         assert head.weight is not None
         mebibytes = (head.weight.numel() + 4 * len(head.weight)) / 2**20

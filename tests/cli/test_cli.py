@@ -164,7 +164,9 @@ def test_an_output_layer_in_8_bits(run, checkpoints, tmp_path):
     options += ["--temperature", "0.05"]  # as logits of random weights are small
     found = []
     for precision in ([], ["--head-precision", "fp8"]):
-        assert run(*options, *precision)[0] == 0
+        code, _, err = run(*options, *precision)
+        assert code == 0
+        assert ("float32 (output layer in fp8)" in err) == bool(precision)
         found.append([record["token_ids"] for record in records(file)])
     models = (DiT.from_pretrained(checkpoints[place]) for place in (1, 3))
     heavy, light = (mdkern.adapt(model, head_precision="fp8") for model in models)
