@@ -94,8 +94,8 @@ def model_digest(denoiser: Denoiser) -> str:
         sums.append(word_sum(weight.detach()).to(denoiser.device))
     head = denoiser.head
     settings = denoiser.vocab_size, denoiser.mask_id, denoiser.time_conditioning, denoiser.block_causal
-    rounding = () if denoiser.precision is None else (denoiser.precision,)
-    rounding += () if denoiser.head_precision is None else (f"head {denoiser.head_precision}",)
+    rounding = [] if denoiser.precision is None else [denoiser.precision]
+    rounding += [] if denoiser.head_precision is None else [f"head {denoiser.head_precision}"]
     shape = (head.scale, head.soft_cap, *rounding)
     return digest((settings, shape, model_settings(denoiser), described, torch.stack(sums)))
 
