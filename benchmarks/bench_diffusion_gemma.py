@@ -188,6 +188,7 @@ def profile(workspace: Any) -> list[dict[str, Any]]:
     found = [
         {
             "kernel": event.key[:100],
+            "kind": kind_of(event.key),
             "ms": event.self_device_time_total / 1e3 / PROFILED_STEPS,
             "launches": event.count / PROFILED_STEPS,
         }
@@ -196,13 +197,14 @@ def profile(workspace: Any) -> list[dict[str, Any]]:
     return sorted((row for row in found if row["ms"] > 0), key=lambda row: -row["ms"])
 
 
+def kind_of(name: str) -> str:
+    """Which of `KINDS` a kernel belongs to."""
+    return next(kind for kind, parts in KINDS if any(part in name.lower() for part in parts))
+
+
 def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Milliseconds a step of each of `KINDS`."""
-    sums = {kind: 0.0 for kind, _ in KINDS}
-    for row in rows:
-        name = row["kernel"].lower()
-        sums[next(kind for kind, parts in KINDS if any(part in name for part in parts))] += row["ms"]
-    return sums
+    return {kind: sum(row["ms"] for row in rows if row["kind"] == kind) for kind, _ in KINDS}
 
 
 def measure(folder: Path, tiny: bool) -> dict[str, Any]:
