@@ -166,23 +166,22 @@ class Workspace:
                 bias = torch.empty_like(denoiser.head.bias)
             bias.copy_(denoiser.head.bias)
             head = replace(denoiser.head, bias=bias)
-            if not self.graphs:  # a pool does not outlive its last graph
+            if not self.graphs:
+                self.pool = torch.cuda.graph_pool_handle()
+            rehearsal, room = None, 0
+            if rehearsed and denoiser.keeps_nothing and head.shard is None:
+                rehearsal, room = rehearse(lambda: step(head), idle, self.pool, bias.device)
+            if rehearsal is None and not self.graphs:  # a pool does not outlive its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             try:
-                captured, memory = capture(
-                    lambda: step(head),
-                    idle,
-                    self.pool,
-                    bias.device,
-                    loop_while is not None,
-                    rehearsed=rehearsed and denoiser.keeps_nothing and head.shard is None,
-                )
+                captured, memory = capture(lambda: step(head), idle, self.pool, bias.device, loop_while is not None)
             except CaptureError as error:
                 refuse(denoiser, mark, error)
                 return None
+            del rehearsal  # the capture has its memory
             alive = weakref.ref(model) if mark is not None else lambda: model
             loop = None if loop_while is None else make_loop(captured, loop_while)
-            graph = Graph(denoiser.name, captured, alive, mark, bias, memory, loop)
+            graph = Graph(denoiser.name, captured, alive, mark, bias, room + memory, loop)
         graph.bias.copy_(denoiser.head.bias)
         self.graphs[key] = graph
         while len(self.graphs) > MOST_GRAPHS:
@@ -208,7 +207,6 @@ def capture(
     device: torch.device,
     keep_graph: bool = False,
     warm_ups: int = WARM_UPS,
-    rehearsed: bool = False,
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     """Capture `step` on a stream of its own, after it has been warmed up by `warm_ups` runs.
 
@@ -221,7 +219,6 @@ def capture(
         stream, current = capture_stream(device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            rehearsal, memory = rehearse(step, idle, pool, device) if rehearsed else (None, 0)
             warm_up(step, idle, warm_ups)
             torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
@@ -232,9 +229,8 @@ def capture(
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise CaptureError(str(error)) from error
-            del rehearsal  # the capture has had its memory
         current.wait_stream(stream)
-        memory += torch.cuda.memory_reserved() - before
+        memory = torch.cuda.memory_reserved() - before
     logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
     return graph, memory
 
@@ -249,18 +245,28 @@ def rehearse(
     it would never be filled.
 
     Returns:
-        The graph, which is of no use, but has memory of the pool, and the bytes of that.
+        The graph, which is of no use but for the memory of the pool that it holds until the capture, and the bytes of
+        that. None if the step could not be rehearsed; the pool may then be lost.
     """
     if not can_compile_ahead(device):
         return None, 0
-    idle()
-    torch.cuda.synchronize()
-    before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-    try:
-        with launches_compile(device):
-            record(graph, step, pool, device, "relaxed")  # cuBLAS allocates when it is first used
-    except Exception as error:  # the step itself will meet it
-        logger.debug("a step could not be rehearsed: %s", error)
+    with _lock, torch.cuda.device(device):
+        stream, current = capture_stream(device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.stream(stream):
+            idle()
+            one = torch.ones(1, 1, device=device)
+            one @ one  # cuBLAS's workspace of this stream must not be in the pool
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_reserved()
+            try:
+                with launches_compile(device):
+                    record(graph, step, pool, device, "relaxed")  # libraries may do what they do once
+            except Exception as error:  # the step itself will meet it
+                logger.debug("a step could not be rehearsed: %s", error)
+                return None, 0
+        current.wait_stream(stream)
     return graph, torch.cuda.memory_reserved() - before
 
 

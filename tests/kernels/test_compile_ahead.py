@@ -86,3 +86,30 @@ def test_gpu_a_step_finds_its_kernels_compiled(tmp_path, monkeypatch: pytest.Mon
     assert not [name for name, inline in compiled if inline and name in asides]
     assert torch.equal(drawn, mdkern.sample(model, cuda_graphs=False, **options).sequences)
     graphs.clear()
+
+
+@pytest.mark.gpu
+def test_gpu_a_step_that_cannot_be_rehearsed_is_captured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    record, failed = graphs.record, []
+
+    def failing(graph, step, pool, device, mode) -> None:
+        def run() -> None:
+            step()
+            if mode == "relaxed":
+                failed.append(mode)
+                torch.cuda.synchronize()  # which no capture allows
+
+        record(graph, run, pool, device, mode)
+
+    monkeypatch.setattr(graphs, "record", failing)
+    graphs.clear()
+    config = mdkern.DiTConfig(vocab_size=50, mask_id=49, width=64, num_heads=2, num_blocks=2, max_length=40)
+    model = mdkern.DiT(config).to("cuda", torch.bfloat16)
+    for decoder in ("ancestral", "threshold"):
+        options = {"num_samples": 3, "length": 40, "steps": 5, "seed": 0, "decoder": decoder}
+        drawn = mdkern.sample(model, **options).sequences
+        assert failed
+        assert graphs.held(), "nothing was captured"
+        assert torch.equal(drawn, mdkern.sample(model, cuda_graphs=False, **options).sequences)
+        failed.clear()
+    graphs.clear()
