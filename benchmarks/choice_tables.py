@@ -10,19 +10,20 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
-from benchmarks.learning_equal import Mean, mean_of, most_tokens, target
-from benchmarks.learning_tables import ABSENT, caption, seeds_with
+from benchmarks.learning_equal import Mean, mean_of, speed, target
+from benchmarks.learning_tables import ABSENT, caption, seeds_with, spread
 from benchmarks.learning_tables import content as problems_content
 
 FILES = "learning-choice.json", "learning-choice-cpu.json"  # the second at small size, shown without the first
+EXPONENTS_FILES = "learning-exponents.json", "learning-exponents-cpu.json"
 PLAIN = "threshold"
 LEARNED = {"linear": "linear score", "mlp": "network", "closed loop": "linear score, improved in use"}
 TASKS = {"infill": "infilling, temperature 0", "continue": "continuation, temperature 0.7"}
 CURVES = {"threshold": "threshold", "linear": LEARNED["linear"], "mlp": LEARNED["mlp"]}
 
 
-def content() -> dict[str, Any] | None:
-    paths = [path for path in (RESULTS / name for name in FILES) if path.exists()]
+def content(files: Sequence[str] = FILES) -> dict[str, Any] | None:
+    paths = [path for path in (RESULTS / name for name in files) if path.exists()]
     return json.loads(paths[0].read_text()) if paths else None
 
 
@@ -107,25 +108,36 @@ def verdict(shown: Mapping[str, Any]) -> str:
 
 def problems() -> str:
     """Word problems: tokens a pass at the accuracy that is asked for, and what the scores are on single states."""
-    shown = problems_content()
+    shown = problems_content("learned")
     seeds = [] if shown is None else seeds_with(shown, "learned", "eval_base")
     if shown is None or not seeds:
         return ABSENT
-    body = []
+    body, compared = [], [with_learned(seed) for seed in seeds]
     for name, label in CURVES.items():
-        found = [most_tokens(seed["learned"]["curves"][name], target(seed), "tokens_per_pass") for seed in seeds]
-        known = [value for value in found if not math.isnan(value)]
+        found = speed(compared, ("learned", (name,)), "tokens_per_pass")
         scored = mean_of([seed["learned"]["offline"]["p" if name == PLAIN else name]["bce"] for seed in seeds])
-        speed: Mean | str = mean_of(known) if known else "never as accurate"
-        body.append([label, str(speed), f"{scored.mean:.3f}"])
+        body.append([label, str(found) if found.seeds else "never as accurate", f"{scored.mean:.3f}"])
     header = ["rule", "tokens a pass at equal accuracy", "cross-entropy of the score, nats"]
-    return f"{caption(shown, 'learned')}\n\n" + markdown(header, body)
+    size, asked = shown["setting"]["size"], 100 * mean_of([target(seed) for seed in seeds]).mean
+    setting = (
+        f"a model of {size['blocks']} blocks of width {size['width']}; {size['problems']:,} problems; strict accuracy "
+        f"of at least {asked:.1f} %. {spread(seeds)}"
+    )
+    return f"{caption(shown, 'learned')}; {setting}\n\n" + markdown(header, body)
+
+
+def with_learned(seed: Mapping[str, Any]) -> dict[str, Any]:
+    """A seed with the curves of learned choices beside those of the models, as `speed` reads them."""
+    curves = {
+        name: [point | {"threshold": point["bound"]} for point in curve]
+        for name, curve in seed["learned"]["curves"].items()
+    }
+    return {**seed, "eval_learned": {"curves": curves}}
 
 
 def exponents() -> str:
     """What learned exponents change in the bound, where they were fitted and on held-out text."""
-    path = RESULTS / "learning-exponents.json"
-    shown: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    shown = content(EXPONENTS_FILES)
     if shown is None or not shown["runs"]:
         return ABSENT
     size, body, verdicts = shown["setting"], [], list[str]()

@@ -150,3 +150,34 @@ def test_what_exponents_change_is_judged_by_its_standard_error(tmp_path: Path, m
     text = choice_tables.TABLES["choice-exponents"]()
     assert "| 30 | 4.000 | +0.0300 ± 0.0141 | +0.0300 ± 0.0141 | 0.50–2.00 |" in text  # .02 / sqrt(2)
     assert "1,000 tokens: cannot be told from none; fitted to 30 tokens: worse; fitted to 20 tokens: better." in text
+
+
+def test_learned_choices_are_held_to_the_base_models_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.9 less a point: the linear score has it at 3 tokens a pass, the network nowhere."""
+
+    def point(bound: float, right: float, tokens: float) -> dict[str, Any]:
+        values = {"strict": right, "tokens_per_pass": tokens, "tokens_per_forward": tokens}
+        return {"bound": bound, "threshold": bound} | {
+            name: {"mean": value, "standard_error": 0.0} for name, value in values.items()
+        }
+
+    curves = {
+        "threshold": [point(0.95, 0.9, 2.0), point(0.5, 0.5, 4.0)],
+        "linear": [point(0.9, 0.89, 3.0), point(0.5, 0.2, 5.0)],
+        "mlp": [point(0.9, 0.8, 3.0)],
+    }
+    parts = {
+        "eval_base": {"curves": {"threshold": curves["threshold"]}},
+        "learned": {"curves": curves, "offline": {name: {"bce": 0.25} for name in ("p", "linear", "mlp")}},
+    }
+    machine = {"device": "x", "torch": "y"}
+    shown = {
+        "setting": {"size": {"blocks": 3, "width": 96, "problems": 128}},
+        "seeds": {"0": {name: {"environment": machine, "found": found} for name, found in parts.items()}},
+    }
+    monkeypatch.setattr(choice_tables, "problems_content", lambda part: shown if part == "learned" else None)
+    text = choice_tables.TABLES["choice-problems"]()
+    assert "3 blocks of width 96; 128 problems; strict accuracy of at least 89.0 %. One seed" in text
+    assert "| threshold | 2.05 ± 0.00 | 0.250 |" in text  # between the two points
+    assert "| linear score | 3.00 ± 0.00 | 0.250 |" in text
+    assert "| network | never as accurate | 0.250 |" in text
