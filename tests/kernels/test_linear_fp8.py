@@ -14,13 +14,13 @@ from mdkern.kernels.backbone.rotary import rotary
 from mdkern.kernels.invariant import batch_invariant
 from tests.problems.backbone import normal
 
-# Rows, columns, depth: one that no Hopper kernel takes, and two that they take on such a GPU, the second with a last
-# tile of rows that is not whole.
+# Rows, columns, depth: one that no Hopper kernel takes, two for the one whose rows stay in shared memory, and one for
+# the one whose rows do not fit there. The last tiles of rows are not whole.
 SHAPES = [
     ("cpu", 12, 64, 48),
     *(
         pytest.param("cuda", *shape, marks=pytest.mark.gpu)
-        for shape in ((12, 64, 48), (4096, 768, 256), (6003, 512, 3072))
+        for shape in ((12, 64, 48), (4096, 768, 256), (6003, 2304, 768), (6003, 512, 3072))
     ),
 ]
 
@@ -82,6 +82,27 @@ def test_residual(device: str, rows: int, columns: int, depth: int) -> None:
     sums = room(device, depth, dtype)
     sums["atol"] += sums["rtol"] * float(exact.abs().max())  # the sum with the stream may be smaller than its parts
     torch.testing.assert_close(stream.double(), want, **sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4096, 16_384, 100_001])
+def test_gpu_products_are_the_same_wherever_rows_lie(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In shared memory for all columns, or copied for each tile: the sums have the same order."""
+    from mdkern.kernels.backbone import launch_linear
+
+    operands, _ = layer(rows, 768, 768, "cuda")
+    if not linear_fp8.runs_fused(*operands[:2]):
+        pytest.skip("for Hopper")
+    level, angle = torch.ones(768, device="cuda"), normal(4, 1024, 32).cuda()
+    turned = {"heads": 8, "length": 1024, "dtype": torch.bfloat16}
+
+    def both() -> list[Tensor]:
+        rotated = scaled_rotary(*operands, angle.cos(), angle.sin(), **turned)
+        return [scaled_gelu(*operands, level).view(torch.uint8), rotated.view(torch.int16)]
+
+    resident = both()
+    monkeypatch.setattr(launch_linear, "stays_resident", lambda x: False)
+    assert all(map(torch.equal, resident, both()))
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from mdkern.kernels.backbone import (
     hopper_linear,
+    hopper_resident,
     hopper_residual,
     launch_linear,
     triton_combine,
@@ -219,10 +220,12 @@ def descriptor(element: str, block: list[int]) -> str:
     return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
 
 
-def product(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+def product(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], setting: dict[str, int] = launch_linear.SETTING
+) -> Any:
     """Only Hopper has its tensor-core instructions, and the compiler must let many of them be under way at a time."""
-    options = {name: value for name, value in launch_linear.SETTING.items() if not name.isupper()}
-    constants = {name: value for name, value in launch_linear.SETTING.items() if name.isupper()} | constants
+    options = {name: value for name, value in setting.items() if not name.isupper()}
+    constants = {name: value for name, value in setting.items() if name.isupper()} | constants
     built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
     assert built.metadata.shared <= 227 * 1024
     sass = built.asm["sass"]
@@ -246,6 +249,15 @@ def linear_fp8(gelu: bool, pairs: int) -> None:
     types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
     product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0})
+
+
+def resident_fp8(gelu: bool, pairs: int, width: int) -> None:
+    types = dict.fromkeys(hopper_resident.COUNTS, "i32") | dict.fromkeys(("bias", "scale"), "*fp32")
+    types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [128, 128])}
+    types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
+    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
+    constants = {"BK": 128, "STEPS": width // 128, "GELU": gelu, "PAIRS": pairs}
+    product(hopper_resident.resident_kernel, types, constants, launch_linear.RESIDENT_SETTING)
 
 
 def residual_fp8() -> None:
@@ -329,6 +341,9 @@ def main() -> None:
     linear_fp8(gelu=True, pairs=0)
     for pairs in (0, 32, 64):
         linear_fp8(gelu=False, pairs=pairs)
+        resident_fp8(gelu=False, pairs=pairs, width=768)
+    for width in (256, 768):
+        resident_fp8(gelu=True, pairs=0, width=width)
     residual_fp8()
 
 

@@ -228,7 +228,7 @@ def _activate(x, tables, rings, HALF: gl.constexpr, SIDE: gl.constexpr):
 
 
 @gluon.jit
-def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexpr):
+def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexpr, BUFFERS: gl.constexpr):
     buffer = leaving.index(HALF * BUFFERS + NUMBER % BUFFERS)
     tma.store_wait(BUFFERS - 1)  # the earlier store from this buffer has read it
     buffer.store(x.to(out.dtype))
@@ -290,15 +290,15 @@ def _consume(
             if GELU:
                 first = _activate(first, tables, rings, HALF, 0)
             if cos is None:
-                _leave(first, out, leaving, at, column, HALF, 2 * block)
+                _leave(first, out, leaving, at, column, HALF, 2 * block, BUFFERS)
             second = _affine(second, tables, rings, HALF, block, 1, FACTOR)
             if GELU:
                 second = _activate(second, tables, rings, HALF, 1)
             if cos is not None:
                 if column < rotated:
                     first, second = _rotate_heads(first, second, cos, sin, at, length, PAIRS)
-                _leave(first, out, leaving, at, column, HALF, 2 * block)
-            _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1)
+                _leave(first, out, leaving, at, column, HALF, 2 * block, BUFFERS)
+            _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1, BUFFERS)
     tma.store_wait(0)
 
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels.backbone.hopper_linear import BLOCKS, COLUMNS, linear_kernel
+from mdkern.kernels.backbone.hopper_resident import resident_kernel
 from mdkern.kernels.backbone.hopper_residual import linear_residual_kernel
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS
 from mdkern.kernels.backbone.quantise import FP8
@@ -26,9 +27,13 @@ SUB = [ROWS.value, PART.value]  # what one store writes
 LINEAR_TILE = (ROWS.value * BLOCKS.value, COLUMNS.value * WARPGROUPS.value)
 RESIDUAL_TILE = (ROWS.value * WARPGROUPS.value, SPAN.value)
 # Row tiles that take all columns before the next ones begin.
-LINEAR_GROUP, RESIDUAL_GROUP = 8, 16
+LINEAR_GROUP, RESIDUAL_GROUP, SCALED_RESIDUAL_GROUP = 8, 16, 4
 # STAGES: as many as shared memory holds. REGISTERS: of a consumer thread; maxnreg: of every thread at the launch.
 SETTING = {"STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
+
+
+RESIDENT_COLUMNS = 768
+RESIDENT_SETTING = {"STAGES": 3, "BUFFERS": 2, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
 
 
 def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
@@ -93,6 +98,50 @@ def linear(
     )
 
 
+def stays_resident(x: Tensor) -> bool:
+    """Whether `hopper_resident` can hold 192 of these rows in shared memory."""
+    return x.element_size() == 1 and x.shape[1] % LINE == 0 and x.shape[1] <= RESIDENT_COLUMNS
+
+
+def resident(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor,
+    scale: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    length: int = 1,
+    rotated: int = 0,
+    gelu: bool = False,
+    level: Tensor | None = None,
+) -> None:
+    """`linear` of matrices in e4m3 whose rows `stays_resident`."""
+    row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], LINEAR_TILE, x.device)
+    resident_kernel[(programs,)](
+        describe(x, [ROWS.value, LINE]),
+        describe(weight, [COLUMNS.value, LINE]),
+        describe(out, SUB),
+        bias,
+        cos,
+        sin,
+        scale,
+        level,
+        row_tiles,
+        column_tiles,
+        x.shape[0],
+        length,
+        rotated,
+        BK=LINE,
+        STEPS=x.shape[1] // LINE,
+        PROGRAMS=programs,
+        GELU=gelu,
+        PAIRS=0 if cos is None else cos.shape[1],
+        **RESIDENT_SETTING,
+    )
+
+
 def linear_residual(
     stream: Tensor,
     x: Tensor,
@@ -125,7 +174,7 @@ def linear_residual(
         sequences - 1,
         gate.stride(0) if sequences > 1 else 0,
         BK=depth,
-        GROUP=RESIDUAL_GROUP,
+        GROUP=SCALED_RESIDUAL_GROUP if scaled else RESIDUAL_GROUP,
         PROGRAMS=programs,
         SCALED=scaled,
         **SETTING,

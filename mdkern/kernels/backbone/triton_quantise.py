@@ -147,7 +147,7 @@ def quantised_norm(x: Tensor, rows_of_program: int | None = None, warps: int | N
     if not normed.numel():
         return normed
     x = unit_stride(x)
-    rows_of_program = rows_of_program or (4 if rows_to_choose_by(rows) >= 4096 else 1)
+    rows_of_program = rows_of_program or (2 if rows_to_choose_by(rows) >= 4096 else 1)
     block = triton.next_power_of_2(width)
     quantised_norm_kernel[(triton.cdiv(rows, rows_of_program),)](
         x,
@@ -159,6 +159,6 @@ def quantised_norm(x: Tensor, rows_of_program: int | None = None, warps: int | N
         LEVEL=norm_level(width),
         ROWS=rows_of_program,
         BLOCK=block,
-        num_warps=warps or min(8, max(1, block // 256)),
+        num_warps=warps or min(8, max(1, block // 512)),
     )
     return normed
