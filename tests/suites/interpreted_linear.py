@@ -8,7 +8,8 @@ import pytest
 import torch
 import triton
 
-from mdkern.kernels.backbone import triton_linear
+from mdkern.kernels.backbone import triton_early_attention, triton_linear
+from mdkern.kernels.backbone.early_attention import early_attention_reference
 from mdkern.kernels.backbone.folded_norm import row_sums
 from mdkern.kernels.backbone.linear import (
     linear_gelu_reference,
@@ -61,3 +62,13 @@ def test_residual_updates_are_the_references(sequences: int, summed: bool) -> No
         outcomes.append((stream, sums) if summed else (stream,))
     for want, got in zip(*outcomes):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (33, 100), (7, 130)])
+def test_attention_is_the_references(queries: int, keys: int) -> None:
+    """Of heads that are columns of a wider matrix, as the product of queries, keys and values leaves them."""
+    query = normal(1, 2, queries, 3, 2, 64)[:, :, 0]
+    key, value = normal(2, 2, keys, 3, 2, 64)[:, :, 1:].unbind(2)
+    got = triton_early_attention.early_attention(query, key, value, triton_early_attention.Tiling(32, 32, 4, 2))
+    want = early_attention_reference(query.double(), key.double(), value.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
