@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone import linear as products
+from mdkern.kernels.backbone.early_attention import early_attention, runs_early
 from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
@@ -365,5 +366,7 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``."""
+    if mask is None and runs_early(query, key):
+        return early_attention(query, key, value).flatten(2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

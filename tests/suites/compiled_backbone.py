@@ -18,6 +18,7 @@ from mdkern.kernels.backbone import (
     hopper_residual,
     launch_linear,
     triton_combine,
+    triton_early_attention,
     triton_experts,
     triton_folded_norm,
     triton_invariant_attention,
@@ -278,6 +279,19 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
+def early_attention(capability: int) -> None:
+    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"scale": "fp32"}
+    types |= dict.fromkeys(("queries", "length"), "i32")
+    types |= {f"{name}_{of}": "i32" for name in ("query", "key") for of in ("text", "row", "head")}
+    tiling = triton_early_attention.TILING
+    constants = {"HEADS": 12, "HEAD_DIM": 64, "QUERIES": tiling.queries, "KEYS": tiling.keys, "STAGES": tiling.stages}
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages, "launch_pdl": True}
+    kernel = triton_early_attention.early_attention_kernel
+    built = build(kernel, ASTSource, capability, types, constants | {"PDL": True}, **options)
+    if capability == 90:
+        assert "HGMMA" in built.asm["sass"]
+
+
 def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
     """To queries, keys and values or hidden units of width 768, or back to the stream."""
     types = {"x": f"tensordesc<bf16[{tiling.rows}, 64]>", "weight": f"tensordesc<bf16[{tiling.columns}, 64]>"}
@@ -325,6 +339,7 @@ def main() -> None:
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)
     for capability in (90, 100):
+        early_attention(capability)
         middle_product(capability, triton_linear.WIDE, added=False, pairs=32, spans=12)
         middle_product(capability, triton_linear.WIDE, added=False, spans=12)
         middle_product(capability, triton_linear.NARROW, added=True, spans=12)
