@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdkern.kernels.backbone.quantise import FP8, HALF_STEP, LARGEST, LEAST_NORMAL, norm_level, quantise_rows
+from mdkern.kernels.backbone.quantise import FP8, HALF_STEP, LARGEST, LEAST_NORMAL, norm_level, quantise_layer
 from mdkern.kernels.device import computes_in_fp8, has_triton
 
 if TYPE_CHECKING:
@@ -108,32 +108,16 @@ def quantise_block(block: Block, parts: tuple[Tensor, ...], out: QuantisedBlock)
         quantise_after_norm(block.attn_qkv, block.norm1.weight, shift1, scale1, qkv)
         # What attention gives are means of the values.
         level.copy_(LARGEST / most_of(Quantised(*(part[-len(level) :] for part in qkv))))
-        quantise_levelled(block.attn_out, level, gate1, projection)
+        quantise_layer(block.attn_out.weight, block.attn_out.bias, 1 / level, gate=gate1, out=projection)
     quantise_after_norm(block.mlp_up, block.norm2.weight, shift2, scale2, out.mlp_up)
     out.level.copy_(LARGEST / most_of_gelu(out.mlp_up))
-    quantise_levelled(block.mlp_down, out.level, gate2, out.mlp_down)
-
-
-def quantise_levelled(layer: nn.Linear, level: Tensor, gate: Tensor, out: Quantised) -> None:
-    """A layer and the gate behind it, for an input whose columns are multiplied by `level`."""
-    quantised = quantise_rows(layer.weight.float() / level)
-    out.weight.copy_(quantised[0])
-    torch.mul(quantised[1], gate, out=out.scale)
-    if layer.bias is None:
-        out.bias.zero_()
-    else:
-        torch.mul(layer.bias.float(), gate, out=out.bias)
+    quantise_layer(block.mlp_down.weight, block.mlp_down.bias, 1 / out.level, gate=gate2, out=out.mlp_down)
 
 
 def quantise_after_norm(layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Tensor, out: Quantised) -> None:
     """A layer behind a modulated norm as one behind `quantised_norm`."""
-    full = layer.weight.float()
-    quantised = quantise_rows(full * (norm * (1 + scale.float())))
-    out.weight.copy_(quantised[0])
-    torch.div(quantised[1], norm_level(full.shape[1]), out=out.scale)
-    torch.mv(full, shift.float(), out=out.bias)
-    if layer.bias is not None:
-        out.bias.add_(layer.bias)
+    factor = norm.float() * (1 + scale.float()) / norm_level(len(norm))
+    quantise_layer(layer.weight, layer.bias, factor, shift, out=out)
 
 
 def most_of(layer: Quantised) -> Tensor:

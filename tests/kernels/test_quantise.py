@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels.backbone import quantise
-from mdkern.kernels.backbone.quantise import FP8, norm_level, quantise_columns, quantise_rows, quantised_norm
+from mdkern.kernels.backbone.quantise import (
+    FP8,
+    norm_level,
+    quantise_columns,
+    quantise_layer,
+    quantise_rows,
+    quantised_norm,
+)
 from tests.own_process import run_compiling, run_in_the_interpreter
 from tests.problems.backbone import normal
 
@@ -52,6 +59,25 @@ def test_columns_are_brought_into_the_range(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_layer_contains_what_lies_around_it(device: str, whole: bool) -> None:
+    """Each weight moves by half a step; shift, bias and gate are not rounded."""
+    weight, factor = normal(1, 6, 100).to(device), normal(2, 100).to(device)
+    bias, shift, gate = (normal(seed, size).to(device) for seed, size in ((3, 6), (4, 100), (5, 6)))
+    bias, shift, gate = (bias, shift, gate) if whole else (None, None, None)
+    out = torch.empty(6, 100, dtype=FP8, device=device), factor.new_empty(6), factor.new_empty(6)
+    quantise_layer(weight, bias, factor, shift, gate, out=out)
+    x = normal(6, 20, 100).to(device).double()
+    within = factor.double() * x + (0 if shift is None else shift.double())
+    exact = within @ weight.double().T + (0 if bias is None else bias.double())
+    exact = exact if gate is None else exact * gate.double()
+    got = x @ out[0].double().T * out[1].double() + out[2].double()
+    room = (x.abs() * factor.double().abs()) @ weight.double().abs().T * (1 if gate is None else gate.double().abs())
+    assert ((got - exact).abs() <= room / 16 + 1e-5).all()
+    assert (got - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_zeros_and_what_is_not_finite(device: str) -> None:
     x = normal(1, 4, 100).to(device)
     x[0], x[1, 3], x[2, 7] = 0, torch.nan, torch.inf
@@ -87,4 +113,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_the_operators_are_well_registered() -> None:
     torch.library.opcheck(quantise.quantise_rows_operator, (normal(1, 3, 20),))
     torch.library.opcheck(quantise.quantise_columns_operator, (normal(1, 3, 20), normal(2, 20)))
+    weight, vector = normal(3, 4, 20), normal(4, 20)
+    out = torch.empty(4, 20, dtype=FP8), torch.empty(4), torch.empty(4)
+    torch.library.opcheck(
+        quantise.quantise_layer_operator, (*out, weight, None, vector, vector, None), test_utils="test_faketensor"
+    )
     torch.library.opcheck(quantise.quantised_norm_operator, (normal(1, 3, 20),))

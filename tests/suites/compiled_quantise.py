@@ -16,6 +16,14 @@ def rows(capability: int, width: int) -> None:
     assert "e4m3x2" in built.asm["ptx"]
 
 
+def layer(capability: int, whole: bool) -> None:
+    types = {"weight": "*bf16", "quantised": "*fp8e4nv", "stride": "i64"}
+    types |= dict.fromkeys(("factor", "scale", "added"), "*fp32")
+    types |= dict.fromkeys(("bias", "shift", "gate"), "*bf16") if whole else {}
+    constants = {"WIDTH": 768, "BLOCK": 1024}
+    build(triton_quantise.quantise_layer_kernel, ASTSource, capability, types, constants, num_warps=4)
+
+
 def columns(capability: int) -> None:
     types = {"x": "*bf16", "level": "*fp32", "quantised": "*fp8e4nv", "rows": "i32", "stride": "i64"}
     constants = {"WIDTH": 768, "ROWS": 4, "BLOCK": 1024}
@@ -35,6 +43,8 @@ def main() -> None:
         for width in (768, 14336):
             rows(capability, width)
         columns(capability)
+        for whole in (False, True):
+            layer(capability, whole)
         norm(capability)
 
 

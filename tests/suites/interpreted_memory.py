@@ -215,7 +215,10 @@ class TestEveryEntryIsWritten:
     @pytest.mark.parametrize("rows", [1, 6])
     def test_results_in_e4m3(self, rows: int) -> None:
         x, weight, index = normal(1, rows, 20), normal(2, 20), torch.arange(rows)
+        layer = torch.empty(rows, 20, dtype=torch.float8_e4m3fn), torch.empty(rows), torch.empty(rows)
+        triton_quantise.quantise_layer(*layer, x, None, weight, weight, None)
         outcomes = (
+            *layer,
             *triton_quantise.quantise_rows(x),
             triton_quantise.quantised_norm(x),
             triton_quantise.quantise_columns(x, weight),

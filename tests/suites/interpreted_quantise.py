@@ -11,6 +11,7 @@ import triton
 from mdkern.kernels.backbone import triton_quantise
 from mdkern.kernels.backbone.quantise import (
     quantise_columns_reference,
+    quantise_layer_reference,
     quantise_rows_reference,
     quantised_norm_reference,
 )
@@ -30,6 +31,20 @@ def test_rows_are_the_references(rows: int, width: int, dtype: torch.dtype) -> N
     want, want_scale = quantise_rows_reference(x)
     assert torch.equal(quantised.float(), want.float())
     assert torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_layer_is_the_references(whole: bool) -> None:
+    weight, factor = normal(1, 6, 200)[:, 100:].bfloat16(), normal(2, 100)
+    bias, shift, gate = (normal(3, 6), normal(4, 100).bfloat16(), normal(5, 6)) if whole else (None, None, None)
+    weight[2] = 0
+    outcomes = []
+    for implementation in (triton_quantise.quantise_layer, quantise_layer_reference):
+        out = torch.empty(6, 100, dtype=torch.float8_e4m3fn), torch.empty(6), torch.empty(6)
+        implementation(*out, weight, bias, factor, shift, gate)
+        outcomes.append(out)
+    for got, want in zip(*outcomes):
+        torch.testing.assert_close(got.float(), want.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_finite_is_not_hidden() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mdkern.kernels.backbone.modulated_norm import wide
 from mdkern.kernels.backbone.norm_constants import EPS
-from mdkern.kernels.checks import check_tensor
+from mdkern.kernels.checks import check_tensor, check_written
 from mdkern.kernels.operator import operator
 
 FP8 = torch.float8_e4m3fn
@@ -75,6 +75,35 @@ quantise_columns_operator = operator(
 )
 
 
+def quantise_layer_reference(
+    quantised: Tensor,
+    scale: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    shift: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """`quantise_layer` in plain PyTorch."""
+    full = weight.float()
+    entries, steps = quantise_rows_reference(full * factor)
+    quantised.copy_(entries)
+    scale.copy_(steps if gate is None else steps * gate)
+    total = full.new_zeros(len(full)) if shift is None else full @ shift.float()
+    total = total if bias is None else total + bias
+    added.copy_(total if gate is None else total * gate)
+
+
+quantise_layer_operator = operator(
+    quantise_layer_reference,
+    lambda *_: None,
+    f"{KERNELS}:quantise_layer",
+    mutates=("quantised", "scale", "added"),
+    name="quantise_layer",
+)
+
+
 def norm_level(width: int) -> float:
     """The power of two that `quantised_norm` multiplies rows of `width` columns by.
 
@@ -120,6 +149,42 @@ def quantise_columns(x: Tensor, level: Tensor) -> Tensor:
     check_tensor("level", level, x.shape[1:], torch.float32, x.device)
     quantised: Tensor = quantise_columns_operator(x, level)
     return quantised
+
+
+def quantise_layer(
+    weight: Tensor,  # [C, K]
+    bias: Tensor | None,  # [C]
+    factor: Tensor,  # [K]
+    shift: Tensor | None = None,  # [K]
+    gate: Tensor | None = None,  # [C]
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """A linear layer in e4m3, with what lies before and behind it: ``gate * (weight @ (factor * x + shift) + bias)``.
+
+    Of any ``x [K]`` that is ``out[0] @ x * out[1] + out[2]``, up to the rounding of ``weight * factor`` by rows.
+
+    Args:
+        weight: floating ``[C, K]`` of at most 32 bits, any row stride.
+        bias, shift, gate: floating; None: no such step.
+        factor: float32.
+        out: float8_e4m3fn ``[C, K]``, and float32 ``[C]`` twice, contiguous: written in place.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_rows(weight)
+    quantised, scale, added = out
+    check_tensor("out[0]", quantised, weight.shape, FP8, weight.device)
+    for name, vector, size in (("bias", bias, 0), ("shift", shift, 1), ("gate", gate, 0)):
+        if vector is not None:
+            check_tensor(name, vector, weight.shape[size : size + 1], vector.dtype, weight.device)
+    check_tensor("factor", factor, weight.shape[1:], torch.float32, weight.device)
+    for name, vector in (("out[1]", scale), ("out[2]", added)):
+        check_tensor(name, vector, weight.shape[:1], torch.float32, weight.device)
+    for number, tensor in enumerate(out):
+        check_written(f"out[{number}]", tensor)
+    quantise_layer_operator(quantised, scale, added, weight, bias, factor, shift, gate)
 
 
 def quantised_norm(x: Tensor) -> Tensor:

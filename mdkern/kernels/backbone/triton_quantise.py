@@ -16,6 +16,7 @@ from mdkern.kernels.backbone.quantise import (
     SMALLEST_SCALE,
     norm_level,
     quantise_columns_reference,
+    quantise_layer_reference,
     quantise_rows_reference,
     quantised_norm_reference,
 )
@@ -58,6 +59,42 @@ def quantise_rows_kernel(
         inside = start + column < WIDTH
         held = tl.load(x + row * stride + start + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(quantised + row * WIDTH + start + column, round_to_fp8(held * inverse), mask=inside)
+
+
+@triton.jit
+def quantise_layer_kernel(
+    weight,
+    bias,
+    factor,
+    shift,
+    gate,
+    quantised,
+    scale,
+    added,
+    stride,  # of a row of the weight
+    WIDTH: tl.constexpr,  # K
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    within = column < WIDTH
+    held = tl.load(weight + row * stride + column, mask=within, other=0.0).to(tl.float32)
+    total = 0.0
+    if shift is not None:
+        total += tl.sum(held * tl.load(shift + column, mask=within, other=0.0).to(tl.float32), 0)
+    if bias is not None:
+        total += tl.load(bias + row).to(tl.float32)
+    held = held * tl.load(factor + column, mask=within, other=0.0)
+    undefined = tl.max((held != held).to(tl.int32), 0) > 0
+    most = tl.where(undefined, float("nan"), tl.maximum(tl.max(tl.abs(held), 0), LEAST))
+    step = most * (1.0 / MOST)
+    if gate is not None:
+        opened = tl.load(gate + row).to(tl.float32)
+        step *= opened
+        total *= opened
+    tl.store(scale + row, step)
+    tl.store(added + row, total)
+    tl.store(quantised + row * WIDTH + column, round_to_fp8(held * tl.div_rn(MOST, most)), mask=within)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -120,6 +157,30 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         warps = max(1, block // 512)
         quantise_rows_kernel[(rows,)](x, quantised, scale, x.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
     return quantised, scale
+
+
+def quantise_layer(
+    quantised: Tensor,
+    scale: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    shift: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """`mdkern.kernels.backbone.quantise.quantise_layer` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    if not fits(weight) or not computes_in_fp8(weight.device):
+        quantise_layer_reference(quantised, scale, added, weight, bias, factor, shift, gate)
+        return
+    rows, width = weight.shape
+    weight = unit_stride(weight)
+    vectors = (unit_stride(vector) for vector in (bias, factor, shift, gate))
+    block = triton.next_power_of_2(width)
+    if rows:
+        quantise_layer_kernel[(rows,)](
+            weight, *vectors, quantised, scale, added, weight.stride(0), WIDTH=width, BLOCK=block, num_warps=4
+        )
 
 
 def quantise_columns(x: Tensor, level: Tensor) -> Tensor:
