@@ -19,6 +19,7 @@ from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.quantise import quantise_columns, quantised_norm
+from mdkern.kernels.backbone.residual_gelu import residual_gelu, runs_at_once
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import rows_to_choose_by
@@ -275,15 +276,33 @@ def hidden(
         if isinstance(folded, QuantisedBlock):
             add_quantised(stream, attended, block, gate1, folded)
             continue
-        stream.add(attended, block.attn_out, gate1, sums=folded is not None)
-        up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
-        assert up.bias is not None
-        mlp = products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
-        stream.add(mlp, block.mlp_down, gate2, sums=folded is not None and not last)
+        units = hidden_units(stream, attended, block, gate1, shift2, scale2, folded)
+        stream.add(units, block.mlp_down, gate2, sums=folded is not None and not last)
     assert stream is not None
     return stream.norm(model.norm_final.weight, *modulation(model.modulation_final, condition)).unflatten(
         0, (batch, -1)
     )
+
+
+def hidden_units(
+    stream: Stream,
+    attended: Tensor,
+    block: Block,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    folded: FoldedBlock | None,
+) -> Tensor:
+    """Add attention's result to the stream; the MLP's hidden units ``[N, F]``."""
+    layer = block.attn_out
+    if folded is not None and layer.bias is None and runs_at_once(stream.x, layer.weight, gate, folded.mlp_up.weight):
+        stream.x, units = residual_gelu(stream.x, attended, layer.weight, gate, *folded.mlp_up)
+        stream.sums = None
+        return units
+    stream.add(attended, layer, gate, sums=folded is not None)
+    up = stream.into(block.mlp_up, block.norm2.weight, shift, scale, folded and folded.mlp_up)
+    assert up.bias is not None
+    return products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
 
 
 def quantised_qkv(model: DiT, stream: Stream, block: QuantisedBlock, kinds: int, rotated: int, length: int) -> Tensor:

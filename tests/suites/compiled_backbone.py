@@ -26,6 +26,7 @@ from mdkern.kernels.backbone import (
     triton_linear,
     triton_modulated_norm,
     triton_place_heads,
+    triton_residual_gelu,
     triton_rms_norm,
     triton_rotary,
     triton_route_experts,
@@ -292,6 +293,18 @@ def early_attention(capability: int) -> None:
         assert "HGMMA" in built.asm["sass"]
 
 
+def residual_gelu(capability: int) -> None:
+    names = ("stream", "x", "weight", "gate", "up", "up_bias", "updated", "hidden")
+    types = dict.fromkeys(names, "*bf16") | {"rows": "i32", "eps": "fp32"}
+    tiling = triton_residual_gelu.TILING
+    constants = {"PARTS": 3, "PART": 64, "HIDDEN": 768, "ROWS": tiling.rows, "UNITS": tiling.units, "FAST": True}
+    options = {"num_warps": tiling.warps, "launch_pdl": True}
+    kernel = triton_residual_gelu.residual_gelu_kernel
+    built = build(kernel, ASTSource, capability, types, constants | {"PDL": True}, **options)
+    if capability == 90:
+        assert "HGMMA" in built.asm["sass"]
+
+
 def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
     """To queries, keys and values or hidden units of width 768, or back to the stream."""
     types = {"x": f"tensordesc<bf16[{tiling.rows}, 64]>", "weight": f"tensordesc<bf16[{tiling.columns}, 64]>"}
@@ -340,6 +353,7 @@ def main() -> None:
             place_heads(capability, 80 if normed else 128, normed, kept)
     for capability in (90, 100):
         early_attention(capability)
+        residual_gelu(capability)
         middle_product(capability, triton_linear.WIDE, added=False, pairs=32, spans=12)
         middle_product(capability, triton_linear.WIDE, added=False, spans=12)
         middle_product(capability, triton_linear.NARROW, added=True, spans=12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from mdkern.kernels.backbone import triton_early_attention, triton_linear
+from mdkern.kernels.backbone import triton_early_attention, triton_linear, triton_residual_gelu
 from mdkern.kernels.backbone.early_attention import early_attention_reference
 from mdkern.kernels.backbone.folded_norm import row_sums
 from mdkern.kernels.backbone.linear import (
@@ -16,6 +16,7 @@ from mdkern.kernels.backbone.linear import (
     linear_residual_reference,
     linear_rotary_reference,
 )
+from mdkern.kernels.backbone.residual_gelu import residual_gelu_reference
 from tests.problems.backbone import normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -72,3 +73,13 @@ def test_attention_is_the_references(queries: int, keys: int) -> None:
     got = triton_early_attention.early_attention(query, key, value, triton_early_attention.Tiling(32, 32, 4, 2))
     want = early_attention_reference(query.double(), key.double(), value.double())
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 192])
+def test_residual_and_gelu_are_the_references(width: int) -> None:
+    stream, x, gate = normal(1, ROWS, width) + 0.5, normal(2, ROWS, width), normal(3, width)
+    weight, up, bias = normal(4, width, width) * width**-0.5, normal(5, 256, width) * width**-0.5, normal(6, 256)
+    arguments = stream, x, weight, gate, up, bias
+    got = triton_residual_gelu.residual_gelu(*arguments, triton_residual_gelu.Tiling(32, 128, 4))
+    for tensor, want in zip(got, residual_gelu_reference(*(argument.double() for argument in arguments))):
+        torch.testing.assert_close(tensor.double(), want, rtol=1e-5, atol=1e-5)
