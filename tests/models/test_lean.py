@@ -49,7 +49,15 @@ def passes(model: Any, rows: Any, lean: bool) -> torch.Tensor:
         return network.hidden(rows["canvas"], rows["soft"], positions, masks, cache)
 
 
-@pytest.mark.parametrize("changed", ["nothing", "a norm has a hook", "a router has a forward of its own"])
+CHANGES = "nothing", "a norm has a hook", "a router has a forward of its own", "a layer has a hook", "the last norm has"
+
+
+def moved(output: torch.Tensor) -> None:
+    """In place."""
+    output.add_(0.5)
+
+
+@pytest.mark.parametrize("changed", CHANGES)
 def test_encoder_and_decoder_are_the_models(changed: str) -> None:
     """With every weight, scale and factor away from 1, and in float32, in which roundings hardly differ."""
     model, generator = small_model(), torch.Generator().manual_seed(3)
@@ -66,11 +74,16 @@ def test_encoder_and_decoder_are_the_models(changed: str) -> None:
     plain = passes(model, rows, lean=False)
     if changed == "a norm has a hook":
         decoder.layers[0].post_feedforward_layernorm.register_forward_hook(lambda _, __, output: 2.0 * output)
+        decoder.layers[1].input_layernorm.register_forward_hook(lambda _, __, output: 2.0 * output)
         decoder.layers[1].self_attn.k_norm.register_forward_hook(lambda _, __, output: 0.5 * output)
     if changed == "a router has a forward of its own":
         router = decoder.layers[0].router
         weights = torch.ones(16, 1), torch.full((16, 1), 2)
         router.forward = lambda _: (None, *weights)
+    if changed == "a layer has a hook":
+        decoder.layers[0].register_forward_hook(lambda _, __, output: moved(output))
+    if changed == "the last norm has":
+        decoder.norm.register_forward_pre_hook(lambda _, given: (given[0] * 0.1 + 1.0,))
     want = passes(model, rows, lean=False)
     assert torch.equal(want, plain) == (changed == "nothing")
     torch.testing.assert_close(passes(model, rows, lean=True), want, rtol=1e-4, atol=1e-5)

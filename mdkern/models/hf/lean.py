@@ -40,7 +40,10 @@ class Angles(tuple[Tensor, Tensor]):
 
 
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """DiffusionGemmaRMSNorm: in float32, rounded once."""
+    """DiffusionGemmaRMSNorm: in float32, rounded once. The layer before may have computed it."""
+    by, normed = getattr(hidden_states, "normed", (None, None))
+    if by is self and normed is not None:
+        return normed
     weight = self.weight if self.with_scale else None
     return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
 
@@ -123,15 +126,18 @@ def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     )
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     eps, stream = router.eps, hidden_states.reshape(-1, hidden_states.shape[-1])
-    following = [before_mlp, before_experts, router.scale]
+    norms = [before_mlp, before_experts, router.scale]
     stream, (for_mlp, for_experts, for_router) = sandwich_norm(
-        stream.contiguous(), attended.reshape(stream.shape), after_attention, after=following, eps=eps
+        stream.contiguous(), attended.reshape(stream.shape), after_attention, after=norms, eps=eps
     )
     mixed = self.mlp(for_mlp)
     weights, index = choose_experts(
         router.proj(for_router), router.per_expert_scale, router.config.top_k_experts, router.scalar_root_size
     )
-    stream, _ = sandwich_norm(
+    following: tuple[Any, Any] = getattr(self, "following", (None, None))
+    next_norm, next_layer = following
+    joined = next_norm is not None and may_follow(self, next_norm, next_layer)
+    stream, normed = sandwich_norm(
         stream,
         mixed,
         after_mlp,
@@ -139,10 +145,19 @@ def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         second_weight=after_experts,
         outer_weight=outer,
         factor=self.layer_scalar,
-        after=[],
+        after=[next_norm.weight] if joined else [],
         eps=eps,
     )
-    return stream.view(hidden_states.shape)
+    out: Any = stream.view(hidden_states.shape)
+    if joined:
+        out.normed = next_norm, normed[0].view(out.shape)
+    return out
+
+
+def may_follow(own: nn.Module, first_norm: nn.Module, next_layer: nn.Module | None) -> bool:
+    """Whether nothing comes between a layer and the norm after it."""
+    layers = (own,) if next_layer is None else (own, next_layer)
+    return is_lean(norm, first_norm) and is_lean(layer, *layers)
 
 
 REPLACED: dict[str, Callable[..., Any]] = {
@@ -176,4 +191,12 @@ def lean_copy(module: nn.Module) -> nn.Module:
     forward = REPLACED.get(type(module).__name__)
     if forward is not None and "forward" not in vars(module):
         copied.forward = MethodType(forward, copied)
+    if isinstance(layers := copied._modules.get("layers"), nn.ModuleList) and hasattr(copied, "norm"):
+        connect(list(layers), copied.norm)
     return copied
+
+
+def connect(layers: list[Any], last: Any) -> None:
+    """Tell each layer which norm its output goes to, and of which layer that is (None: of none)."""
+    for own, after in zip(layers, [*layers[1:], None]):
+        vars(own)["following"] = last if after is None else getattr(after, "input_layernorm", None), after
