@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models.soft import Soft, soften
 
 ID_ROOM = 8  # numbers of any floating dtype that hold one id, an int32, and keep rows aligned
@@ -241,6 +242,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
     The mask is bool and broadcastable to ``[B, H, W, L]``; None: everything is seen.
     """
+    return attend_by(query, key, value, grouped_mask(mask, query.shape[1] // key.shape[1], query.dtype), scale)
+
+
+def grouped_mask(mask: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
+    """A mask of `attend` as `attend_by` takes it in all layers: what is added, with a row for each query of a group.
+
+    PyTorch would make that of a bool mask in every layer. In the batch-invariant mode it stays bool.
+    """
+    if mask is None:
+        return None
+    if groups > 1 and mask.shape[-2] > 1:
+        mask = mask.repeat(*([1] * (mask.ndim - 2)), groups, 1)
+    if is_batch_invariant():
+        return mask
+    columns = mask.shape[-1]
+    added = torch.empty((*mask.shape[:-1], -(-columns // 8) * 8), dtype=dtype, device=mask.device)  # rows are aligned
+    return added[..., :columns].fill_(-torch.inf).masked_fill_(mask, 0.0)
+
+
+def attend_by(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """`attend` with a mask of `grouped_mask`."""
     (_, queries, width, _), heads = query.shape, key.shape[1]
     if queries == heads or mask is None:
         return F.scaled_dot_product_attention(
@@ -248,8 +270,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         )
     # PyTorch has no fast kernel for grouped queries with a mask. They are put one after the other.
     groups = queries // heads
-    if mask.shape[-2] > 1:
-        mask = mask.repeat(*([1] * (mask.ndim - 2)), groups, 1)
     grouped = query.unflatten(1, (heads, groups)).flatten(2, 3)
     attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return attended.unflatten(2, (groups, width)).flatten(1, 2)

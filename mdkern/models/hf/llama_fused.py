@@ -16,7 +16,7 @@ from mdkern.kernels.backbone.rms_norm import rms_norm
 from mdkern.kernels.device import num_sms
 from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority, gather_rows
-from mdkern.models.hf.intercept import attend
+from mdkern.models.hf.intercept import attend_by, grouped_mask
 from mdkern.models.hf.llama_fp8 import Fp8Block, Fp8Products
 from mdkern.models.hf.llama_parts import Block, Parts
 from mdkern.models.hf.llama_products import Products
@@ -62,6 +62,8 @@ def run(
     divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
     with attention_priority(input_ids.device, divide_keys=divided):
         x = update = normed = None
+        groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
+        seen = grouped_mask(mask, groups, parts.embedding.dtype)
         fewer = rows is not None and rows.shape[1] < width
         for number, block in enumerate(parts.blocks):
             products = products_of(parts, number, copies)
@@ -83,11 +85,11 @@ def run(
                 (query,) = products.heads(normed, queries=True)
                 wanted = rows if positions is None else positions.gather(1, rows)
                 turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
-                mask = mask_at(mask, rows)
+                seen = grouped_mask(mask_at(mask, rows), groups, parts.embedding.dtype)
             assert query is not None
             keys, values = (x.unflatten(0, (batch, -1)) for x in (key, value)) if cache is None else cache[:, :, :-1]
             queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
-            attended = attend(queries, keys, values, mask, parts.scale).transpose(1, 2).reshape(len(x), -1)
+            attended = attend_by(queries, keys, values, seen, parts.scale).transpose(1, 2).reshape(len(x), -1)
             normed = products.norm(x, block.mlp_norm, products.attention_update(attended))
             update = products.mlp_update(normed)
         assert x is not None
