@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdkern.cli.common import add_judge, add_models, load_judge, load_models, longest_of, one_line, positive
+from mdkern.cli.common import (
+    add_judge,
+    add_models,
+    check_target,
+    load_judge,
+    load_models,
+    longest_of,
+    one_line,
+    positive,
+)
 from mdkern.cli.decoder import add_decoding, parse_decoder, sample_options
+from mdkern.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mdkern.evaluation.kept import Kept
     from mdkern.models import Denoiser
     from mdkern.schedule import Schedule
 
@@ -70,6 +82,12 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     add_decoding(parser)
     parser.add_argument("--length", metavar="L", type=positive, help="tokens of windows and samples")
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="also write the figures as JSON; what is measured is kept in FILE.partial, and the same command goes on",
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -86,6 +104,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         check_exact(arguments)
     elif arguments.by is not None:
         raise ValueError("--by goes with --exact")
+    if arguments.output is not None:
+        check_target("--output", arguments.output)
     decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     schedule = Schedule.constant(next(iter(models))) if arguments.schedule is None else Schedule(arguments.schedule)
@@ -96,10 +116,16 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     sampler = sample_options(arguments) | {"steps": arguments.steps}
     sampler["decoder"] = decoder(tokenizer, first.vocab_size)
     subject = Subject(models, first, tokenizer, schedule, length, sampler)
+    kept = None if arguments.output is None else kept_results(arguments, models)
+    once = (lambda _, measure: measure()) if kept is None else kept.once
     if arguments.data is not None:
-        found |= held_out(arguments, subject)
+        measured = {name: once(name, measure) for name, measure in of_held_out(arguments, subject).items()}
+        found |= measured["bound"] | measured.get("exact", {})
     if arguments.num_samples:
-        found |= of_samples(arguments, subject)
+        found |= once("samples", partial(of_samples, arguments, subject))
+    if kept is not None:
+        write_whole(arguments.output, json.dumps(found, indent=1) + "\n")
+        kept.remove()
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
@@ -130,8 +156,21 @@ def check_exact(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--exact is the likelihood of samples without --{option}: leave that out")
 
 
-def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
-    """The bound on the negative log-likelihood of windows of held-out text and, with --exact, that of a sampler."""
+def kept_results(arguments: argparse.Namespace, models: dict[str, Denoiser]) -> Kept:
+    """The file beside --output, for this command on these models and this text."""
+    from mdkern.digest import digest, model_digest
+    from mdkern.evaluation.kept import Kept
+
+    apart = "run", "output", "json"
+    setting = {name: str(value) for name, value in vars(arguments).items() if name not in apart}
+    setting |= {name: model_digest(model) for name, model in models.items()}
+    if arguments.data is not None and arguments.data.is_file():
+        setting["text"] = digest(arguments.data.read_bytes())
+    return Kept(arguments.output.with_name(f"{arguments.output.name}.partial"), setting)
+
+
+def of_held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What measures windows of held-out text: a bound on their -log p and, with --exact, that of a sampler."""
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.likelihood import likelihood
@@ -139,23 +178,26 @@ def held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     ids = windows(arguments.data, subject.tokenizer, subject.length, arguments.texts)
     ids = ids.to(subject.first.device)
     nats = partial(likelihood, subject.models, subject.schedule, input_ids=ids, batch_size=arguments.batch_size)
-    exact = None
-    if arguments.exact:  # first, so that an unsuitable decoder is refused at once
+
+    def exact() -> dict[str, Any]:
         sampler = {name: subject.sampler[name] for name in ("decoder", "steps", "block_length", "steps_per_block")}
-        exact = nats(method="decoder", by=arguments.by, **sampler)
-    bound = nats(samples=arguments.masks, seed=arguments.seed)
-    found = {
-        "held-out text, windows": len(ids),
-        "bound, nats a token": estimate(bound.nats / bound.tokens).as_dict(),
-        "perplexity bound": bound.perplexity_bound(),
-    }
-    if exact is None:
-        return found
-    return found | {
-        "exact, nats a token": estimate(exact.nats / exact.tokens).as_dict(),
-        "exact perplexity": exact.perplexity_bound(),
-        "exact, passes a text": {name: float(count.double().mean()) for name, count in exact.nfe.items()},
-    }
+        found = nats(method="decoder", by=arguments.by, **sampler)
+        return {
+            "exact, nats a token": estimate(found.nats / found.tokens).as_dict(),
+            "exact perplexity": found.perplexity_bound(),
+            "exact, passes a text": {name: float(count.double().mean()) for name, count in found.nfe.items()},
+        }
+
+    def bound() -> dict[str, Any]:
+        found = nats(samples=arguments.masks, seed=arguments.seed)
+        return {
+            "held-out text, windows": len(ids),
+            "bound, nats a token": estimate(found.nats / found.tokens).as_dict(),
+            "perplexity bound": found.perplexity_bound(),
+        }
+
+    # The exact one first, so that an unsuitable decoder is refused at once.
+    return ({"exact": exact} if arguments.exact else {}) | {"bound": bound}
 
 
 def of_samples(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def add_importance(commands: argparse._SubParsersAction[Any]) -> None:
         help="show at which times the heavy model is needed",
         description="Compare a heavy and a light model over the diffusion time on held-out text: the absolute\n"
         "difference of their losses, text by text, KL(heavy || light) and, along the heavy model's\n"
-        "own samples, the KL of what each step reveals (Sedykh et al., 2604.02340, equations 6 and 7).",
+        "own samples, the KL of what each step reveals (Sedykh et al., 2604.02340, equations 6 and 7).\nWith --output, "
+        "results are kept as they come in FILE.partial, and the same command goes on.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -73,8 +74,10 @@ def run_importance(arguments: argparse.Namespace) -> None:
     if arguments.path_samples < 0:
         raise ValueError(f"--path-samples must be at least 0, not {arguments.path_samples}")
 
+    from mdkern.digest import digest, model_digest
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.importance import importance, path_importance
+    from mdkern.evaluation.kept import Kept
     from mdkern.files import write_whole
 
     models, tokenizer = load_models(arguments)
@@ -89,18 +92,24 @@ def run_importance(arguments: argparse.Namespace) -> None:
     )
     length = arguments.length or longest_of((heavy, light), None)
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
-    common = {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    samples = {"num_samples": arguments.path_samples, "length": length, "segments": arguments.segments}
+    kept = None
+    if arguments.output is not None:
+        compared = {name: model_digest(model) for name, model in models.items()}
+        compared |= {} if baseline is None else {"baseline": model_digest(baseline)}
+        setting = {"models": compared, "texts": digest(ids), "times": arguments.times, "seed": arguments.seed}
+        kept = Kept(arguments.output.with_name(f"{arguments.output.name}.partial"), setting | samples)
+    common: dict[str, Any] = {"batch_size": arguments.batch_size, "seed": arguments.seed, "kept": kept}
     found = importance(heavy, light, input_ids=ids, baseline=baseline, times=arguments.times, **common)
-    path = []
-    if arguments.path_samples:
-        samples = {"num_samples": arguments.path_samples, "length": length, "segments": arguments.segments}
-        path = path_importance(heavy, light, **samples, **common)
+    path = path_importance(heavy, light, **samples, **common) if arguments.path_samples else []
     text = table(found, path)
     if arguments.output is None:
         print(text, end="")
     else:
         write_whole(arguments.output, text)
         print(f"mdkern: wrote {arguments.output}: {len(ids)} windows of {length} tokens", file=sys.stderr)
+    if kept is not None:
+        kept.remove()
     if arguments.plot is not None:
         from mdkern.evaluation.plots import plot_importance
 

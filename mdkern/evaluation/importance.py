@@ -16,7 +16,7 @@ All use the fused `divergence` operator, which needs no memory of rows x vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from mdkern.decoders import Ancestral
 from mdkern.engine.resolve import check_count
 from mdkern.engine.resolve_models import resolve_models
 from mdkern.evaluation.intervals import Estimate, estimate
-from mdkern.evaluation.likelihood import DEFAULT_BATCH_SIZE, resolve_texts
+from mdkern.evaluation.kept import Kept
+from mdkern.evaluation.likelihood import DEFAULT_BATCH_SIZE, Texts, resolve_texts
 from mdkern.evaluation.scores import masked_hidden, rounded_once, sum_by_text, target_log_prob
 from mdkern.kernels import divergence, noise
 from mdkern.models import Denoiser
@@ -53,6 +54,11 @@ class ImportanceAt:
         """Eq. 7: the KL minus that of the baseline pair."""
         return self.kl.mean - (self.baseline_kl.mean if self.baseline_kl is not None else 0.0)
 
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> ImportanceAt:
+        """From ``dataclasses.asdict`` of one."""
+        return cls(**with_estimates(entry))
+
 
 @dataclass(frozen=True)
 class PathImportanceAt:
@@ -62,6 +68,15 @@ class PathImportanceAt:
     stop: int
     revealed_kl: Estimate  # sum over the positions revealed in these steps (the closing pass is greedy: not counted)
     masked_kl: Estimate  # mean over all positions masked at the first of these steps
+
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> PathImportanceAt:
+        """From ``dataclasses.asdict`` of one."""
+        return cls(**with_estimates(entry))
+
+
+def with_estimates(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: Estimate(**value) if isinstance(value, dict) else value for name, value in entry.items()}
 
 
 def importance(
@@ -75,6 +90,7 @@ def importance(
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int | None = 0,
     progress: bool | None = None,
+    kept: Kept | None = None,
 ) -> list[ImportanceAt]:
     """Loss difference and KL between two models over the diffusion time, on the same corrupted texts.
 
@@ -87,6 +103,7 @@ def importance(
         batch_size: texts in a forward pass.
         seed: keys the masks, together with the number of the text, the number of the time and the position.
         progress: show a progress bar; None: only on a terminal.
+        kept: a file for the results, of these arguments alone; what it has is not measured again.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, before any forward pass.
@@ -100,20 +117,29 @@ def importance(
     found = []
     with torch.no_grad(), tqdm(grid, desc="importance", disable=None if progress is None else not progress) as bar:
         for number, t in enumerate(bar):
-            columns: list[dict[str, Tensor]] = []
-            for text in torch.arange(len(input_ids), device=input_ids.device).split(batch_size):
-                masked = bernoulli_mask(texts.seed, texts.sample_ids[text], texts.position[text], number, t)
-                masked &= texts.wanted[text]
-                attended = None if texts.attention_mask is None else texts.attention_mask[text]
-                columns.append(compare(denoisers, texts.input_ids[text], masked, attended, t))
-            whole = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
-            whole = {name: values[values.isfinite()] for name, values in whole.items()}  # texts with nothing masked
-            if not len(whole["kl"]):
-                raise ValueError(f"times={t} masks nothing in any text: give a larger time or more texts")
-            difference = estimate((whole["L"] - whole["H"]).abs())
-            at = ImportanceAt(t, estimate(whole["H"]), estimate(whole["L"]), difference, estimate(whole["kl"]))
-            found.append(at if baseline is None else replace(at, baseline_kl=estimate(whole["baseline"])))
+            known = None if kept is None else kept.get(f"time {number}")
+            at = at_time(denoisers, texts, number, t, batch_size) if known is None else ImportanceAt.read(known)
+            if kept is not None and known is None:
+                kept.put(f"time {number}", asdict(at))
+            found.append(at)
     return found
+
+
+def at_time(denoisers: dict[str, Denoiser], texts: Texts, number: int, t: float, batch_size: int) -> ImportanceAt:
+    """The comparison at one time, which is the `number`-th."""
+    columns: list[dict[str, Tensor]] = []
+    for text in torch.arange(len(texts.input_ids), device=texts.input_ids.device).split(batch_size):
+        masked = bernoulli_mask(texts.seed, texts.sample_ids[text], texts.position[text], number, t)
+        masked &= texts.wanted[text]
+        attended = None if texts.attention_mask is None else texts.attention_mask[text]
+        columns.append(compare(denoisers, texts.input_ids[text], masked, attended, t))
+    whole = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+    whole = {name: values[values.isfinite()] for name, values in whole.items()}  # texts with nothing masked
+    if not len(whole["kl"]):
+        raise ValueError(f"times={t} masks nothing in any text: give a larger time or more texts")
+    difference = estimate((whole["L"] - whole["H"]).abs())
+    at = ImportanceAt(t, estimate(whole["H"]), estimate(whole["L"]), difference, estimate(whole["kl"]))
+    return replace(at, baseline_kl=estimate(whole["baseline"])) if "baseline" in whole else at
 
 
 def resolve_times(times: Sequence[float] | int) -> list[float]:
@@ -181,6 +207,7 @@ def path_importance(
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int | None = 0,
     progress: bool | None = None,
+    kept: Kept | None = None,
 ) -> list[PathImportanceAt]:
     """KL(heavy || light) along the heavy model's own ancestral samples, by segments of the steps.
 
@@ -192,9 +219,13 @@ def path_importance(
         heavy, light, num_samples, length, steps, seed, progress: as for `mdkern.sample`.
         segments: number of equal parts of the steps, each of which gives one entry of the result.
         batch_size: states in a forward pass.
+        kept: as of `importance`.
     """
     denoisers, _ = resolve_models({"H": heavy, "L": light}, None, Schedule.from_segments(["H", "L"]))
     segments, batch_size = check_count("segments", segments), check_count("batch_size", batch_size)
+    known = [None if kept is None else kept.get(f"segment {number}") for number in range(segments)]
+    if all(known):
+        return [PathImportanceAt.read(entry) for entry in known if entry]
     p, q = denoisers["H"], denoisers["L"]
     out = sample(
         p, num_samples=num_samples, length=length, steps=steps, seed=seed, return_history=True, progress=progress
@@ -209,10 +240,15 @@ def path_importance(
     found = []
     with torch.no_grad(), tqdm(range(segments), desc="path", disable=None if progress is None else not progress) as bar:
         for number in bar:
+            if (entry := known[number]) is not None:
+                found.append(PathImportanceAt.read(entry))
+                continue
             first, stop = edges[number], edges[number + 1]
             revealed = path_kl(p, q, ids, step, first, stop, times, batch_size)
             masked = masked_kl(p, q, ids, step, first, times, batch_size)
             found.append(PathImportanceAt(first, stop, estimate(revealed), estimate(masked)))
+            if kept is not None:
+                kept.put(f"segment {number}", asdict(found[-1]))
     return found
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mdkern import likelihood, load_pair
 from mdkern.cli import main as cli
 from mdkern.decoders import Threshold
+from mdkern.evaluation import importance as importance_module
+from mdkern.evaluation import likelihood as likelihood_module
+from mdkern.evaluation import text as text_module
 from mdkern.evaluation.corpus import windows
 
 SENTENCE = "It was a dark and stormy night, and the rain fell in torrents upon the house. "
@@ -74,6 +78,56 @@ def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys:
     assert [row["t or steps"] for row in rows if row["measure"].endswith("revealed")] == ["0-8", "8-16"]
     assert all(float(row["mean"]) >= 0 for row in rows)
     assert (tmp_path / "importance.png").stat().st_size > 1000
+
+
+class Stop(Exception):
+    """As if Ctrl-C came."""
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: int) -> list[int]:
+    """Let a function stop the command at a call, and count its calls; it does what it did before otherwise."""
+    count, plain = [0], getattr(module, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] == calls:
+            raise Stop
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return count
+
+
+def test_importance_goes_on_where_it_was_stopped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"importance --data {text} --texts 3 --times 3 --length 16 --path-samples 2 --segments 2".split()
+    whole, parts, partial = (tmp_path / name for name in ("whole.csv", "parts.csv", "parts.csv.partial"))
+    assert cli.main([*line, "--output", str(whole)]) == 0
+    for function, calls in (("at_time", 2), ("path_kl", 2)):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stopping(patch, importance_module, function, calls)
+            cli.main([*line, "--output", str(parts)])
+    assert not parts.exists()
+    assert len(partial.read_text().splitlines()) == 1 + 3 + 1  # the times and a segment
+    with partial.open("a") as file:
+        file.write('{"name": "segment 1", "val')  # cut off
+    count = stopping(monkeypatch, importance_module, "at_time", 0)
+    assert cli.main([*line, "--output", str(parts)]) == 0
+    assert (count[0], parts.read_text(), partial.exists()) == (0, whole.read_text(), False)
+    partial.write_text('{"setting": "another"}\n')
+    assert cli.main([*line, "--output", str(parts)]) == 2
+
+
+def test_evaluation_goes_on_where_it_was_stopped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"evaluate --data {text} --texts 2 --masks 1 --num-samples 2 --length 16 --exact --decoder margin".split()
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    assert cli.main([*line, "--output", str(whole)]) == 0
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stopping(patch, text_module, "token_entropy", 1)
+        cli.main([*line, "--output", str(parts)])
+    count = stopping(monkeypatch, likelihood_module, "likelihood", 0)
+    assert cli.main([*line, "--output", str(parts)]) == 0
+    assert (count[0], json.loads(parts.read_text())) == (0, json.loads(whole.read_text()))
+    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == ["parts.json"]
 
 
 def test_a_search_goes_on_and_takes_over_what_other_processes_left(
