@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import pdoc
 
-EVALUATION = ("assignment", "corpus", "importance", "intervals", "likelihood", "optimize", "search", "text")
+EVALUATION = ("assignment", "corpus", "importance", "intervals", "kept", "likelihood", "optimize", "search", "text")
 MODULES = [
     "mdkern",
     "mdkern.schedule",

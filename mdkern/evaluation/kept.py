@@ -10,6 +10,8 @@ from typing import Any
 
 from mdkern.digest import digest
 
+__all__ = ["Kept"]
+
 
 class Kept:
     """A file with a first line for what is measured, and a line for each result; at the end it is removed.

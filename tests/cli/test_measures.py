@@ -80,7 +80,7 @@ def test_importance_is_a_table_and_a_picture(text: Path, tmp_path: Path, capsys:
     assert (tmp_path / "importance.png").stat().st_size > 1000
 
 
-class Stop(Exception):
+class StopError(Exception):
     """As if Ctrl-C came."""
 
 
@@ -91,7 +91,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: int
     def counted(*arguments: Any, **options: Any) -> Any:
         count[0] += 1
         if count[0] == calls:
-            raise Stop
+            raise StopError
         return plain(*arguments, **options)
 
     monkeypatch.setattr(module, name, counted)
@@ -103,9 +103,10 @@ def test_importance_goes_on_where_it_was_stopped(text: Path, tmp_path: Path, mon
     whole, parts, partial = (tmp_path / name for name in ("whole.csv", "parts.csv", "parts.csv.partial"))
     assert cli.main([*line, "--output", str(whole)]) == 0
     for function, calls in (("at_time", 2), ("path_kl", 2)):
-        with monkeypatch.context() as patch, pytest.raises(Stop):
+        with monkeypatch.context() as patch:
             stopping(patch, importance_module, function, calls)
-            cli.main([*line, "--output", str(parts)])
+            with pytest.raises(StopError):
+                cli.main([*line, "--output", str(parts)])
     assert not parts.exists()
     assert len(partial.read_text().splitlines()) == 1 + 3 + 1  # the times and a segment
     with partial.open("a") as file:
@@ -121,9 +122,10 @@ def test_evaluation_goes_on_where_it_was_stopped(text: Path, tmp_path: Path, mon
     line = f"evaluate --data {text} --texts 2 --masks 1 --num-samples 2 --length 16 --exact --decoder margin".split()
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert cli.main([*line, "--output", str(whole)]) == 0
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         stopping(patch, text_module, "token_entropy", 1)
-        cli.main([*line, "--output", str(parts)])
+        with pytest.raises(StopError):
+            cli.main([*line, "--output", str(parts)])
     count = stopping(monkeypatch, likelihood_module, "likelihood", 0)
     assert cli.main([*line, "--output", str(parts)]) == 0
     assert (count[0], json.loads(parts.read_text())) == (0, json.loads(whole.read_text()))
