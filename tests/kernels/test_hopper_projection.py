@@ -46,9 +46,9 @@ TILINGS = {
     "many": HopperTiling(2, 256, 4),
 }
 FLOAT8_TILINGS = {
-    "few, float8": HopperTiling(1, 128, 5, stationary=True, float8=True),
-    "few and deep, float8": HopperTiling(1, 128, 6, float8=True),
-    "middling, float8": HopperTiling(2, 128, 5, float8=True),
+    "few, float8": HopperTiling(1, 128, 4, stationary=True, raw_stages=8),
+    "few and deep, float8": HopperTiling(1, 128, 6, raw_stages=8),
+    "middling, float8": HopperTiling(2, 128, 5, raw_stages=8),
 }
 
 
@@ -95,8 +95,9 @@ def test_tiles_fit_in_shared_memory(rows: int, dtype: torch.dtype, float8: bool)
             continue
         assert tiling.float8 == float8
         stage = (tiling.vocab + (0 if tiling.stationary else tiling.rows)) * HIDDEN_DIM * 2
-        stage += tiling.vocab * HIDDEN_DIM if float8 else 0
         held = -(-depth // HIDDEN_DIM) * 64 * HIDDEN_DIM * 2 if tiling.stationary else 0
+        held += tiling.raw_stages * tiling.vocab * HIDDEN_DIM
+        assert tiling.raw_stages % 2 == 0  # a stage belongs to one of two converters
         assert tiling.stages >= 4
         assert tiling.stages >= HEAD_START
         assert held + tiling.stages * stage <= SHARED

@@ -75,28 +75,32 @@ def convert_tiles(
     TURN: gl.constexpr,  # number of the converter
     CONVERTERS: gl.constexpr,
 ):
-    """Converter warps of `hopper_projection`: take tiles in float8 to another ring, in 16 bits, in turn."""
+    """Converter warps of `hopper_projection`: take tiles in float8 to another ring, in 16 bits, in turn.
+
+    The raw ring has a multiple of `CONVERTERS` stages, so that each of them belongs to one converter.
+    """
     raw_ring, raw_full, raw_empty, ring, full, empty = rings
     BK: gl.constexpr = raw_ring.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // BK, BK // 16], [4, 1], [1, 0])
     program, items, schedule = work
+    raw_stage = program * 0
+    raw_phase = program * 0
     stage = program * 0
     phase = program * 0
-    turn = program * 0
     for item in range(items):
         _, first, last, stride, _ = item_position(item, program, schedule, PROGRAMS, FIXED)
         for _ in range(first, last, stride):
             for _ in range(K_TILES):
-                if turn == TURN:
-                    mbarrier.wait(raw_full.index(stage), phase)
-                    x = convert(raw_ring.index(stage).load(layout), ring.dtype)
+                if raw_stage % CONVERTERS == TURN:
+                    mbarrier.wait(raw_full.index(raw_stage), raw_phase)
+                    x = convert(raw_ring.index(raw_stage).load(layout), ring.dtype)
                     mbarrier.wait(empty.index(stage), phase ^ 1)
                     ring.index(stage).store(x)
                     fence_async_shared()
                     mbarrier.arrive(full.index(stage))
-                    mbarrier.arrive(raw_empty.index(stage))
-                stage, phase = ring_advance(stage, phase, raw_ring.shape[0])
-                turn = (turn + 1) % CONVERTERS
+                    mbarrier.arrive(raw_empty.index(raw_stage))
+                raw_stage, raw_phase = ring_advance(raw_stage, raw_phase, raw_ring.shape[0])
+                stage, phase = ring_advance(stage, phase, ring.shape[0])
 
 
 @gluon.jit
@@ -123,7 +127,9 @@ def reorder_rows(hidden_tiles):
 
 
 @gluon.jit
-def product_of_float8(rings, stage, phase, layout: gl.constexpr):
+def product_of_float8(
+    rings, stage, phase, layout: gl.constexpr, TURN: gl.constexpr, CONSUMERS: gl.constexpr
+):  # fmt: skip
     """`hopper_skinny._product` for a weight in float8, which goes through registers; the result has `layout`.
 
     A tile is given back when its product has begun. Then its values have been used, and so have arrived in registers.
@@ -132,19 +138,22 @@ def product_of_float8(rings, stage, phase, layout: gl.constexpr):
     IDS: gl.constexpr = weight_ring.shape[1]
     ROWS: gl.constexpr = hidden_tiles.shape[1]
     K_TILES: gl.constexpr = hidden_tiles.shape[0]
+    STAGES: gl.constexpr = weight_ring.shape[0] // CONSUMERS
     x = gl.zeros([IDS, ROWS], gl.float32, layout=layout)
-    mbarrier.wait(full.index(stage), phase)
-    w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+    slot = stage * CONSUMERS + TURN
+    mbarrier.wait(full.index(slot), phase)
+    w = load_operand(weight_ring.index(slot), hidden_tiles.dtype, layout)
     for k in range(K_TILES - 1):
         x = warpgroup_mma(w, hidden_tiles.index(k).permute((1, 0)), x, use_acc=k > 0, is_async=True)
-        mbarrier.arrive(empty.index(stage))
-        stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
-        mbarrier.wait(full.index(stage), phase)
-        next_w = load_operand(weight_ring.index(stage), hidden_tiles.dtype, layout)
+        mbarrier.arrive(empty.index(slot))
+        stage, phase = ring_advance(stage, phase, STAGES)
+        slot = stage * CONSUMERS + TURN
+        mbarrier.wait(full.index(slot), phase)
+        next_w = load_operand(weight_ring.index(slot), hidden_tiles.dtype, layout)
         x, w = warpgroup_mma_wait(0, deps=(x, w))
         w = next_w
     x = warpgroup_mma(w, hidden_tiles.index(K_TILES - 1).permute((1, 0)), x, use_acc=K_TILES > 1, is_async=True)
-    mbarrier.arrive(empty.index(stage))
-    stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+    mbarrier.arrive(empty.index(slot))
+    stage, phase = ring_advance(stage, phase, STAGES)
     x, w = warpgroup_mma_wait(0, deps=(x, w))
     return x, stage, phase

@@ -65,6 +65,8 @@ def _produce(
     stage = program * 0
     phase = stage + 1
     FLOAT8: gl.constexpr = weight.dtype == gl.float8e4nv
+    raw_stage = stage
+    raw_phase = phase
     for item in range(items):
         row_tile, first, last, stride, _ = item_position(item, program, schedule, PROGRAMS, FIXED)
         for tile in range(first, last, stride):
@@ -73,10 +75,11 @@ def _produce(
                     mbarrier.wait(asked, 0, pred=k >= HEAD_START)
                 if FLOAT8:  # it goes to the converter's ring
                     raw_ring, raw_full, raw_empty = rings[5:]
-                    mbarrier.wait(raw_empty.index(stage), phase)
-                    ready = raw_full.index(stage)
+                    mbarrier.wait(raw_empty.index(raw_stage), raw_phase)
+                    ready = raw_full.index(raw_stage)
                     mbarrier.expect(ready, BN * BK)
-                    tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, raw_ring.index(stage))
+                    tma.async_copy_global_to_shared(weight, [tile * BN, k * BK], ready, raw_ring.index(raw_stage))
+                    raw_stage, raw_phase = ring_advance(raw_stage, raw_phase, raw_ring.shape[0])
                     if not STATIONARY:
                         mbarrier.wait(empty.index(stage), phase)
                         ready = full.index(stage)
@@ -294,6 +297,7 @@ def vocab_projection_hopper_kernel(
     OF_SAMPLER: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
+    RAW_STAGES: gl.constexpr,  # of a weight in float8
     REGISTERS: gl.constexpr,
     CONVERTER_REGISTERS: gl.constexpr,
 ):
@@ -315,10 +319,10 @@ def vocab_projection_hopper_kernel(
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     rings = (hidden_ring, weight_ring, full, empty, asked)
     if weight_scale is not None:
-        raw_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
-        raw_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        raw_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
+        raw_ring = gl.allocate_shared_memory(weight.dtype, [RAW_STAGES, BN, BK], weight.layout)
+        raw_full = gl.allocate_shared_memory(gl.int64, [RAW_STAGES, 1], mbarrier.MBarrierLayout())
+        raw_empty = gl.allocate_shared_memory(gl.int64, [RAW_STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(RAW_STAGES):
             mbarrier.init(raw_full.index(stage), count=1)
             mbarrier.init(raw_empty.index(stage), count=1)
         rings = (hidden_ring, weight_ring, full, empty, asked, raw_ring, raw_full, raw_empty)

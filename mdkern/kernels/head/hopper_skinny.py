@@ -49,23 +49,32 @@ def _tile(rows):
 
 
 @gluon.jit
-def _produce(weight, rings, program, groups, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr):
+def _produce(
+    weight, rings, program, groups, CONSUMERS: gl.constexpr, PROGRAMS: gl.constexpr, HEAD_START: gl.constexpr
+):  # fmt: skip
     """The producer warp: fill the ring, and after `HEAD_START` copies let the consumers load their first operands.
 
-    Full rings in all programs are 17 MB of copies in flight, and any other load waits behind them.
+    Full rings in all programs are 17 MB of copies in flight, and any other load waits behind them. Of a stage each
+    consumer has its own tile, and no other ever reads there: the phases of a barrier tell apart only what follows each
+    other.
     """
     hidden_tiles, weight_ring, full, empty, asked, _ = rings
     BK: gl.constexpr = weight_ring.shape[2]
     stage = program * 0
     phase = stage + 1
-    for group in range(program, groups, PROGRAMS):
+    for first in range(program, groups, CONSUMERS * PROGRAMS):
         for k in range(hidden_tiles.shape[0]):
             mbarrier.wait(asked, 0, pred=k >= HEAD_START)
-            mbarrier.wait(empty.index(stage), phase)
-            ready = full.index(stage)
-            mbarrier.expect(ready, GROUP_SIZE * BK * weight_ring.dtype.primitive_bitwidth // 8)
-            tma.async_copy_global_to_shared(weight, [group * GROUP_SIZE, k * BK], ready, weight_ring.index(stage))
-            stage, phase = ring_advance(stage, phase, weight_ring.shape[0])
+            for turn in gl.static_range(CONSUMERS):
+                group = first + turn * PROGRAMS
+                slot = stage * CONSUMERS + turn
+                if group < groups:
+                    mbarrier.wait(empty.index(slot), phase)
+                    ready = full.index(slot)
+                    mbarrier.expect(ready, GROUP_SIZE * BK * weight_ring.dtype.primitive_bitwidth // 8)
+                    at = [group * GROUP_SIZE, k * BK]
+                    tma.async_copy_global_to_shared(weight, at, ready, weight_ring.index(slot))
+            stage, phase = ring_advance(stage, phase, weight_ring.shape[0] // CONSUMERS)
 
 
 @gluon.jit
@@ -82,14 +91,6 @@ def _ask_for_rows(hidden, row_index, count, hidden_rows, hidden_dim, hidden_stri
         inside = (row < count)[:, None] & (inner < hidden_dim - k * BK)[None, :]
         async_copy.async_copy_global_to_shared(hidden_tiles.index(k), source + k * BK, inside)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _skip(stage, phase, COUNT: gl.constexpr, STAGES: gl.constexpr):
-    """The stage and phase after `COUNT` stages that another consumer takes."""
-    stage += COUNT
-    phase ^= (stage // STAGES) & 1
-    return stage % STAGES, phase
 
 
 @gluon.jit
@@ -183,8 +184,6 @@ def _consume(
     Several consumers take groups in turn, as each were programs of their own. The first one copies the rows.
     """
     NEXT: gl.constexpr = CONSUMERS * PROGRAMS
-    K_TILES: gl.constexpr = rings[0].shape[0]
-    STAGES: gl.constexpr = rings[1].shape[0]
     hidden, weight_scale, bias, row_index, row_count, temperature, uniform_temperature, records = tensors
     capacity, vocab, hidden_rows, hidden_dim, hidden_stride, scale, soft_cap, first_id = sizes
     races, noises, drawn, used = draws
@@ -231,7 +230,6 @@ def _consume(
 
     stage = program * 0
     phase = program * 0
-    stage, phase = _skip(stage, phase, TURN * K_TILES, STAGES)
     noise_stage = program * 0 + TURN
     noise_phase = program * 0
     for group in range(first, groups, NEXT):
@@ -243,8 +241,7 @@ def _consume(
         if weight_scale is not None:
             factor = next_factor
             next_factor = gl.load(weight_scale + next_ids, mask=next_ids < vocab, other=0.0)
-            x, stage, phase = product_of_float8(rings, stage, phase, tile)
-            stage, phase = _skip(stage, phase, (CONSUMERS - 1) * K_TILES, STAGES)
+            x, stage, phase = product_of_float8(rings, stage, phase, tile, TURN, CONSUMERS)
             x = x * gl.expand_dims(factor, 1)
         else:
             x, stage, phase = _product(rings, stage, phase)
@@ -265,7 +262,11 @@ def _consume(
             race = races.index(noise_stage).load(by_row)
             token_noise = noises.index(noise_stage).load(tile)
             mbarrier.arrive(used.index(noise_stage))
-            noise_stage, noise_phase = _skip(noise_stage, noise_phase, CONSUMERS, NOISE_STAGES)
+            if CONSUMERS == 1:
+                noise_stage, noise_phase = ring_advance(noise_stage, noise_phase, NOISE_STAGES)
+            else:  # each has a stage of its own
+                gl.static_assert(CONSUMERS == NOISE_STAGES)
+                noise_phase ^= 1
         place = in_whole(group, first_id)
         ids = place * GROUP_SIZE + id_in_group
         state = _absorb(x, ids, place, state, inv_temperature, race, token_noise, MODE, WANT_ARGMAX)
@@ -314,18 +315,19 @@ def vocab_projection_skinny_kernel(
     HAS_SCALE: gl.constexpr,
     HAS_CAP: gl.constexpr,
 ):
-    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, GROUP_SIZE, BK], weight.layout)
+    SLOTS: gl.constexpr = STAGES * CONSUMERS
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [SLOTS, GROUP_SIZE, BK], weight.layout)
     held_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BK], hidden.dtype.element_ty)
     hidden_tiles = gl.allocate_shared_memory(hidden.dtype.element_ty, [K_TILES, ROWS, BK], held_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(asked, count=CONSUMERS)
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(held, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
     races = gl.allocate_shared_memory(gl.float32, [NOISE_STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     noises = gl.allocate_shared_memory(gl.float32, [NOISE_STAGES, GROUP_SIZE, ROWS], plain)
@@ -351,7 +353,7 @@ def vocab_projection_skinny_kernel(
                     HAS_SCALE, HAS_CAP,
                 )),
                 (produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
-                (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
+                (_produce, (weight, rings, program, groups, CONSUMERS, PROGRAMS, HEAD_START)),
             ],
             [4, 1],
             [128, 24],
@@ -368,7 +370,7 @@ def vocab_projection_skinny_kernel(
                     HAS_SCALE, HAS_CAP,
                 )),
                 (produce_noise, (keys, row_count, seed, capacity, draws, program, groups, first_id, PROGRAMS, MODE)),
-                (_produce, (weight, rings, program, groups, PROGRAMS, HEAD_START)),
+                (_produce, (weight, rings, program, groups, CONSUMERS, PROGRAMS, HEAD_START)),
             ],
             [4, 4, 1],
             [152, 112, 24],

@@ -44,7 +44,12 @@ class HopperTiling:
     # one has ended.
     stationary: bool = False
 
-    float8: bool = False  # the weight goes through converter warps, which take registers and shared memory
+    raw_stages: int = 0  # of a weight in float8, which two sets of converter warps take in turn; a multiple of 2
+
+    @property
+    def float8(self) -> bool:
+        """Whether it is for a weight in float8."""
+        return self.raw_stages > 0
 
     @property
     def rows(self) -> int:
@@ -86,17 +91,17 @@ def choose_hopper_tiling(rows: int, hidden: Tensor, float8: bool = False) -> Hop
 
 
 def choose_float8_tiling(rows: int, hidden: Tensor) -> HopperTiling:
-    """Tiles for at most `rows` rows and a weight in float8. Each stage has it twice, in 8 and in 16 bits; and four
-    warpgroups have too few registers for tiles of 256 ids."""
-    hidden_dim = hidden.shape[1]
+    """Tiles for at most `rows` rows and a weight in float8. The ring of 64 KiB that it is copied to hides the latency
+    of memory, so the one in 16 bits may be short. Five warpgroups have too few registers for tiles of 256 ids."""
+    hidden_dim, raw_stages = hidden.shape[1], 8
     held = triton.cdiv(hidden_dim, HIDDEN_DIM) * 64 * HIDDEN_DIM * 2
-    stages = (SHARED - held) // (3 * 128 * HIDDEN_DIM)
+    stages = (SHARED - held - raw_stages * 128 * HIDDEN_DIM) // (2 * 128 * HIDDEN_DIM)
     aligned = hidden_dim % 16 == 0 and hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
     if rows <= 256 and stages >= 4 and aligned:
-        return HopperTiling(1, 128, min(stages, 7), stationary=True, float8=True)
+        return HopperTiling(1, 128, min(stages, 6), stationary=True, raw_stages=raw_stages)
     if rows <= 64:
-        return HopperTiling(1, 128, stages=6, float8=True)
-    return HopperTiling(2, 128, stages=5, float8=True)
+        return HopperTiling(1, 128, stages=6, raw_stages=raw_stages)
+    return HopperTiling(2, 128, stages=5, raw_stages=raw_stages)
 
 
 def project_on_hopper(
@@ -116,7 +121,7 @@ def project_on_hopper(
 
     assert head.weight is not None
     if head.weight_scale is not None and not tiling.float8:
-        raise ValueError("tiles for a weight in float8 are HopperTiling(..., float8=True)")
+        raise ValueError("a weight in float8 needs a HopperTiling with raw_stages")
     source: Any = hidden
     if tiling.gather:
         source = descriptor(gather_rows(hidden, rows.row_index, tiling.rows), [tiling.rows, HIDDEN_DIM])
@@ -163,5 +168,6 @@ def tiling_constants(tiling: HopperTiling, hidden_dim: int) -> dict[str, Any]:
         "STATIONARY": tiling.stationary,
         "HEAD_START": HEAD_START,
         "REGISTERS": FLOAT8_REGISTERS if tiling.float8 else CONSUMER_REGISTERS,
+        "RAW_STAGES": tiling.raw_stages,
         "CONVERTER_REGISTERS": CONVERTER_REGISTERS,
     }

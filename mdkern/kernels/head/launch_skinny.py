@@ -31,7 +31,7 @@ class SkinnyTiling:
     vocab: ClassVar[int] = GROUP_SIZE
 
     rows: int
-    stages: int
+    stages: int  # of the ring, each with a tile for each consumer
     hidden_dim: int  # columns of a copied tile
     consumers: int = 1  # warpgroups that multiply and fold, in turn: 2 for a weight in float8, which takes them longer
 
@@ -54,7 +54,8 @@ def choose_skinny_tiling(rows: int, hidden: Tensor, weight_bytes: int = 2) -> Sk
         return None
     held, float8 = 8 if rows <= 8 else 16, weight_bytes == 1
     for copied in (128,) if float8 else (256, 128):  # converted, a tile of 256 takes too many registers
-        stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // (GROUP_SIZE * copied * weight_bytes)
+        tile = GROUP_SIZE * copied * (2 if float8 else weight_bytes)  # two consumers have a tile each
+        stages = min(RING, SHARED - held_bytes(held, copied, hidden_dim)) // tile
         if stages >= 4 and (hidden_dim % copied == 0 or copied == 128):
             return SkinnyTiling(held, stages, copied, consumers=2 if float8 else 1)
     return None
