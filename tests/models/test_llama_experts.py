@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=SPARSE)
+@pytest.fixture(params=["qwen 3, experts", "llada-moe, shared expert", "llada 2", "llada 2, wide shared expert"])
 def model(request: pytest.FixtureRequest) -> Any:
     return SPARSE[request.param]()
 
