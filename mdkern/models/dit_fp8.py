@@ -8,7 +8,7 @@ Nothing is calibrated, and no number leaves the format's range, because all that
   row's norm, plus the bias (Cauchy and Schwarz). One number for each unit brings it into the range; the column of the
   next weight is divided by it. The same holds for values, of which attention gives means.
 
-As e4m3 has floating point, a bound that is seldom reached costs no accuracy: numbers down to 2^-15 of it keep all bits.
+As e4m3 has floating point, a bound that is seldom reached costs no accuracy: numbers down to 2^-14 of it keep all bits.
 The residual stream stays in 16 bits, as do attention itself and the projections around it in the first block, the head,
 and the last block at the rows that are wanted. Measurements: docs/notes/backbone.md.
 """
