@@ -54,7 +54,11 @@ def test_rotary(device: str, rows: int, columns: int, depth: int, pairs: int) ->
     got = scaled_rotary(*operands, angle.cos(), angle.sin(), heads=heads, length=6, dtype=dtype)
     rotary(exact.view(rows, -1, 2 * pairs)[:, :heads], angle.cos().double(), angle.sin().double(), length=6)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), exact, **room(device, depth, dtype))
+    allowed, pair = room(device, depth, dtype), exact.view(rows, -1, 2, pairs).norm(dim=2, keepdim=True)
+    most = (
+        2 * allowed["rtol"] * pair + allowed["atol"]
+    )  # two numbers that are turned into each other share their errors
+    assert ((got.double() - exact).view(rows, -1, 2, pairs).abs() <= most).all()
 
 
 @pytest.mark.parametrize(("device", "rows", "columns", "depth"), SHAPES)
