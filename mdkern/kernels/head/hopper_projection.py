@@ -65,8 +65,8 @@ def _produce(
     stage = program * 0
     phase = stage + 1
     FLOAT8: gl.constexpr = weight.dtype == gl.float8e4nv
-    raw_stage = stage
-    raw_phase = phase
+    raw_stage = program * 0
+    raw_phase = raw_stage + 1
     for item in range(items):
         row_tile, first, last, stride, _ = item_position(item, program, schedule, PROGRAMS, FIXED)
         for tile in range(first, last, stride):
