@@ -69,6 +69,7 @@ class MdkernLM(TemplateLM):
         seed: int = 0,
         device: str | None = None,
         dtype: str = "auto",
+        precision: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         max_batch_size: int | None = None,
@@ -88,6 +89,7 @@ class MdkernLM(TemplateLM):
             add_bos_token: put the tokenizer's beginning of text before every context.
             max_length: the longest text in tokens; longer contexts lose their beginning. Default: the model's.
             batch_size: texts in a forward pass. It changes no result.
+            precision: as for `mdkern.adapt`.
             device, dtype, revision, trust_remote_code: of models to be loaded.
             max_batch_size: accepted because the harness passes it; ``batch_size="auto"`` is not supported.
         """
@@ -96,7 +98,12 @@ class MdkernLM(TemplateLM):
             self.batch_size = int(batch_size)
         except ValueError:
             raise ValueError(f"batch_size must be a number, not {batch_size!r}") from None
-        loading = {"dtype": dtype, "revision": revision, "trust_remote_code": bool(trust_remote_code)}
+        loading = {
+            "dtype": dtype,
+            "precision": precision,
+            "revision": revision,
+            "trust_remote_code": bool(trust_remote_code),
+        }
         self._device = choose_device(device)
         heavy = self.load(pretrained, tokenizer, loading)
         self.models: dict[str, Denoiser] = {"H": heavy}
@@ -128,7 +135,7 @@ class MdkernLM(TemplateLM):
 
     def load(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> Denoiser:
         if not isinstance(model, str | os.PathLike):
-            return adapt(model)
+            return adapt(model, precision=options["precision"])
         return mdkern.from_pretrained(model, tokenizer=tokenizer, device_map=self._device, **options)
 
     @property

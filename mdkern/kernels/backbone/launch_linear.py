@@ -1,4 +1,4 @@
-"""Launches `hopper_linear` and `hopper_residual`: makes descriptors for the bulk-copy engine (TMA), chooses the tiles.
+"""Launches `hopper_linear`, `hopper_resident` and `hopper_residual`: describes matrices to TMA, chooses the tiles.
 
 Measurements of tiles, and what was tried: docs/notes/backbone.md.
 """
@@ -26,14 +26,12 @@ LINE = 128  # bytes of a copied tile's rows: the width of the shared-memory swiz
 SUB = [ROWS.value, PART.value]  # what one store writes
 LINEAR_TILE = (ROWS.value * BLOCKS.value, COLUMNS.value * WARPGROUPS.value)
 RESIDUAL_TILE = (ROWS.value * WARPGROUPS.value, SPAN.value)
-# Row tiles that take all columns before the next ones begin.
+# Row tiles that take all columns before the next ones begin; the last is for matrices in e4m3.
 LINEAR_GROUP, RESIDUAL_GROUP, SCALED_RESIDUAL_GROUP = 8, 16, 4
 # STAGES: as many as shared memory holds. REGISTERS: of a consumer thread; maxnreg: of every thread at the launch.
 SETTING = {"STAGES": 3, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
-
-
-RESIDENT_COLUMNS = 768
-RESIDENT_SETTING = {"STAGES": 3, "BUFFERS": 2, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
+RESIDENT_SETTING = SETTING | {"BUFFERS": 2}
+RESIDENT_COLUMNS = 768  # of rows in e4m3 that are held: 144 KiB
 
 
 def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
