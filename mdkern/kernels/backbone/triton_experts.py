@@ -47,14 +47,15 @@ FLOAT32 = Tiling(64, 32, 2, 4)
 def sort_pairs_kernel(index, order, place, ends, pairs, BLOCK: tl.constexpr):
     """The pairs of one expert, in ascending order, after those of the experts before it; and where each pair is."""
     expert = tl.program_id(0)
-    before = expert * 0
-    count = expert * 0
+    lower = tl.zeros([BLOCK], tl.int32)
+    equal = tl.zeros([BLOCK], tl.int32)
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
         chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)
-        before += tl.sum((chosen < expert).to(tl.int32), 0)
-        count += tl.sum((chosen == expert).to(tl.int32), 0)
-    tl.store(ends + expert, before + count)
+        lower += (chosen < expert).to(tl.int32)
+        equal += (chosen == expert).to(tl.int32)
+    before = tl.sum(lower, 0)
+    tl.store(ends + expert, before + tl.sum(equal, 0))
     for start in range(0, pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
         chosen = tl.load(index + pair, mask=pair < pairs, other=2147483647)

@@ -1,7 +1,7 @@
 """Launches `soft_embedding`: logits of a part of the vocabulary, their exponentials, the product with its embeddings.
 
-Both products are cuBLAS's. A kernel of ours with the exponentials in the first product's epilogue was slower, see
-docs/notes/diffusion-gemma.md.
+Both products are cuBLAS's. A kernel of ours with the exponentials in the first product's epilogue was slower, and so
+was leaving out ids that cannot matter, except where all rows are sure: docs/notes/diffusion-gemma.md.
 """
 
 from __future__ import annotations
