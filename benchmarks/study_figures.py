@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 
 from benchmarks.harness import RESULTS
 from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
-from benchmarks.study_shown import FITTED, REFERENCE, WIKIPEDIA, Shown, margin, part
-from benchmarks.study_tables import OF_WIKIPEDIA, PAPER_SHARES
+from benchmarks.study_shown import FITTED, REFERENCE, Shown, margin, part
+from benchmarks.study_tables import OF_OTHERS, PAPER_SHARES
 from mdkern.digest import digest
 
 if TYPE_CHECKING:
@@ -194,9 +194,9 @@ FIGURES: dict[str, Callable[[Figure, Shown], None]] = {
 
 def present() -> Iterator[tuple[str, Callable[[Figure, Shown], None], Shown]]:
     """The figures whose parts have been measured: a name of each, how it is drawn, and from what."""
-    for text in ("", WIKIPEDIA):
+    for text in ("", *OF_OTHERS):
         for name, draw in FIGURES.items():
-            shown = part(name, text) if not text or name in OF_WIKIPEDIA else None
+            shown = part(name, text) if not text or name in OF_OTHERS[text] else None
             if shown is not None:
                 yield f"{text}{name}", draw, shown
 

@@ -23,6 +23,7 @@ from benchmarks.study_shown import (
     MIDDLE,
     REFERENCE,
     SANDWICH,
+    WIDE,
     WIKIPEDIA,
     Shown,
     difference,
@@ -61,7 +62,32 @@ def hand_made(shown: Shown) -> str:
     )
     title = "Judge's nats a token over all heavy, by schedule and ratio of steps to tokens"
     verdicts = "".join(f"- T/L = {row['ratio']:g}: {order_verdict(row['points'])}\n" for row in rows)
-    return picture(shown, title) + caption + markdown(header, body) + "\n" + verdicts
+    return picture(shown, title) + caption + markdown(header, body) + "\n" + verdicts + beside_narrow(shown)
+
+
+def beside_narrow(shown: Shown) -> str:
+    """Of the wider models: whether the pattern of the narrow ones has grown or faded, at as many steps as tokens."""
+    narrow = part("hand_made") if shown.text == WIDE else None
+    if narrow is None:
+        return ""
+    wide_points, points = (
+        next(row["points"] for row in found["rows"] if row["ratio"] == 1.0) for found in (shown.found, narrow.found)
+    )
+    body = []
+    for label in quarters_in_order():
+        over = [
+            (of[label]["over"][REFERENCE]["mean"], of["L1000"]["over"][REFERENCE]["mean"])
+            for of in (wide_points, points)
+        ]
+        body.append([f"`{label}`", *(f"{few / whole:.0%}" for few, whole in over)])
+    gap = unpaired(wide_points[MIDDLE[1]]["over"][SANDWICH], points[MIDDLE[1]]["over"][SANDWICH])
+    said = ("grows" if gap["mean"] > 0 else "fades") if sure(gap) else "cannot be told to grow or to fade"
+    return (
+        "\nOf what light steps alone lose, a quarter of them loses:\n\n"
+        + markdown(["schedule, T/L = 1", "these models", "the narrow ones"], body)
+        + f"\nWith the width the pattern {said}: by what a light third quarter costs more than the sandwich it is "
+        f"{difference(gap)} nats a token more.\n"
+    )
 
 
 def quarters_in_order() -> list[str]:
@@ -451,9 +477,12 @@ PARTS: dict[str, Callable[[Shown], str]] = {
         bounds,
     )
 }
-OF_WIKIPEDIA = "hand_made", "search", "measures", "prediction", "fitted", "yardstick", "bounds"
+OF_OTHERS = {  # what is shown of other models than the shipped ones and their family
+    WIKIPEDIA: ("hand_made", "search", "measures", "prediction", "fitted", "yardstick", "bounds"),
+    WIDE: ("hand_made", "bounds"),
+}
 TABLES: dict[str, Callable[[], str]] = {
     "-".join(("study", *filter(None, [text]), name.replace("_", "-"))): partial(drawn, name, PARTS[name], text)
-    for text, names in (("", tuple(PARTS)), (WIKIPEDIA, OF_WIKIPEDIA))
+    for text, names in {"": tuple(PARTS), **OF_OTHERS}.items()
     for name in names
 }

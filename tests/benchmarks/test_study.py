@@ -433,6 +433,22 @@ class TestVerdicts:
         assert verdict(0.03, 0.04, 0.01).startswith("Different from the paper")
         assert verdict(0.03, 0.031, 0.0295).startswith("The light models cannot be told apart")
 
+    def test_a_pattern_grows_or_fades_beyond_its_standard_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def shown(third: float, text: str) -> study_shown.Shown:
+            points = {
+                label: {"over": {"H1000": estimate(0.02), "L125 H750 L125": estimate(third)}}
+                for label in study_tables.quarters_in_order()
+            }
+            points["L1000"] = {"over": {"H1000": estimate(0.08)}}
+            return study_shown.Shown({"rows": [{"ratio": 1.0, "points": points}]}, {}, {}, "hand_made", text)
+
+        monkeypatch.setattr(study_tables, "part", lambda _: shown(0.03, ""))
+        for third, words in ((0.04, "pattern grows"), (0.02, "pattern fades"), (0.031, "cannot be told")):
+            text = study_tables.beside_narrow(shown(third, study_shown.WIDE))
+            assert words in text
+            assert "| `L250 H750` | 25% | 25% |" in text
+        assert study_tables.beside_narrow(shown(0.04, "")) == ""
+
     def test_what_two_equal_models_differ_by_is_taken_off(self) -> None:
         kl, base = [0.5, 0.4, 0.1], [0.3, 0.1, 0.02]
         found = {
@@ -458,7 +474,7 @@ class TestVerdicts:
 class TestShown:
     @pytest.fixture
     def results(self, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        for name in (study_shown.PAIR, study_shown.FAMILY, study_shown.WIKIPEDIA):
+        for name in (study_shown.PAIR, study_shown.FAMILY, study_shown.WIKIPEDIA, study_shown.WIDE):
             (tmp_path / f"study-{name}.json").write_text(whole.path.read_text())
         monkeypatch.setattr(study_shown, "RESULTS", tmp_path)
         return tmp_path

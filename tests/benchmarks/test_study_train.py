@@ -223,7 +223,7 @@ def test_the_command_for_everything_is_understood(tmp_path: Path) -> None:
 
 def test_the_documented_commands_are_understood() -> None:
     commands = re.findall(r"^python -m benchmarks\.study\.train (--[^#\n]*)", STUDY.replace("\\\n", ""), re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         check(build_parser().parse_args(shlex.split(command)))
 
