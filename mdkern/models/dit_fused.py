@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone import linear as products
-from mdkern.kernels.backbone.early_attention import early_attention, runs_early
 from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
 from mdkern.kernels.backbone.quantise import quantise_columns, quantised_norm
-from mdkern.kernels.backbone.residual_gelu import residual_gelu, runs_at_once
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import rows_to_choose_by
@@ -214,7 +212,7 @@ class Stream:
     def add(self, rows: Tensor, layer: nn.Linear, gate: Tensor, sums: bool = False) -> None:
         """``x += gate * layer(rows)``, now or in the next norm. If it is done now, `sums` also sums the new rows."""
         self.sums = None
-        if products.adds_in_place(rows, layer.weight, gate):
+        if products.adds_in_place(rows, layer.weight, gate, sums):
             self.sums = products.sums_of_stream(self.x) if sums else None
             products.linear_residual(self.x, rows, layer.weight, layer.bias, gate, sums=self.sums)
         else:
@@ -276,33 +274,15 @@ def hidden(
         if isinstance(folded, QuantisedBlock):
             add_quantised(stream, attended, block, gate1, folded)
             continue
-        units = hidden_units(stream, attended, block, gate1, shift2, scale2, folded)
-        stream.add(units, block.mlp_down, gate2, sums=folded is not None and not last)
+        stream.add(attended, block.attn_out, gate1, sums=folded is not None)
+        up = stream.into(block.mlp_up, block.norm2.weight, shift2, scale2, folded and folded.mlp_up)
+        assert up.bias is not None
+        mlp = products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
+        stream.add(mlp, block.mlp_down, gate2, sums=folded is not None and not last)
     assert stream is not None
     return stream.norm(model.norm_final.weight, *modulation(model.modulation_final, condition)).unflatten(
         0, (batch, -1)
     )
-
-
-def hidden_units(
-    stream: Stream,
-    attended: Tensor,
-    block: Block,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    folded: FoldedBlock | None,
-) -> Tensor:
-    """Add attention's result to the stream; the MLP's hidden units ``[N, F]``."""
-    layer = block.attn_out
-    if folded is not None and layer.bias is None and runs_at_once(stream.x, layer.weight, gate, folded.mlp_up.weight):
-        stream.x, units = residual_gelu(stream.x, attended, layer.weight, gate, *folded.mlp_up)
-        stream.sums = None
-        return units
-    stream.add(attended, layer, gate, sums=folded is not None)
-    up = stream.into(block.mlp_up, block.norm2.weight, shift, scale, folded and folded.mlp_up)
-    assert up.bias is not None
-    return products.linear_gelu(up.rows, up.weight, up.bias, sums=up.sums)
 
 
 def quantised_qkv(model: DiT, stream: Stream, block: QuantisedBlock, kinds: int, rotated: int, length: int) -> Tensor:
@@ -385,7 +365,5 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``."""
-    if mask is None and runs_early(query, key):
-        return early_attention(query, key, value).flatten(2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -25,11 +25,13 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def serves(rows: int, columns: int = 768, inner: int = 768, dtype: torch.dtype = torch.bfloat16) -> bool:
         x, weight = torch.empty(rows, inner, dtype=dtype), torch.empty(columns, inner, dtype=dtype)
-        return linear.runs_in_the_middle(x, weight) and not linear.runs_fused(x, weight)
+        assert not (linear.runs_in_the_middle(x, weight) and linear.runs_fused(x, weight))
+        return linear.runs_in_the_middle(x, weight)
 
-    assert [serves(rows) for rows in (511, 512, 1024, 4095, 4096)] == [False, True, True, True, False]
-    assert serves(16_384, inner=192)
-    assert serves(16_384, columns=192)
+    rows = 511, 512, 1024, 4095, 4096, 4097
+    assert [serves(number) for number in rows] == [False, True, True, True, False, False]
+    for narrow in ({"inner": 192}, {"columns": 192}):
+        assert [serves(number, **narrow) for number in rows] == [False, True, True, True, True, False]
     assert not serves(1024, columns=700)
     assert not serves(1024, inner=700)
     assert not serves(1024, dtype=torch.float32)
@@ -55,7 +57,7 @@ def test_gpu_products_are_as_exact_as_pytorchs(dtype: torch.dtype, rows: int) ->
     angle = normal(4, 500, 32).cuda()
     cos, sin = angle.cos(), angle.sin()
     normed = F.layer_norm(x.double(), (768,))
-    sums = row_sums(x, linear.MIDDLE_SPAN)
+    sums = row_sums(x, linear.span_of_sums(rows, 768))
     for spans, rows_of_product in ((None, x.double()), (sums, normed)):
         exact = F.linear(rows_of_product, weight.double(), bias.double())
         plain = F.linear(rows_of_product.to(dtype), weight, bias)
@@ -83,4 +85,4 @@ def test_gpu_residual_updates_are_as_exact_as_pytorchs(dtype: torch.dtype, seque
     linear_residual(stream, x, weight, bias, gate, sums=sums)
     assert relative_error(stream, exact) < 1.2 * relative_error(plain, exact)
     if linear.runs_in_the_middle(x, weight):
-        torch.testing.assert_close(sums.double(), row_sums(exact, linear.MIDDLE_SPAN), rtol=1e-3, atol=0.05)
+        torch.testing.assert_close(sums.double(), row_sums(exact, linear.span_of_sums(1100, 768)), rtol=1e-3, atol=0.05)

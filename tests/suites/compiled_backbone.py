@@ -18,7 +18,6 @@ from mdkern.kernels.backbone import (
     hopper_residual,
     launch_linear,
     triton_combine,
-    triton_early_attention,
     triton_experts,
     triton_folded_norm,
     triton_invariant_attention,
@@ -26,7 +25,6 @@ from mdkern.kernels.backbone import (
     triton_linear,
     triton_modulated_norm,
     triton_place_heads,
-    triton_residual_gelu,
     triton_rms_norm,
     triton_rotary,
     triton_route_experts,
@@ -280,31 +278,6 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
-def early_attention(capability: int) -> None:
-    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | {"scale": "fp32"}
-    types |= dict.fromkeys(("queries", "length"), "i32")
-    types |= {f"{name}_{of}": "i32" for name in ("query", "key") for of in ("text", "row", "head")}
-    tiling = triton_early_attention.TILING
-    constants = {"HEADS": 12, "HEAD_DIM": 64, "QUERIES": tiling.queries, "KEYS": tiling.keys, "STAGES": tiling.stages}
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages, "launch_pdl": True}
-    kernel = triton_early_attention.early_attention_kernel
-    built = build(kernel, ASTSource, capability, types, constants | {"PDL": True}, **options)
-    if capability == 90:
-        assert "HGMMA" in built.asm["sass"]
-
-
-def residual_gelu(capability: int) -> None:
-    names = ("stream", "x", "weight", "gate", "up", "up_bias", "updated", "hidden")
-    types = dict.fromkeys(names, "*bf16") | {"rows": "i32", "eps": "fp32"}
-    tiling = triton_residual_gelu.TILING
-    constants = {"PARTS": 3, "PART": 64, "HIDDEN": 768, "ROWS": tiling.rows, "UNITS": tiling.units, "FAST": True}
-    options = {"num_warps": tiling.warps, "launch_pdl": True}
-    kernel = triton_residual_gelu.residual_gelu_kernel
-    built = build(kernel, ASTSource, capability, types, constants | {"PDL": True}, **options)
-    if capability == 90:
-        assert "HGMMA" in built.asm["sass"]
-
-
 def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
     """To queries, keys and values or hidden units of width 768, or back to the stream."""
     types = {"x": f"tensordesc<bf16[{tiling.rows}, 64]>", "weight": f"tensordesc<bf16[{tiling.columns}, 64]>"}
@@ -352,12 +325,11 @@ def main() -> None:
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)
     for capability in (90, 100):
-        early_attention(capability)
-        residual_gelu(capability)
-        middle_product(capability, triton_linear.WIDE, added=False, pairs=32, spans=12)
-        middle_product(capability, triton_linear.WIDE, added=False, spans=12)
-        middle_product(capability, triton_linear.NARROW, added=True, spans=12)
-        middle_product(capability, triton_linear.NARROW, added=True)
+        middle_product(capability, triton_linear.HEADS, added=False, pairs=32, spans=6)
+        middle_product(capability, triton_linear.NARROW_HEADS, added=False, pairs=32)
+        middle_product(capability, triton_linear.GELU, added=False, spans=6)
+        middle_product(capability, triton_linear.ADDED, added=True, spans=6)
+        middle_product(capability, triton_linear.NARROW_ADDED, added=True)
     linear(pairs=32, bias=False)
     linear(pairs=32, spans=3)
     linear(pairs=64, bias=False, element="fp16")

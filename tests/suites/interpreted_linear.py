@@ -8,15 +8,13 @@ import pytest
 import torch
 import triton
 
-from mdkern.kernels.backbone import triton_early_attention, triton_linear, triton_residual_gelu
-from mdkern.kernels.backbone.early_attention import early_attention_reference
+from mdkern.kernels.backbone import triton_linear
 from mdkern.kernels.backbone.folded_norm import row_sums
 from mdkern.kernels.backbone.linear import (
     linear_gelu_reference,
     linear_residual_reference,
     linear_rotary_reference,
 )
-from mdkern.kernels.backbone.residual_gelu import residual_gelu_reference
 from tests.problems.backbone import normal
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -63,23 +61,3 @@ def test_residual_updates_are_the_references(sequences: int, summed: bool) -> No
         outcomes.append((stream, sums) if summed else (stream,))
     for want, got in zip(*outcomes):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (33, 100), (7, 130)])
-def test_attention_is_the_references(queries: int, keys: int) -> None:
-    """Of heads that are columns of a wider matrix, as the product of queries, keys and values leaves them."""
-    query = normal(1, 2, queries, 3, 2, 64)[:, :, 0]
-    key, value = normal(2, 2, keys, 3, 2, 64)[:, :, 1:].unbind(2)
-    got = triton_early_attention.early_attention(query, key, value, triton_early_attention.Tiling(32, 32, 4, 2))
-    want = early_attention_reference(query.double(), key.double(), value.double())
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("width", [64, 192])
-def test_residual_and_gelu_are_the_references(width: int) -> None:
-    stream, x, gate = normal(1, ROWS, width) + 0.5, normal(2, ROWS, width), normal(3, width)
-    weight, up, bias = normal(4, width, width) * width**-0.5, normal(5, 256, width) * width**-0.5, normal(6, 256)
-    arguments = stream, x, weight, gate, up, bias
-    got = triton_residual_gelu.residual_gelu(*arguments, triton_residual_gelu.Tiling(32, 128, 4))
-    for tensor, want in zip(got, residual_gelu_reference(*(argument.double() for argument in arguments))):
-        torch.testing.assert_close(tensor.double(), want, rtol=1e-5, atol=1e-5)

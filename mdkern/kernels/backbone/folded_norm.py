@@ -19,6 +19,7 @@ from torch import Tensor
 from mdkern.kernels.backbone.modulated_norm import wide
 from mdkern.kernels.backbone.norm_constants import EPS, NEAR_ZERO, ROUNDS
 from mdkern.kernels.checks import check_written
+from mdkern.kernels.device import has_triton
 from mdkern.kernels.operator import operator
 
 SPAN = 256  # columns that one sum of a row covers: the width of a column tile of the product that writes the sums
@@ -114,4 +115,7 @@ def fold_norm(
         raise ValueError(f"bias must be {list(added.shape)}, not {list(bias.shape)}")
     if not all(tensor.is_contiguous() for tensor in (folded, added)):
         raise ValueError("out is to be contiguous")
-    fold_norm_operator(folded, added, weight, bias, norm_weight, shift, scale)
+    fold = fold_norm_operator
+    if has_triton(weight.device) and not torch.compiler.is_compiling():  # each call of `sample` folds every layer
+        from mdkern.kernels.backbone.triton_folded_norm import fold_norm as fold
+    fold(folded, added, weight, bias, norm_weight, shift, scale)

@@ -23,8 +23,8 @@ from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
 MIDDLE_ROWS = 512  # with fewer, cuBLAS divides the inner dimension, too
-MIDDLE_SPAN = 64  # columns of a tile of `triton_linear`, or half of one
-MIDDLE_PAIRS = (32, 64)  # halves of the heads that it rotates
+MIDDLE_PART = 64  # columns of the smallest tile of `triton_linear`
+MIDDLE_HALF = 32  # half of the heads that it rotates
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
@@ -86,7 +86,7 @@ def linear_rotary_on_gpu(
 ) -> Tensor:
     kernels = launcher(x, weight, sums, x.shape[1])
     in_the_middle = kernels is not None and not runs_fused(x, weight)
-    if kernels is None or not (cos.shape[1] in MIDDLE_PAIRS if in_the_middle else rotates_fused(cos, heads)):
+    if kernels is None or not (cos.shape[1] == MIDDLE_HALF if in_the_middle else rotates_fused(cos, heads)):
         return linear_rotary_reference(x, weight, cos, sin, heads, length, bias, sums)
     out = new_product(x, weight)
     rotated = heads * 2 * cos.shape[1]
@@ -106,7 +106,8 @@ def linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | N
 def linear_residual_on_gpu(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
-    kernels = launcher(x, weight, sums, weight.shape[0]) if adds_in_place(x, weight, gate) else None
+    in_place = adds_in_place(x, weight, gate, sums is not None)
+    kernels = launcher(x, weight, sums, weight.shape[0]) if in_place else None
     if kernels is None:
         linear_residual_reference(stream, x, weight, bias, gate, sums)
     else:
@@ -114,16 +115,20 @@ def linear_residual_on_gpu(
 
 
 def launcher(x: Tensor, weight: Tensor, sums: Tensor | None, columns: int) -> ModuleType | None:
-    """The module whose kernels run a product, if their `sums`, over rows of `columns` numbers, are in its spans."""
-    span = None if sums is None else columns // sums.shape[0]
+    """The module whose kernels run a product, if their `sums`, over rows of `columns` numbers, are in its spans.
+
+    Without sums `triton_linear` is no faster than cuBLAS and a pass of its own for what follows.
+    """
+    if sums is not None and columns != sums.shape[0] * span_of_sums(x.shape[0], columns):
+        return None
     if runs_fused(x, weight):
         from mdkern.kernels.backbone import launch_linear
 
-        return launch_linear if span in (None, SPAN) else None
-    if runs_in_the_middle(x, weight):
+        return launch_linear
+    if sums is not None and runs_in_the_middle(x, weight):
         from mdkern.kernels.backbone import triton_linear
 
-        return triton_linear if span in (None, MIDDLE_SPAN) else None
+        return triton_linear
     return None
 
 
@@ -151,23 +156,29 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
     return (
         rows_to_choose_by(x.shape[0]) >= FEWEST_ROWS
         and weight.shape[0] % COLUMN_TILE == 0
-        and (x.shape[1] >= COLUMN_TILE or is_batch_invariant())
+        and not (x.shape[1] < COLUMN_TILE and has_few_rows(x.shape[0], x.shape[1]))
         and reads_in_bulk(x, weight)
     )
 
 
 def runs_in_the_middle(x: Tensor, weight: Tensor) -> bool:
-    """Whether `triton_linear` runs the product: there are too few tiles for `runs_fused`, as there are not many rows or
-    few columns, and too many rows for memory to be the limit."""
+    """Whether `triton_linear` runs the product: too few tiles for `runs_fused`, too many rows for memory to tell."""
     columns, inner = weight.shape
     return (
-        x.shape[0] >= MIDDLE_ROWS
-        and (x.shape[0] < FEWEST_ROWS or min(columns, inner) < COLUMN_TILE)
-        and columns % MIDDLE_SPAN == 0
-        and inner % MIDDLE_SPAN == 0
-        and not is_batch_invariant()
+        has_few_rows(x.shape[0], min(columns, inner))
+        and columns % MIDDLE_PART == 0
+        and inner % MIDDLE_PART == 0
         and reads_in_bulk(x, weight)
     )
+
+
+def has_few_rows(rows: int, width: int) -> bool:
+    """Whether there are so few rows, of a stream of so many columns, that `triton_linear` is the fast way.
+
+    4,096 of narrow ones count as few: they make half as many tiles for `runs_fused` as there are multiprocessors.
+    """
+    fewest = FEWEST_ROWS if width < COLUMN_TILE else FEWEST_ROWS - 1
+    return MIDDLE_ROWS <= rows <= fewest and not is_batch_invariant()
 
 
 def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
@@ -182,7 +193,9 @@ def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
 
 def span_of_sums(rows: int, width: int) -> int:
     """Columns of each sum that `linear_residual` writes for so many rows of a stream of so many columns."""
-    return SPAN if rows_to_choose_by(rows) >= FEWEST_ROWS and width >= SPAN else MIDDLE_SPAN
+    if not has_few_rows(rows, width):
+        return SPAN
+    return 2 * MIDDLE_PART if width >= COLUMN_TILE and width % (2 * MIDDLE_PART) == 0 else MIDDLE_PART
 
 
 def sums_of_stream(stream: Tensor) -> Tensor:
@@ -192,11 +205,9 @@ def sums_of_stream(stream: Tensor) -> Tensor:
 
 def folds(rows: int, width: int, cos: Tensor, heads: int) -> bool:
     """Whether norms can be left to the products of so many rows, as their kernels read and write the rows' sums."""
-    if span_of_sums(rows, width) == SPAN:
-        return width % SPAN == 0 and rotates_fused(cos, heads)
-    return (
-        rows >= MIDDLE_ROWS and width % MIDDLE_SPAN == 0 and cos.shape[1] in MIDDLE_PAIRS and not is_batch_invariant()
-    )
+    if has_few_rows(rows, width):
+        return width % MIDDLE_PART == 0 and cos.shape[1] == MIDDLE_HALF
+    return rows_to_choose_by(rows) >= FEWEST_ROWS and width % SPAN == 0 and rotates_fused(cos, heads)
 
 
 def rotates_fused(cos: Tensor, heads: int) -> bool:
@@ -204,10 +215,11 @@ def rotates_fused(cos: Tensor, heads: int) -> bool:
     return cos.shape[1] in (32, 64) and heads * cos.shape[1] % 64 == 0
 
 
-def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor) -> bool:
-    """Whether `linear_residual` is one pass. Where it is not, the norm that follows should do the addition."""
+def adds_in_place(x: Tensor, weight: Tensor, gate: Tensor, summed: bool = False) -> bool:
+    """Whether `linear_residual`, with sums or without, is one pass. If not, the norm that follows should add."""
     whole = gate.ndim == 1 or (not is_batch_invariant() and (x.shape[0] // gate.shape[0]) % 64 == 0)
-    return gate.stride(-1) == 1 and ((runs_fused(x, weight) and whole) or runs_in_the_middle(x, weight))
+    fused = (runs_fused(x, weight) and whole) or (summed and runs_in_the_middle(x, weight))
+    return fused and gate.stride(-1) == 1
 
 
 def linear_rotary(

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mdkern.kernels.backbone.linear import COLUMN_TILE, span_of_sums
 from mdkern.kernels.backbone.norm_constants import EPS
 from mdkern.kernels.device import launches_early
 
@@ -32,9 +33,9 @@ class Tiling(NamedTuple):
     stages: int
 
 
-WIDE = Tiling(128, 128, 8, 4)  # of the products to queries, keys and values and to the MLP's hidden units
-NARROW = Tiling(64, 64, 4, 6)  # of those that are added to the stream
-SPAN = NARROW.columns
+# Of products to heads, to an MLP's hidden units, and back to the stream; for streams narrower than 256 and for others.
+HEADS, GELU, ADDED = Tiling(64, 128, 4, 4), Tiling(128, 128, 8, 3), Tiling(64, 128, 4, 6)
+NARROW_HEADS, NARROW_GELU, NARROW_ADDED = Tiling(64, 64, 4, 3), Tiling(64, 128, 4, 3), Tiling(64, 64, 4, 3)
 
 
 @triton.jit
@@ -192,6 +193,13 @@ def launch(
     )
 
 
+def choose_tiling(width: int, columns: int, rotated: int, gelu: bool) -> Tiling:
+    """The tiles of a product to heads or hidden units, whole ones with either all or none of their columns rotated."""
+    narrow = width < COLUMN_TILE
+    wanted = (NARROW_GELU if narrow else GELU) if gelu else (NARROW_HEADS if narrow else HEADS)
+    return wanted if columns % wanted.columns == rotated % wanted.columns == 0 else NARROW_HEADS
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -208,7 +216,7 @@ def linear(
 ) -> None:
     """As `launch_linear.linear`."""
     if tiling is None:
-        tiling = WIDE if out.shape[1] % WIDE.columns == rotated % WIDE.columns == 0 else NARROW
+        tiling = choose_tiling(x.shape[1], out.shape[1], rotated, gelu)
     launch(
         x, weight, tiling, out=out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, gelu=gelu, sums=sums,
     )  # fmt: skip
@@ -221,7 +229,10 @@ def linear_residual(
     bias: Tensor | None,
     gate: Tensor,
     sums: Tensor | None,
-    tiling: Tiling = NARROW,
+    tiling: Tiling | None = None,
 ) -> None:
-    """As `launch_linear.linear_residual`. The sums are of `SPAN` columns each."""
+    """As `launch_linear.linear_residual`. The sums are of as many columns as a tile has, `linear.span_of_sums`."""
+    if tiling is None:
+        wide = span_of_sums(*stream.shape) == ADDED.columns
+        tiling = ADDED if wide else NARROW_ADDED
     launch(x, weight, tiling, bias=bias, gate=gate, stream=stream, new_sums=sums)
