@@ -37,16 +37,43 @@ def test_a_copy_computes_the_same_and_follows_the_weights() -> None:
 def passes(model: Any, rows: Any, lean: bool) -> torch.Tensor:
     """Hidden states of canvases after prompts, one of them padded, by the model's own modules or by lean copies."""
     network = BlockDiffusion(model)
+    network.decoder, network.encoder = model.model.decoder, model.model.encoder
     if lean:
         network.decoder, network.encoder = lean_copy(network.decoder), lean_copy(network.encoder)
-    mask = torch.ones(2, 9, dtype=torch.bool)
+    device = network.device
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
     mask[0, :3] = False
     cache = network.new_cache(32)
     with torch.no_grad():
         network.encode(rows["ids"], network.encoder_masks(rows["ids"], mask, cache, {}), cache, {})
         masks = network.masks(2, torch.nn.functional.pad(mask, (0, 8), value=True), cache)
-        positions = torch.arange(9, 17, dtype=torch.int32)[None]
+        positions = torch.arange(9, 17, dtype=torch.int32, device=device)[None]
         return network.hidden(rows["canvas"], rows["soft"], positions, masks, cache)
+
+
+def uneven_problem() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model with every weight, scale and factor away from 1, and what its passes take."""
+    model, generator = small_model(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(layer.layer_scalar for layer in model.model.decoder.layers)):
+            if tensor.ndim == 1:
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    rows = {
+        "ids": torch.randint(3, 60, (2, 9), generator=generator),
+        "canvas": torch.randint(3, 60, (2, 8), generator=generator),
+        "soft": torch.randn(2, 8, 32, generator=generator),
+    }
+    return model, rows
+
+
+@pytest.mark.gpu
+def test_gpu_encoder_and_decoder_are_the_models() -> None:
+    """By the kernels of a GPU, beside the model's own layers there, in float32."""
+    model, rows = uneven_problem()
+    want = passes(model, rows, lean=False)
+    model, rows = model.to("cuda"), {name: tensor.cuda() for name, tensor in rows.items()}
+    for lean in (False, True):
+        torch.testing.assert_close(passes(model, rows, lean).cpu(), want, rtol=1e-3, atol=1e-3)
 
 
 CHANGES = "nothing", "a norm has a hook", "a router has a forward of its own", "a layer has a hook", "the last norm has"
@@ -59,18 +86,9 @@ def moved(output: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_encoder_and_decoder_are_the_models(changed: str) -> None:
-    """With every weight, scale and factor away from 1, and in float32, in which roundings hardly differ."""
-    model, generator = small_model(), torch.Generator().manual_seed(3)
+    """In float32, in which roundings hardly differ."""
+    model, rows = uneven_problem()
     decoder = model.model.decoder
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *(layer.layer_scalar for layer in decoder.layers)):
-            if tensor.ndim == 1:
-                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-    rows = {
-        "ids": torch.randint(3, 60, (2, 9), generator=generator),
-        "canvas": torch.randint(3, 60, (2, 8), generator=generator),
-        "soft": torch.randn(2, 8, 32, generator=generator),
-    }
     plain = passes(model, rows, lean=False)
     if changed == "a norm has a hook":
         decoder.layers[0].post_feedforward_layernorm.register_forward_hook(lambda _, __, output: 2.0 * output)
