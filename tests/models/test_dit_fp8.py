@@ -227,3 +227,16 @@ def test_gpu_runs_with_graphs_and_caches(make_dit: MakeDiT) -> None:
     assert (eager == first).double().mean() > 0.9
     with pytest.raises(ValueError, match=r"model\.bfloat16"):
         adapt(model.float(), precision="fp8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [192, 256])
+def test_gpu_bits_do_not_depend_on_the_batch(make_dit: MakeDiT, width: int) -> None:
+    """By PyTorch's products (192) and by the Hopper kernels (256), which in this mode take few rows, too."""
+    model = make_dit(width=width, num_heads=width // 64, num_blocks=3, max_length=128).to("cuda", torch.bfloat16)
+    denoiser = adapt(model, precision="fp8")
+    options: dict[str, Any] = {"length": 128, "steps": 16, "seed": 1, "progress": False}
+    options |= {"batch_invariant": True, "return_history": True}
+    many, one = sample(denoiser, num_samples=40, **options), sample(denoiser, num_samples=1, sample_ids=[7], **options)
+    assert torch.equal(one.sequences[0], many.sequences[7])
+    assert torch.equal(one.history.log_prob[0], many.history.log_prob[7])
