@@ -220,7 +220,7 @@ FAMILIES: dict[str, Family] = {
     "llada": Family("LLaDA-8B", llada, 64, "low-confidence remasking, blocks of 32"),
     "dream": Family("Dream-7B", dream_7b, 64, 'alg="entropy"'),
     "sdar": Family("SDAR-4B", sdar, 128, "threshold 0.85, blocks of 4, temperature 1", greedy=False),
-    "llada2": Family("LLaDA 2 mini, 16B-A1B", llada2, 64, "threshold 0.95, blocks of 32"),
+    "llada2": Family("LLaDA 2 mini, 16B-A1B", llada2, 32, "threshold 0.95, blocks of 32"),
 }
 PARTS = (*FAMILIES, "evaluation")
 
