@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {  # where neither the call nor the model's generatio
 }
 
 
+@torch.inference_mode(False)  # what is kept for later calls must not be tensors of inference mode
 @torch.no_grad()
 def sample_canvas(
     model: Any,

@@ -104,6 +104,16 @@ def test_prompts_of_many_lengths_share_their_passes(replayed: list[Replayed], mo
         assert torch.equal(one.prompt_lengths, padded.prompt_lengths)
 
 
+def test_calls_inside_inference_mode_and_outside_of_it(replayed: list[Replayed]) -> None:
+    model, ids = small_model(sharpness=3.0), prompts(2)
+    with torch.inference_mode():
+        want = [mdkern.sample_canvas(model, ids.clone(), **SHORT) for _ in range(2)]
+    got = mdkern.sample_canvas(model, ids, **SHORT)
+    assert torch.equal(got.sequences, want[0].sequences)
+    assert torch.equal(got.sequences, want[1].sequences)
+    assert not want[0].sequences.is_inference()
+
+
 def test_a_canvas_that_ends_early_takes_no_further_step(replayed: list[Replayed]) -> None:
     model, options = small_model(sharpness=12.0), dict(CASES["early ends"])
     options.pop("sharpness")
