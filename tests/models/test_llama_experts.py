@@ -16,7 +16,6 @@ from tests.models.test_llama import (  # noqa: F401  tests and fixtures, here fo
     CLOSE,
     KEPT,
     TestPasses,
-    check_errors_on_gpu,
     fused,
     without_gradients,
 )
@@ -155,15 +154,26 @@ def test_settings_are_read_when_a_pass_runs() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_errors_are_no_larger_than_its_own(model: Any, dtype: torch.dtype) -> None:
-    ids = random_ids(2, 12).cuda()
-    check_errors_on_gpu(model, dtype, lambda denoiser: denoiser.hidden(ids))
+    """Of the median row: a rounding gives some rows to other experts, whichever way computes them."""
+    ids = random_ids(8, 20).cuda()
+    denoiser = adapted(model.cuda())
+    exact = denoiser.hidden(ids).double()
+    model.to(dtype)
+    ours = denoiser.hidden(ids).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_fused, "runs_now", lambda: False)
+        theirs = denoiser.hidden(ids).double()
+    assert not torch.equal(ours, theirs), "both are its own forward"
+    error, own = ((states - exact).norm(dim=-1).median() for states in (ours, theirs))
+    assert error <= 1.5 * own
 
 
 @pytest.mark.gpu
 def test_gpu_passes_are_captured() -> None:
     """They read nothing on the host, which the models' own experts do."""
-    model = sparse("llada2_moe", shared=EXPERT_WIDTH).to("cuda", torch.bfloat16)
-    denoiser, ids = adapted(model), random_ids(2, 12).cuda()
+    model, ids = sparse("llada2_moe", shared=EXPERT_WIDTH).cuda(), random_ids(2, 12).cuda()
+    denoiser = adapted(model)
+    model.to(torch.bfloat16)
     want = denoiser.hidden(ids)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
