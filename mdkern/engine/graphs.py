@@ -14,7 +14,6 @@ same addresses. Weights that change in place are seen. The number of graphs kept
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import warnings
@@ -37,7 +36,7 @@ from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
 from mdkern.models.around import AroundDenoiser
 from mdkern.models.denoiser import PREPARED, QUANTISED_HEADS, Head
-from mdkern.models.fingerprint import Mark, describe, fingerprint
+from mdkern.models.fingerprint import Mark, describe, fingerprint, no_collection
 
 __all__ = ["clear", "held"]
 
@@ -272,7 +271,7 @@ def rehearse(
 
 def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, device: torch.device, mode: str) -> None:
     """Capture a step on the current stream."""
-    with no_collection():
+    with no_collection():  # which could destroy an old graph in this thread, and that makes a capture invalid
         graph.capture_begin(pool=pool, capture_error_mode=mode)
         try:
             step()
@@ -280,18 +279,6 @@ def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, dev
         except BaseException:
             leave(graph, device, pool)
             raise
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Without garbage collection: it could destroy an old graph in this thread, which makes a capture invalid."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:

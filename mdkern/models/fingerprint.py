@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,13 +45,14 @@ def fingerprint(model: Any) -> Hashable:
         config = getattr(model, "config", None)  # transformers has one for all modules of a model
         settings = repr(vars(config)) if hasattr(config, "to_dict") else None
         modules = []
-        for name, module in model.named_modules():
-            own = [
-                (attribute, describe(value))
-                for attribute, value in vars(module).items()
-                if attribute != "_modules" and (type(value) not in TABLES or value)
-            ]
-            modules.append((name, type(module), tuple(own)))
+        with no_collection():  # which the many tuples would set off, and which takes longer than they do
+            for name, module in model.named_modules():
+                own = [
+                    (attribute, describe(value))
+                    for attribute, value in vars(module).items()
+                    if attribute != "_modules" and (type(value) not in TABLES or value)
+                ]
+                modules.append((name, type(module), tuple(own)))
         return settings, tuple(modules)
     if isinstance(model, Denoiser):
         parts = (
@@ -57,6 +60,18 @@ def fingerprint(model: Any) -> Hashable:
         )
         return type(model), tuple(parts)
     return None
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without garbage collection."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Snapshot:
