@@ -45,40 +45,41 @@ def begin_tick_kernel(
     width,  # R
     BLOCK: tl.constexpr,
 ):
+    # Loads that do not need each other go first, and stores last: no load moves before a store that it might read.
     now = tl.load(tick)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-
     slot = index // length  # `index` is int64: batch * length may be past 2^31
-    inside = slot < batch
-    owner = tl.load(sequence + now * slots + slot, mask=inside, other=0)
-    source = owner * length + index % length
-    tl.store(ids_out + index, tl.load(input_ids + source, mask=inside, other=0), mask=inside)
-    if attention_mask is not None:
-        tl.store(mask_out + index, tl.load(attention_mask + source, mask=inside, other=0), mask=inside)
-
-    inside = index // width < batch
-    place = tl.load(position + now * slots * width + index, mask=inside, other=0)
-    tl.store(position_out + index, place, mask=inside)
-    inside = index < batch
-    tl.store(time_out + index, tl.load(time + now * slots + index, mask=inside, other=0.0), mask=inside)
-
+    of_batch, of_rows, of_texts, of_heads = slot < batch, index // width < batch, index < batch, index < capacity
+    owner = tl.load(sequence + now * slots + slot, mask=of_batch, other=0)
+    place = tl.load(position + now * slots * width + index, mask=of_rows, other=0)
+    clock = tl.load(time + now * slots + index, mask=of_texts, other=0.0)
+    entry = tl.load(row + now * rows + index, mask=of_heads, other=0)
     count = tl.load(row_count + now)
-    tl.store(count_out, count)
-    inside = index < capacity
-    entry = tl.load(row + now * rows + index, mask=inside, other=0)
+    closing, warmth = tl.load(closing_step), tl.load(temperature)
+
+    source = owner * length + index % length
+    ids = tl.load(input_ids + source, mask=of_batch, other=0)
+    if attention_mask is not None:
+        seen = tl.load(attention_mask + source, mask=of_batch, other=0)
     slot = entry // width
-    owner = tl.load(sequence + now * slots + slot, mask=inside, other=0)
-    at_step = tl.load(step + now * slots + slot, mask=inside, other=0)
-    place = tl.load(position + now * slots * width + entry, mask=inside, other=0)
-    tl.store(row_out + index, entry, mask=inside)
-    tl.store(key_out + index * 3, tl.load(sample + owner, mask=inside, other=0), mask=inside)
-    tl.store(
-        key_out + index * 3 + 1, tl.load(text_position + owner * length + place, mask=inside, other=0), mask=inside
-    )
-    tl.store(key_out + index * 3 + 2, at_step, mask=inside)
-    warmth = tl.where(at_step == tl.load(closing_step), 0.0, tl.load(temperature))
-    tl.store(temperature_out + index, warmth, mask=inside)
-    tl.store(target_out + index, tl.where(index < count, owner, scratch) * length + place, mask=inside)
+    owner = tl.load(sequence + now * slots + slot, mask=of_heads, other=0)
+    at_step = tl.load(step + now * slots + slot, mask=of_heads, other=0)
+    row_place = tl.load(position + now * slots * width + entry, mask=of_heads, other=0)
+    number = tl.load(sample + owner, mask=of_heads, other=0)
+    text_place = tl.load(text_position + owner * length + row_place, mask=of_heads, other=0)
+
+    tl.store(ids_out + index, ids, mask=of_batch)
+    if attention_mask is not None:
+        tl.store(mask_out + index, seen, mask=of_batch)
+    tl.store(position_out + index, place, mask=of_rows)
+    tl.store(time_out + index, clock, mask=of_texts)
+    tl.store(count_out, count)
+    tl.store(row_out + index, entry, mask=of_heads)
+    tl.store(key_out + index * 3, number, mask=of_heads)
+    tl.store(key_out + index * 3 + 1, text_place, mask=of_heads)
+    tl.store(key_out + index * 3 + 2, at_step, mask=of_heads)
+    tl.store(temperature_out + index, tl.where(at_step == closing, 0.0, warmth), mask=of_heads)
+    tl.store(target_out + index, tl.where(index < count, owner, scratch) * length + row_place, mask=of_heads)
 
 
 def begin_tick(
