@@ -187,6 +187,11 @@ def prediction(study: Study) -> dict[str, Any]:
     }
 
 
+def still_predicted(study: Study, found: dict[str, Any]) -> bool:
+    """Whether the measures, if they are at hand, predict what they did."""
+    return not {"search", "path"} <= set(study.found) or bool(prediction(study) == found)
+
+
 def harms(known: Mapping[str, Any], name: str, segments: int) -> list[float]:
     """A measure in so many segments: neighbours' sum, or each one's value shared out.
 
@@ -330,10 +335,20 @@ def three_models_passes(study: Study) -> float:
 
 
 PARTS = {
-    "measures": Part(measures, measures_passes, text=True),
+    "measures": Part(
+        measures,
+        measures_passes,
+        text=True,
+        whole=lambda study, found: study.baseline in (None, found["baseline"]),
+    ),
     "path": Part(path, path_passes),
     "search": Part(search, search_passes),
-    "prediction": Part(prediction, lambda _: 0.0, needs=("search", "path")),
+    "prediction": Part(prediction, lambda _: 0.0, needs=("search", "path"), whole=still_predicted),
     "fitted": Part(fitted, fitted_passes, needs=("search", "path")),
-    "three_models": Part(three_models, three_models_passes, between=True),
+    "three_models": Part(
+        three_models,
+        three_models_passes,
+        between=True,
+        whole=lambda study, found: set(study.between) <= set(found["letters"].values()),
+    ),
 }

@@ -145,5 +145,7 @@ def yardstick_passes(study: Study) -> float:
 PARTS = {
     "yardstick": Part(yardstick, yardstick_passes, needs=("hand_made",), text=True),
     "order": Part(order, order_passes, text=True),
-    "bounds": Part(bounds, bounds_passes, text=True),
+    "bounds": Part(
+        bounds, bounds_passes, text=True, whole=lambda study, found: set(study.models) <= set(found["points"])
+    ),
 }

@@ -194,7 +194,12 @@ def decoders_passes(study: Study) -> float:
 PARTS = {
     "hand_made": Part(hand_made, hand_made_passes),
     "shares": Part(shares, shares_passes),
-    "light_size": Part(light_size, light_size_passes, between=True),
+    "light_size": Part(
+        light_size,
+        light_size_passes,
+        between=True,
+        whole=lambda study, found: {study.light, *study.between} <= set(found["points"]),
+    ),
     "prompted": Part(prompted, prompted_passes, text=True),
     "decoders": Part(decoders, decoders_passes),
 }

@@ -135,7 +135,7 @@ def run_parts(
     again: bool = False,
     say: Say = print,
 ) -> dict[str, str]:
-    """Run the parts that are not there yet and keep each as soon as it is measured.
+    """Run the parts that are not there yet, or lack a model that is, and keep each as soon as it is measured.
 
     Args:
         names: of `PARTS`; they are run in the order of `PARTS`.
@@ -150,8 +150,10 @@ def run_parts(
     for name in in_order(names):
         record.refresh()
         if name in record.parts and not again:
-            say(f"{name}: there already")
-            continue
+            if PARTS[name].whole(study, record.parts[name]["found"]):
+                say(f"{name}: there already")
+                continue
+            say(f"{name}: there, without a model that has come since")
         reason = lacking(name, study) or waiting(name, study)
         passes = 0.0 if reason else PARTS[name].passes(study)
         reason = reason or too_long(budget, passes)

@@ -199,6 +199,8 @@ class Part:
     needs: tuple[str, ...] = ()  # other parts
     text: bool = False  # held-out text
     between: bool = False  # a model between light and heavy
+    # Whether results have all models that are at hand; if not, the part is measured anew.
+    whole: Callable[[Study, dict[str, Any]], bool] = lambda study, found: True
 
 
 def differences(score: Tensor, bases: Mapping[str, Tensor]) -> dict[str, Any]:

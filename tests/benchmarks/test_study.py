@@ -252,6 +252,26 @@ class TestBudget:
         sizes = PARTS["light_size"].run(found)
         assert (sizes["points"]["2"], sizes["blocks"]) == ("old", {"2": 2, "1": 1})
 
+    def test_a_part_is_measured_again_for_a_model_that_has_come_since(self, tmp_path: Path) -> None:
+        """And no other part is."""
+        models, said = make_study().models, list[str]()
+        names = ["path", "measures", "search", "prediction", "bounds"]
+        few = {name: models[name] for name in ("1", "3")}
+        for hand in (few, few, models, few):
+            said.append("")
+            record = Record(tmp_path / "s.json", make_study(models=hand))
+            assert run_parts(record, names, say=lambda line: said.append(said.pop() + line + "; ")) == {}
+        first, second, third, fourth = said
+        assert "there" not in first
+        assert second == fourth == "; ".join(f"{name}: there already" for name in names if name) + "; "
+        for name in names:
+            assert (f"{name}: there already" in third) == (name in ("path", "search")), name
+        found = json.loads((tmp_path / "s.json").read_text())["parts"]
+        assert found["measures"]["found"]["baseline"] == "3b"
+        assert set(found["bounds"]["found"]["points"]) == {"1", "2", "3", "3b"}
+        for name, least in (("light_size", {"1": 0}), ("three_models", {})):
+            assert not PARTS[name].whole(make_study(), {"points": least, "letters": least})
+
     def test_parts_may_be_taken_from_another_study_of_the_pair(self, parts: list[str], tmp_path: Path) -> None:
         few = {name: make_study().models[name] for name in ("1", "3")}
         run_parts(Record(tmp_path / "pair.json", make_study(models=few)), ["dear"], say=lambda _: None)
@@ -525,6 +545,7 @@ class TestDocument:
         for arguments in parsed:
             runner.in_order(arguments.parts)
             needs = {other for part in arguments.parts for other in PARTS[part].needs}
-            assert needs <= set(arguments.parts), "the command would not run by itself"
+            others = set() if arguments.parts_of is None else set(json.loads(arguments.parts_of.read_text())["parts"])
+            assert needs <= set(arguments.parts) | others, "the command would not run by itself"
             assert arguments.data or not any(PARTS[part].text for part in arguments.parts)
             assert arguments.models or not any(PARTS[part].between for part in arguments.parts)
