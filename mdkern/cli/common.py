@@ -148,7 +148,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--head-precision",
         choices=["bf16", "fp8"],
-        help="of the output layer's weight: fp8 halves the time that few rows take (default: that of the weights)",
+        help="of the output layer's weight: fp8 reads half of the bytes, for few rows (default: that of the weights)",
     )
 
 

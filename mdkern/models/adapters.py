@@ -87,9 +87,9 @@ def adapt(
             copies of their weights that take half as much memory; where a layer is not a plain linear one, a warning
             says why it runs as without. "bf16" or None: products are in the dtype of the weights.
         head_precision: "fp8": the output layer's weight is rounded to 8 bits (e4m3) with a scale for each id, so that a
-            pass with few rows to sample reads half of the bytes; hidden states keep their dtype. The model's own weight
-            is not changed, and the copy takes half of its memory more; each call of `sample` makes it anew. "bf16" or
-            None: the weight as it is.
+            pass with few rows to sample reads half of the bytes; hidden states keep their dtype, so that many rows gain
+            nothing. The model's own weight is not changed, and the copy takes half of its memory more; each call of
+            `sample` makes it anew. "bf16" or None: the weight as it is.
         name: its name in messages.
 
     Raises:
