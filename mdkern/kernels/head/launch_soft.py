@@ -15,7 +15,7 @@ from mdkern.kernels.head.arguments import Head
 from mdkern.kernels.head.launch import with_unit_strides
 from mdkern.kernels.head.triton_soft import soft_weights_kernel
 
-CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time: 128 MiB, and half as much for their exponentials in 16 bits
+CHUNK_ELEMENTS = 30 << 20  # logits in memory at a time: 120 MiB, and half as much for their exponentials in 16 bits
 MOST_IDS = 1 << 15  # at a time: those of 256 rows stay in the cache of 50 MiB between the products
 MOST_ROWS = 2048  # at a time, so that a chunk has enough ids for fast products
 MOST_SPLITS = 8  # parts of a chunk's ids whose products run side by side

@@ -50,7 +50,7 @@ def soft_embedding(
     bias``.
 
     The logits are computed anew, a part of the vocabulary at a time, and their exponentials rounded to the dtype of
-    `table`, as a product of probabilities in that dtype has them. Memory is bounded: 192 MiB in 16 bits.
+    `table`, as a product of probabilities in that dtype has them. Memory is bounded: 180 MiB in 16 bits.
 
     Args:
         hidden: floating ``[M, D]``, any row stride. With ``weight=None`` its rows are the logits (D = V).
