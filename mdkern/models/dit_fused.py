@@ -114,9 +114,9 @@ def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
 
     They take as much memory as the layers themselves (in e4m3 half of it), and up to 256 MiB for the table. They are
     kept, at the same addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In
-    float16, products of weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for passes of
-    fewer than 512 rows, with time conditioning, and on other cards than Hopper's; in e4m3 for passes of fewer than
-    4,096 rows on a GPU.
+    float16, products of weight and modulation below 6e-5 lose bits. None if `hidden` would not use them: for numbers of
+    rows that `linear.folds` refuses, with time conditioning, and on other cards than Hopper's; in e4m3 for passes of
+    fewer than 4,096 rows on a GPU.
     """
     if not covers(model) and (precision is None or model.embedding.is_cuda):
         PREPARED.pop(model, None)

@@ -28,8 +28,8 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not (linear.runs_in_the_middle(x, weight) and linear.runs_fused(x, weight))
         return linear.runs_in_the_middle(x, weight)
 
-    rows = 511, 512, 1024, 4095, 4096, 4097
-    assert [serves(number) for number in rows] == [False, True, True, True, False, False]
+    rows = 511, 512, 1280, 1281, 4096, 4097
+    assert [serves(number) for number in rows] == [False, True, True, False, False, False]
     for narrow in ({"inner": 192}, {"columns": 192}):
         assert [serves(number, **narrow) for number in rows] == [False, True, True, True, True, False]
     assert not serves(1024, columns=700)
@@ -47,7 +47,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [512, 1024, 1500, 4000])
+@pytest.mark.parametrize("rows", [512, 1024, 1111])
 def test_gpu_products_are_as_exact_as_pytorchs(dtype: torch.dtype, rows: int) -> None:
     """Against float64; the norm of the rows is divided out of the product in place of beforehand."""
     x = (normal(1, rows, 768) + 0.5).to("cuda", dtype)

@@ -23,6 +23,7 @@ from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
 MIDDLE_ROWS = 512  # with fewer, cuBLAS divides the inner dimension, too
+MOST_MIDDLE_ROWS = 1280  # with more, of at least 256 columns, cuBLAS makes up for what follows its products
 MIDDLE_PART = 64  # columns of the smallest tile of `triton_linear`
 MIDDLE_HALF = 32  # half of the heads that it rotates
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
@@ -177,8 +178,8 @@ def has_few_rows(rows: int, width: int) -> bool:
 
     4,096 of narrow ones count as few: they make half as many tiles for `runs_fused` as there are multiprocessors.
     """
-    fewest = FEWEST_ROWS if width < COLUMN_TILE else FEWEST_ROWS - 1
-    return MIDDLE_ROWS <= rows <= fewest and not is_batch_invariant()
+    most = FEWEST_ROWS if width < COLUMN_TILE else min(MOST_MIDDLE_ROWS, FEWEST_ROWS - 1)
+    return MIDDLE_ROWS <= rows <= most and not is_batch_invariant()
 
 
 def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
