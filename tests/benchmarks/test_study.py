@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import study_figures, study_shown, study_tables
+from benchmarks import study_figures, study_fitted_tables, study_shown, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
 from benchmarks.study.fitted import additive_harm, cheapest_for, fit, harms, resample, terraces
@@ -436,10 +436,10 @@ class TestVerdicts:
             points = {name: {"over": {"sandwich": estimate(value)}} for name, value in over.items()}
             return {"light": 0.25, "points": {"sandwich": {}} | points}
 
-        none = study_tables.fitted_verdict([row(loss=-0.0019, kl=0.1, influence=0.0)])
+        none = study_fitted_tables.fitted_verdict([row(loss=-0.0019, kl=0.1, influence=0.0)])
         assert none.startswith("**No fitted schedule is better")
         assert "Of 3 fitted schedules 1 are worse" in none
-        some = study_tables.fitted_verdict([row(loss=-0.0021, kl=0.1)])
+        some = study_fitted_tables.fitted_verdict([row(loss=-0.0021, kl=0.1)])
         assert "at 25 % light by loss difference (**-0.0021" in some
 
     def test_light_models_are_ordered_only_as_far_as_they_can_be_told_apart(self) -> None:
@@ -477,17 +477,17 @@ class TestVerdicts:
             "times": [0.75, 0.5, 0.25],
             "baseline": "12b",
         }
-        text = study_tables.less_baseline(found)
+        text = study_fitted_tables.less_baseline(found)
         assert "is 20% to 60% of that" in text
         assert "largest at t = 0.50 (0.300 nats" in text
-        assert study_tables.less_baseline(found | {"baseline_kl": []}) == ""
+        assert study_fitted_tables.less_baseline(found | {"baseline_kl": []}) == ""
 
     def test_what_costs_more_than_the_sandwich_wins_nothing(self) -> None:
         def row(light: float, saved: float) -> dict[str, Any]:
             other = {"flops_saved": saved, "over": {"sandwich": estimate(-0.01)}}
             return {"light": light, "points": {"sandwich": {"flops_saved": 0.5}, "three": other}}
 
-        found = study_tables.against_sandwich([row(0.5, 0.5), row(0.7, 0.42)], "three")
+        found = study_fitted_tables.against_sandwich([row(0.5, 0.5), row(0.7, 0.42)], "three")
         assert found == "better at 50 %, worse at no budget."
 
 
