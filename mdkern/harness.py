@@ -70,6 +70,7 @@ class MdkernLM(TemplateLM):
         device: str | None = None,
         dtype: str = "auto",
         precision: str | None = None,
+        head_precision: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         max_batch_size: int | None = None,
@@ -89,7 +90,7 @@ class MdkernLM(TemplateLM):
             add_bos_token: put the tokenizer's beginning of text before every context.
             max_length: the longest text in tokens; longer contexts lose their beginning. Default: the model's.
             batch_size: texts in a forward pass. It changes no result.
-            precision: as for `mdkern.adapt`.
+            precision, head_precision: as for `mdkern.adapt`.
             device, dtype, revision, trust_remote_code: of models to be loaded.
             max_batch_size: accepted because the harness passes it; ``batch_size="auto"`` is not supported.
         """
@@ -101,6 +102,7 @@ class MdkernLM(TemplateLM):
         loading = {
             "dtype": dtype,
             "precision": precision,
+            "head_precision": head_precision,
             "revision": revision,
             "trust_remote_code": bool(trust_remote_code),
         }
@@ -135,7 +137,7 @@ class MdkernLM(TemplateLM):
 
     def load(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> Denoiser:
         if not isinstance(model, str | os.PathLike):
-            return adapt(model, precision=options["precision"])
+            return adapt(model, precision=options["precision"], head_precision=options["head_precision"])
         return mdkern.from_pretrained(model, tokenizer=tokenizer, device_map=self._device, **options)
 
     @property

@@ -111,6 +111,11 @@ class TestAnswers:
                 generation_options(unknown, 64)
 
 
+def test_the_precision_of_the_output_layer_reaches_the_models() -> None:
+    assert model(head_precision="fp8").models["H"].head_precision == "fp8"
+    assert model().models["H"].head_precision is None
+
+
 def test_a_local_task_file(tmp_path: Path) -> None:
     """A task of each kind, by the harness's own evaluation from a checkpoint's folder."""
     config = DiTConfig(num_blocks=1, **SHAPE)
