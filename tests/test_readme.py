@@ -230,8 +230,7 @@ class TestLosses:
                 yield Comparison("head", "mdkern", "peer", place, 0.9)
             yield Comparison("loops", "mdkern", "plain", "margin", 1.5)
 
-        others = "projections", "selections", "decoders", "people", "diffusion_gemma"
-        for name in (f"compare_{what}" for what in others):
+        for name in [name for name in vars(report) if name.startswith("compare_")]:
             monkeypatch.setattr(report, name, lambda: iter(()))
         monkeypatch.setattr(report, "compare_samplers", comparisons)
         text = report.losses()
@@ -252,6 +251,8 @@ class TestLosses:
         ours = {SAMPLED, GREEDY, MIXED}
         assert len(list(report.compare_projections())) == sum(len(names & ours) * len(names - ours) for names in timed)
         assert len(list(report.compare_selections())) == len(rows_of("select", "select-cpu"))
+        rounded = rows_of("head-precision") if (RESULTS / "head-precision.json").exists() else []
+        assert len(list(report.compare_head_precisions())) == 3 * len(rounded)
         parts = json.loads((RESULTS / "decoders.json").read_text())["parts"]
         expected = len(parts["size"]) + len(parts["pair"])
         expected += sum(row["way"] != "plain loop" for row in parts["llada"].values())
