@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mdkern.models.hf import llama_fused
 from mdkern.models.hf.llama_experts import Kind
 from mdkern.models.hf.llama_parts import tensors_of
+from mdkern.models.hf.probe import Probe
 from mdkern.models.hf.split import SplitDenoiser
 from tests.models.test_llama import (  # noqa: F401  tests and fixtures, here for models with experts
     CLOSE,
@@ -138,6 +140,25 @@ def test_what_is_built_differently_runs_by_its_own_forward(change: Any, reason: 
     denoiser = adapted(model)
     assert reason in denoiser.description, denoiser.description
     torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
+
+
+def test_models_that_roundings_change_are_recognised_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which right passes differ by more than is allowed of others. Wrong ones differ by more still."""
+    model = sparse("llada2_moe", layers=9).bfloat16()
+    own = "with its backbone run by mdkern's own passes"
+    assert own in adapted(model).description
+    embedding = model.model.embed
+    model.model.embed = ScaledEmbedding.from_pretrained(embedding.weight.detach())
+    assert "mdkern's own passes do not give what it gives" in adapted(model).description
+    model.model.embed = embedding
+    monkeypatch.setattr(Probe, "unsteadiness", lambda *_: 1.0)
+    model.model.norm = copy.copy(model.model.norm)  # so that it is examined again
+    assert "mdkern's own passes do not give what it gives" in adapted(model).description
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
 
 
 def test_settings_are_read_when_a_pass_runs() -> None:

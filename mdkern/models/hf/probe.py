@@ -40,7 +40,7 @@ LONG_PASS = 64  # length of the probe of mdkern's own passes
 LONG = 1024  # length of the probe of models that make an attention mask, as it may hide only what is far away
 # Largest difference between two ways to compute the same states: its root mean square over that of the states.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-MOST_UNSTEADY = 6.0  # times as large may the difference be of models that react to roundings by more than roundings
+MOST_UNSTEADY = 0.9  # largest difference of passes that may be right, of a model that roundings change as much
 ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
@@ -331,7 +331,8 @@ class Probe(Trial):
             found = anatomy._replace(layout=layout, rotary=way, padding=Padding("attention"), no_cache="")
             tried = found._replace(blocks=blocks)
             try:
-                if self.windows_agree(self.denoiser(tried)):
+                own = self.denoiser(tried)
+                if self.windows_agree(own, self.unsteadiness(own)):
                     return tried
                 reason = "windows over kept keys and values do not give what full passes give"
             except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
@@ -415,7 +416,7 @@ class Probe(Trial):
         some = torch.tensor([[1, 0, self.length - 1], [2, 2, 0]], device=column.device).clamp(max=self.length - 1)
         mask = torch.stack((column < self.length - 1, column > 0)) if theirs.padding.way == "attention" else None
         long = ids.flatten().repeat(1, -(-LONG_PASS // ids.numel()))[:, : min(self.longest, LONG_PASS)]
-        part = 1.0 if ours.anatomy.plan is None or ours.anatomy.plan.experts is None else self.unsteadiness(theirs)
+        part = self.unsteadiness(theirs)
         for question in ((ids, None, None), (ids, some, None), (ids, None, mask), (long, None, None)):
             rows, positions, seen = question
             mine, its = (denoiser.hidden(rows, self.t, positions, seen) for denoiser in (ours, theirs))
@@ -424,19 +425,22 @@ class Probe(Trial):
         return self.windows_agree(ours, part)
 
     def unsteadiness(self, denoiser: SplitDenoiser) -> float:
-        """By how much more than `CLOSE` passes may differ that round differently.
+        """By how many times `CLOSE` right passes of a mixture of experts may differ, as they round differently.
 
-        A rounding can give a row to another expert. How far that goes is seen in passes over inputs that are changed by
-        one rounding.
+        A rounding can give a row to another expert. How far that goes is seen in its own passes, over inputs that
+        are changed by one rounding, and over sequences alone and together.
         """
-        if not denoiser.takes_soft:
+        if not any(name.endswith("experts") for name, _ in self.model.named_modules()):
             return 1.0
         dtype = next(self.model.parameters()).dtype
-        states = denoiser.hidden(self.ids, self.t).double()
-        weight = torch.full_like(self.ids, 1.0 - torch.finfo(dtype).eps, dtype=torch.float32)
-        changed = denoiser.softened(weight).hidden(self.ids, self.t).double()
-        change = float((changed - states).norm() / states.norm())
-        return min(MOST_UNSTEADY, max(1.0, ROUNDINGS * change / CLOSE.get(dtype, CLOSE[torch.float32])))
+        together = denoiser.hidden(self.ids, self.t).double()
+        alone = [denoiser.hidden(ids[None], t[None]) for ids, t in zip(self.ids, self.t)]
+        others = [torch.cat(alone).double()]
+        if denoiser.takes_soft:
+            weight = torch.full_like(self.ids, 1.0 - torch.finfo(dtype).eps, dtype=torch.float32)
+            others.append(denoiser.softened(weight).hidden(self.ids, self.t).double())
+        change = max(float((other - together).norm() / together.norm()) for other in others)
+        return max(1.0, min(ROUNDINGS * change, MOST_UNSTEADY) / CLOSE.get(dtype, CLOSE[torch.float32]))
 
     def windows_agree(self, denoiser: SplitDenoiser, part: float = 1.0) -> bool:
         """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give.
