@@ -416,6 +416,17 @@ class TestGpu:
         assert torch.equal(out.sequences, plain.sequences)
         assert all(torch.equal(out.nfe[model] - out.commits[model], plain.nfe[model]) for model in "HL")
 
+    def test_long_prompts_are_filled_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = self.draw(batch_size=7)
+        for cuda_graphs in (True, False):
+            options = {"cache": "block", "cuda_graphs": cuda_graphs, "batch_size": 7}
+            every = self.draw(**options)
+            with monkeypatch.context() as patch:
+                patch.setattr(block_cached, "LONG_PROMPT", 1)
+                out = self.draw(**options)
+            assert torch.equal(out.sequences, plain.sequences)
+            assert out.commits["H"].sum() < every.commits["H"].sum()
+
     def test_in_bfloat16_it_runs_to_the_end(self) -> None:
         out = self.draw(torch.bfloat16, cache="block")
         assert not bool((out.sequences == 69).any())
