@@ -302,8 +302,11 @@ def first_of_equal(texts: Texts, counts: Tensor) -> Tensor:
         masked = choose_masked(texts, *pairs, counts[pairs])
         bit = (texts.wanted[pairs[0]].cumsum(-1) - 1).clamp(min=0)  # of a wanted token, its place among them
         code = (masked.long() << bit).sum(-1).view(len(text), len(number))
-        same = code[:, :, None] == code[:, None, :]
-        first[text] = torch.where(same, number, len(number)).amin(-1)
+        ranked, order = code.sort(dim=-1, stable=True)
+        new = torch.ones_like(ranked, dtype=torch.bool)
+        new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+        start = torch.where(new, number, 0).cummax(-1)[0]
+        first[text] = torch.empty_like(order).scatter_(1, order, order.gather(1, start))
     return first
 
 

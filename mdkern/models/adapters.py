@@ -99,15 +99,30 @@ def adapt(
             model in training mode, or a causal one; attention that cannot be made block-causal; a device that does not
             exist or is not the model's.
     """
-    if head_precision is not None:
-        if head_precision not in ("bf16", "fp8"):
-            raise ValueError(f"head_precision must be 'bf16' (that of the weight) or 'fp8', not {head_precision!r}")
-        whole = adapt(
-            model, vocab_size=vocab_size, mask_id=mask_id, eos_id=eos_id, max_length=max_length, num_blocks=num_blocks,
-            device=device, shifted=shifted, block_causal=block_causal, allow_causal=allow_causal, precision=precision,
-            name=name,
-        )  # fmt: skip
-        return with_head_precision(whole, head_precision)
+    if head_precision not in (None, "bf16", "fp8"):
+        raise ValueError(f"head_precision must be 'bf16' (that of the weight) or 'fp8', not {head_precision!r}")
+    denoiser = with_own_head(
+        model, vocab_size, mask_id, eos_id, max_length, num_blocks, device, shifted, block_causal, allow_causal,
+        precision, name,
+    )  # fmt: skip
+    return denoiser if head_precision is None else with_head_precision(denoiser, head_precision)
+
+
+def with_own_head(
+    model: Any,
+    vocab_size: int | None,
+    mask_id: int | None,
+    eos_id: int | Sequence[int] | None,
+    max_length: int | None,
+    num_blocks: int | None,
+    device: torch.device | str | None,
+    shifted: bool | None,
+    block_causal: int | None,
+    allow_causal: bool,
+    precision: str | None,
+    name: str | None,
+) -> Denoiser:
+    """`adapt`, with the output layer's weight as it is."""
     model = without_wrappers(model)
     for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
         if value is not None and (not is_whole(value) or value < 1):
@@ -169,13 +184,13 @@ def adapt(
         split = SplitDenoiser(model, anatomy, precision=in_fp8, **described)
         reason = "" if in_fp8 is None else split.why_not_fp8()
         if reason:
-            warnings.warn(f"{split.name} runs in {split.dtype}, not in fp8, because {reason}", stacklevel=2)
+            warnings.warn(f"{split.name} runs in {split.dtype}, not in fp8, because {reason}", stacklevel=3)
         return split
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
     slow = "the output layer is computed at every position of every forward pass"
     slow += "" if in_fp8 is None else f", and its products are in {denoiser.dtype}, not in fp8"
-    warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=2)
+    warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=3)
     return denoiser
 
 

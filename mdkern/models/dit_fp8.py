@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdkern.kernels.backbone.quantise import FP8, HALF_STEP, LARGEST, LEAST_NORMAL, norm_level, quantise_layer
+from mdkern.kernels.backbone.quantise import (
+    FP8,
+    HALF_STEP,
+    LARGEST,
+    LEAST_NORMAL,
+    SMALLEST_SCALE,
+    norm_level,
+    quantise_layer,
+)
 from mdkern.kernels.device import computes_in_fp8, has_triton
 
 if TYPE_CHECKING:
@@ -121,8 +129,11 @@ def quantise_after_norm(layer: nn.Linear, norm: Tensor, shift: Tensor, scale: Te
 
 
 def most_of(layer: Quantised) -> Tensor:
-    """A bound on each column of a layer's result, without its sign, float32 ``[C]``, over all `quantised_norm`."""
-    return reach(layer) + layer.bias.abs()
+    """A bound on each column of a layer's result, without its sign, float32 ``[C]``, over all `quantised_norm`.
+
+    It is not 0 for a column that always is, so that one can be divided by it.
+    """
+    return (reach(layer) + layer.bias.abs()).clamp(min=SMALLEST_SCALE)
 
 
 def most_of_gelu(up: Quantised) -> Tensor:

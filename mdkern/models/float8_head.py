@@ -53,7 +53,7 @@ class Float8HeadDenoiser(AroundDenoiser):
 
 def with_head_precision(denoiser: Denoiser, head_precision: str) -> Denoiser:
     """The denoiser with its output layer in this precision, see `mdkern.adapt`."""
-    rounded = isinstance(denoiser, Float8HeadDenoiser)
+    rounded = denoiser.head_precision is not None
     if head_precision == "fp8":
         return denoiser if rounded else Float8HeadDenoiser(denoiser)
     if rounded:

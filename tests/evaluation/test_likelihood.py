@@ -93,6 +93,17 @@ def test_masks_of_as_many_tokens_as_are_compared_are_told_apart() -> None:
     assert first_of_equal(texts_of(1, FEW + 1), sizes + 1).tolist() == [list(range(42))]
 
 
+def test_the_first_of_equal_masks_is_found_for_each_text() -> None:
+    """Two tokens have three masks."""
+    texts = texts_of(3, 2)
+    sizes = mask_sizes(texts, torch.full((3,), 2), 512)
+    first = first_of_equal(texts, sizes)
+    assert all(len(row.unique()) == 3 for row in first)
+    assert (first <= torch.arange(512)).all()
+    assert torch.equal(first.gather(1, first), first)
+    assert torch.equal(sizes.gather(1, first), sizes)
+
+
 class TestDiT:
     def test_the_mean_is_that_over_all_masks(self, model: DiT) -> None:
         ids = torch.tensor([3, 1, 4, 1])

@@ -102,6 +102,17 @@ def test_a_pass_is_near_the_model(make_dit: MakeDiT, blocks: int, rows: int | No
     assert error > (1e-3 if blocks > 1 or rows is None else -1)  # it is rounded
 
 
+def test_a_value_that_is_always_zero(make_dit: MakeDiT) -> None:
+    """As of a model that is pruned: the range of what is always 0 is no number to divide by."""
+    model = make_dit(**SHAPE)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn_qkv.weight[2 * SHAPE["width"] + 3] = 0.0  # type: ignore[index, operator, union-attr]
+    ids, _ = question(model, None)
+    got = adapt(model, precision="fp8").hidden(ids)
+    assert relative_error(got, adapt(model).hidden(ids)) < 0.1
+
+
 @pytest.mark.parametrize("rows", [None, 5])
 def test_prepared_or_not_with_or_without_a_cache(make_dit: MakeDiT, rows: int | None) -> None:
     model = make_dit(**SHAPE)
