@@ -143,12 +143,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         choices=["bf16", "fp8"],
-        help="of the matrix products: fp8 is faster and less accurate (default: that of the weights)",
+        help="of the matrix products: fp8 is faster and less accurate; bf16, the default, is the dtype of the weights",
     )
     group.add_argument(
         "--head-precision",
         choices=["bf16", "fp8"],
-        help="of the output layer's weight: fp8 reads half of the bytes, for few rows (default: that of the weights)",
+        help="of the output layer's weight: fp8 reads half of the bytes, for few rows; bf16, the default, is its dtype",
     )
 
 

@@ -226,9 +226,14 @@ def path_importance(
     known = [None if kept is None else kept.get(f"segment {number}") for number in range(segments)]
     if all(known):
         return [PathImportanceAt.read(entry) for entry in known if entry]
-    p, q = denoisers["H"], denoisers["L"]
     out = sample(
-        p, num_samples=num_samples, length=length, steps=steps, seed=seed, return_history=True, progress=progress
+        denoisers["H"],
+        num_samples=num_samples,
+        length=length,
+        steps=steps,
+        seed=seed,
+        return_history=True,
+        progress=progress,
     )
     assert out.sequences is not None
     assert out.history is not None
@@ -237,6 +242,7 @@ def path_importance(
         raise ValueError(f"segments must be at most the {total} steps, not {segments}")
     edges = [round(total * index / segments) for index in range(segments + 1)]
     times = Ancestral().times(total).to(ids.device)
+    p, q = rounded_once(denoisers, batch_size * ids.shape[1]).values()
     found = []
     with torch.no_grad(), tqdm(range(segments), desc="path", disable=None if progress is None else not progress) as bar:
         for number in bar:

@@ -15,6 +15,7 @@ from mdkern import DiT, adapt, from_pretrained, sample
 from mdkern.cli import main as cli
 from mdkern.digest import model_digest
 from mdkern.engine.graphs import mark_of
+from mdkern.evaluation.importance import path_importance
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_product
 from mdkern.kernels.backbone.modulated_norm import modulated_norm_reference
 from mdkern.kernels.backbone.quantise import quantised_norm
@@ -110,7 +111,7 @@ def test_a_value_that_is_always_zero(make_dit: MakeDiT) -> None:
             block.attn_qkv.weight[2 * SHAPE["width"] + 3] = 0.0  # type: ignore[index, operator, union-attr]
     ids, _ = question(model, None)
     got = adapt(model, precision="fp8").hidden(ids)
-    assert relative_error(got, adapt(model).hidden(ids)) < 0.1
+    assert relative_error(got, adapt(model).hidden(ids).detach()) < 0.1
 
 
 @pytest.mark.parametrize("rows", [None, 5])
@@ -154,6 +155,20 @@ def test_sampling(make_dit: MakeDiT, cache: str) -> None:
     sequences = sample(adapt(model, precision="fp8"), **options).sequences
     assert (sequences != 49).all()
     assert dit_fused.PREPARED[model].fp8 is not None
+
+
+def test_importance_rounds_the_weights_as_often_for_many_passes_as_for_few(
+    make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded, plain = list[int](), dit_fp8.quantise_block
+    monkeypatch.setattr(dit_fp8, "quantise_block", lambda *parts: (rounded.append(1), plain(*parts)))
+    heavy, light = adapt(make_dit(**SHAPE), precision="fp8"), adapt(make_dit(**SHAPE))
+    counts = []
+    for segments in (1, 4):
+        path_importance(heavy, light, num_samples=2, length=8, steps=4, segments=segments, progress=False)
+        counts.append(len(rounded))
+        rounded.clear()
+    assert counts[0] == counts[1] > 0
 
 
 def test_what_it_says(make_dit: MakeDiT, tmp_path: Any) -> None:
