@@ -69,6 +69,8 @@ def why_not(model: DiT) -> str:
     device, dtype = model.embedding.device, model.embedding.dtype
     if model.time_embedding is not None:
         return "it is conditioned on the time, so that the modulation is not constant and can't be part of the weights"
+    if torch.is_autocast_enabled("cuda" if device.type == "cuda" else "cpu"):
+        return "torch.autocast is on, which chooses the dtype of products: call it outside of that"
     if device.type != "cuda":
         return "" if dtype.itemsize <= 4 else f"it is of {dtype}: convert it by model.float()"
     if not has_triton(device) or not computes_in_fp8(device):

@@ -208,6 +208,8 @@ def test_what_it_refuses(make_dit: MakeDiT) -> None:
         adapt(make_dit(**SHAPE).double(), precision="fp8")
     with pytest.raises(ValueError, match="precision must be"):
         adapt(make_dit(**SHAPE), precision="fp4")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"autocast .* outside"):
+        sample(adapt(make_dit(**SHAPE), precision="fp8"), num_samples=1, length=4, progress=False)
     model = make_dit(**SHAPE)
     kept = adapt(model, precision="fp8")
     model.blocks[1].mlp_up.register_forward_hook(lambda *_: None)

@@ -203,6 +203,12 @@ class TestOthers:
         self.check_as_it_is(llama(intermediate_size=40), "a layer of it has a side of 40, which 16 does not divide")
         self.check_as_it_is(bert(), "its blocks are not built like Llama's")
 
+    def test_autocast(self) -> None:
+        denoiser = in_fp8(llama(**SIZES))
+        assert "not in fp8" not in repr(denoiser)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "not in fp8, because torch.autocast is on" in repr(denoiser)
+
     def test_an_adapter_that_is_put_in_later(self) -> None:
         model, ids = llama(**SIZES), random_ids(2, 9)
         denoiser = in_fp8(model)

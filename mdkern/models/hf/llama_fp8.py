@@ -64,6 +64,8 @@ def why_not(parts: Parts) -> str:
         return "it has mixtures of experts"
     weights = [layer.weight for layers in layers_of(parts.blocks[0]) for layer in layers]
     device, dtype = weights[0].device, weights[0].dtype
+    if torch.is_autocast_enabled("cuda" if device.type == "cuda" else "cpu"):
+        return "torch.autocast is on, which chooses the dtype of products"
     if device.type == "cuda" and dtype != torch.bfloat16:
         return f"its weights are {dtype}, and PyTorch's products in fp8 give bfloat16 only"
     if not computes_in_fp8(device):
