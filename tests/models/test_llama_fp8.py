@@ -201,6 +201,12 @@ class TestOthers:
         layer.up_proj = Adapter(layer.up_proj)
         self.check_as_it_is(model, "its mlp.up_proj is a Adapter, not a plain linear layer")
         self.check_as_it_is(llama(intermediate_size=40), "a layer of it has a side of 40, which 16 does not divide")
+        model = llama(**SIZES)
+        for name in ("gate_proj", "up_proj", "down_proj"):  # as of a model whose last block is pruned
+            layer = getattr(model.model.layers[1].mlp, name)
+            kept = layer.weight[:, :40] if name == "down_proj" else layer.weight[:40]
+            layer.weight = nn.Parameter(kept.detach().clone())
+        self.check_as_it_is(model, "a layer of it has a side of 40")
         self.check_as_it_is(bert(), "its blocks are not built like Llama's")
 
     def test_autocast(self) -> None:

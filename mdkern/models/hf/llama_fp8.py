@@ -62,7 +62,7 @@ def why_not(parts: Parts) -> str:
     """Why products in e4m3 cannot stand in for a model's, in words that follow "because"; "" if they can."""
     if any(block.experts is not None for block in parts.blocks):
         return "it has mixtures of experts"
-    weights = [layer.weight for layers in layers_of(parts.blocks[0]) for layer in layers]
+    weights = [layer.weight for block in parts.blocks for layers in layers_of(block) for layer in layers]
     device, dtype = weights[0].device, weights[0].dtype
     if torch.is_autocast_enabled("cuda" if device.type == "cuda" else "cpu"):
         return "torch.autocast is on, which chooses the dtype of products"
