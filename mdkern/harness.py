@@ -260,7 +260,8 @@ class MdkernLM(TemplateLM):
         bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm)
         mask_id = self.models["H"].mask_id
         for numbers in kinds.values():
-            asked = generation_options(requests[numbers[0]].args[1], self.gen_length)
+            own = {"temperature": self.decoding["temperature"]}
+            asked = generation_options(own | requests[numbers[0]].args[1], self.gen_length)
             length = asked.pop("length")
             if length >= self.max_length:
                 raise ValueError(f"an answer of {length} tokens leaves no room for a prompt: the model takes texts of "

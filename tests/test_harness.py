@@ -111,6 +111,12 @@ class TestAnswers:
                 generation_options(unknown, 64)
 
 
+def test_a_task_that_names_top_p_alone_gets_greedy_answers() -> None:
+    harness, asked = model(), [{"max_gen_toks": 4}, {"max_gen_toks": 4, "top_p": 0.9}]
+    plain, named = (harness.generate_until(requests("generate_until", [("one", options)])) for options in asked)
+    assert plain == named
+
+
 def test_the_precision_of_the_output_layer_reaches_the_models() -> None:
     assert model(head_precision="fp8").models["H"].head_precision == "fp8"
     assert model().models["H"].head_precision is None
