@@ -33,9 +33,8 @@ FAMILY_PARTS = "light_size", "three_models", "bounds"
 SECOND_PARTS = "path", "measures", "search", "prediction", "fitted", "hand_made", "yardstick", "bounds"
 WIDE_PARTS = "hand_made", "bounds"
 SHIPPED, FAMILY, SECOND, WIDE = "shipped", "family", "wikipedia", "wide"  # names of folders and of results
-SECONDS = (
-    3e9  # of a job's cost, in tokens times width times blocks, about what a second of measuring is beside training
-)
+# Of a job's cost, in tokens times width times blocks: about what a second of measuring is beside training.
+SECONDS = 3e9
 
 
 @dataclass(frozen=True)
