@@ -14,7 +14,7 @@ import mdkern
 from mdkern import graphs
 from mdkern.digest import model_digest
 from mdkern.engine.graphs import mark_of
-from mdkern.models import Denoiser, DiT, Head, adapt
+from mdkern.models import Denoiser, DiT, Head, adapt, float8_head
 from mdkern.models.shard import Shard
 from mdkern.models.sharded import ShardedDenoiser
 from tests.conftest import random_dit
@@ -108,6 +108,22 @@ def test_the_copy_follows_changes_of_the_weight(change: str) -> None:
     now = denoiser.current()
     check_rounding(now, model.head_weight.detach())
     assert float((rounded(now) - before).abs().mean()) > 0.01
+
+
+def test_a_call_rounds_as_often_for_many_steps_as_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = list[int](), float8_head.in_float8
+
+    def counted(*parts: Any) -> Head:
+        calls.append(1)
+        return plain(*parts)
+
+    monkeypatch.setattr(float8_head, "in_float8", counted)
+    model, counts = adapt(random_dit(2, **SIZE), head_precision="fp8"), []
+    for steps in (1, 6):
+        calls.clear()
+        mdkern.sample(model, num_samples=2, length=12, steps=steps, decoder="top_probability", progress=False)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 def test_graphs_find_the_copy_at_its_addresses() -> None:
