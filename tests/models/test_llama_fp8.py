@@ -139,6 +139,24 @@ class TestCopies:
             for kept in (denoiser, denoiser.current()):
                 assert torch.equal(kept.hidden(ids), want)
 
+    def test_a_bias_that_is_taken_away_beside_others(self) -> None:
+        model, ids = llama(**SIZES, attention_bias=True), random_ids(2, 9)
+        layers = [block.self_attn.v_proj for block in model.model.layers]
+        for layer in layers:
+            layer.bias.fill_(3.0)
+        denoiser = in_fp8(model)
+        biased = denoiser.hidden(ids)
+        for layer in layers:
+            layer.bias.zero_()
+        want = denoiser.hidden(ids)
+        for layer in layers:
+            layer.bias.fill_(3.0)
+        assert torch.equal(denoiser.hidden(ids), biased)
+        for layer in layers:
+            layer.bias = None
+        assert torch.equal(denoiser.hidden(ids), want)
+        assert not torch.equal(biased, want)
+
     def test_addresses_stay(self) -> None:
         model = llama(**SIZES)
         denoiser = in_fp8(model)
