@@ -308,13 +308,15 @@ def test_it_is_as_exact_as_the_modules(
     exact = make_dit(**shape).to("cuda", torch.float64)
     exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     with torch.no_grad():
-        ids, positions = question(model, 16, 512, rows)
+        ids, positions = question(
+            model, 16 if model.config.width > 256 else 8, 512, rows
+        )  # so many that norms are folded
         want = exact.plain_hidden(ids, None, positions)
         theirs = model.plain_hidden(ids, None, positions)
         prepared = adapt(model).prepared(ids.numel())
         assert prepared.folds is not None or not dit_fused.is_hopper(model.embedding.device)
         ours = prepared.hidden(ids, None, positions)
-        few = prepared.hidden(ids[:2], None, None if positions is None else positions[:2])  # cuBLAS's products
+        few = prepared.hidden(ids[:2], None, None if positions is None else positions[:2])
     assert relative_error(ours, want) < 1.2 * relative_error(theirs, want)
     assert relative_error(few, want[:2]) < 1.2 * relative_error(theirs[:2], want[:2])
 

@@ -28,10 +28,10 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not (linear.runs_in_the_middle(x, weight) and linear.runs_fused(x, weight))
         return linear.runs_in_the_middle(x, weight)
 
-    rows = 511, 512, 1280, 1281, 4096, 4097
-    assert [serves(number) for number in rows] == [False, True, True, False, False, False]
+    rows = 255, 256, 511, 512, 1280, 1281, 4096, 4097
+    assert [serves(number) for number in rows] == [False, False, False, True, True, False, False, False]
     for narrow in ({"inner": 192}, {"columns": 192}):
-        assert [serves(number, **narrow) for number in rows] == [False, True, True, True, True, False]
+        assert [serves(number, **narrow) for number in rows] == [False, True, True, True, True, True, True, False]
     assert not serves(1024, columns=700)
     assert not serves(1024, inner=700)
     assert not serves(1024, dtype=torch.float32)

@@ -13,6 +13,8 @@ This file has the contract and the reference in plain PyTorch; `triton_folded_no
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from mdkern.kernels.checks import check_written
 from mdkern.kernels.device import has_triton
 from mdkern.kernels.operator import operator
 
+LAUNCHER = "mdkern.kernels.backbone.triton_folded_norm:fold_norm"
 SPAN = 256  # columns that one sum of a row covers: the width of a column tile of the product that writes the sums
 
 
@@ -68,7 +71,7 @@ def one_over_spread(sums: Tensor, columns: int) -> Tensor:
 fold_norm_operator = operator(
     fold_norm_reference,
     lambda *_: None,
-    "mdkern.kernels.backbone.triton_folded_norm:fold_norm",
+    LAUNCHER,
     mutates=("folded", "added"),
     name="fold_norm",
 )
@@ -117,5 +120,5 @@ def fold_norm(
         raise ValueError("out is to be contiguous")
     fold = fold_norm_operator
     if has_triton(weight.device) and not torch.compiler.is_compiling():  # each call of `sample` folds every layer
-        from mdkern.kernels.backbone.triton_folded_norm import fold_norm as fold
+        fold = resolve_name(LAUNCHER)
     fold(folded, added, weight, bias, norm_weight, shift, scale)

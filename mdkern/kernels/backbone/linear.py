@@ -23,6 +23,7 @@ from mdkern.kernels.operator import operator
 
 COLUMN_TILE = SPAN
 MIDDLE_ROWS = 512  # with fewer, cuBLAS divides the inner dimension, too
+NARROW_ROWS = 256  # of less than `COLUMN_TILE` columns: one text and sixteen then take the same kernels, and so tokens
 MOST_MIDDLE_ROWS = 1280  # with more, of at least 256 columns, cuBLAS makes up for what follows its products
 MIDDLE_PART = 64  # columns of the smallest tile of `triton_linear`
 MIDDLE_HALF = 32  # half of the heads that it rotates
@@ -178,8 +179,9 @@ def has_few_rows(rows: int, width: int) -> bool:
 
     4,096 of narrow ones count as few: they make half as many tiles for `runs_fused` as there are multiprocessors.
     """
-    most = FEWEST_ROWS if width < COLUMN_TILE else min(MOST_MIDDLE_ROWS, FEWEST_ROWS - 1)
-    return MIDDLE_ROWS <= rows <= most and not is_batch_invariant()
+    narrow = (NARROW_ROWS, FEWEST_ROWS)
+    least, most = narrow if width < COLUMN_TILE else (MIDDLE_ROWS, min(MOST_MIDDLE_ROWS, FEWEST_ROWS - 1))
+    return least <= rows <= most and not is_batch_invariant()
 
 
 def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mdkern.kernels.backbone.linear import COLUMN_TILE, span_of_sums
+from mdkern.kernels.backbone.folded_norm import SPAN
 from mdkern.kernels.backbone.norm_constants import EPS
 from mdkern.kernels.device import launches_early
 
@@ -195,7 +195,7 @@ def launch(
 
 def choose_tiling(width: int, columns: int, rotated: int, gelu: bool) -> Tiling:
     """The tiles of a product to heads or hidden units, whole ones with either all or none of their columns rotated."""
-    narrow = width < COLUMN_TILE
+    narrow = width < SPAN
     wanted = (NARROW_GELU if narrow else GELU) if gelu else (NARROW_HEADS if narrow else HEADS)
     return wanted if columns % wanted.columns == rotated % wanted.columns == 0 else NARROW_HEADS
 
@@ -233,6 +233,7 @@ def linear_residual(
 ) -> None:
     """As `launch_linear.linear_residual`. The sums are of as many columns as a tile has, `linear.span_of_sums`."""
     if tiling is None:
-        wide = span_of_sums(*stream.shape) == ADDED.columns
-        tiling = ADDED if wide else NARROW_ADDED
+        width = stream.shape[1]
+        spans = width / ADDED.columns if sums is None else sums.shape[0]
+        tiling = ADDED if spans * ADDED.columns == width and width % ADDED.columns == 0 else NARROW_ADDED
     launch(x, weight, tiling, bias=bias, gate=gate, stream=stream, new_sums=sums)
