@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdkern.kernels.backbone.linear import FEWEST_ROWS
 from mdkern.kernels.compile_ahead import rehearse_once
 from mdkern.models import dit_fp8, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
@@ -320,8 +321,8 @@ class DiTDenoiser(Denoiser):
             raise ValueError(f"precision={self.precision!r} is not for {self.name}: {reason}")
         mebibytes = dit_fp8.extra_bytes(self.model) / 2**20
         self.description = (
-            f"runs by mdkern's own passes, with the products of its blocks in e4m3 (fp8), whose weights take"
-            f" {mebibytes:.1f} MiB more"
+            "runs by mdkern's own passes, with the products of its blocks in e4m3 (fp8; on a GPU in passes of"
+            f" {FEWEST_ROWS:,} positions or more), whose weights take {mebibytes:.1f} MiB more"
         )
 
     head = Live(lambda self: Head(self.model.head_weight.detach(), self.model.suppressed_bias().detach()))
