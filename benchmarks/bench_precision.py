@@ -1,6 +1,6 @@
 """What 8-bit products cost in quality and gain in time: `precision="fp8"` beside the model's own dtype.
 
-    python -m benchmarks.bench_precision FOLDER           # one GPU of 80 GB, two minutes; FOLDER/precision.json
+    python -m benchmarks.bench_precision FOLDER           # one GPU of 80 GB, a few minutes; FOLDER/precision.json
     python -m benchmarks.bench_precision FOLDER --tiny    # small models on a CPU, to try it out
 
 Quality is that of the shipped heavy model, in float32 and bfloat16 (on a CPU float32 only) and with products in e4m3.
