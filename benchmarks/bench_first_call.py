@@ -25,7 +25,7 @@ import torch
 import mdkern
 from benchmarks.harness import RESULTS, environment, folder_command, host_environment
 from benchmarks.kernel_tables import caption, markdown
-from mdkern.engine import graphs
+from mdkern.engine import capture
 from mdkern.files import write_whole
 from mdkern.kernels import compile_ahead
 
@@ -97,7 +97,7 @@ def one_process(case: str, beside: bool, tiny: bool) -> dict[str, Any]:
     """Seconds of the calls of this process, and the kernels that the first one compiled."""
     kernels: list[dict[str, Any]] = []
     if not beside:
-        graphs.can_compile_ahead = compile_ahead.can_compile_ahead = lambda device: False
+        capture.can_compile_ahead = compile_ahead.can_compile_ahead = lambda device: False
     if torch.cuda.is_available():
         import triton
 

@@ -25,7 +25,7 @@ from benchmarks.harness import environment, write_text_whole
 from benchmarks.tick_trace import few_masked, trace_ticks
 from mdkern import DiT, SampleOutput, Schedule, adapt, sample
 from mdkern.engine import graphs
-from mdkern.models.adapters import DiTDenoiser
+from mdkern.models.dit_denoiser import DiTDenoiser
 from mdkern.output import counted_saving
 from mdkern.profiling.compiled import Compiled, ddpm_compiled
 from mdkern.profiling.profile import (

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mdkern.engine import graphs
+from mdkern.engine.capture import CaptureError, capture
 from mdkern.engine.device_loop import DeviceLoop, make_loop
 
 MOST_GRAPHS = 32  # of a workspace
@@ -83,8 +83,8 @@ class CapturedPasses:
         own = {name: tensor.clone() for name, tensor in inputs.items()}
         looped = loop_while is not None
         try:
-            graph, _ = graphs.capture(lambda: run(own), lambda: None, self.pool, self.device, looped, warm_ups=0)
-        except graphs.CaptureError as error:
+            graph, _ = capture(lambda: run(own), lambda: None, self.pool, self.device, looped, warm_ups=0)
+        except CaptureError as error:
             self.refused.add(kind)
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             warnings.warn(f"{kind} can't be captured in a CUDA graph and runs eagerly, slower: {reason}", stacklevel=6)

@@ -1,4 +1,4 @@
-"""CUDA graphs of the sampler's step: captured on first use, kept, and replayed for every tick.
+"""CUDA graphs of the sampler's step: captured on first use (`capture.py`), kept, and replayed for every tick.
 
 What is captured: one whole step, that is a forward pass of a denoiser (backbone and head) for one batch size, with the
 bookkeeping before and after it (`reveal_tick` of `planned.py`, `decode_tick` of `stepwise.py`, `cached_tick` of
@@ -14,36 +14,31 @@ same addresses. Weights that change in place are seen. The number of graphs kept
 
 from __future__ import annotations
 
-import logging
-import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mdkern.engine.capture import LOCK, CaptureError, capture, rehearse
 from mdkern.engine.device_loop import DeviceLoop, make_loop
 from mdkern.engine.request import Request
 from mdkern.engine.state import SamplerState
-from mdkern.kernels.compile_ahead import can_compile_ahead, launches_compile
 from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
 from mdkern.models.around import AroundDenoiser
 from mdkern.models.denoiser import PREPARED, QUANTISED_HEADS, Head
-from mdkern.models.fingerprint import Mark, describe, fingerprint, no_collection
+from mdkern.models.fingerprint import Mark, describe, fingerprint
 
 __all__ = ["clear", "held"]
 
 Part = TypeVar("Part")
-logger = logging.getLogger(__name__)
 
-WARM_UPS = 2  # runs of a step before it is captured
 MOST_WORKSPACES = 4  # idle workspaces that are kept
 MOST_GRAPHS = 32  # graphs of a workspace
 MOST_UNUSED = 1 << 30  # bytes of a workspace's parts that the last call did not use; with more, all are dropped
@@ -51,7 +46,6 @@ TICKS_AHEAD = 32  # replays between two CUDA events
 EVENTS_AHEAD = 4  # CUDA events by which the host may be ahead of the device
 
 _idle: list[Workspace] = []  # the most recently used last
-_lock = threading.Lock()  # guards `_idle`, and allows one capture at a time in a process
 _refused: dict[tuple[int, Hashable], Any] = {}  # what could not be captured, by model and mark, so as to warn once
 
 
@@ -188,122 +182,6 @@ class Workspace:
         return graph
 
 
-class CaptureError(RuntimeError):
-    """A step that runs eagerly but cannot be captured."""
-
-
-def warm_up(step: Callable[[], None], idle: Callable[[], None], times: int = WARM_UPS) -> None:
-    """Run a step a few times, each time from the idle state, so that kernels are compiled and algorithms chosen."""
-    for _ in range(times):
-        idle()
-        step()
-
-
-def capture(
-    step: Callable[[], None],
-    idle: Callable[[], None],
-    pool: Any,
-    device: torch.device,
-    keep_graph: bool = False,
-    warm_ups: int = WARM_UPS,
-) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Capture `step` on a stream of its own, after it has been warmed up by `warm_ups` runs.
-
-    `torch.cuda.graph` is not used, because it also collects garbage and empties the allocator's cache of the process.
-
-    Returns:
-        The graph, and the bytes by which PyTorch's reserved memory grew.
-    """
-    with _lock, torch.cuda.device(device):
-        stream, current = capture_stream(device), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            warm_up(step, idle, warm_ups)
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_reserved()
-            graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
-            try:
-                record(graph, step, pool, device, "thread_local")
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise CaptureError(str(error)) from error
-        current.wait_stream(stream)
-        memory = torch.cuda.memory_reserved() - before
-    logger.debug("captured a graph on %s: %.1f MiB", device, memory / 2**20)
-    return graph, memory
-
-
-def rehearse(
-    step: Callable[[], None], idle: Callable[[], None], pool: Any, device: torch.device
-) -> tuple[torch.cuda.CUDAGraph | None, int]:
-    """Compile all kernels of a step at the same time, before it is run for the first time.
-
-    Its launches only compile, and everything else is captured instead of run, because it would read what they have not
-    written. Nothing of the step may keep a tensor that it makes, as a model's own forward does with tables of angles:
-    it would never be filled.
-
-    Returns:
-        The graph, which is of no use but for the memory of the pool that it holds until the capture, and the bytes of
-        that. None if the step could not be rehearsed; the pool may then be lost.
-    """
-    if not can_compile_ahead(device):
-        return None, 0
-    with _lock, torch.cuda.device(device):
-        stream, current = capture_stream(device), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.stream(stream):
-            idle()
-            one = torch.ones(1, 1, device=device)
-            one @ one  # cuBLAS's workspace of this stream must not be in the pool
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_reserved()
-            try:
-                with launches_compile(device):
-                    record(graph, step, pool, device, "relaxed")  # libraries may do what they do once
-            except Exception as error:  # the step itself will meet it
-                logger.debug("a step could not be rehearsed: %s", error)
-                return None, 0
-        current.wait_stream(stream)
-    return graph, torch.cuda.memory_reserved() - before
-
-
-def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, device: torch.device, mode: str) -> None:
-    """Capture a step on the current stream."""
-    with no_collection():  # which could destroy an old graph in this thread, and that makes a capture invalid
-        graph.capture_begin(pool=pool, capture_error_mode=mode)
-        try:
-            step()
-            graph.capture_end()
-        except BaseException:
-            leave(graph, device, pool)
-            raise
-
-
-def leave(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Clean up after a capture that has failed."""
-    try:
-        graph.capture_end()  # takes the stream out of capture mode
-    except RuntimeError:  # the capture is invalid, but PyTorch's allocator and generator are still in capture mode
-        # Private names of PyTorch: without them the allocator keeps the memory of the pool, and nothing else breaks.
-        with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
-        with suppress(RuntimeError):
-            nothing = torch.zeros(1, device=device)
-            valid = torch.cuda.CUDAGraph()
-            valid.capture_begin(capture_error_mode="thread_local")
-            nothing.zero_()
-            valid.capture_end()  # takes the generator out of capture mode, in which it refuses every draw
-
-
-@cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of all captures, because cuBLAS keeps 32 MiB of workspace for every stream that it has seen."""
-    return torch.cuda.Stream(device)
-
-
 def refuse(denoiser: Denoiser, mark: Hashable, error: Exception) -> None:
     """Warn that a model can't be captured, and remember it for as long as the model exists."""
     model = model_of(denoiser)
@@ -348,7 +226,7 @@ def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
     count, length = request.input_ids.shape
     room = 1 << max(4, (max(count, most) - 1).bit_length())  # a power of two, so that similar calls share graphs
     key = request.device, room, length, request.attention_mask is not None
-    with _lock:
+    with LOCK:
         found = next((workspace for workspace in reversed(_idle) if workspace.key == key), None)
         if found is not None:
             _idle.remove(found)
@@ -365,7 +243,7 @@ def lease(request: Request, most: int = 0) -> Iterator[Workspace]:
         raise
     found.forget_the_dead()
     torch.cuda.current_stream(request.device).synchronize()  # the next call may be on another stream
-    with _lock:
+    with LOCK:
         _idle.append(found)
         del _idle[:-MOST_WORKSPACES]
 
@@ -381,7 +259,7 @@ def held() -> list[tuple[str, int]]:
     The name is the denoiser's for each graph, ``"state"`` for what graphs read and write, and ``"prepared weights"``
     for copies of weights. Graphs of one call share much of their memory.
     """
-    with _lock:
+    with LOCK:
         kept = [(graph.name, graph.memory) for workspace in _idle for graph in workspace.graphs.values()]
         kept += [("state", workspace.memory()) for workspace in _idle]
         return kept + [
@@ -401,7 +279,7 @@ def bytes_of(thing: Any) -> int:
 
 def clear() -> None:
     """Give back the memory of all graphs that no call is using. Models that could not be captured are tried again."""
-    with _lock:
+    with LOCK:
         _idle.clear()
         _refused.clear()
         PREPARED.clear()

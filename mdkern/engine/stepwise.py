@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mdkern.decoders.base import Proposal, View
 from mdkern.decoders.checks import check_answers, check_rows, copied, copied_proposal
-from mdkern.engine.end_of_text import fill_tail, find_end
+from mdkern.engine.advance import advance, block_is_over
 from mdkern.engine.failures import explain, has_failed
 from mdkern.engine.graphs import Workspace
 from mdkern.engine.hooks import Drafts, guided_hidden
@@ -28,8 +28,6 @@ from mdkern.engine.request import Request
 from mdkern.engine.slots import Slots, attended, observe, places
 from mdkern.engine.soft import soften, softened
 from mdkern.engine.state import (
-    ALL_REVEALED,
-    END_OF_TEXT,
     FAILED,
     RUNNING,
     IncompleteError,
@@ -238,9 +236,10 @@ def decode_slots(
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
     if settings.router is not None:
         progress.route[slots.sequence] = settings.router.route(slots.view, shown, model)
-    over = advance(settings, state, progress, slots, new, changed, failed, settled, model)
+    over = block_is_over(settings, progress, slots, new, changed, settled)
     if settings.decoder.soft:
         soften(settings, progress, slots, new, shown.probability, over)
+    advance(settings, state, progress, slots, over, failed, model)
 
 
 def wanted_rows(settings: Settings, view: View) -> Tensor:
@@ -326,103 +325,3 @@ def write(
     progress.confidence.view(-1)[at] = probability
     progress.reveal_step.view(-1)[at] = slots.view.step[:, None].expand_as(at)
     progress.reveal_model.view(-1)[at] = torch.full_like(at, model)  # a Python number would be copied from the host
-
-
-def stop_texts(settings: Settings, state: SamplerState, progress: Progress, slots: Slots, final: Tensor) -> Tensor:
-    """End the texts that have an end of text or that stopping criteria end; fill what follows with end of text.
-
-    Args:
-        final: bool ``[B]``, whether revealed tokens can no longer change.
-
-    Returns:
-        bool ``[B]``: the slots whose texts were ended.
-    """
-    sequence, ids = slots.sequence, state.input_ids[slots.sequence]
-    wanted, ended, criteria = progress.wanted[sequence], torch.zeros_like(final), settings.stopping_criteria
-    if criteria is not None:
-        asked = final & slots.active
-        ended, ids = criteria.stop(ids, wanted, attended(state, slots), settings.mask_id, sequence, asked)
-    end = find_end(ids, wanted, settings.mask_id, settings.eos_ids if settings.stop_at_eos else ())
-    ended = (ended | (end.known & final)) & slots.active
-    filled, tail = fill_tail(ids, wanted, end, ended, settings.eos_ids[0])
-    state.input_ids[sequence] = filled
-    progress.reveal_step[sequence] = torch.where(tail, slots.view.step[:, None], progress.reveal_step[sequence])
-    progress.reveal_model[sequence] = torch.where(tail, GIVEN, progress.reveal_model[sequence])
-    return ended
-
-
-def advance(
-    settings: Settings,
-    state: SamplerState,
-    progress: Progress,
-    slots: Slots,
-    new: Tensor,
-    changed: Tensor,
-    failed: Tensor,
-    settled: Tensor | None,
-    model: int,
-) -> Tensor:
-    """Move sequences to their next step or block, and slots to their next sequence.
-
-    Returns:
-        bool ``[B]``: the slots whose blocks are over.
-    """
-    decoder, view, sequence, active = settings.decoder, slots.view, slots.sequence, slots.active
-    scratch = len(progress.start) - 1
-    ours_in_block = view.masked | view.revealed  # the positions that the sampler writes
-    had_masks = view.masked.any(-1)
-    has_masks = ((new == settings.mask_id) & ours_in_block).any(-1)
-    closing = progress.closing[sequence] + ~had_masks
-    block_step = view.block_step + 1
-    if settled is not None:
-        over = ~has_masks & (settled | ~changed.any(-1) | (block_step >= progress.block_limit[sequence]))
-    elif decoder.adaptive:
-        over = ~has_masks & ((closing >= decoder.closing_steps) | (~had_masks & ~changed.any(-1)))
-    elif settings.remasks:
-        over = block_step >= view.block_steps
-    else:
-        over = ~has_masks | (block_step >= view.block_steps)
-
-    ended = torch.zeros_like(over)
-    if settings.stop_at_eos or settings.stopping_criteria is not None:
-        # Only the current block is edited or remasked, so the text of finished blocks is final.
-        ended = stop_texts(settings, state, progress, slots, over if settings.rewrites else active)
-    ids = state.input_ids[sequence]  # [B, L]
-    masked = (ids == settings.mask_id) & progress.wanted[sequence]
-    left = masked.sum(-1)
-    if settings.most_passes is not None:
-        stuck = (left > 0) & (progress.passes[sequence] >= settings.most_passes)
-        state.failed |= (stuck & active).any()
-        failed = failed | stuck
-    finished = (over & (left == 0)) | ended | failed
-    if settings.block_length is None:
-        next_block, next_masked = progress.block[sequence], left
-    else:
-        first = masked.int().argmax(-1)
-        next_block = torch.where(left > 0, (first - progress.start[sequence]) // settings.block_length, 0)
-        column = torch.arange(ids.shape[1], device=ids.device)
-        end = progress.start[sequence] + (next_block + 1) * settings.block_length
-        next_masked = (masked & (column < end[:, None])).sum(-1)
-    moves = over & ~finished
-    progress.block[sequence] = torch.where(moves, next_block, progress.block[sequence])
-    progress.block_masked[sequence] = torch.where(moves, next_masked, view.block_masked)
-    progress.block_step[sequence] = torch.where(moves, 0, block_step)
-    progress.closing[sequence] = torch.where(moves, 0, closing)
-    reason = torch.where(ended, END_OF_TEXT, torch.where(finished, ALL_REVEALED, RUNNING))
-    reason = torch.where(failed, FAILED, reason)
-    progress.stop_reason[sequence] = torch.where(active, reason, ALL_REVEALED)
-
-    beyond = progress.schedule_step(settings, left, sequence, slots.pace) >= slots.pace[:, 2]
-    if settings.router is not None:
-        beyond = progress.route[sequence] != model
-    leaves = active & (finished | beyond)
-    place = (progress.next + leaves.cumsum(0) - 1).clamp(max=scratch)
-    progress.slot.copy_(torch.where(leaves, progress.queue[place], sequence))
-    progress.next += leaves.sum()
-    masked_in_all = ((state.input_ids == settings.mask_id) & progress.wanted).sum()
-    running = (progress.slot != scratch).sum()
-    if settings.router is not None:  # half-empty batches wait until more sequences want this model
-        others = ((progress.stop_reason == RUNNING) & (progress.route != model)).sum()
-        running = torch.where((2 * running < len(progress.slot)) & (others > 0), 0, running)
-    progress.status.copy_(torch.stack((running, masked_in_all)))
-    return over

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from benchmarks import bench_first_call as bench
-from mdkern.engine import graphs
+from mdkern.engine import capture
 from mdkern.kernels import compile_ahead
 
 
 @pytest.mark.parametrize("case", ["the paper's size", "a Llama of 0.4 billion"])
 def test_a_process_measures_its_calls(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (graphs, compile_ahead):
+    for module in (capture, compile_ahead):
         monkeypatch.setattr(module, "can_compile_ahead", lambda device: device.type == "cuda")
     row = bench.one_process(case, True, True)
-    assert graphs.can_compile_ahead(torch.device("cuda"))
+    assert capture.can_compile_ahead(torch.device("cuda"))
     assert len(row["seconds"]) == bench.CALLS
     assert min(row["seconds"]) > 0.0
     bench.one_process(case, False, True)
-    for module in (graphs, compile_ahead):
+    for module in (capture, compile_ahead):
         assert not module.can_compile_ahead(torch.device("cuda"))
 
 

@@ -223,14 +223,17 @@ def test_padding_changes_nothing() -> None:
         assert torch.equal(out.nfe["H"], plain.nfe["H"])
 
 
-def test_two_models_take_turns_in_a_block() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize("schedule", ["A3 B3", "A2 B2 A2"])
+def test_two_models_take_turns_in_a_block(schedule: str, batch_size: int) -> None:
     """The share of a token stays with it when another model takes over; here the two are one."""
-    ids, model = starts(5, 2), MODELS[1]
-    options: dict[str, Any] = {"decoder": SoftParallel(0.3, 0.9), "temperature": 0.0, "block_length": 7, "seed": 0}
+    ids, model = starts(6, 2), MODELS[2]
+    options: dict[str, Any] = {"decoder": SoftParallel(0.5, 0.9), "temperature": 0.0, "block_length": 7, "seed": 0}
     one = mdkern.sample(model, input_ids=ids, **options)
-    two = mdkern.sample({"A": model, "B": model}, "A1 B1 A1 B1", input_ids=ids, steps_per_block=None, **options)
+    two = mdkern.sample({"A": model, "B": model}, schedule, input_ids=ids, batch_size=batch_size, **options)
     assert torch.equal(one.sequences, two.sequences)
     assert torch.equal(one.nfe["H"], two.nfe["A"] + two.nfe["B"])
+    assert int(two.nfe["A"].min()) > 0 < int(two.nfe["B"].sum())
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

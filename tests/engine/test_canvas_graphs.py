@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import mdkern
-from mdkern.engine import canvas_graphs, canvas_run, graphs
+from mdkern.engine import canvas_graphs, canvas_run
+from mdkern.engine.capture import CaptureError
 from tests.engine.test_canvas import CASES, SEED, SHORT, Recorder, prompts
 from tests.problems.canvas_models import small_model
 
@@ -52,7 +53,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
         return graph, 0
 
     monkeypatch.setattr(canvas_graphs, "can_capture", lambda _: True)
-    monkeypatch.setattr(canvas_graphs.graphs, "capture", capture)
+    monkeypatch.setattr(canvas_graphs, "capture", capture)
     monkeypatch.setattr(canvas_graphs, "make_loop", Looped)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return captured
@@ -136,9 +137,9 @@ def test_a_pass_that_cannot_be_captured_runs_eagerly(replayed: list[Replayed], m
 
     def capture(run: Any, *_: Any, **__: Any) -> Any:
         run()
-        raise graphs.CaptureError("no")
+        raise CaptureError("no")
 
-    monkeypatch.setattr(canvas_graphs.graphs, "capture", capture)
+    monkeypatch.setattr(canvas_graphs, "capture", capture)
     with pytest.warns(UserWarning, match=r"can't be captured in a CUDA graph"):
         runs = [mdkern.sample_canvas(model, ids, **SHORT) for _ in range(2)]
     assert torch.equal(runs[1].sequences, want.sequences)

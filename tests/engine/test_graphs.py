@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 import mdkern
 from mdkern import DiT
-from mdkern.engine import graphs, planned, state
+from mdkern.engine import capture, graphs, planned, state
+from mdkern.engine.capture import warm_up
 from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState, TickBuffer, Timings
-from mdkern.models.fingerprint import Mark, fingerprint
+from mdkern.models.fingerprint import Mark, fingerprint, no_collection
 from tests.conftest import random_dit
 from tests.test_sampling import OPEN
 
@@ -140,7 +141,7 @@ def test_a_failed_capture_is_left_without_pytorchs_own_functions(monkeypatch: py
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.delattr(torch._C, name, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
-    graphs.leave(Broken(), torch.device("cpu"), None)
+    capture.leave(Broken(), torch.device("cpu"), None)
     assert len(begun) == 1  # the capture after which the generator draws again
 
 
@@ -197,7 +198,7 @@ class TestRefusal:
     @pytest.fixture(autouse=True)
     def nothing_can_be_captured(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def fail(*_: object) -> None:
-            raise graphs.CaptureError("no")
+            raise capture.CaptureError("no")
 
         monkeypatch.setattr(graphs, "capture", fail)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -252,7 +253,7 @@ class TestOnTheHost:
         """A step that is run to warm up reads no tick that is not there: PyTorch would raise, a kernel reads wildly."""
 
         def capture(step: Callable[[], None], idle: Callable[[], None], *_: Any) -> tuple[SimpleNamespace, int]:
-            graphs.warm_up(step, idle)
+            warm_up(step, idle)
             return SimpleNamespace(replay=step), 0
 
         monkeypatch.setattr(graphs, "capture", capture)
@@ -295,7 +296,7 @@ class TestOnTheHost:
 
     def test_no_garbage_is_collected_in_a_capture(self) -> None:
         assert gc.isenabled()
-        with graphs.no_collection(), graphs.no_collection():
+        with no_collection(), no_collection():
             assert not gc.isenabled()
         assert gc.isenabled()
 

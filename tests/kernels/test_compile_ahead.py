@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mdkern
-from mdkern.engine import graphs
+from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
 from tests.own_process import run_compiling
 from tests.problems.hf_models import adapted, bert, llama, random_ids
@@ -90,7 +90,7 @@ def test_gpu_a_step_finds_its_kernels_compiled(tmp_path, monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 def test_gpu_a_step_that_cannot_be_rehearsed_is_captured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    record, failed = graphs.record, []
+    record, failed = capture.record, []
 
     def failing(graph, step, pool, device, mode) -> None:
         def run() -> None:
@@ -101,7 +101,7 @@ def test_gpu_a_step_that_cannot_be_rehearsed_is_captured_all_the_same(monkeypatc
 
         record(graph, run, pool, device, mode)
 
-    monkeypatch.setattr(graphs, "record", failing)
+    monkeypatch.setattr(capture, "record", failing)
     graphs.clear()
     config = mdkern.DiTConfig(vocab_size=50, mask_id=49, width=64, num_heads=2, num_blocks=2, max_length=40)
     model = mdkern.DiT(config).to("cuda", torch.bfloat16)

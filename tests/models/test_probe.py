@@ -15,8 +15,8 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 import mdkern
 from mdkern import Denoiser, adapt
 from mdkern.engine.resolve_models import not_finite
-from mdkern.models.adapters import LogitsDenoiser
 from mdkern.models.denoiser import Head
+from mdkern.models.hf.adapted import LogitsDenoiser
 from tests.problems.hf_models import (
     LONGEST,
     MASK,

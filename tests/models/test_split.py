@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 import mdkern
 from mdkern import adapt
 from mdkern.engine import graphs
-from mdkern.models.adapters import LogitsDenoiser
 from mdkern.models.fingerprint import fingerprint
+from mdkern.models.hf.adapted import LogitsDenoiser
 from tests.problems.hf_models import (
     LONGEST,
     MASK,
