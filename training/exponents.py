@@ -38,6 +38,7 @@ from mdkern.models import Denoiser
 from training.batches import Array, even_windows, random_windows, step_generator, stratified_times
 from training.checkpoint import check_same_config, load_checkpoint, save_checkpoint
 from training.data import open_pair
+from training.options import command_parser
 
 log = logging.getLogger("training.exponents")
 EPS = 1e-3
@@ -154,12 +155,7 @@ def compare(losses: Losses, ids: Tensor, exponents: Tensor, seed: int, batch: in
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.exponents",
-        usage="%(prog)s --model FOLDER --data FILE --valid FILE --out FOLDER [options]",
-        description=(__doc__ or "").split("\n")[0],
-        allow_abbrev=False,
-    )
+    parser = command_parser("training.exponents", __doc__, "--model FOLDER --data FILE --valid FILE --out FOLDER")
     parser.add_argument("--model", required=True, help="what mdkern.from_pretrained takes")
     parser.add_argument("--data", type=Path, required=True, help="training token file")
     parser.add_argument("--valid", type=Path, required=True, help="held-out token file")

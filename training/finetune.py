@@ -35,7 +35,7 @@ from training.data import TextEncoder
 from training.evaluate import held_out_responses
 from training.loop import Objective, World
 from training.objectives import response_losses
-from training.options import add_loop_arguments, add_optimizer_arguments, make_trainer, run_command
+from training.options import add_loop_arguments, add_optimizer_arguments, command_parser, make_trainer, run_command
 from training.pairs import NORMALISERS, Epochs, Noise, Pairs, ResponseBatches, Source, read_pairs
 from training.sizes import fit_memory
 
@@ -45,11 +45,7 @@ OBJECTIVES = "sft", "oput", "masked", "uniform"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.finetune",
-        usage="%(prog)s --model FOLDER --data FILE --out FOLDER [options]",  # all of them would hide an error
-        description=(__doc__ or "").split("\n")[0],
-    )
+    parser = command_parser("training.finetune", __doc__, "--model FOLDER --data FILE --out FOLDER")
     parser.add_argument("--model", type=Path, required=True, help="folder of the denoiser to start from")
     parser.add_argument("--data", type=Path, required=True, help="pairs as JSON lines, plain or .xz")
     parser.add_argument("--tokenizer", type=Path, help="its folder, if the pairs are texts")

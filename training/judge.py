@@ -28,7 +28,7 @@ from mdkern.files import write_whole
 from training.batches import even_windows, own_shards, random_windows, step_generator
 from training.data import TokenFileInfo, open_pair
 from training.loop import Objective, World
-from training.options import add_loop_arguments, add_optimizer_arguments, make_trainer, run_command
+from training.options import add_loop_arguments, add_optimizer_arguments, command_parser, make_trainer, run_command
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -49,11 +49,7 @@ def make_judge(info: TokenFileInfo, layers: int, width: int, heads: int, length:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.judge",
-        usage="%(prog)s --data FILE --valid FILE --out FOLDER [options]",  # all of them would hide an error
-        description=(__doc__ or "").split("\n")[0],
-    )
+    parser = command_parser("training.judge", __doc__, "--data FILE --valid FILE --out FOLDER")
     parser.add_argument("--data", type=Path, required=True, help="training token file, not one that a denoiser saw")
     parser.add_argument("--valid", type=Path, required=True, help="held-out token file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")

@@ -28,6 +28,20 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
 ]  # fmt: skip
 
 
+def command_parser(module: str, document: str | None, needed: str = "") -> argparse.ArgumentParser:
+    """A parser of ``python -m module``, which says of itself the first line of the module's documentation.
+
+    Args:
+        needed: the options that must be given, for the line of usage: all of them would hide an error.
+    """
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        usage=f"%(prog)s {needed} [options]" if needed else None,
+        description=(document or "").split("\n")[0],
+        allow_abbrev=False,
+    )
+
+
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")

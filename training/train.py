@@ -34,7 +34,14 @@ from training.data import open_pair, open_tokens
 from training.evaluate import held_out_nelbo, weighted_losses
 from training.loop import Objective, World
 from training.optim import WeightAverage
-from training.options import add_loop_arguments, add_optimizer_arguments, check_arguments, make_trainer, run_command
+from training.options import (
+    add_loop_arguments,
+    add_optimizer_arguments,
+    check_arguments,
+    command_parser,
+    make_trainer,
+    run_command,
+)
 from training.prepare import prepare_text
 from training.sizes import PRESETS, choose_sizes, fit_memory
 
@@ -42,11 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train",
-        usage="%(prog)s --data FILE --out FOLDER [options]",  # all of them would hide an error
-        description=(__doc__ or "").split("\n")[0],
-    )
+    parser = command_parser("training.train", __doc__, "--data FILE --out FOLDER")
     parser.add_argument("--data", type=Path, help="a text file, plain or .xz, or a token file (.bin of training.data)")
     parser.add_argument("--valid", type=Path, help="held-out token file; default for a text: its last 5 %%")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer's folder; default for a text: one trained on it")

@@ -39,6 +39,7 @@ from mdkern.evaluation.text import judge, token_entropy
 from mdkern.models import adapt
 from mdkern.pretrained import FOLDER
 from training.data import TextEncoder
+from training.options import command_parser
 from training.policy.__main__ import masked, read_texts
 from training.policy.closed_loop import Strategy, improve, value_in_use
 from training.policy.fit import HIDDEN, fit_filter, report, split
@@ -285,9 +286,7 @@ def run_task(setting: Setting, task: str, say: Callable[[str], None]) -> dict[st
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning.choice", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = command_parser("benchmarks.learning.choice", __doc__)
     parser.add_argument("--text", required=True, help="a text that the pair was not trained on, plain or .xz")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="(default: tiny)")

@@ -28,6 +28,7 @@ from mdkern.models import Denoiser, adapt
 from training.batches import Array, even_windows, random_windows, step_generator
 from training.data import open_pair
 from training.exponents import compare, losses_of, train
+from training.options import command_parser
 
 EVALUATION_STREAM = 8  # of `step_generator`: windows of the text that was trained on
 
@@ -74,9 +75,7 @@ def run(denoiser: Denoiser, tokens: Array, valid: Array, size: Size, seed: int) 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning.exponents", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = command_parser("benchmarks.learning.exponents", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="training token file (.bin)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out token file (.bin)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

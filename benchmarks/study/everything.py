@@ -21,6 +21,7 @@ from benchmarks.harness import RESULTS
 from benchmarks.study import train
 from benchmarks.study.jobs import Job, run_jobs
 from mdkern.files import write_whole
+from training.options import command_parser
 
 PAIR_PARTS = {  # of two models, shared out so that several devices have work; each list in its order
     "schedules": ("hand_made", "shares", "yardstick"),
@@ -68,9 +69,7 @@ SIZES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study.everything", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = command_parser("benchmarks.study.everything", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of models, runs and logs")
     parser.add_argument("--data", type=Path, nargs="+", help="text of the family, plain or .xz; without it no family")
     parser.add_argument("--held-out", type=Path, help="text that none is trained on; default: the last 3 %% of --data")

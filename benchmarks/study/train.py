@@ -26,6 +26,7 @@ import mdkern.pretrained
 from benchmarks.study.jobs import Job, run_jobs
 from benchmarks.study.texts import Texts, prepare_texts, token_count
 from mdkern.files import write_whole
+from training.options import command_parser
 
 SHIPPED = {"4": "light", "12": "heavy"}  # folders of mdkern.pretrained
 PRETRAINED = Path(mdkern.pretrained.__file__).parent
@@ -34,12 +35,7 @@ JUDGE_EPOCHS = 8  # at most: an autoregressive model, which sees a text always t
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study.train",
-        usage="%(prog)s --out FOLDER --data FILE [FILE ...] [options]",
-        description=(__doc__ or "").split("\n")[0],
-        allow_abbrev=False,
-    )
+    parser = command_parser("benchmarks.study.train", __doc__, "--out FOLDER --data FILE [FILE ...]")
     parser.add_argument("--out", type=Path, required=True, help="the family's folder; its name is the study's")
     text = parser.add_argument_group("text")
     text.add_argument("--data", type=Path, nargs="+", required=True, help="text files, plain or .xz")

@@ -34,6 +34,7 @@ from mdkern.digest import model_digest
 from mdkern.files import replacing, write_whole
 from mdkern.models import Denoiser
 from training.data import TextEncoder, paragraphs
+from training.options import command_parser
 from training.policy.closed_loop import Strategy, improve, value_in_use
 from training.policy.fit import HIDDEN, fit_filter, report, split, table
 from training.policy.order import train_order
@@ -45,12 +46,7 @@ ENCODED_AT_ONCE = 256  # paragraphs
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.policy",
-        usage="%(prog)s --model FOLDER --text FILE --out FOLDER [options]",
-        description=(__doc__ or "").split("\n")[0],
-        allow_abbrev=False,
-    )
+    parser = command_parser("training.policy", __doc__, "--model FOLDER --text FILE --out FOLDER")
     parser.add_argument("--model", required=True, help="what mdkern.from_pretrained takes")
     parser.add_argument("--tokenizer", type=Path, help="its folder (default: the model's)")
     parser.add_argument("--text", required=True, help="a text file, plain or .xz, that the model was not trained on")
