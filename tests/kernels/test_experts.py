@@ -119,6 +119,18 @@ def test_gpu_agrees_with_float64_eagerly_and_captured(case: tuple) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [700, 1501])
+def test_gpu_grouped_products_in_parts_give_the_same_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mdkern.kernels.backbone import triton_experts
+
+    given = experts_problem(rows, 3, 4, 1280, 704, torch.bfloat16, device="cuda")
+    whole = gated_experts(*given)
+    monkeypatch.setattr(triton_experts, "MOST_GATHERED", 1 << 20)
+    monkeypatch.setattr(triton_experts, "MOST_OUTPUTS", 1 << 20)
+    assert torch.equal(gated_experts(*given), whole)
+
+
+@pytest.mark.gpu
 def test_gpu_bits_of_a_row_do_not_depend_on_others_in_the_batch_invariant_mode() -> None:
     x, index, weights, *stacked = experts_problem(300, 2, 5, 256, 128, torch.bfloat16, device="cuda")
     lists = listed(*stacked)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mdkern.kernels.backbone.combine import combine, combine_operator
+from mdkern.models.hf import lean
 from mdkern.models.hf.block_diffusion import BlockDiffusion
 from mdkern.models.hf.lean import lean_copy
 from tests.problems.canvas_models import small_model
@@ -18,20 +19,20 @@ from tests.problems.canvas_models import small_model
 def test_a_copy_computes_the_same_and_follows_the_weights() -> None:
     decoder = small_model().model.decoder
     layer, norm = decoder.layers[0], decoder.norm
-    lean = lean_copy(decoder)
+    copied = lean_copy(decoder)
     x = torch.randn(2, 5, 32)
     weights, index = torch.rand(10, 2), torch.randint(0, 4, (10, 2))
     index[:, 0] = 3  # an expert without tokens is likely, too
     for _ in range(2):
         want = layer.experts(x.view(10, 32), index, weights), norm(x)
-        got = lean.layers[0].experts(x.view(10, 32), index, weights), lean.norm(x)
+        got = copied.layers[0].experts(x.view(10, 32), index, weights), copied.norm(x)
         for ours, theirs in zip(got, want):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         with torch.no_grad():
             layer.experts.down_proj.mul_(2.0)
             norm.weight.add_(1.0)
     assert "forward" not in vars(layer.experts)
-    assert lean.layers[0].experts.down_proj is layer.experts.down_proj
+    assert copied.layers[0].experts.down_proj is layer.experts.down_proj
 
 
 def passes(model: Any, rows: Any, lean: bool) -> torch.Tensor:
@@ -72,8 +73,8 @@ def test_gpu_encoder_and_decoder_are_the_models() -> None:
     model, rows = uneven_problem()
     want = passes(model, rows, lean=False)
     model, rows = model.to("cuda"), {name: tensor.cuda() for name, tensor in rows.items()}
-    for lean in (False, True):
-        torch.testing.assert_close(passes(model, rows, lean).cpu(), want, rtol=1e-3, atol=1e-3)
+    for by_copies in (False, True):
+        torch.testing.assert_close(passes(model, rows, by_copies).cpu(), want, rtol=1e-3, atol=1e-3)
 
 
 CHANGES = "nothing", "a norm has a hook", "a router has a forward of its own", "a layer has a hook", "the last norm has"
@@ -105,6 +106,16 @@ def test_encoder_and_decoder_are_the_models(changed: str) -> None:
     want = passes(model, rows, lean=False)
     assert torch.equal(want, plain) == (changed == "nothing")
     torch.testing.assert_close(passes(model, rows, lean=True), want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_some_texts_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = uneven_problem()
+    want, parts = passes(model, rows, lean=False), []
+    attend_in_parts = lean.attend_in_parts
+    monkeypatch.setattr(lean, "attend_in_parts", lambda *given: parts.append(given[-1]) or attend_in_parts(*given))
+    monkeypatch.setattr(lean, "MOST_REPEATED", 1)
+    torch.testing.assert_close(passes(model, rows, lean=True), want, rtol=1e-4, atol=1e-5)
+    assert parts == [1] * 4, "the masked attention of two layers of the encoder and two of the decoder"
 
 
 def test_norms_without_a_scale_and_in_bfloat16() -> None:

@@ -186,9 +186,9 @@ def experts(capability: int, gated: bool, rows: int, listed: bool) -> None:
 
 
 def sandwich(capability: int) -> None:
-    names = ("stream", "first", "second", "new", "normed", "first_weight", "second_weight", "outer_weight", "factor")
-    types = dict.fromkeys((*names, "after_first", "after_second", "after_third"), "*bf16")
-    types |= {"part_stride": "i64", "eps": "fp32"}
+    names = ("stream", "first", "second", "new", "first_weight", "second_weight", "outer_weight", "factor")
+    after = (part for place in ("first", "second", "third") for part in (f"{place}_normed", f"after_{place}"))
+    types = dict.fromkeys((*names, *after), "*bf16") | {"eps": "fp32"}
     constants = {"WIDTH": 2816, "BLOCK": 4096}
     build(triton_sandwich.sandwich_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
     types = {"scores": "*bf16", "scales": "*bf16", "weights": "*fp32", "index": "*i64", "factor": "fp32"}

@@ -264,7 +264,8 @@ class TestEveryEntryIsWritten:
 
     def test_sandwiches(self) -> None:
         for given in (sandwich_problem(3, 20, 3, True), sandwich_problem(1, 33, 0, False)):
-            assert not any(map(is_poisoned, triton_sandwich.sandwich_norm(*given)))
+            new, normed = triton_sandwich.sandwich_norm(*given)
+            assert not any(map(is_poisoned, (new, *normed)))
         assert not any(map(is_poisoned, triton_sandwich.choose_experts(normal(1, 3, 13), normal(2, 13), 3, 1.0)))
 
     @pytest.mark.parametrize("float8", [False, True])

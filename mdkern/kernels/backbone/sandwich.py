@@ -25,7 +25,7 @@ def sandwich_norm_reference(
     factor: Tensor | None,
     after: list[Tensor],
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """`sandwich_norm` in plain PyTorch."""
     update = normalise(first.to(wide(first)), first_weight, eps)
     if second is not None and second_weight is not None:
@@ -34,16 +34,13 @@ def sandwich_norm_reference(
         update = normalise(update, outer_weight, eps)
     new = stream.to(update.dtype) + update
     new = (new if factor is None else new * factor.to(new.dtype)).to(stream.dtype)
-    normed = new.new_empty(len(after), *new.shape)
-    for row, weight in zip(normed, after):
-        row.copy_(normalise(new, weight, eps))
-    return new, normed
+    return new, [normalise(new, weight, eps).to(stream.dtype) for weight in after]
 
 
-def sandwich_outputs(stream: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def sandwich_outputs(stream: Tensor, *rest: object) -> tuple[Tensor, list[Tensor]]:
     after = rest[-2]
     assert isinstance(after, list | tuple)
-    return stream.new_empty(*stream.shape), stream.new_empty(len(after), *stream.shape)
+    return stream.new_empty(*stream.shape), [stream.new_empty(*stream.shape) for _ in after]
 
 
 def choose_experts_reference(scores: Tensor, scales: Tensor, count: int, factor: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +75,7 @@ def sandwich_norm(
     factor: Tensor | None = None,  # [1]
     after: list[Tensor],  # each [D]
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """``new = (stream + outer(norm(first) + norm(second))) * factor``, and its norms by each weight of `after`.
 
     Every norm is that of `rms_norm`, with its weight; `outer` is a norm, or nothing without its weight. Everything is
@@ -90,7 +87,7 @@ def sandwich_norm(
         after: the weights of the sublayers that come next, none to three.
 
     Returns:
-        `new` ``[N, D]``, and its norms ``[len(after), N, D]``.
+        `new`, and its norms in a list, as tensors of their own: each ``[N, D]``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

@@ -18,14 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mdkern.kernels.backbone.experts import gated_experts_reference, listed_experts_reference
-from mdkern.kernels.backbone.triton_combine import combine
-from mdkern.kernels.backbone.triton_swiglu import swiglu
+from mdkern.kernels.backbone.triton_combine import combine, combine_into
+from mdkern.kernels.backbone.triton_swiglu import swiglu_into
 from mdkern.kernels.device import copies_in_bulk
 from mdkern.kernels.invariant import is_batch_invariant
 
 MOST_FEW = 64  # rows of an expert on average up to which our products are used, else PyTorch's grouped ones
 SORT_BLOCK = 2048
 INVARIANT_ROWS = 64  # of a tile in the batch-invariant mode
+MOST_GATHERED = 176 << 20  # bytes of gathered rows, with their gates and ups, at a time in grouped products
+MOST_OUTPUTS = 128 << 20  # bytes of the experts' outputs at a time there
+COLUMNS_UNIT = 256  # columns of a tile of PyTorch's grouped products
 
 
 class Tiling(NamedTuple):
@@ -204,14 +207,45 @@ def product(x: Tensor, of: Product, order: Tensor, ends: Tensor, choices: int, t
     return out
 
 
-def grouped(
-    x: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, ends: Tensor, choices: int, activation: str
-) -> Tensor:
-    """The experts' outputs ``[pairs, D]`` in sorted order, by PyTorch's grouped products."""
-    gate, up = F.grouped_mm(x[order // choices], gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    gated = swiglu(gate, up, activation)
-    del gate, up  # 2 F numbers a pair, which the outputs may use again
-    return F.grouped_mm(gated, down.transpose(-2, -1), offs=ends)
+def grouped(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """The mixture by PyTorch's grouped products, which need the pairs' rows side by side.
+
+    With many pairs this is some of them at a time, and then some columns of the outputs at a time. As pairs are sorted
+    by expert, an expert's weights are still read once, or twice where a part ends in the midst of its pairs.
+    """
+    order, place, ends = sort_pairs(index.contiguous(), len(down))
+    gated = gated_in_parts(x, gate_up, order // index.shape[1], ends, activation)
+    width = max(1, MOST_OUTPUTS // (len(order) * x.element_size() * COLUMNS_UNIT)) * COLUMNS_UNIT
+    out, weights = torch.empty_like(x), weights.contiguous()
+    for first in range(0, x.shape[1], width):
+        part = slice(first, first + width)
+        outputs = F.grouped_mm(gated, down[:, part].transpose(-2, -1), offs=ends)
+        combine_into(out[:, part], outputs, place, weights)
+        del outputs  # before the next ones are made
+    return out
+
+
+def gated_in_parts(x: Tensor, gate_up: Tensor, source: Tensor, ends: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` of the pairs in sorted order, ``[pairs, F]``.
+
+    Args:
+        source: int ``[pairs]``, the row of each pair.
+        ends: int32 ``[E]``, where the pairs of each expert end.
+    """
+    pairs, height = len(source), gate_up.shape[1]
+    held = pairs * (x.shape[1] + height) * x.element_size()
+    size = triton.cdiv(pairs, triton.cdiv(held, MOST_GATHERED))
+    ends_within = [ends]
+    if size < pairs:
+        starts = torch.arange(0, pairs, size, dtype=torch.int32, device=x.device)
+        ends_within = (ends - starts[:, None]).clamp_(0, size).unbind()
+    gated = x.new_empty(pairs, height // 2)
+    for first, ends_of_part in zip(range(0, pairs, size), ends_within):
+        part = slice(first, first + size)
+        gate, up = F.grouped_mm(x[source[part]], gate_up.transpose(-2, -1), offs=ends_of_part).chunk(2, dim=-1)
+        swiglu_into(gated[part], gate, up, activation)
+        del gate, up  # before the next rows are gathered
+    return gated
 
 
 def groups_well(x: Tensor, gate_up: Tensor, pairs: int) -> bool:
@@ -226,14 +260,11 @@ def gated_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, do
     """`gated_experts` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if x.dtype == torch.float64:
         return gated_experts_reference(x, index, weights, gate_up, down, activation)
-    choices, pairs = index.shape[1], index.numel()
+    pairs = index.numel()
     if not pairs or not down.numel():
         return torch.zeros_like(x)
     if groups_well(x, gate_up, pairs):
-        x = x.contiguous()
-        order, place, ends = sort_pairs(index.contiguous(), len(down))
-        outputs = grouped(x, gate_up, down, order, ends, choices, activation)
-        return combine(outputs, place, weights.contiguous())
+        return grouped(x.contiguous(), index, weights, gate_up, down, activation)
     _, depth, width = down.shape
     silu = activation == "silu"
     first = Product(gate_up, None, width, depth, True, silu)

@@ -32,7 +32,9 @@ def sandwich_norm_kernel(
     first,
     second,  # or None
     new,  # output [N, D]
-    normed,  # output [P, N, D]
+    first_normed,  # output [N, D] or None, of each norm that comes after
+    second_normed,
+    third_normed,
     first_weight,  # [D]
     second_weight,
     outer_weight,  # or None
@@ -40,7 +42,6 @@ def sandwich_norm_kernel(
     after_first,  # [D] or None
     after_second,
     after_third,
-    part_stride,  # of `normed`, N * D
     eps,
     WIDTH: tl.constexpr,  # D
     BLOCK: tl.constexpr,
@@ -62,16 +63,16 @@ def sandwich_norm_kernel(
     stored = held.to(new.dtype.element_ty)
     tl.store(new + read, stored, mask=within)
     held = stored.to(tl.float32)
-    write = normed + read
-    element = normed.dtype.element_ty
+    element = new.dtype.element_ty
     if after_first is not None:
-        tl.store(write, _norm(held, after_first, column, within, eps, WIDTH).to(element), mask=within)
+        row = _norm(held, after_first, column, within, eps, WIDTH).to(element)
+        tl.store(first_normed + read, row, mask=within)
     if after_second is not None:
         row = _norm(held, after_second, column, within, eps, WIDTH).to(element)
-        tl.store(write + part_stride, row, mask=within)
+        tl.store(second_normed + read, row, mask=within)
     if after_third is not None:
         row = _norm(held, after_third, column, within, eps, WIDTH).to(element)
-        tl.store(write + 2 * part_stride, row, mask=within)
+        tl.store(third_normed + read, row, mask=within)
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def sandwich_norm(
     factor: Tensor | None,
     after: list[Tensor],
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """`sandwich_norm` on a GPU (or, on the CPU, in Triton's interpreter)."""
     given = stream, first, first_weight, second, second_weight, outer_weight, factor, after, eps
     if not fits(stream):
@@ -128,17 +129,18 @@ def sandwich_norm(
     if rows and width:
         block = triton.next_power_of_2(width)
         weights = [unit_stride(weight) for weight in (first_weight, second_weight, outer_weight)]
-        following = [unit_stride(weight) for weight in after] + [None] * (3 - len(after))
+        none = [None] * (3 - len(after))
+        following = [unit_stride(weight) for weight in after] + none
         sandwich_norm_kernel[(rows,)](
             stream,
             first,
             second,
             new,
-            normed,
+            *normed,
+            *none,
             *weights,
             factor,
             *following,
-            rows * width,
             eps,
             WIDTH=width,
             BLOCK=block,

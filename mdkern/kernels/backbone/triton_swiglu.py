@@ -35,7 +35,11 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """`swiglu` on a GPU (or, on the CPU, in Triton's interpreter)."""
     if gate.dtype == torch.float64:
         return swiglu_reference(gate, up, activation)
-    out = swiglu_output(gate)
+    return swiglu_into(swiglu_output(gate), gate, up, activation)
+
+
+def swiglu_into(out: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The same, written to `out`, which is contiguous."""
     rows, columns = out.shape
     if rows and columns:
         grid = rows, triton.cdiv(columns, COLUMNS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -23,6 +24,8 @@ from mdkern.kernels.backbone.sandwich import choose_experts, sandwich_norm
 from mdkern.kernels.backbone.swiglu import swiglu
 
 TANH_GELU = "GELUTanh", "PytorchGELUTanh"  # transformers' names, today's and an older one
+MOST_REPEATED = 96 << 20  # bytes of keys and values that attention repeats for the heads that share them
+MOST_SHARED = 256  # numbers of a head up to which it need not
 NORMS = (
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
@@ -41,7 +44,7 @@ class Angles(tuple[Tensor, Tensor]):
 
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """DiffusionGemmaRMSNorm: in float32, rounded once. The layer before may have computed it."""
-    by, normed = getattr(hidden_states, "normed", (None, None))
+    by, normed = vars(hidden_states).pop("normed", (None, None))  # used once, so that it does not stay in memory
     if by is self and normed is not None:
         return normed
     weight = self.weight if self.with_scale else None
@@ -110,8 +113,35 @@ def attention(
         self.config._attn_implementation, module.eager_attention_forward
     )
     settings = {"scaling": self.scaling, "sliding_window": self.sliding_window, "is_causal": self.is_causal}
-    output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, **settings, **kwargs)
+    attend = partial(attend, self, dropout=0.0, **settings, **kwargs)
+    size = texts_at_a_time(self.config._attn_implementation, query, key, attention_mask)
+    if size < shape[0]:
+        attend_in_parts(attend, query, key, value, attention_mask, size)
+        output, weights = query.transpose(1, 2), None
+    else:
+        output, weights = attend(query, key, value, attention_mask)
     return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def texts_at_a_time(implementation: str, query: Tensor, key: Tensor, mask: Tensor | None) -> int:
+    """How many texts' attention is run together: fewer than all where their keys would be repeated for many heads.
+
+    PyTorch has no fast attention with a mask, or with more than 256 numbers a head, that shares keys between heads.
+    """
+    batch, heads, _, depth = query.shape
+    if implementation != "sdpa" or heads == key.shape[1] or (mask is None and depth <= MOST_SHARED):
+        return batch
+    return max(1, MOST_REPEATED // (2 * heads * key.shape[2] * depth * key.element_size()))
+
+
+def attend_in_parts(
+    attend: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, size: int
+) -> None:
+    """Attention of `size` texts at a time. What it gives takes the place of the queries."""
+    for first in range(0, len(query), size):
+        part = slice(first, first + size)
+        seen = mask if mask is None or len(mask) == 1 else mask[part]
+        query[part] = attend(query[part], key[part], value[part], seen)[0].transpose(1, 2)
 
 
 def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -126,13 +156,14 @@ def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     )
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     eps, stream = router.eps, hidden_states.reshape(-1, hidden_states.shape[-1])
-    norms = [before_mlp, before_experts, router.scale]
-    stream, (for_mlp, for_experts, for_router) = sandwich_norm(
+    norms = [before_experts, router.scale, before_mlp]
+    stream, normed = sandwich_norm(
         stream.contiguous(), attended.reshape(stream.shape), after_attention, after=norms, eps=eps
     )
-    mixed = self.mlp(for_mlp)
+    del attended  # this and what is popped is in memory for no longer than it is needed
+    mixed = self.mlp(normed.pop())
     weights, index = choose_experts(
-        router.proj(for_router), router.per_expert_scale, router.config.top_k_experts, router.scalar_root_size
+        router.proj(normed.pop()), router.per_expert_scale, router.config.top_k_experts, router.scalar_root_size
     )
     following: tuple[Any, Any] = getattr(self, "following", (None, None))
     next_norm, next_layer = following
@@ -141,7 +172,7 @@ def layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         stream,
         mixed,
         after_mlp,
-        second=self.experts(for_experts, index, weights),
+        second=self.experts(normed.pop(), index, weights),
         second_weight=after_experts,
         outer_weight=outer,
         factor=self.layer_scalar,
