@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import mdkern
+from benchmarks.graph_profile import by_kind, by_name, traced
 from benchmarks.harness import RESULTS, environment, folder_command, host_environment
 from benchmarks.kernel_tables import caption, markdown
 from mdkern.engine import canvas_run
@@ -180,31 +181,13 @@ def device_time(workspace: Any) -> float:
 def profile(workspace: Any) -> list[dict[str, Any]]:
     """Milliseconds and launches a step of each kernel, those of most time first."""
     graph = captured_step(workspace)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+
+    def replays() -> None:
         for _ in range(PROFILED_STEPS):
             workspace.state.step.zero_()
             graph.replay()
-        torch.cuda.synchronize()
-    found = [
-        {
-            "kernel": event.key[:100],
-            "kind": kind_of(event.key),
-            "ms": event.self_device_time_total / 1e3 / PROFILED_STEPS,
-            "launches": event.count / PROFILED_STEPS,
-        }
-        for event in profiled.key_averages()
-    ]
-    return sorted((row for row in found if row["ms"] > 0), key=lambda row: -row["ms"])
 
-
-def kind_of(name: str) -> str:
-    """Which of `KINDS` a kernel belongs to."""
-    return next(kind for kind, parts in KINDS if any(part in name.lower() for part in parts))
-
-
-def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds a step of each of `KINDS`."""
-    return {kind: sum(row["ms"] for row in rows if row["kind"] == kind) for kind, _ in KINDS}
+    return by_name(traced(replays), KINDS, PROFILED_STEPS)
 
 
 def measure(folder: Path, tiny: bool) -> dict[str, Any]:
@@ -262,7 +245,7 @@ def table(content: dict[str, Any]) -> str:
 
 def profile_table(content: dict[str, Any]) -> str:
     """Where the device's time of a step goes, by kinds of kernels; nothing without a profile."""
-    profiles = {str(row["batch"]): by_kind(row["profile"]) for row in content["rows"] if row.get("profile")}
+    profiles = {str(row["batch"]): by_kind(row["profile"], KINDS) for row in content["rows"] if row.get("profile")}
     if not profiles:
         return ""
     body = [[kind, *(f"{sums[kind]:.2f}" for sums in profiles.values())] for kind, _ in KINDS]

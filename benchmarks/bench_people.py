@@ -97,6 +97,17 @@ def texts(denoiser: Denoiser, batch: int, given: int, written: int) -> Tensor:
     return ids.to(denoiser.device)
 
 
+def plain_run(model: Any, denoiser: Denoiser, ids: Tensor, steps: int) -> Tensor:
+    """A whole run by the plain loop."""
+
+    def logits_of(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids, use_cache=False).logits
+        logits[..., denoiser.mask_id] = -torch.inf
+        return logits
+
+    return decode(logits_of, ids, Plain(top_probability), steps=steps, mask_id=denoiser.mask_id, block_length=BLOCK)
+
+
 def runs(
     model: Any, denoiser: Denoiser, in_fp8: Denoiser, rounds: int, batch: int, given: int, written: int
 ) -> dict[str, Any]:
@@ -108,14 +119,6 @@ def runs(
             denoiser, input_ids=ids, decoder="top_probability", steps=STEPS, block_length=BLOCK, cache=cache,
             batch_size=batch, temperature=0.0, seed=0, progress=False,
         )  # fmt: skip
-
-    def plain() -> Tensor:
-        def logits_of(ids: Tensor) -> Tensor:
-            logits: Tensor = model(ids, use_cache=False).logits
-            logits[..., denoiser.mask_id] = -torch.inf
-            return logits
-
-        return decode(logits_of, ids, Plain(top_probability), steps=STEPS, mask_id=denoiser.mask_id, block_length=BLOCK)
 
     found: dict[str, list[float]] = {}
     passes = {}
@@ -135,7 +138,7 @@ def runs(
     with by_its_own_forward():
         for cache in CACHES:
             measure(f"own forward, {cache}", partial(ours, cache))
-    measure("plain loop", plain)
+    measure("plain loop", partial(plain_run, model, denoiser, ids, STEPS))
     case = {"batch": batch, "given": given, "written": written}
     return case | {"passes": passes, "seconds": found, "same_in_fp8": same}
 

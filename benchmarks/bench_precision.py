@@ -1,7 +1,8 @@
 """What 8-bit products cost in quality and gain in time: `precision="fp8"` beside the model's own dtype.
 
-    python -m benchmarks.bench_precision FOLDER           # one GPU of 80 GB, a few minutes; FOLDER/precision.json
-    python -m benchmarks.bench_precision FOLDER --tiny    # small models on a CPU, to try it out
+    python -m benchmarks.bench_precision FOLDER                  # one GPU of 80 GB, two minutes; FOLDER/precision.json
+    python -m benchmarks.bench_precision FOLDER --parts speed    # one part; --anew measures again what is there
+    python -m benchmarks.bench_precision FOLDER --tiny           # small models on a CPU, to try it out
 
 Quality is that of the shipped heavy model, in float32 and bfloat16 (on a CPU float32 only) and with products in e4m3.
 Its samples are judged by the shipped judge. It is asked for likelihoods of texts that the judge wrote, which favour
@@ -16,8 +17,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,12 +29,20 @@ from torch import Tensor
 import mdkern
 from benchmarks import paper_setting
 from benchmarks.decoder_setting import JUDGE
-from benchmarks.harness import RESULTS, environment, folder_command, host_environment, seconds
+from benchmarks.harness import (
+    RESULTS,
+    captured,
+    compare_on_host,
+    environment,
+    folder_command,
+    host_environment,
+    measure_parts,
+    sustained,
+)
 from benchmarks.kernel_tables import caption, markdown
 from benchmarks.paper_setting import HEAVY
 from mdkern import Denoiser, adapt
 from mdkern.evaluation.text import judge, token_entropy
-from mdkern.files import write_whole
 from mdkern.pretrained import load_pair
 from mdkern.profiling.profile import Setting, time_run
 
@@ -52,12 +59,12 @@ class Size:
     steps: int = 128
     masks: int = 16  # of each text
     runs: int = 3
-    passes: int = 500
+    seconds: float = 4.0  # of passes
     paper: paper_setting.Size = field(default_factory=paper_setting.Size)
 
 
 TINY = Size(
-    4, 4, 32, 8, 2, 1, 2, paper_setting.Size(Setting(2, 16, 8), (2, 1), 50, 256, 4, 16, 1, 2, "eager"),
+    4, 4, 32, 8, 2, 1, 0.0, paper_setting.Size(Setting(2, 16, 8), (2, 1), 50, 256, 4, 16, 1, 2, "eager"),
 )  # fmt: skip
 
 
@@ -139,52 +146,36 @@ def speed(size: Size, device: torch.device) -> dict[str, Any]:
         for name, denoiser in denoisers.items():
             took, _ = time_run(denoiser, setting, max(turn, 0))
             runs[name] += [took] * (turn >= 0)
-    passes = {name: pass_ms(denoiser, setting, size.passes) for name, denoiser in denoisers.items()}
+    passes = pass_ms(denoisers, setting, size.seconds)
     eager = bench.eager(HEAVY, setting, size.paper.steps)["run"]
     return {"setting": vars(setting), "seconds": runs, "pass_ms": passes, "eager": eager}
 
 
 @torch.no_grad()
-def pass_ms(denoiser: Denoiser, setting: Setting, count: int) -> float:
-    """Milliseconds of one backbone pass, replayed so often that the card is at its power limit."""
-    shape = setting.batch_size, setting.length
-    ids = torch.randint(denoiser.mask_id, shape, generator=torch.Generator().manual_seed(0)).to(denoiser.device)
-    positions = ids[:, :8] % setting.length
-    prepared = denoiser.prepared(ids.numel())
-    run: Callable[[], Any] = partial(prepared.hidden, ids, None, positions)
-    run()
-    if denoiser.device.type == "cuda":
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
-
-    def repeat() -> None:
-        for _ in range(count):
-            run()
-
-    repeat()
-    return 1e3 * seconds(repeat, denoiser.device.type)[0] / count
+def pass_ms(denoisers: dict[str, Denoiser], setting: Setting, spent: float) -> dict[str, float]:
+    """Milliseconds of a backbone pass, in turns, at the card's power limit."""
+    device = next(iter(denoisers.values())).device
+    shape, generator = (setting.batch_size, setting.length), torch.Generator().manual_seed(0)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, denoiser in denoisers.items():
+        ids = torch.randint(denoiser.mask_id, shape, generator=generator).to(device)
+        runs[name] = partial(denoiser.prepared(ids.numel()).hidden, ids, None, ids[:, :8] % setting.length)
+    if device.type != "cuda":
+        return {name: timing.median for name, timing in compare_on_host(runs, 2).items()}
+    times = sustained({name: captured(run) for name, run in runs.items()}, spent)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(folder: Path, tiny: bool) -> dict[str, Any]:
+PARTS = {"speed": speed, "quality": quality}
+
+
+def measure(folder: Path, tiny: bool, parts: Sequence[str], anew: bool) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
     size = TINY if tiny else Size()
-    known = environment() | ({} if device.type == "cuda" else host_environment())
-    content: dict[str, Any] = {"environment": known, "failed": []}
-    content |= {"judged": size.judged, "texts": size.texts, "length": size.length, "steps": size.steps}
-    for part, job in {"quality": quality, "speed": speed}.items():
-        began = time.perf_counter()
-        try:
-            content[part] = job(size, device)
-        except Exception:
-            traceback.print_exc()
-            content["failed"].append(part)
-        print(f"{part}: {time.perf_counter() - began:.1f} s", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "precision.json", json.dumps(content, indent=1) + "\n")
-    return content
+    known: dict[str, Any] = {"environment": environment() | ({} if device.type == "cuda" else host_environment())}
+    known |= {"judged": size.judged, "texts": size.texts, "length": size.length, "steps": size.steps}
+    jobs = {part: partial(PARTS[part], size, device) for part in parts}
+    return measure_parts(folder / "precision.json", known, jobs, anew)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -238,7 +229,7 @@ def precision() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return folder_command("bench_precision", __doc__ or "", measure, table, argv)
+    return folder_command("bench_precision", __doc__ or "", measure, table, argv, list(PARTS))
 
 
 if __name__ == "__main__":

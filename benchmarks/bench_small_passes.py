@@ -23,7 +23,16 @@ from unittest.mock import patch
 import torch
 
 import mdkern
-from benchmarks.harness import RESULTS, compare_on_host, elapsed, environment, folder_command, host_environment, summary
+from benchmarks.harness import (
+    RESULTS,
+    captured,
+    compare_on_host,
+    elapsed,
+    environment,
+    folder_command,
+    host_environment,
+    summary,
+)
 from benchmarks.kernel_tables import caption, markdown
 from mdkern import DiT, DiTConfig, adapt
 from mdkern.engine import graphs
@@ -45,19 +54,6 @@ def by_operators() -> Iterator[None]:
     """Without products made for a thousand rows."""
     with patch.object(linear, "runs_in_the_middle", lambda *_: False), patch.object(linear, "MIDDLE_ROWS", 1 << 30):
         yield
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of `TURNS` runs."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(TURNS):
-            run()
-    return graph
 
 
 def one_pass(label: str, model: DiT, batch: int, length: int) -> dict[str, Any]:
@@ -83,7 +79,7 @@ def one_pass(label: str, model: DiT, batch: int, length: int) -> dict[str, Any]:
         if device.type == "cpu":
             times = compare_on_host(contenders, 3)
         else:
-            recorded = {name: captured(run) for name, run in contenders.items()}
+            recorded = {name: captured(run, TURNS) for name, run in contenders.items()}
             milliseconds: dict[str, list[float]] = {name: [] for name in contenders}
             for turn in range(ROUNDS + 2):
                 for name, graph in recorded.items():

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import statistics
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -80,6 +83,42 @@ class GpuTimer:
         return {name: summary(values) for name, values in times.items()}
 
 
+def captured(run: Callable[[], object], turns: int = 1) -> torch.cuda.CUDAGraph:
+    """A graph of so many runs one after the other."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            run()
+    return graph
+
+
+def sustained(graphs: Mapping[str, torch.cuda.CUDAGraph], spent: float, rounds: int = 9) -> dict[str, list[float]]:
+    """Milliseconds of a replay in each round, in which every graph is replayed again and again.
+
+    All rounds together last about `spent` seconds. A card needs some of them to get down to the clock that its power
+    limit allows: the first round does not count.
+    """
+    counts = {}
+    for name, graph in graphs.items():
+        elapsed(graph)
+        counts[name] = max(1, round(1e3 * spent / (rounds + 1) / len(graphs) / elapsed(graph)))
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(rounds + 1):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(counts[name]):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times[name] += [start.elapsed_time(end) / counts[name]] * bool(turn)
+    return times
+
+
 def elapsed(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -137,19 +176,65 @@ def processor() -> str:
 def folder_command(
     name: str,
     about: str,
-    measure: Callable[[Path, bool], dict[str, Any]],
+    measure: Callable[..., dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
     argv: Sequence[str] | None,
+    parts: Sequence[str] = (),
 ) -> int:
-    """The command of a benchmark that writes into a folder: measure, print the table and what failed; the exit code."""
+    """The command of a benchmark that writes into a folder: measure, print the table and what failed; the exit code.
+
+    Args:
+        measure: called with the folder and whether the size is tiny. If there are `parts`, also with those that are
+            asked for, and with whether to measure what the folder has already.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="only these, in this order")
+        parser.add_argument("--anew", action="store_true", help="measure again what the folder has")
     arguments = parser.parse_args(argv)
-    content = measure(arguments.folder, arguments.tiny)
+    chosen = (arguments.parts, arguments.anew) if parts else ()
+    content = measure(arguments.folder, arguments.tiny, *chosen)
     print(table(content))
     print("\n".join(f"failed: {what}" for what in content["failed"]))
     return 1 if content["failed"] else 0
+
+
+def measure_parts(
+    path: Path,
+    known: dict[str, Any],
+    jobs: Mapping[str, Callable[[], Any]],
+    anew: bool,
+    prepare: Callable[[list[str]], object] = lambda parts: None,
+) -> dict[str, Any]:
+    """Do the jobs of which the file has no result yet, write what there is after each, go on after one that fails.
+
+    Args:
+        known: what results must have in common to stand in one file, such as the environment. If the file has anything
+            else, it is begun anew.
+        jobs: by the name under which their results are kept.
+        anew: whether to do all of the jobs.
+        prepare: called with the names of those that are to be done.
+    """
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if any(content.get(key) != value for key, value in known.items()):
+        content = {}
+    content = known | {"failed": []} | {part: value for part, value in content.items() if part != "failed"}
+    left = [part for part in jobs if anew or part not in content]
+    prepare(left)
+    for part in left:
+        began = time.perf_counter()
+        content.pop(part, None)
+        try:
+            content[part] = jobs[part]()
+        except Exception:
+            traceback.print_exc()
+            content["failed"].append(part)
+        print(f"{part}: {time.perf_counter() - began:.1f} s", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def write_text_whole(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import (
     bench_diffusion_gemma,
     bench_first_call,
+    bench_floors,
     bench_head_precision,
     bench_people,
     bench_precision,
@@ -241,6 +242,16 @@ def compare_people() -> Iterator[Comparison]:
                     yield Comparison("LLaDA-8B's shape", name, peer, bench_people.place(row), ours / times[peer])
 
 
+def compare_floors() -> Iterator[Comparison]:
+    """Passes with the libraries' bare products and attention, which are only a part of them."""
+    if not bench_floors.KEPT.exists():
+        return
+    content = load("floors")
+    for row in (content[part] for part in bench_floors.PARTS if part in content):
+        ours, theirs = (row["ms"][name]["median"] for name in (bench_floors.OURS, bench_floors.LIBRARIES))
+        yield Comparison("whole passes", "mdkern", "bare products", bench_floors.name_of(row), ours / theirs)
+
+
 def compare_diffusion_gemma() -> Iterator[Comparison]:
     """`sample_canvas` with transformers' ``generate``, at each number of texts that both were timed at."""
     if not bench_diffusion_gemma.KEPT.exists():
@@ -269,6 +280,7 @@ def all_comparisons() -> list[Comparison]:
             compare_selections(),
             compare_decoders(),
             compare_people(),
+            compare_floors(),
             compare_diffusion_gemma(),
             compare_sizes(),
             compare_samplers(),
@@ -339,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "head-precision": bench_head_precision.head_precision,
     "diffusion-gemma": bench_diffusion_gemma.diffusion_gemma,
     "first-call": bench_first_call.first_call,
+    "floors": bench_floors.floors,
     "people": bench_people.people,
     "sizes": bench_sizes.sizes,
     "precision": bench_precision.precision,

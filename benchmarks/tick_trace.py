@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from benchmarks.graph_profile import Kernel, busy_time, traced
 from mdkern import DiT, sample
 from mdkern.profiling.profile import Setting
 
 # A tick runs from one `BEGIN` to the next: `BEGIN`, the backbone's kernels, from `HEAD` on the output layer's.
 BEGIN, HEAD = "begin_tick_kernel", ("vocab_projection", "filtered_logits")  # the latter: how names begin
 TRACED_STEPS = 100
-
-
-class Kernel(NamedTuple):
-    name: str
-    start: float  # microseconds
-    end: float
 
 
 def few_masked(model: DiT, setting: Setting, sequences: int) -> dict[str, Any]:
@@ -33,19 +28,9 @@ def few_masked(model: DiT, setting: Setting, sequences: int) -> dict[str, Any]:
 
 def trace_ticks(model: DiT, setting: Setting) -> dict[str, Any]:
     """Trace a short run."""
-    from torch.profiler import ProfilerActivity, profile
-
     options = few_masked(model, setting, setting.batch_size)
     sample(model, **options)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        sample(model, **options)
-        torch.cuda.synchronize()
-    kernels = [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    return split_ticks(kernels)
+    return split_ticks(traced(lambda: sample(model, **options)))
 
 
 def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
@@ -62,15 +47,13 @@ def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
     inside = ordered[begins[0] : begins[-1]]
     span, ticks = ordered[begins[-1]].start - ordered[begins[0]].start, len(begins) - 1
     spent, by_name = defaultdict[str, float](float), defaultdict[str, float](float)
-    stage, busy, reached = "head", 0.0, inside[0].start
+    stage = "head"
     for kernel in inside:
         if kernel.name.startswith(HEAD):
             stage = "head"
         lasted = kernel.end - kernel.start
         spent["head" if kernel.name == BEGIN else stage] += lasted
         by_name[kernel.name] += lasted
-        busy += max(0.0, kernel.end - max(kernel.start, reached))  # a kernel may start before the one it waits for ends
-        reached = max(reached, kernel.end)
         if kernel.name == BEGIN:
             stage = "backbone"
     dearest = sorted(by_name, key=lambda name: -by_name[name])[:12]
@@ -79,6 +62,6 @@ def split_ticks(kernels: Sequence[Kernel]) -> dict[str, Any]:
         "tick_ms": span / ticks / 1e3,
         "backbone_ms": spent["backbone"] / ticks / 1e3,
         "head_ms": spent["head"] / ticks / 1e3,
-        "idle_share": 1.0 - busy / span,
+        "idle_share": 1.0 - busy_time(inside) / span,
         "kernels_us": {name[:60]: by_name[name] / ticks for name in dearest},
     }

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import bench_diffusion_gemma as bench
 from benchmarks import report
+from benchmarks.graph_profile import by_kind, kind_of
 
 
 def test_it_runs_and_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +65,8 @@ def test_kernels_are_counted_by_kind() -> None:
         "pytorch_flash::fwd",
         "copy",
     ]
-    rows = [{"kind": bench.kind_of(name), "ms": 2.0**number} for number, name in enumerate(names)]
-    sums = bench.by_kind(rows)
+    rows = [{"kind": kind_of(name, bench.KINDS), "ms": 2.0**number} for number, name in enumerate(names)]
+    sums = by_kind(rows, bench.KINDS)
     assert list(sums.values()) == [1.0, 4.0, 0.0, 8.0, 2.0, 0.0, 16.0]
     lines = bench.profile_table({"rows": [{"batch": 1, "profile": rows}, {"batch": 8}]}).splitlines()
     assert lines[1] == "| kernels, ms a step | 1 text |"
