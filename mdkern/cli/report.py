@@ -142,10 +142,20 @@ def without_texts(output: SampleOutput) -> SampleOutput:
     return replace(output, sequences=None, lengths=None, prompt_lengths=None, stop_reason=None, history=None)
 
 
-def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str:
+def number_formats(denoiser: Denoiser, rows: int) -> str:
+    """In which formats a model runs whose largest pass has so many positions."""
+    dtype = str(denoiser.dtype).removeprefix("torch.")
+    if denoiser.precision_of(rows) is not None:
+        dtype += f" in {denoiser.precision}"
+    elif denoiser.precision is not None:
+        dtype += f", not {denoiser.precision} as no pass has more than {rows:,} positions"
+    return dtype if denoiser.head_precision is None else f"{dtype} (output layer in {denoiser.head_precision})"
+
+
+def summary(output: SampleOutput, job: Job, decoder: str, processes: int, batch_size: int) -> str:
     """What was run, how many forward passes it took, how long, and what the schedule saved.
 
-    `processes`: number of processes that shared the work.
+    `processes`: number of processes that shared the work; `batch_size`: sequences in a pass, at most.
     """
     from mdkern.output import counted_saving
 
@@ -157,8 +167,7 @@ def summary(output: SampleOutput, job: Job, decoder: str, processes: int) -> str
     count, length = len(output.tokens_per_forward), job.ids.shape[1]
     masked = float((job.ids == first.mask_id).sum()) / len(job.ids)  # of a sample
     where = f"{processes} processes on {first.device.type}" if processes > 1 else str(first.device)
-    dtype = str(first.dtype).removeprefix("torch.") + ("" if first.precision is None else f" in {first.precision}")
-    dtype += "" if first.head_precision is None else f" (output layer in {first.head_precision})"
+    dtype = number_formats(first, min(batch_size, -(-count // processes)) * length)
     blocks = {name: denoiser.num_blocks for name, denoiser in denoisers.items() if denoiser.num_blocks is not None}
     passes = {name: float(nfe.float().mean()) for name, nfe in output.nfe.items()}
     sizes = {name: f" ({blocks[name]} blocks)" if name in blocks else "" for name in passes}

@@ -344,6 +344,7 @@ class Receiver:
         """Move the files into place and print the summary."""
         import torch
 
+        from mdkern.engine.resolve import DEFAULT_BATCH_SIZE
         from mdkern.output import joined
 
         arguments, job = self.arguments, self.job
@@ -355,7 +356,8 @@ class Receiver:
                 write_page(arguments, job, output)
             if not arguments.quiet:
                 sys.stdout.flush()
-                print(summary(output, job, arguments.decoder, processes), file=sys.stderr)
+                size = arguments.batch_size or DEFAULT_BATCH_SIZE
+                print(summary(output, job, arguments.decoder, processes, size), file=sys.stderr)
         if self.printer.failure is not None:
             raise self.printer.failure
 

@@ -79,8 +79,8 @@ def adapt(
             faster and less accurate; see `mdkern.models.dit_fp8` for what is rounded and how. On a GPU passes over
             4,096 positions or more do so, smaller ones gain nothing and stay in 16 bits; on a CPU all do, for
             comparison. A model built like Llama, in bfloat16 on a GPU, computes all products of its blocks so, with
-            copies of their weights that take half as much memory; where a layer is not a plain linear one, a warning
-            says why it runs as without. "bf16" or None: products are in the dtype of the weights.
+            copies of their weights that take half as much memory. "bf16" or None: products are in the dtype of the
+            weights.
         head_precision: "fp8": the output layer's weight is rounded to 8 bits (e4m3) with a scale for each id, so that a
             pass with few rows to sample reads half of the bytes; hidden states keep their dtype, so that many rows gain
             nothing. The model's own weight is not changed, and the copy takes half of its memory more; each call of
@@ -177,14 +177,13 @@ def with_own_head(
     in_fp8 = "fp8" if precision == "fp8" else None
     if not anatomy.reason:
         split = SplitDenoiser(model, anatomy, precision=in_fp8, **described)
-        reason = "" if in_fp8 is None else split.why_not_fp8()
-        if reason:
-            warnings.warn(f"{split.name} runs in {split.dtype}, not in fp8, because {reason}", stacklevel=3)
+        split.check_precision()
         return split
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
+    if in_fp8 is not None:
+        raise ValueError(f"precision={precision!r} is not for {denoiser.name}, which {denoiser.description}")
     slow = "the output layer is computed at every position of every forward pass"
-    slow += "" if in_fp8 is None else f", and its products are in {denoiser.dtype}, not in fp8"
     warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=3)
     return denoiser
 

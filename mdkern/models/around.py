@@ -43,6 +43,9 @@ class AroundDenoiser(Denoiser):
     def prepared(self, rows: int) -> Self:
         return self.around(self.inner.prepared(rows))
 
+    def precision_of(self, rows: int) -> str | None:
+        return self.inner.precision_of(rows)
+
     def softened(self, weight: Tensor) -> Self:
         return self.around(self.inner.softened(weight))
 

@@ -205,6 +205,10 @@ class Denoiser:
         """
         return self
 
+    def precision_of(self, rows: int) -> str | None:
+        """`precision` in a pass over so many positions, all its sequences together."""
+        return self.precision
+
     def softened(self, weight: Tensor) -> Denoiser:
         """The denoiser for one pass whose inputs are mixtures of tokens and the mask, see `mdkern.models.soft`.
 

@@ -102,6 +102,9 @@ class DiTDenoiser(Denoiser):
         with torch.no_grad():
             return dit_fused.fold(self.model, rows, self.precision)
 
+    def precision_of(self, rows: int) -> str | None:
+        return self.precision if dit_fused.pays(rows, self.model.embedding) else None
+
     def softened(self, weight: Tensor) -> DiTDenoiser:
         now = copy.copy(self)
         now.weight = weight

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdkern import DiT, adapt, from_pretrained, sample
 from mdkern.cli import main as cli
+from mdkern.cli.report import number_formats
 from mdkern.digest import model_digest
 from mdkern.engine.graphs import mark_of
 from mdkern.evaluation.importance import path_importance
@@ -199,6 +200,17 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "float32 in fp8" in capsys.readouterr().err
     assert cli.main([*options, "--precision", "bf16"]) == 0
     assert "fp8" not in capsys.readouterr().err
+
+
+def test_the_summary_says_when_passes_are_too_small(make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where passes of fewer than 4,096 positions stay in 16 bits."""
+    denoiser = adapt(make_dit(**SHAPE), precision="fp8", head_precision="fp8")
+    assert number_formats(denoiser, 4095) == "float32 in fp8 (output layer in fp8)"
+    monkeypatch.setattr(dit_fused, "pays", lambda rows, _: rows >= 4096)
+    assert number_formats(denoiser, 4096) == "float32 in fp8 (output layer in fp8)"
+    assert number_formats(denoiser, 4095) == (
+        "float32, not fp8 as no pass has more than 4,095 positions (output layer in fp8)"
+    )
 
 
 def test_what_it_refuses(make_dit: MakeDiT) -> None:

@@ -204,44 +204,60 @@ class Adapter(nn.Module):
         return 1.5 * self.inside(x)
 
 
-class TestOthers:
-    def check_as_it_is(self, model: Any, reason: str) -> None:
-        """A model that cannot run in fp8 runs as it is, and it is said why."""
-        ids = random_ids(2, 9)
-        with pytest.warns(UserWarning, match=f"not in fp8, because.*{reason}"):
-            denoiser = mdkern.adapt(model, precision="fp8")
-        assert reason in repr(denoiser)
-        torch.testing.assert_close(denoiser.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], rtol=1e-4, atol=1e-5)
+class TestRefused:
+    def check(self, model: Any, reason: str) -> None:
+        with pytest.raises(ValueError, match=f"precision='fp8' is not for {type(model).__name__}.*{reason}"):
+            mdkern.adapt(model, precision="fp8")
 
-    def test_what_cannot_be_rounded_runs_as_it_is(self) -> None:
+    def test_what_cannot_be_rounded(self) -> None:
         model = llama()
         layer = model.model.layers[1].mlp
         layer.up_proj = Adapter(layer.up_proj)
-        self.check_as_it_is(model, "its mlp.up_proj is a Adapter, not a plain linear layer")
-        self.check_as_it_is(llama(intermediate_size=40), "a layer of it has a side of 40, which 16 does not divide")
+        self.check(model, "its mlp.up_proj is a Adapter, not a plain linear layer")
+        self.check(llama(intermediate_size=40), "a layer of it has a side of 40, which 16 does not divide")
         model = llama(**SIZES)
         for name in ("gate_proj", "up_proj", "down_proj"):  # as of a model whose last block is pruned
             layer = getattr(model.model.layers[1].mlp, name)
             kept = layer.weight[:, :40] if name == "down_proj" else layer.weight[:40]
             layer.weight = nn.Parameter(kept.detach().clone())
-        self.check_as_it_is(model, "a layer of it has a side of 40")
-        self.check_as_it_is(bert(), "its blocks are not built like Llama's")
+        self.check(model, "a layer of it has a side of 40")
+        self.check(bert(), "its blocks are not built like Llama's")
+        self.check(llama(**SIZES).double(), "it is of torch.float64")
+
+    def test_what_runs_by_its_logits(self) -> None:
+        with pytest.raises(ValueError, match=r"precision='fp8' is not for OptimizedModule.*adapt the model itself"):
+            mdkern.adapt(torch.compile(llama(**SIZES), backend="eager"), mask_id=MASK, precision="fp8")
 
     def test_autocast(self) -> None:
-        denoiser = in_fp8(llama(**SIZES))
+        denoiser, ids = in_fp8(llama(**SIZES)), random_ids(2, 9)
         assert "not in fp8" not in repr(denoiser)
         with torch.autocast("cpu", torch.bfloat16):
-            assert "not in fp8, because torch.autocast is on" in repr(denoiser)
+            assert "not in fp8 any more, because torch.autocast is on" in repr(denoiser)
+            for run in (lambda: denoiser.hidden(ids), lambda: mdkern.sample(denoiser, length=8, steps=2)):
+                with pytest.raises(ValueError, match=r"precision='fp8' is not for .*: torch\.autocast is on"):
+                    run()
 
     def test_an_adapter_that_is_put_in_later(self) -> None:
         model, ids = llama(**SIZES), random_ids(2, 9)
         denoiser = in_fp8(model)
+        held = denoiser.current()
         denoiser.hidden(ids)
         layer = model.model.layers[1].mlp
         layer.up_proj = Adapter(layer.up_proj)
-        for kept in (denoiser, denoiser.current()):
-            torch.testing.assert_close(kept.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], rtol=1e-4, atol=1e-4)
-            assert "not in fp8" in repr(kept)
+        assert "not in fp8 any more, because" in repr(denoiser)
+        with pytest.raises(ValueError, match="its modules are not what they were"):
+            denoiser.hidden(ids)
+        with pytest.raises(ValueError, match=r"its mlp\.up_proj is a Adapter"):
+            mdkern.sample(denoiser, length=8, steps=2)
+        held.hidden(ids)  # of a call that has begun: the weights as they were
+
+    def test_passes_with_gradients_are_in_fp8_too(self) -> None:
+        denoiser, ids = in_fp8(llama(**SIZES)), random_ids(2, 9)
+        want = denoiser.hidden(ids)
+        with torch.enable_grad():
+            got = denoiser.hidden(ids)
+        assert torch.equal(got, want)
+        assert not got.requires_grad
 
     def test_it_is_not_batch_invariant(self) -> None:
         assert "fp8" in in_fp8(llama(**SIZES)).why_not_invariant(8, None)

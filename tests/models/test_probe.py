@@ -332,6 +332,16 @@ class Holding(nn.Module):
         return self.module(input_ids)
 
 
+@pytest.mark.parametrize("make", [bert, llama, llada])
+def test_models_of_64_bits_are_split(make: Callable[[], nn.Module]) -> None:
+    """Their logits are compared as mdkern gives them, with 32 bits."""
+    model, ids = make().double(), starts(3)
+    denoiser = adapted(model)
+    assert denoiser.description.startswith("split at its output layer")
+    want = model(ids).logits[..., :WORDS][..., KEPT]
+    torch.testing.assert_close(denoiser.logits(ids)[..., :WORDS][..., KEPT].double(), want, rtol=1e-5, atol=1e-5)
+
+
 class TestWrappers:
     def test_peft_keeps_what_its_model_can(self) -> None:
         for make in (llama, bert, dream):

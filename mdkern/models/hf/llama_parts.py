@@ -258,6 +258,8 @@ def angles(model: nn.Module, turning: str, half: int, positions: int, device: to
 def check_complete(model: nn.Module, plan: Plan, head: OutputLayer) -> None:
     """Refuse a model with parameters that have no role, with several dtypes, or with norms that are not RMS norms."""
     parts = resolve(model, plan)
+    if parts.embedding.dtype == torch.float64:
+        raise UnlikeLlamaError("it is of torch.float64, and mdkern's own passes compute with 32 bits at most")
     tensors = (*tensors_of(parts), head.weight, head.bias)
     used = {tensor.data_ptr() for tensor in tensors if tensor is not None}  # of views, too
     for name, parameter in model.named_parameters():

@@ -214,7 +214,7 @@ class Probe(Trial):
         return [(scale, cap) for cap in dict.fromkeys((0.0, float(cap or 0.0))) for scale in scales]
 
     def close(self, ours: Tensor, theirs: Tensor, part: float = 1.0) -> bool:
-        dtypes = self.weight.dtype, next(self.model.parameters()).dtype
+        dtypes = self.weight.dtype, next(self.model.parameters()).dtype, ours.dtype
         return close(ours, theirs, max(dtypes, key=lambda dtype: CLOSE.get(dtype, 0.0)), part)
 
     def padded(self, anatomy: Anatomy) -> Callable[[Padding], SplitDenoiser]:

@@ -92,11 +92,17 @@ class SplitDenoiser(AdaptedDenoiser):
             return how
         reason, parts = self.why_not_fp8(), self.parts
         if reason or parts is None:
-            return f"{how}; in {self.dtype}, not in fp8, because {reason}"
+            return f"{how}; not in fp8 any more, because {reason}"
         return f"{how} in fp8, with copies of its weights of {size_of_copies(parts) / 2**20:,.1f} MiB"
 
+    def check_precision(self) -> None:
+        """Refuse a precision that the model can't run in as it is now."""
+        reason = "" if self.precision is None else self.why_not_fp8()
+        if reason:
+            raise ValueError(f"precision={self.precision!r} is not for {self.name}: {reason}")
+
     def why_not_fp8(self) -> str:
-        """Why its products are not in e4m3 as it is now, in words that follow "because"; "" if they are."""
+        """Why its products can't be in e4m3 as it is now; "" if they can."""
         if self.anatomy.plan is None:
             return self.anatomy.own_forward
         parts = self.parts
@@ -104,9 +110,13 @@ class SplitDenoiser(AdaptedDenoiser):
 
     @Live
     def copies(self) -> tuple[Fp8Block, ...] | None:
-        """The blocks' layers in e4m3 as the weights are now; None where the products run as the weights are."""
-        parts = None if self.precision is None else self.parts
-        return None if parts is None or why_not(parts) else copies_of(self.model, parts)
+        """The blocks' layers in e4m3 as the weights are now; None: products are in the weights' own dtype."""
+        if self.precision is None:
+            return None
+        self.check_precision()
+        parts = self.parts
+        assert parts is not None
+        return copies_of(self.model, parts)
 
     @Live
     def parts(self) -> Parts | None:
@@ -159,6 +169,9 @@ class SplitDenoiser(AdaptedDenoiser):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
+        if self.precision is not None and torch.is_grad_enabled():  # rounded weights have none
+            with torch.no_grad():
+                return self.hidden(input_ids, t, positions, attention_mask)
         mask = self.mask_of(input_ids, None, input_ids.shape[1], attention_mask)
         parts, soft = self.parts_for(input_ids.shape[1], attention_mask), self.soft_at(positions)
         if parts is not None:
@@ -176,12 +189,19 @@ class SplitDenoiser(AdaptedDenoiser):
         return None if self.weight is None else Soft(self.mask_id, self.weight, positions)
 
     def parts_for(self, length: int, attention_mask: Tensor | None) -> Parts | None:
-        """The weights, if mdkern's own passes can run sequences of this length now."""
+        """The weights, if mdkern's own passes can run sequences of this length now.
+
+        Raises:
+            ValueError: they can't, and the model's own forward has no products in `precision`.
+        """
         plan = self.anatomy.plan
-        if plan is None or not llama_fused.runs_now() or length > len(plan.cos):
-            return None
+        ours = plan is not None and llama_fused.runs_now() and length <= len(plan.cos)
         masked = attention_mask is not None and self.padding.way != "attention"
-        return None if masked else self.parts
+        parts = self.parts if ours and not masked else None
+        if parts is None and self.precision is not None:
+            self.check_precision()
+            raise ValueError(f"precision={self.precision!r} is not for this pass, which {self.name}'s own forward runs")
+        return parts
 
     def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
         with torch.no_grad():
@@ -260,6 +280,9 @@ class SplitDenoiser(AdaptedDenoiser):
         The logits for such a window's first column come from the column before it. That column is run with the window
         and attends as the window does, but its cached keys and values are not changed. Its id is cached for this.
         """
+        if self.precision is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.window_hidden(cache, input_ids, columns, positions, t, attention_mask)
         layout, rotary = self.anatomy.layout, self.anatomy.rotary
         assert layout is not None
         parts, kept, places = (
