@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mdkern.decoders.base import Proposal, View
+from mdkern.decoders.checks import check_tensor, copied, copied_proposal
 
 __all__ = ["EntropyRouter", "Router"]
 
@@ -39,6 +41,14 @@ class Router:
         """
         raise NotImplementedError
 
+    def asked(self, view: View, proposal: Proposal, model: int) -> Tensor:
+        """What `route` says, checked as far as that needs no synchronisation. One of the user's is given copies."""
+        if not type(self).__module__.startswith("mdkern."):
+            view, proposal = copied(view), copied_proposal(proposal)
+        route = self.route(view, proposal, model)
+        check_tensor(self, "what route returns", route, view.step.shape, torch.int64)
+        return route
+
 
 @dataclass(frozen=True)
 class EntropyRouter(Router):
@@ -56,10 +66,11 @@ class EntropyRouter(Router):
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.lower <= self.upper and 0.0 <= self.margin < math.inf):
+        numbers = all(isinstance(value, Real) for value in (self.lower, self.upper, self.margin))
+        if not (numbers and 0.0 <= self.lower <= self.upper and 0.0 <= self.margin < math.inf):
             raise ValueError(
-                f"EntropyRouter: 0 <= lower <= upper and a finite margin of at least 0 are needed, not {self.lower},"
-                f" {self.upper} and {self.margin}"
+                f"EntropyRouter: 0 <= lower <= upper and a finite margin of at least 0 are needed, not {self.lower!r},"
+                f" {self.upper!r} and {self.margin!r}"
             )
 
     def route(self, view: View, proposal: Proposal, model: int) -> Tensor:

@@ -189,7 +189,10 @@ def resolve_router(schedule: Any, light: Any, heavy: Any) -> tuple[Router | None
         light, schedule = None, light
     if not isinstance(schedule, Router):
         return None, schedule, light
-    if light is None and len(schedule.models) > 1 and not isinstance(heavy, Mapping):
+    given = (
+        {str(name).upper() for name in heavy} if isinstance(heavy, Mapping) else {"H"} if light is None else {"H", "L"}
+    )
+    if not given.issuperset(schedule.models):
         raise ValueError(f"{type(schedule).__name__} chooses between {', '.join(schedule.models)}: give these models")
     return schedule, Schedule(" ".join(f"{name}1" for name in schedule.models)), light
 
@@ -197,6 +200,8 @@ def resolve_router(schedule: Any, light: Any, heavy: Any) -> tuple[Router | None
 def check_router(router: Router, decoder: Any, cache: Any) -> None:
     """Refuse a router where models cannot be chosen pass by pass."""
     kind = type(router).__name__
+    if type(router).route is Router.route:
+        raise TypeError(f"{kind} has no method route, which says what model runs each sequence's next pass")
     if not isinstance(decoder, Stepwise):
         raise ValueError(
             f"{kind} needs a decoder that looks at the model, such as 'top_probability' or 'threshold': the passes of"

@@ -116,6 +116,12 @@ def turns(request: Request, progress: Progress) -> Iterator[tuple[str, Tensor]]:
         waiting = progress.route[progress.stop_reason == RUNNING]
         if not len(waiting):
             return
+        least, most = waiting.min().item(), waiting.max().item()
+        if least < 0 or most >= len(names):
+            raise ValueError(
+                f"{type(request.router).__name__}: route must return numbers of the models {', '.join(names)},"
+                f" 0 to {len(names) - 1}, but there are some from {least} to {most}"
+            )
         yield names[int(waiting.bincount(minlength=len(names)).argmax())], request.steps
 
 
@@ -235,7 +241,7 @@ def decode_slots(
     progress.nfe[model].index_add_(0, slots.sequence, slots.active.long())
     progress.passes.index_add_(0, slots.sequence, slots.active.long())
     if settings.router is not None:
-        progress.route[slots.sequence] = settings.router.route(slots.view, shown, model)
+        progress.route[slots.sequence] = settings.router.asked(slots.view, shown, model)
     over = block_is_over(settings, progress, slots, new, changed, settled)
     if settings.decoder.soft:
         soften(settings, progress, slots, new, shown.probability, over)

@@ -120,11 +120,55 @@ def test_what_has_no_place_for_a_router_is_refused(options: dict[str, Any], mess
 
 
 def test_bounds_and_models_are_checked() -> None:
-    for bad in ({"lower": 2.0, "upper": 1.0}, {"margin": -1.0}, {"lower": math.nan}):
+    for bad in ({"lower": 2.0, "upper": 1.0}, {"margin": -1.0}, {"lower": math.nan}, {"upper": "much"}):
         with pytest.raises(ValueError, match="0 <= lower <= upper"):
             EntropyRouter(**bad)
     with pytest.raises(ValueError, match="chooses between H, L: give these models"):
         mdkern.sample(HEAVY, EntropyRouter(), length=8, decoder="threshold")
+
+
+def returning(route: Any) -> Router:
+    """A router of the user's that returns this, whatever it is given, in which it writes."""
+
+    @dataclass(frozen=True)
+    class Own(Router):
+        def route(self, view: View, proposal: Proposal, model: int) -> Any:
+            view.masked.zero_(), proposal.token.zero_()
+            return route(view) if callable(route) else route
+
+    return Own()
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        (1, r"what route returns must be torch\.int64 \[4\], not int"),
+        (lambda view: torch.zeros(4), r"must be torch\.int64 \[4\], not torch\.float32 \[4\]"),
+        (lambda view: torch.zeros(1, dtype=torch.int64), r"must be torch\.int64 \[4\], not torch\.int64 \[1\]"),
+        (
+            lambda view: torch.full((4,), 7),
+            r"Own: route must return numbers of the models H, L, 0 to 1, .* from 7 to 7",
+        ),
+        (lambda view: torch.full((4,), -1), r"0 to 1, but there are some from -1 to -1"),
+    ],
+)
+def test_what_an_own_router_returns_is_checked(route: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(returning(route))
+
+
+def test_an_own_router_may_write_into_what_it_is_given() -> None:
+    routed = draw(returning(lambda view: torch.zeros(4, dtype=torch.int64)))
+    assert torch.equal(routed.sequences, draw("H40").sequences)
+
+
+def test_routers_that_are_none_are_refused() -> None:
+    with pytest.raises(TypeError, match="Router has no method route"):
+        draw(Router())
+    with pytest.raises(TypeError, match="not the class EntropyRouter"):
+        draw(EntropyRouter)
+    with pytest.raises(ValueError, match="chooses between H, L: give these models"):
+        mdkern.sample({"A": HEAVY, "B": LIGHT}, EntropyRouter(), length=8, decoder="threshold")
 
 
 @pytest.mark.gpu
