@@ -139,11 +139,11 @@ def test_it_runs_and_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.Mon
     assert rounded["arithmetic_ms"] < paper["arithmetic_ms"]
     assert content["longer"]["run"]["passes"] == 1  # a block of 32 in a step
     assert content["pair"]["target"]["ms"] == pytest.approx(45.0 / content["pair"]["run"]["passes"])
-    assert all(content[part]["fp8"] == part.endswith("fp8") for part in bench.PARTS)
-    assert bench.floors().count("\n| ") == 2 + len(bench.PARTS)
+    assert all(content[part]["fp8"] == part.endswith("fp8") for part in bench.SETTINGS)
+    assert bench.floors().count("\n| ") == 2 + len(bench.SETTINGS)
     comparisons = list(report.compare_floors())
     assert [entry.times for entry in comparisons] == [
-        content[part]["ms"]["mdkern"]["median"] / content[part]["ms"]["libraries"]["median"] for part in bench.PARTS
+        content[part]["ms"]["mdkern"]["median"] / content[part]["ms"]["libraries"]["median"] for part in bench.SETTINGS
     ]
 
 
@@ -152,11 +152,10 @@ def test_the_table_sets_targets_beside_the_libraries() -> None:
         "setting": "one: 2 × 64", "texts": [16, 1024], "fp8": True, "target": {"ms": 3.0, "why": "so"},
         "run": {"seconds": [1.0, 3.0, 2.0], "passes": 640}, "arithmetic_ms": 2.0, "weights_ms": 0.5,
         "ms": {"mdkern": {"median": 5.0}, "libraries": {"median": 4.0}},
-        "profile": {
-            "kernels": [{"kind": "products", "ms": 3.0}, {"kind": "attention", "ms": 1.0}], "gaps_ms": 0.25,
-        },
     }  # fmt: skip
-    content = {"environment": {"device": "a card", "torch": "2", "triton": "3"}, "pair": row}
+    profile = {"kernels": [{"kind": "products", "ms": 3.0}, {"kind": "attention", "ms": 1.0}], "gaps_ms": 0.25}
+    known = {"device": "a card", "torch": "2", "triton": "3"}
+    content = {"environment": known, "pair": row, "kernels": {"pair": profile, "long": profile}}
     lines = [line for line in bench.table(content).splitlines() if line.startswith("| one")]
     assert lines == [
         "| one: 2 × 64, 16 × 1,024, fp8 | so | 3.000 | 5.000 | 4.000 | 2.000 | 0.500 | 1.25 × | 0.75 × |"
