@@ -46,6 +46,7 @@ from benchmarks.paper_setting import HEAVY
 from benchmarks.tick_trace import few_masked
 from mdkern import Denoiser, DiT, SampleOutput, adapt
 from mdkern.engine import graphs
+from mdkern.engine.capture import rehearse
 from mdkern.kernels.head.vocab_projection import vocab_projection
 from mdkern.profiling.profile import Setting
 
@@ -255,7 +256,7 @@ class Subjects:
 
         device = torch.device("cuda", torch.cuda.current_device())
         with torch.no_grad():
-            done, _ = graphs.rehearse(all_passes, lambda: None, torch.cuda.graph_pool_handle(), device)
+            done, _ = rehearse(all_passes, lambda: None, torch.cuda.graph_pool_handle(), device)
         how = "side by side" if done is not None else "not side by side, as that failed"
         print(f"models and kernels, {how}: {time.perf_counter() - began:.1f} s", flush=True)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mdkern.engine import graphs
+from mdkern.engine.capture import capture
 from mdkern.files import write_whole
 from mdkern.profiling.profile import timed
 
@@ -92,7 +92,7 @@ def captured(run: Callable[[], object], turns: int = 1) -> torch.cuda.CUDAGraph:
             run()
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return graphs.capture(all_turns, lambda: None, torch.cuda.graph_pool_handle(), device)[0]
+    return capture(all_turns, lambda: None, torch.cuda.graph_pool_handle(), device)[0]
 
 
 def sustained(recorded: Mapping[str, torch.cuda.CUDAGraph], spent: float, rounds: int = 9) -> dict[str, list[float]]:
