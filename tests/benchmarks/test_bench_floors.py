@@ -150,7 +150,7 @@ def test_it_runs_and_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_table_sets_targets_beside_the_libraries() -> None:
     row = {
         "setting": "one: 2 × 64", "texts": [16, 1024], "fp8": True, "target": {"ms": 3.0, "why": "so"},
-        "run": {"seconds": [1.0, 3.0, 2.0], "passes": 640}, "arithmetic_ms": 2.0, "weights_ms": 0.5,
+        "run": {"seconds": [3.0, 5.0, 4.0], "passes": 640}, "arithmetic_ms": 2.0, "weights_ms": 0.5,
         "ms": {"mdkern": {"median": 5.0}, "libraries": {"median": 4.0}},
     }  # fmt: skip
     profile = {"kernels": [{"kind": "products", "ms": 3.0}, {"kind": "attention", "ms": 1.0}], "gaps_ms": 0.25}
@@ -159,6 +159,6 @@ def test_the_table_sets_targets_beside_the_libraries() -> None:
     lines = [line for line in bench.table(content).splitlines() if line.startswith("| one")]
     assert lines == [
         "| one: 2 × 64, 16 × 1,024, fp8 | so | 3.000 | 5.000 | 4.000 | 2.000 | 0.500 | 1.25 × | 0.75 × |"
-        " 2.000 s, 640 passes |",
+        " 4.000 s, 640 passes (80%) |",
         "| one: 2 × 64, 16 × 1,024, fp8 | 0.000 | 1.000 | 0.000 | 3.000 | 0.000 | 0.250 |",
     ]
