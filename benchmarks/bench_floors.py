@@ -351,8 +351,9 @@ def table(content: dict[str, Any]) -> str:
     found = {part: content[part] for part in SETTINGS if part in content}
     text = (
         f"{caption(content)}. Milliseconds of a pass, medians. Target: what was aimed at, of a whole run divided by its"
-        f" passes; in brackets the share of a run that these take. Libraries: their bare products and attention. Arithmetic at {RATE / 1e12:,.0f} TFLOP/s, in e4m3 at"
-        f" {FP8_RATE / 1e12:,.0f}; weights read once at {BANDWIDTH / 1e12:.2f} TB/s.\n\n"
+        " passes; in brackets the share of a run that these take. Libraries: their bare products and attention."
+        f" Arithmetic at {RATE / 1e12:,.0f} TFLOP/s, in e4m3 at {FP8_RATE / 1e12:,.0f}; weights read once at"
+        f" {BANDWIDTH / 1e12:.2f} TB/s.\n\n"
     )
     body = []
     for row in found.values():
