@@ -26,7 +26,9 @@ from mdkern.kernels.backbone.quantise import (
     quantise_rows,
     quantised_norm,
 )
+from mdkern.kernels.backbone.rms_norm import gathered_scaled_rms_norm, scaled_rms_norm
 from mdkern.kernels.backbone.scaled_linear import Scaled, scaled_linear
+from mdkern.kernels.backbone.swiglu import scaled_swiglu
 from tests.problems.backbone import normal
 from tests.problems.experts import experts_problem, listed
 from tests.problems.projection import Problem
@@ -62,10 +64,14 @@ def fp8_skinny_products(device: str) -> Iterator[Tensor]:
         yield fp8_skinny.fp8_skinny_parts(x, first, None).sum(0)
 
 
-def scaled_products(device: str) -> Iterator[Tensor]:
-    for rows in (100, 700):
-        x, y = normal(1, rows, 512, dtype=HALF, device=device), weight(2, 384, 512, device)
-        yield scaled_linear(scaled(x), scaled(y), normal(3, 384, dtype=HALF, device=device), dtype=HALF)
+def scaled_rows(device: str) -> Iterator[Tensor]:
+    """Rounded by the norm or the activation that computes them, and their product."""
+    stream, update = (normal(seed, 100, 512, dtype=HALF, device=device) for seed in (1, 2))
+    normed = scaled_rms_norm(stream, normal(3, 512, dtype=HALF, device=device), 1e-5, update=update)
+    yield from (stream, normed.wide())
+    yield gathered_scaled_rms_norm(stream, torch.arange(0, 100, 3, device=device), stream[0], 1e-5)[1].wide()
+    yield scaled_swiglu(*(normal(seed, 100, 512, dtype=HALF, device=device) for seed in (4, 5))).wide()
+    yield scaled_linear(scaled(update), scaled(weight(6, 384, 512, device)), stream[0, :384], dtype=HALF)
 
 
 def products_in_fp8(device: str) -> Iterator[Tensor]:
@@ -128,7 +134,7 @@ def soft_embedding(device: str) -> Iterator[Tensor]:
 LAUNCHES: dict[str, Callable[[str], Iterator[Tensor]]] = {
     "skinny": skinny_products,
     "fp8_skinny": fp8_skinny_products,
-    "scaled": scaled_products,
+    "scaled": scaled_rows,
     "fp8": products_in_fp8,
     "narrow": products_of_narrow_models,
     "quantise": rounding,
