@@ -72,7 +72,7 @@ class Size:
     llama: dict[str, Any] = field(default_factory=lambda: bench_people.LLADA_8B)
     given: tuple[int, int] = (512, 2048)
     written: int = 256
-    hot: float = 4.0  # seconds of replays where the card gets to its power limit
+    hot: float = 3.0  # seconds of replays where the card gets to its power limit
     cool: float = 0.8  # and elsewhere
 
 
@@ -192,7 +192,7 @@ class Subjects:
         own = adapt(model, precision=precision)
         return Subject(
             f"{label}: {model.config.num_blocks} × {model.config.width}", denoiser, batch, setting.length, wanted, rows,
-            work, partial(mdkern.sample, own, **few_masked(model, setting, batch)),
+            work, partial(mdkern.sample, own, **few_masked(model, setting, batch, max(100, setting.steps // 4))),
             partial(mdkern.sample, own, **options, seed=0, progress=False), runs, target, hot,
         )  # fmt: skip
 
@@ -237,7 +237,7 @@ class Subjects:
         return Subject(
             f"a Llama: {sizes['num_hidden_layers']} × {sizes['hidden_size']:,}", denoisers[precision].current(), 1,
             given + written, block, block, llama_work(sizes, 1, given + written, block, fp8=precision is not None), run,
-            run, 2, target, False,
+            run, 1, target, False,
         )  # fmt: skip
 
     def compile_ahead(self, parts: Sequence[str]) -> None:
