@@ -222,14 +222,19 @@ class Snapshot:
                 self.loose.append(value)
 
     def where(self) -> list[Any]:
-        tensors = [tensor for table in self.held for tensor in table.values() if tensor is not None] + self.loose
-        return [(type(part), part.data_ptr(), part.dtype, part.shape, part.stride()) for part in tensors]
+        places: list[Any] = []  # flat: as many tuples would be as many things to collect
+        for tensors in (*(table.values() for table in self.held), self.loose):
+            for part in tensors:
+                if part is not None:
+                    places += type(part), part.data_ptr(), part.dtype, part.shape, part.stride()
+        return places
 
     def still_holds(self) -> bool:
         """Whether all attributes, modules and hooks are the same objects, and the tensors where they were."""
         try:
-            same = not any(self.empty) and all(table == kept for table, kept in self.seen)
-            return same and self.where() == self.addresses
+            with no_collection():  # which as many sizes would set off, and which takes longer the more is held
+                same = not any(self.empty) and all(table == kept for table, kept in self.seen)
+                return same and self.where() == self.addresses
         except (RuntimeError, TypeError, ValueError):  # another tensor or array, which `==` compares by entries
             return False
 
