@@ -373,6 +373,8 @@ def table(content: dict[str, Any]) -> str:
         )
     header = ["blocks × width, texts", "target", "a pass", "mdkern", "libraries", "arithmetic", "weights"]
     text += markdown([*header, "mdkern to libraries", "target to libraries", "a run by mdkern"], body)
+    below = sum(row["target"]["ms"] < row["ms"][LIBRARIES]["median"] for row in found.values())
+    text += f"\nTargets below what the libraries' bare products and attention take: {below} of {len(found)}.\n"
     profiles = {part: profile for part, profile in content.get(KERNELS, {}).items() if part in found}
     if not profiles:
         return text

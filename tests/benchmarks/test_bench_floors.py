@@ -156,7 +156,9 @@ def test_the_table_sets_targets_beside_the_libraries() -> None:
     profile = {"kernels": [{"kind": "products", "ms": 3.0}, {"kind": "attention", "ms": 1.0}], "gaps_ms": 0.25}
     known = {"device": "a card", "torch": "2", "triton": "3"}
     content = {"environment": known, "pair": row, "kernels": {"pair": profile, "long": profile}}
-    lines = [line for line in bench.table(content).splitlines() if line.startswith("| one")]
+    text = bench.table(content)
+    assert "attention take: 1 of 1." in text
+    lines = [line for line in text.splitlines() if line.startswith("| one")]
     assert lines == [
         "| one: 2 × 64, 16 × 1,024, fp8 | so | 3.000 | 5.000 | 4.000 | 2.000 | 0.500 | 1.25 × | 0.75 × |"
         " 4.000 s, 640 passes (80%) |",
