@@ -19,6 +19,7 @@ from mdkern.kernels import invariant
 from mdkern.kernels.backbone import (
     invariant_attention,
     invariant_linear,
+    joint,
     launch_linear,
     linear,
     skinny,
@@ -100,16 +101,21 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hopper_runs_its_products_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in (("is_hopper", linear), ("copies_in_bulk", linear), ("is_hopper", skinny), ("fits", skinny)):
-        monkeypatch.setattr(module, name, lambda *_: True)
+    for module, other in ((linear, "copies_in_bulk"), (skinny, "fits"), (joint, "fits")):
+        for name in ("is_hopper", other):
+            monkeypatch.setattr(module, name, lambda *_: True)
     weight, gate = normal(1, 256, 256).to(HALF), normal(2, 256).to(HALF)
     for rows in ROWS:
         x = torch.ones(rows, 256, dtype=HALF)
         assert linear.runs_fused(x, weight) == (rows >= linear.FEWEST_ROWS)
         assert skinny.runs_skinny(x, weight) == (rows <= skinny.MOST_ROWS)
+        assert joint.runs_joint_linear(x, weight, weight) == (rows <= joint.LINEAR_ROWS)
+        assert joint.runs_joint_swiglu(x, weight, gate) == (rows <= joint.SWIGLU_ROWS)
         with batch_invariant():
             assert linear.runs_fused(x, weight)
             assert not skinny.runs_skinny(x, weight)
+            assert not joint.runs_joint_linear(x, weight, weight)
+            assert not joint.runs_joint_swiglu(x, weight, gate)
             assert linear.adds_in_place(x, weight, gate)
             assert not linear.adds_in_place(x, weight, gate.expand(rows, -1))  # whose tiles depend on the length
 

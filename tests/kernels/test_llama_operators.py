@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone import place_heads, rms_norm, skinny, swiglu
+from mdkern.kernels.backbone import joint, place_heads, rms_norm, skinny, swiglu
 from tests.problems.backbone import HeadsCase, normal
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -66,15 +66,15 @@ def product_by_definition(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     )
 
 
-def test_skinny_products_by_definition() -> None:
+def test_joint_products_by_definition() -> None:
     x, weights, bias = normal(1, 3, 8), [normal(2, 5, 8), normal(3, 7, 8), normal(4, 5, 8)], normal(5, 7)
     layers = [(weights[0], None), (weights[1], bias), (weights[2], None)]
     want = [product_by_definition(x, *layer) for layer in layers]
     for count in (1, 2, 3):
-        for got, expected in zip(skinny.skinny_linear(x, *layers[:count]), want[:count], strict=True):
+        for got, expected in zip(joint.joint_linear(x, *layers[:count]), want[:count], strict=True):
             torch.testing.assert_close(got, expected, **EXACT)
     activated = want[0] / (1 + (-want[0]).exp()) * want[2]
-    torch.testing.assert_close(skinny.skinny_swiglu(x, layers[0], layers[2]), activated, **EXACT)
+    torch.testing.assert_close(joint.joint_swiglu(x, layers[0], layers[2]), activated, **EXACT)
     parts = skinny.skinny_parts(x, *layers[1])
     assert parts.shape == (skinny.SPLITS, 3, 7)
     torch.testing.assert_close(parts.sum(0), want[1], **EXACT)
@@ -139,8 +139,8 @@ def test_the_operators_are_well_registered() -> None:
     check(rms_norm.gathered_rms_norm_operator, (x, index, weight, 0.1))
     check(rms_norm.rms_norm_operator, (x, weight, 0.1, normal(4, 2, 6, 8)))
     check(swiglu.swiglu_operator, (x, x.clone()))
-    check(skinny.skinny_linear_operator, (x, normal(3, 4, 8), normal(4, 2, 8), None, None, normal(5, 2), None))
-    check(skinny.skinny_swiglu_operator, (x, normal(3, 4, 8), normal(4, 4, 8), None, normal(5, 4)))
+    check(joint.joint_linear_operator, (x, normal(3, 4, 8), normal(4, 2, 8), None, None, normal(5, 2), None))
+    check(joint.joint_swiglu_operator, (x, normal(3, 4, 8), normal(4, 4, 8), None, normal(5, 4)))
     check(skinny.skinny_parts_operator, (x, normal(3, 4, 8), normal(5, 4)))
     for where in ("in place", "kept at columns"):
         HeadsCase(2, 1, 8, True, where).run(lambda *arguments: check(place_heads.place_heads_operator, arguments))
@@ -160,13 +160,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm.rms_norm(x, weight[:7], 0.1)
     with pytest.raises(ValueError, match="one to three layers"):
-        skinny.skinny_linear(x)
+        joint.joint_linear(x)
     with pytest.raises(ValueError, match="weight must be"):
-        skinny.skinny_linear(x, (x[:, :7], None))
+        joint.joint_linear(x, (x[:, :7], None))
     with pytest.raises(ValueError, match="bias must be"):
-        skinny.skinny_swiglu(x, (x, weight), (x, weight[:6]))
+        joint.joint_swiglu(x, (x, weight), (x, weight[:6]))
     with pytest.raises(ValueError, match="of one shape"):
-        skinny.skinny_swiglu(x, (x, None), (x[:4], None))
+        joint.joint_swiglu(x, (x, None), (x[:4], None))
     with pytest.raises(ValueError, match="7 numbers cannot be divided"):
         skinny.skinny_parts(normal(1, 6, 7), normal(2, 3, 7))
     with pytest.raises(ValueError, match="row_index"):
@@ -235,12 +235,13 @@ def test_gpu_skinny_products_round_once(dtype: torch.dtype, rows: int, biased: b
     x = normal(1, rows, 2 * 3584, dtype=dtype, device="cuda")[:, 512 : 512 + 3584]
     layers = layer(2, 3584, 3584), layer(4, 512, 3584), layer(6, 512, 3584)
     assert skinny.runs_skinny(x, *(weight for weight, _ in layers))
-    for got, one in zip(skinny.skinny_linear(x, *layers), layers, strict=True):
+    assert joint.runs_joint_linear(x, *(weight for weight, _ in layers))
+    for got, one in zip(joint.joint_linear(x, *layers), layers, strict=True):
         want = exact(x, one)
         assert relative_error(got, want) < 1.05 * relative_error(want.to(dtype), want)
     gate, up = layer(8, 18944, 3584), layer(10, 18944, 3584)
     want = torch.nn.functional.silu(exact(x, gate)) * exact(x, up)
-    activated = skinny.skinny_swiglu(x, gate, up)
+    activated = joint.joint_swiglu(x, gate, up)
     assert relative_error(activated, want) < 1.05 * relative_error(want.to(dtype), want)
     down = layer(12, 3584, 18944)
     parts, want = skinny.skinny_parts(activated, *down), exact(activated, down)

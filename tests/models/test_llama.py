@@ -61,7 +61,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=["many rows", "few rows"])
 def fused(model: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Denoiser:
     """The model's denoiser, whose passes fail if the model's own forward runs; also as a GPU runs few rows."""
-    monkeypatch.setattr(llama_products, "runs_skinny", lambda *_: request.param == "few rows")
+    for name in ("runs_skinny", "runs_joint_linear", "runs_joint_swiglu"):
+        monkeypatch.setattr(llama_products, name, lambda *_: request.param == "few rows")
     denoiser = adapted(model, shifted=False)
     assert denoiser.description == "split at its output layer, with its backbone run by mdkern's own passes"
     monkeypatch.setattr(SplitDenoiser, "run", lambda *_, **__: pytest.fail("the model's own forward ran"))

@@ -13,9 +13,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mdkern.kernels.backbone import (
+    hopper_joint,
     hopper_linear,
     hopper_resident,
     hopper_residual,
+    launch_joint,
     launch_linear,
     triton_combine,
     triton_experts,
@@ -136,14 +138,7 @@ def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> Non
 
 
 def combine(capability: int) -> None:
-    types = {
-        "rows": "*bf16",
-        "place": "*i64",
-        "weights": "*fp32",
-        "out": "*bf16",
-        "columns": "i32",
-        "out_stride": "i32",
-    }
+    types = {"rows": "*bf16", "place": "*i64", "weights": "*fp32", "out": "*bf16", "columns": "i32"}
     build(triton_combine.combine_kernel, ASTSource, capability, types, {"K": 8, "BLOCK": 1024}, num_warps=4)
 
 
@@ -224,7 +219,7 @@ ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}
 
 def descriptor(element: str, block: list[int]) -> str:
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[element])
-    return f"tensordesc<{element}[{block[0]},{block[1]}],{layout!r}>"
+    return f"tensordesc<{element}[{','.join(map(str, block))}],{layout!r}>"
 
 
 def product(
@@ -258,11 +253,12 @@ def linear_fp8(gelu: bool, pairs: int) -> None:
     product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0})
 
 
-def resident_fp8(width: int) -> None:
-    types = dict.fromkeys(hopper_resident.COUNTS, "i32") | dict.fromkeys(("bias", "scale", "level"), "*fp32")
+def resident_fp8(gelu: bool, pairs: int, width: int) -> None:
+    types = dict.fromkeys(hopper_resident.COUNTS, "i32") | dict.fromkeys(("bias", "scale"), "*fp32")
     types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [128, 128])}
-    types |= {"out": descriptor("fp8e4nv", [64, 64])}
-    constants = {"BK": 128, "STEPS": width // 128}
+    types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
+    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
+    constants = {"BK": 128, "STEPS": width // 128, "GELU": gelu, "PAIRS": pairs}
     product(hopper_resident.resident_kernel, types, constants, launch_linear.RESIDENT_SETTING)
 
 
@@ -282,6 +278,22 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     built = product(hopper_residual.linear_residual_kernel, types, {"BK": 64, "SCALED": False})
     # Sequences times the gate's stride may be past 2^31.
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
+
+
+def joint(tiling: launch_joint.Tiling, weights: int, biased: bool, element: str = "bf16") -> None:
+    """Up to three weights, or gate and up. The product must be turned by instructions that store 16 bytes at a time."""
+    gated = weights == 0
+    names = ("first", "second", "third")[: weights or 2]
+    types = dict.fromkeys(hopper_joint.COUNTS, "i32") | {"x": descriptor(element, [tiling.rows, tiling.inner])}
+    types |= {"out": descriptor(element, launch_joint.stored_block(tiling, gated))}
+    if gated:
+        types |= {"first": descriptor(element, launch_joint.pair_block(tiling))}
+    else:
+        types |= {name: descriptor(element, [64, tiling.inner]) for name in names}
+    types |= {f"{name}_bias": f"*{element}" for name in names} if biased else {}
+    built = product(hopper_joint.joint_kernel, types, {}, launch_joint.setting(tiling, gated))
+    assert re.search(r"STSM\.16\.M?T", built.asm["sass"])
+    assert "STL" not in built.asm["sass"], "registers do not suffice"
 
 
 def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
@@ -348,9 +360,14 @@ def main() -> None:
     linear_fp8(gelu=True, pairs=0)
     for pairs in (0, 32, 64):
         linear_fp8(gelu=False, pairs=pairs)
+        resident_fp8(gelu=False, pairs=pairs, width=768)
     for width in (256, 768):
-        resident_fp8(width)
+        resident_fp8(gelu=True, pairs=0, width=width)
     residual_fp8()
+    for tiling in launch_joint.TILINGS:
+        joint(tiling, weights=3, biased=False)
+        joint(tiling, weights=0, biased=True)
+    joint(launch_joint.TILINGS[0], weights=1, biased=True, element="fp16")
 
 
 if __name__ == "__main__":

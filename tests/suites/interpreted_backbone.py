@@ -30,17 +30,14 @@ from mdkern.kernels.backbone.combine import combine_reference
 from mdkern.kernels.backbone.experts import gated_experts_reference, places_of
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.invariant_attention import invariant_attention_reference
+from mdkern.kernels.backbone.joint import joint_linear_reference, joint_swiglu_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
 from mdkern.kernels.backbone.place_heads import place_heads_reference
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm_reference, rms_norm_reference
 from mdkern.kernels.backbone.rotary import gathered_qkv_reference, rotary_reference
 from mdkern.kernels.backbone.route_experts import Routing, route_experts_reference
 from mdkern.kernels.backbone.sandwich import choose_experts_reference, sandwich_norm_reference
-from mdkern.kernels.backbone.skinny import (
-    skinny_linear_reference,
-    skinny_parts_reference,
-    skinny_swiglu_reference,
-)
+from mdkern.kernels.backbone.skinny import skinny_parts_reference
 from mdkern.kernels.backbone.swiglu import swiglu_reference
 from tests.problems.backbone import HeadsCase, modulation, normal
 from tests.problems.experts import experts_problem, listed, routing_problem, sandwich_problem
@@ -197,10 +194,10 @@ def test_skinny_products_are_the_references(rows: int, biased: tuple[bool, ...])
     biases = [normal(5 + n, len(w)).half() if has else None for n, (w, has) in enumerate(zip(weights, biased))]
     same = [weights[0], weights[2]], [biases[0], biases[1][:128] if biased[1] else None]
     for reference, kernel, arguments in (
-        (skinny_linear_reference, triton_skinny.skinny_linear, (*weights, *biases)),
-        (skinny_linear_reference, triton_skinny.skinny_linear, (*weights[:2], None, *biases[:2], None)),
-        (skinny_linear_reference, triton_skinny.skinny_linear, (weights[1], None, None, biases[1], None, None)),
-        (skinny_swiglu_reference, triton_skinny.skinny_swiglu, (*same[0], *same[1])),
+        (joint_linear_reference, triton_skinny.skinny_linear, (*weights, *biases)),
+        (joint_linear_reference, triton_skinny.skinny_linear, (*weights[:2], None, *biases[:2], None)),
+        (joint_linear_reference, triton_skinny.skinny_linear, (weights[1], None, None, biases[1], None, None)),
+        (joint_swiglu_reference, triton_skinny.skinny_swiglu, (*same[0], *same[1])),
         (skinny_parts_reference, triton_skinny.skinny_parts, (weights[1], biases[1])),
     ):
         want, got = reference(x, *arguments), kernel(x, *arguments)

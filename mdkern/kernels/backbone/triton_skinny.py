@@ -1,4 +1,5 @@
-"""`mdkern.kernels.backbone.skinny` in Triton: each program has some columns of one weight and all rows of x.
+"""`mdkern.kernels.backbone.skinny` in Triton, and `joint` for a few rows: each program has some columns of one weight
+and all rows of x.
 
 The weights are the left operand of the product, so that a matrix instruction, which takes 64 rows of its left operand
 at least, is full of them; the few rows of x are its columns.
@@ -13,17 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mdkern.kernels.backbone.skinny import (
-    INNER_TILE,
-    SPLITS,
-    fits,
-    new_linear,
-    new_parts,
-    new_swiglu,
-    skinny_linear_reference,
-    skinny_parts_reference,
-    skinny_swiglu_reference,
-)
+from mdkern.kernels.backbone.joint import joint_linear_reference, joint_swiglu_reference, new_linear, new_swiglu
+from mdkern.kernels.backbone.skinny import INNER_TILE, SPLITS, fits, new_parts, skinny_parts_reference
 
 
 class Tiling(NamedTuple):
@@ -149,19 +141,19 @@ def skinny_linear(
     second_bias: Tensor | None,
     third_bias: Tensor | None,
 ) -> Tensor:
-    """`skinny_linear` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`joint_linear` of a few rows on a GPU (or, on the CPU, in Triton's interpreter)."""
     weights = [weight for weight in (first, second, third) if weight is not None]
     biases = [first_bias, second_bias, third_bias][: len(weights)]
     if not all(fits(x, weight) for weight in weights):
-        return skinny_linear_reference(x, first, second, third, *biases, *[None] * (3 - len(biases)))
+        return joint_linear_reference(x, first, second, third, *biases, *[None] * (3 - len(biases)))
     tiling = FEW_LINEAR if x.shape[0] <= 32 else LINEAR
     return launch(x, weights, biases, new_linear(x, first, second, third), tiling, 1, False)
 
 
 def skinny_swiglu(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
-    """`skinny_swiglu` on a GPU (or, on the CPU, in Triton's interpreter)."""
+    """`joint_swiglu` of a few rows on a GPU (or, on the CPU, in Triton's interpreter)."""
     if not (fits(x, gate) and fits(x, up)):
-        return skinny_swiglu_reference(x, gate, up, gate_bias, up_bias)
+        return joint_swiglu_reference(x, gate, up, gate_bias, up_bias)
     return launch(x, [gate, up], [gate_bias, up_bias], new_swiglu(x, gate), GATED, 1, True)
 
 

@@ -1,7 +1,7 @@
 """The matrix products of a block of a model built like Llama, and what lies between one and the next.
 
-PyTorch runs the products of many rows, `mdkern.kernels.backbone.skinny` those of few rows, with the model's own weights
-where they are.
+The model's own weights are used where they are: by `mdkern.kernels.backbone.joint`, which runs several products at
+once, by `skinny_parts` for few rows, and else by PyTorch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdkern.kernels.backbone.joint import joint_linear, joint_swiglu, runs_joint_linear, runs_joint_swiglu
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm
-from mdkern.kernels.backbone.skinny import runs_skinny, skinny_linear, skinny_parts, skinny_swiglu
+from mdkern.kernels.backbone.skinny import runs_skinny, skinny_parts
 from mdkern.kernels.backbone.swiglu import swiglu
 from mdkern.models.hf.llama_experts import run_experts
 from mdkern.models.hf.llama_parts import Block, Linear, Norm
@@ -40,8 +41,8 @@ class Products:
         return [product.unflatten(1, (-1, self.head_dim)) for product in self.products(normed, layers)]
 
     def products(self, normed: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
-        if runs_skinny(normed, *(layer.weight for layer in layers)):
-            return skinny_linear(normed, *layers)
+        if runs_joint_linear(normed, *(layer.weight for layer in layers)):
+            return joint_linear(normed, *layers)
         return [F.linear(normed, *layer) for layer in layers]
 
     def attention_update(self, attended: Tensor) -> Tensor:
@@ -60,8 +61,8 @@ class Products:
 
     def activated(self, normed: Tensor, gate: Linear, up: Linear) -> Tensor:
         """The input of the last product of the MLP."""
-        if runs_skinny(normed, gate.weight, up.weight):
-            return skinny_swiglu(normed, gate, up)
+        if runs_joint_swiglu(normed, gate.weight, up.weight):
+            return joint_swiglu(normed, gate, up)
         return swiglu(F.linear(normed, *gate), F.linear(normed, *up))
 
     def update(self, x: Tensor, layer: Linear) -> Tensor:

@@ -1,0 +1,145 @@
+"""`joint_linear`, `joint_swiglu`: products of the same rows with several weights in one launch.
+
+The weights are tensors of their own and are read where they are, so that no packed copy of them is needed. The
+activation of a Llama's MLP (Shazeer, 2002.05202) is done with the product in `joint_swiglu`. This file has the
+contracts and the references in plain PyTorch; `triton_skinny` has the GPU kernel for a few rows, `hopper_joint` that
+for more. Measurements: docs/notes/llama.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdkern.kernels.backbone.modulated_norm import wide
+from mdkern.kernels.backbone.skinny import MOST_ROWS, check_layer, runs_skinny
+from mdkern.kernels.backbone.swiglu import swiglu_reference
+from mdkern.kernels.device import copies_in_bulk, is_hopper
+from mdkern.kernels.invariant import rows_to_choose_by
+from mdkern.kernels.operator import operator
+
+LINEAR_ROWS, SWIGLU_ROWS = 1024, 4096  # with more, cuBLAS is as fast
+COLUMN_TILE = 64  # numbers of columns must be multiples of it
+FAR = 1 << 40  # bytes
+
+
+def joint_linear_reference(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    first_bias: Tensor | None,
+    second_bias: Tensor | None,
+    third_bias: Tensor | None,
+) -> Tensor:
+    """`joint_linear` in plain PyTorch."""
+    layers = (first, first_bias), (second, second_bias), (third, third_bias)
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in layers if weight is not None], 1)
+
+
+def joint_swiglu_reference(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None
+) -> Tensor:
+    """`joint_swiglu` in plain PyTorch."""
+    rows = x.to(wide(x))
+    first, second = (
+        F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        for weight, bias in ((gate, gate_bias), (up, up_bias))
+    )
+    return swiglu_reference(first, second).to(x.dtype)
+
+
+def new_linear(x: Tensor, first: Tensor, second: Tensor | None, third: Tensor | None, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], sum(len(weight) for weight in (first, second, third) if weight is not None))
+
+
+def new_swiglu(x: Tensor, gate: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], len(gate))
+
+
+KERNELS = "mdkern.kernels.backbone.launch_joint"
+joint_linear_operator = operator(joint_linear_reference, new_linear, f"{KERNELS}:joint_linear", name="joint_linear")
+joint_swiglu_operator = operator(joint_swiglu_reference, new_swiglu, f"{KERNELS}:joint_swiglu", name="joint_swiglu")
+
+
+def runs_joint_linear(x: Tensor, *weights: Tensor) -> bool:
+    """Whether one launch is the fast way for these products, on the card that it was measured on."""
+    return runs_skinny(x, *weights) or (len(weights) > 1 and has_rows(x, LINEAR_ROWS) and fits(x, *weights))
+
+
+def runs_joint_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> bool:
+    """Whether one launch is the fast way for gate, up and their activation, on the card that it was measured on."""
+    return runs_skinny(x, gate, up) or (has_rows(x, SWIGLU_ROWS) and fits(x, gate, up) and is_near(gate, up))
+
+
+def has_rows(x: Tensor, most: int) -> bool:
+    return is_hopper(x.device) and MOST_ROWS < rows_to_choose_by(x.shape[0]) <= most
+
+
+def fits(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernel for more than a few rows can run products."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and all(
+            matrix.is_contiguous() and copies_in_bulk(matrix) and matrix.shape[0] % COLUMN_TILE == 0
+            for matrix in weights
+        )
+        and copies_in_bulk(x)
+    )
+
+
+def is_near(gate: Tensor, up: Tensor) -> bool:
+    """Whether that kernel can read the two as one tensor, which has no strides longer than this."""
+    return 0 < abs(gate.data_ptr() - up.data_ptr()) < FAR
+
+
+def joint_linear(
+    x: Tensor,  # [N, K]
+    *layers: tuple[Tensor, Tensor | None],  # weight [C, K] and bias [C]
+) -> tuple[Tensor, ...]:
+    """``x @ weight.T + bias`` of each of one to three layers.
+
+    Args:
+        x: floating ``[N, K]``.
+        layers: of the dtype of `x`.
+
+    Returns:
+        ``[N, C]`` of each layer, columns of one tensor.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if not 1 <= len(layers) <= 3:
+        raise ValueError(f"one to three layers can be run at once, not {len(layers)}")
+    for weight, bias in layers:
+        check_layer(x, weight, bias)
+    weights, biases = zip(*layers)
+    missing = (None,) * (3 - len(layers))
+    product: Tensor = joint_linear_operator(x, *weights, *missing, *biases, *missing)
+    return product.split([len(weight) for weight in weights], 1)
+
+
+def joint_swiglu(
+    x: Tensor,  # [N, K]
+    gate: tuple[Tensor, Tensor | None],  # weight [F, K] and bias [F]
+    up: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """``silu(gate(x)) * up(x)`` of two layers. The products are not rounded before they are multiplied.
+
+    Args:
+        x: floating ``[N, K]``.
+        gate, up: of the dtype of `x`.
+
+    Returns:
+        ``[N, F]`` of the dtype of `x`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_layer(x, *gate)
+    check_layer(x, *up)
+    if gate[0].shape != up[0].shape:
+        raise ValueError(f"gate and up must be of one shape, not {list(gate[0].shape)} and {list(up[0].shape)}")
+    product: Tensor = joint_swiglu_operator(x, gate[0], up[0], gate[1], up[1])
+    return product

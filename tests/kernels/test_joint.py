@@ -1,0 +1,104 @@
+"""The kernel of `joint` for more than a few rows: as plain Python on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from mdkern.kernels.backbone import hopper_joint, joint, launch_joint
+from mdkern.kernels.backbone.launch_joint import Tiling
+from tests.problems.backbone import normal
+from tests.problems.gluon_on_cpu import OnCpu
+
+SMALL = [Tiling(2, 256, 16), Tiling(3, 128, 32), Tiling(1, 128, 16)]
+Layer = tuple[Tensor, Tensor | None]
+
+
+def small_integers(seed: int, *shape: int) -> Tensor:
+    """Sums of 40 products of these are exact in bfloat16."""
+    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_joint, "joint_kernel", OnCpu(hopper_joint.joint_kernel))
+    monkeypatch.setattr(launch_joint, "stages_of", lambda *_: 2)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("tiling", SMALL)
+@pytest.mark.parametrize("widths", [(64,), (192, 64), (320, 64, 128)])
+def test_products_of_several_weights(tiling: Tiling, widths: tuple[int, ...]) -> None:
+    """Tiles lie across the borders between weights, more of them than programs, and past the ends of all sizes."""
+    x = small_integers(0, 300, 40)
+    weights = [small_integers(1 + n, width, 40) for n, width in enumerate(widths)]
+    biases = [None if n == 1 else small_integers(10 + n, width) for n, width in enumerate(widths)]
+    out = torch.full((300, sum(widths)), torch.nan, dtype=x.dtype)
+    launch_joint.launch(x, weights, biases, out, False, tiling)
+    assert torch.equal(out, torch.cat([F.linear(x, *layer) for layer in zip(weights, biases)], 1))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("tiling", SMALL)
+@pytest.mark.parametrize("places", [(104, 600), (600, 104)])
+def test_gate_and_up_wherever_they_are(tiling: Tiling, places: tuple[int, int]) -> None:
+    x, memory, bias = small_integers(0, 300, 40), small_integers(1, 1000, 40), small_integers(2, 160)
+    gate, up = (memory[place : place + 160] for place in places)
+    out = torch.full((300, 160), torch.nan, dtype=x.dtype)
+    launch_joint.launch(x, [gate, up], [None, bias], out, True, tiling)
+    want = F.silu(F.linear(x.float(), gate.float())) * F.linear(x.float(), up.float(), bias.float())
+    torch.testing.assert_close(out.float(), want, rtol=2**-8, atol=0.0)
+
+
+def test_tiles_fill_the_multiprocessors() -> None:
+    """Tiles of LLaDA-8B's and of Qwen3-4B's products, and how often 132 programs go round."""
+    for rows, columns, gated, want in (
+        (256, 3 * 4096, False, (3, 128)),  # 128 tiles, once
+        (128, 3 * 4096, False, (2, 128)),  # 96, once; in threes half of the programs would be idle
+        (256, 4096 + 2 * 1024, False, (2, 128)),
+        (128, 4096 + 2 * 1024, False, (1, 128)),
+        (256, 12288, True, (3, 128)),  # 256, twice
+        (2048, 12288, True, (2, 256)),  # 1,536, twelve times; smaller ones would be less idle at the end, but read more
+    ):
+        assert launch_joint.choose_tiling(rows, columns, gated, 132)[:2] == want
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [65, 256, 300, 1030])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "widths", "hidden"),
+    [(3584, (3584, 512, 512), 18944), (200, (192, 64, 64), 320), (200, (192,), 64), (200, (64, 192), 128)],
+)
+def test_gpu_products_are_as_exact_as_pytorchs(
+    dtype: torch.dtype, rows: int, biased: bool, inner: int, widths: tuple[int, ...], hidden: int
+) -> None:
+    """Grouped heads, x as columns of a wider matrix, and widths that no tile divides."""
+
+    def layer(seed: int, columns: int) -> Layer:
+        weight = normal(seed, columns, inner, device="cuda") * inner**-0.5
+        return weight.to(dtype), normal(seed + 1, columns, dtype=dtype, device="cuda") if biased else None
+
+    def exact(x: Tensor, layer: Layer) -> Tensor:
+        return F.linear(x.double(), layer[0].double(), None if layer[1] is None else layer[1].double())
+
+    x = normal(1, rows, 2 * inner, dtype=dtype, device="cuda")[:, inner:]
+    layers = [layer(2 + 2 * place, columns) for place, columns in enumerate(widths)]
+    assert joint.fits(x, *(weight for weight, _ in layers))
+    for got, one in zip(joint.joint_linear(x, *layers), layers, strict=True):
+        want = exact(x, one)
+        assert relative_error(got, want) <= 1.01 * relative_error(F.linear(x, *one), want)
+    pair = layer(20, hidden), layer(22, hidden)
+    for gate, up in (pair, pair[::-1]):
+        want = F.silu(exact(x, gate)) * exact(x, up)
+        got = joint.joint_swiglu(x, gate, up)
+        assert relative_error(got, want) <= 1.05 * relative_error(want.to(dtype), want)
