@@ -240,3 +240,9 @@ def merge(parts: Sequence[tuple[str, Fraction]]) -> tuple[tuple[str, Fraction], 
         else:
             merged.append((name, count))
     return tuple(merged)
+
+
+def check_segments(segments: int, steps: int | None) -> None:
+    """Refuse more equal segments than there are steps, if these are known: some would be empty."""
+    if steps is not None and segments > steps:
+        raise ValueError(f"segments must be at most the {steps} steps, not {segments}")

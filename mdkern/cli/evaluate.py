@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mdkern.evaluation.kept import Kept
+    from mdkern.evaluation.text import JudgedTexts
     from mdkern.models import Denoiser
     from mdkern.schedule import Schedule
 
@@ -62,8 +63,8 @@ def add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--schedule", metavar="TEXT", help="such as 'L32 H192 L32' (default: the first model alone)")
     text = parser.add_argument_group("held-out text")
     text.add_argument("--data", metavar="FILE", type=Path, help=".txt or .txt.xz; without it no likelihood")
-    text.add_argument("--texts", metavar="N", type=positive, default=128, help="windows of it (default: 128)")
-    text.add_argument("--masks", metavar="N", type=positive, default=32, help="for each window (default: 32)")
+    text.add_argument("--texts", metavar="N", type=positive, help="windows of it (default: 128)")
+    text.add_argument("--masks", metavar="N", type=positive, help="for each window (default: 32)")
     text.add_argument(
         "--exact",
         action="store_true",
@@ -98,12 +99,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--num-samples must be at least 0, not {arguments.num_samples}")
     if arguments.data is None and not arguments.num_samples:
         raise ValueError("nothing to measure: give --data, or --num-samples of at least 1")
-    if arguments.judge_tokenizer is not None and arguments.judge is None:
-        raise ValueError("--judge-tokenizer goes with --judge")
-    if arguments.exact:
-        check_exact(arguments)
-    elif arguments.by is not None:
-        raise ValueError("--by goes with --exact")
+    check_effect(arguments)
     if arguments.output is not None:
         check_target("--output", arguments.output)
     decoder = parse_decoder(arguments.decoder)
@@ -115,7 +111,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     first = next(iter(models.values()))
     sampler = sample_options(arguments) | {"steps": arguments.steps}
     sampler["decoder"] = decoder(tokenizer, first.vocab_size)
-    subject = Subject(models, first, tokenizer, schedule, length, sampler)
+    judge = None
+    if arguments.judge is not None:
+        _, judge = load_judge(arguments.judge, arguments.judge_tokenizer, first, tokenizer)
+    subject = Subject(models, first, tokenizer, schedule, length, sampler, judge)
     kept = None if arguments.output is None else kept_results(arguments, models)
     once = (lambda _, measure: measure()) if kept is None else kept.once
     if arguments.data is not None:
@@ -143,17 +142,33 @@ class Subject:
     schedule: Schedule
     length: int
     sampler: dict[str, Any]  # options of `mdkern.sample`
+    judge: Callable[[Tensor], JudgedTexts] | None
 
 
-def check_exact(arguments: argparse.Namespace) -> None:
-    """Refuse --exact without a text, or with options of the sampler that the exact likelihood does not take."""
+OF_SAMPLER = {"decoder": "ancestral", "block_length": None, "steps": None, "steps_per_block": None}  # with defaults
+NOT_EXACT = {"cache": "none", "stop_at_eos": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def check_effect(arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect, and those that the exact likelihood does not take."""
+
+    def refuse(defaults: dict[str, Any], reason: str) -> None:
+        for name, default in defaults.items():
+            if getattr(arguments, name) != default:
+                raise ValueError(reason.format(f"--{name.replace('_', '-')}"))
+
+    if arguments.judge is None:
+        refuse({"judge_tokenizer": None}, "{} goes with --judge")
     if arguments.data is None:
-        raise ValueError("--exact needs --data: it is the likelihood of that text")
-    plain = {"cache": "none", "stop_at_eos": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    for name, value in plain.items():
-        if getattr(arguments, name) != value:
-            option = name.replace("_", "-")
-            raise ValueError(f"--exact is the likelihood of samples without --{option}: leave that out")
+        refuse({"exact": False}, "{} needs --data: it is the likelihood of that text")
+        refuse({"texts": None, "masks": None}, "{} goes with --data")
+    if not arguments.exact:
+        refuse({"by": None}, "{} goes with --exact")
+    else:
+        refuse(NOT_EXACT, "--exact is the likelihood of samples without {}: leave that out")
+    if not arguments.num_samples:
+        drawn = {"judge": None} | NOT_EXACT | ({} if arguments.exact else OF_SAMPLER)
+        refuse(drawn, "{} is about samples, of which --num-samples 0 draws none")
 
 
 def kept_results(arguments: argparse.Namespace, models: dict[str, Denoiser]) -> Kept:
@@ -175,7 +190,7 @@ def of_held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Ca
     from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.likelihood import likelihood
 
-    ids = windows(arguments.data, subject.tokenizer, subject.length, arguments.texts)
+    ids = windows(arguments.data, subject.tokenizer, subject.length, arguments.texts or 128)
     ids = ids.to(subject.first.device)
     nats = partial(likelihood, subject.models, subject.schedule, input_ids=ids, batch_size=arguments.batch_size)
 
@@ -189,7 +204,7 @@ def of_held_out(arguments: argparse.Namespace, subject: Subject) -> dict[str, Ca
         }
 
     def bound() -> dict[str, Any]:
-        found = nats(samples=arguments.masks, seed=arguments.seed)
+        found = nats(samples=arguments.masks or 32, seed=arguments.seed)
         return {
             "held-out text, windows": len(ids),
             "bound, nats a token": estimate(found.nats / found.tokens).as_dict(),
@@ -206,16 +221,13 @@ def of_samples(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any
     from mdkern.evaluation.text import distinct, self_bleu, token_entropy, unigram_entropy
     from mdkern.sampling import sample
 
-    judge = None
-    if arguments.judge is not None:
-        _, judge = load_judge(arguments.judge, arguments.judge_tokenizer, subject.first, subject.tokenizer)
     run = {name: getattr(arguments, name) for name in ("num_samples", "batch_size", "seed")}
     out = sample(subject.models, subject.schedule, length=subject.length, **run, **subject.sampler)
     ids: Tensor = out.sequences.cpu()  # type: ignore[union-attr]
     texts = subject.tokenizer.batch_decode(ids, skip_special_tokens=True)
     found: dict[str, Any] = {"samples": len(ids)}
-    if judge is not None:
-        scored = judge(ids)
+    if subject.judge is not None:
+        scored = subject.judge(ids)
         found["judge, nats a token"] = estimate(scored.nats_per_token()).as_dict()
         found["generative perplexity"] = scored.perplexity()
     found["token entropy, nats"] = estimate(token_entropy(ids)).as_dict()

@@ -58,7 +58,7 @@ def add_importance(commands: argparse._SubParsersAction[Any]) -> None:
     text.add_argument("--length", metavar="L", type=positive, help="tokens of a window (default: the models' longest)")
     text.add_argument("--times", metavar="N", type=positive, default=20, help="diffusion times (default: 20)")
     text.add_argument("--path-samples", metavar="N", type=int, default=16, help="samples for the path KL; 0: none")
-    text.add_argument("--segments", metavar="N", type=positive, default=10, help="of the path (default: 10)")
+    text.add_argument("--segments", metavar="N", type=positive, help="of the path (default: 10)")
     text.add_argument("--batch-size", metavar="B", type=positive, default=32, help="texts in a pass (default: 32)")
     text.add_argument("--seed", metavar="S", type=int, default=0, help="of the masks and samples (default: 0)")
     output = parser.add_argument_group("output")
@@ -73,12 +73,15 @@ def run_importance(arguments: argparse.Namespace) -> None:
         check_target("--output", arguments.output)
     if arguments.path_samples < 0:
         raise ValueError(f"--path-samples must be at least 0, not {arguments.path_samples}")
+    if arguments.segments is not None and not arguments.path_samples:
+        raise ValueError("--segments goes with --path-samples of at least 1")
 
     from mdkern.digest import digest, model_digest
     from mdkern.evaluation.corpus import windows
     from mdkern.evaluation.importance import importance, path_importance
     from mdkern.evaluation.kept import Kept
     from mdkern.files import write_whole
+    from mdkern.schedule import check_segments
 
     models, tokenizer = load_models(arguments)
     if set(models) != {"H", "L"}:
@@ -91,8 +94,11 @@ def run_importance(arguments: argparse.Namespace) -> None:
         else load_model("B", arguments.baseline, dtype, device, **precisions(arguments))
     )
     length = arguments.length or longest_of((heavy, light), None)
+    segments = arguments.segments or 10
+    if arguments.path_samples:
+        check_segments(segments, length)
     ids = windows(arguments.data, tokenizer, length, arguments.texts).to(device)
-    samples = {"num_samples": arguments.path_samples, "length": length, "segments": arguments.segments}
+    samples = {"num_samples": arguments.path_samples, "length": length, "segments": segments}
     kept = None
     if arguments.output is not None:
         compared = {name: model_digest(model) for name, model in models.items()}

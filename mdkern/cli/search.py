@@ -87,6 +87,7 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
     from mdkern.distributed import share
     from mdkern.engine.branches import run_schedules, share_of_passes
     from mdkern.evaluation.search import Results, all_schedules, search
+    from mdkern.schedule import check_segments
 
     number, count = (0, 1) if ranks is None else (ranks.rank, ranks.count)
     own = arguments.output if number == 0 else arguments.output.with_name(f"{arguments.output.name}.rank{number}")
@@ -95,8 +96,9 @@ def find(arguments: argparse.Namespace, ranks: Ranks | None) -> tuple[list[Found
         models, tokenizer = load_models(arguments)
         names = list(models)
         schedules = all_schedules(arguments.segments, arguments.light_segments, names)
-        causal, judge = load_judge(arguments.judge, arguments.judge_tokenizer, models[names[0]], tokenizer)
         length = arguments.length or longest_of(models.values(), None)
+        check_segments(arguments.segments, arguments.steps or length)
+        causal, judge = load_judge(arguments.judge, arguments.judge_tokenizer, models[names[0]], tokenizer)
         asked = setting(arguments, models, causal, length)
         if number == 0:
             results = Results(own, asked)
@@ -139,7 +141,7 @@ def setting(arguments: argparse.Namespace, models: dict[str, Any], judge: Any, l
 
 def report(arguments: argparse.Namespace, found: list[Found], heavy: str) -> None:
     """The best and worst schedules and the influence of a light segment."""
-    from mdkern.evaluation.intervals import NORMAL_95, estimate
+    from mdkern.evaluation.intervals import estimate
     from mdkern.evaluation.search import best_and_mean, influence
 
     shown = min(arguments.top, max(1, len(found) // 2))
@@ -148,7 +150,7 @@ def report(arguments: argparse.Namespace, found: list[Found], heavy: str) -> Non
         for entry in entries:
             print(f"{title:>6}  {entry.name}  {estimate(entry.scores)}")
     _, better = best_and_mean(found)
-    print(f"the best is {-better.mean:.4f} ± {NORMAL_95 * better.standard_error:.4f} below the mean of all, by pairs")
+    print(f"the best is {-better} below the mean of all, by pairs")
     for name, values in influence(found).items():
         if name != heavy:
             shown_values = "  ".join(f"{value.mean:+.4f}" for value in values)

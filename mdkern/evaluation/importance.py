@@ -33,7 +33,7 @@ from mdkern.evaluation.scores import masked_hidden, rounded_once, sum_by_text, t
 from mdkern.kernels import divergence, noise
 from mdkern.models import Denoiser
 from mdkern.sampling import sample
-from mdkern.schedule import Schedule
+from mdkern.schedule import Schedule, check_segments
 
 __all__ = ["ImportanceAt", "PathImportanceAt", "importance", "path_importance"]
 
@@ -223,6 +223,8 @@ def path_importance(
     """
     denoisers, _ = resolve_models({"H": heavy, "L": light}, None, Schedule.from_segments(["H", "L"]))
     segments, batch_size = check_count("segments", segments), check_count("batch_size", batch_size)
+    longest = denoisers["H"].max_length if length is None else length
+    check_segments(segments, longest if steps is None else steps)
     known = [None if kept is None else kept.get(f"segment {number}") for number in range(segments)]
     if all(known):
         return [PathImportanceAt.read(entry) for entry in known if entry]
@@ -238,8 +240,6 @@ def path_importance(
     assert out.sequences is not None
     assert out.history is not None
     ids, step, total = out.sequences, out.history.step, out.history.steps
-    if segments > total:
-        raise ValueError(f"segments must be at most the {total} steps, not {segments}")
     edges = [round(total * index / segments) for index in range(segments + 1)]
     times = Ancestral().times(total).to(ids.device)
     p, q = rounded_once(denoisers, batch_size * ids.shape[1]).values()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,8 +34,12 @@ class Estimate:
             "count": self.count,
         }
 
+    def __neg__(self) -> Estimate:
+        return replace(self, mean=-self.mean)
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {NORMAL_95 * self.standard_error:.4f}"
+        error = NORMAL_95 * self.standard_error
+        return f"{self.mean:.4f}" if math.isnan(error) else f"{self.mean:.4f} ± {error:.4f}"
 
 
 def estimate(values: Tensor) -> Estimate:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mdkern.digest import digest
 from mdkern.evaluation.intervals import Estimate, paired
 
 __all__ = ["Found", "Results", "all_schedules", "best_and_mean", "frequencies", "influence", "read_results", "search"]
+
+MOST_SCHEDULES = 100_000
 
 Models = tuple[str, ...]  # the model of each segment
 
@@ -46,17 +49,24 @@ def all_schedules(segments: int, light: int, names: Sequence[str] = ("H", "L")) 
     With two models these are ``segments choose light``.
 
     Raises:
-        ValueError: more light segments than there are, or fewer than two models.
+        ValueError: more light segments than there are, fewer than two models, or more than `MOST_SCHEDULES`.
     """
     if not 0 <= light <= segments or segments < 1:
         raise ValueError(f"light must be from 0 to the {segments} segments, not {light}")
     if len(names) < 2:
         raise ValueError(f"a search needs at least two models, not {len(names)}")
-    return [
-        models
-        for models in itertools.product(names, repeat=segments)
-        if sum(model != names[0] for model in models) == light
-    ]
+    count = math.comb(segments, light) * (len(names) - 1) ** light
+    if count > MOST_SCHEDULES:
+        raise ValueError(
+            f"{segments} segments, {light} of them light, are {count:,} schedules, and at most {MOST_SCHEDULES:,} can"
+            " be tried: take fewer segments"
+        )
+    numbers = []  # of the models, by which the schedules are in order
+    for places in itertools.combinations(range(segments), light):
+        for chosen in itertools.product(range(1, len(names)), repeat=light):
+            there = dict(zip(places, chosen))
+            numbers.append([there.get(segment, 0) for segment in range(segments)])
+    return [tuple(names[number] for number in row) for row in sorted(numbers)]
 
 
 def ranked(found: Iterable[Found]) -> list[Found]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mdkern import likelihood, load_pair
+from mdkern import DiT, likelihood, load_pair
 from mdkern.cli import main as cli
 from mdkern.decoders import Threshold
 from mdkern.evaluation import importance as importance_module
@@ -171,11 +171,24 @@ def test_a_search_goes_on_and_takes_over_what_other_processes_left(
         ("evaluate --data nowhere.txt --exact --block-length 8 --cache dual", "without --cache"),
         ("evaluate --num-samples 1 --length 8 --judge nowhere", "not a folder"),
         ("evaluate --num-samples 0 --data nowhere.txt", "not a file"),
+        ("evaluate --num-samples 1 --length 8 --masks 4", "--masks goes with --data"),
+        ("evaluate --num-samples 1 --length 8 --texts 4", "--texts goes with --data"),
+        ("evaluate --num-samples 0 --data README.md --judge judge", "--judge is about samples, of which"),
+        ("evaluate --num-samples 0 --data README.md --top-k 5", "--top-k is about samples"),
+        ("evaluate --num-samples 0 --data README.md --decoder margin", "--decoder is about samples"),
+        ("importance --data README.md --path-samples 0 --segments 4", "--segments goes with --path-samples"),
+        ("importance --data README.md --length 8 --segments 9", "segments must be at most the 8 steps, not 9"),
+        ("search --judge nowhere --output s.jsonl --length 8 --segments 9", "segments must be at most the 8 steps"),
+        ("search --judge nowhere --output s.jsonl --segments 60", "487,635 schedules, and at most 100,000"),
         ("importance --data nowhere.txt", "not a file"),
         ("importance --data nowhere.txt --plot picture.txt", "must end in"),
         ("importance --data nowhere.txt --path-samples -1", "at least 0"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_in_a_sentence(
+    line: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any pass of a model."""
+    monkeypatch.setattr(DiT, "hidden", lambda *_: pytest.fail("a model was run"))
     assert cli.main(line.split()) == 2
     assert message in capsys.readouterr().err
