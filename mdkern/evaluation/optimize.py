@@ -34,7 +34,7 @@ def optimize_schedule(
     *,
     budget: float,
     by: str = "path_kl",
-    segments: int = 20,
+    segments: int | None = None,
     cost: str | Mapping[str, float] = "flops",
     input_ids: Tensor | None = None,
     found: Sequence[Found] | None = None,
@@ -55,7 +55,7 @@ def optimize_schedule(
             model's samples (`path_importance`). ``"kl"``, ``"loss"``: KL or absolute loss difference on held-out text
             at the segments' times (`importance`). ``"influence"``: the results of a search (`influence`), whose number
             of segments is used.
-        segments: number of equal parts of the steps.
+        segments: number of equal parts of the steps. Default 20.
         cost: cost of a step by model: ``"flops"`` as the models count them, ``"time"`` measured here for a batch, or
             numbers by name.
         input_ids: int64 ``[N, L]``, held-out text, for ``"kl"`` and ``"loss"``.
@@ -65,13 +65,19 @@ def optimize_schedule(
 
     Raises:
         ValueError: an unknown measure, one that lacks its input or is given another's, models that do not tell their
-            FLOPs, and what `best_schedule` refuses.
+            FLOPs, and what `best_schedule` refuses; before anything is measured but the time of a pass.
     """
     given = heavy if isinstance(heavy, Mapping) else {"H": heavy, "L": light}
     denoisers, _ = resolve_models(given, None, Schedule.from_segments(list(given)))
     check_inputs(by, input_ids, found)
-    segments, batch_size = check_count("segments", segments), check_count("batch_size", batch_size)
-    names = list(denoisers)
+    if by == "influence" and segments is not None:
+        raise ValueError("by='influence' has the segments of the search: leave segments out")
+    segments = check_count("segments", 20 if segments is None else segments)
+    batch_size, names = check_count("batch_size", batch_size), list(denoisers)
+    if length is None:
+        length = input_ids.shape[1] if input_ids is not None else denoisers[names[0]].max_length
+    prices = costs(cost, denoisers, length, batch_size)
+    best_schedule({name: [0.0] for name in names}, prices, budget)  # refuses costs and budgets that can't be
     if by == "influence":
         assert found is not None
         harm = harm_by_influence(names, found)
@@ -88,15 +94,15 @@ def optimize_schedule(
             times = [1.0 - (segment + 0.5) / segments for segment in range(segments)]
             measured = importance(*pair, input_ids=input_ids, times=times, **common)
             harm[name] = [at.kl.mean if by == "kl" else at.loss_difference.mean for at in measured]
-    if length is None:
-        length = input_ids.shape[1] if input_ids is not None else denoisers[names[0]].max_length
-    return best_schedule(harm, costs(cost, denoisers, length, batch_size), budget)
+    return best_schedule(harm, prices, budget)
 
 
 def check_inputs(by: str, input_ids: Tensor | None, found: Sequence[Found] | None) -> None:
     """Refuse a measure without what it needs, and inputs that it would ignore."""
     if by not in MEASURES:
         raise ValueError(f"by must be one of {', '.join(map(repr, MEASURES))}, not {by!r}")
+    if input_ids is not None and not (isinstance(input_ids, Tensor) and input_ids.ndim == 2):
+        raise TypeError("input_ids must be an integer tensor [N, L]")
     needs = {"input_ids": by in ("kl", "loss"), "found": by == "influence"}
     for name, value in (("input_ids", input_ids), ("found", found)):
         if needs[name] and value is None:

@@ -87,9 +87,15 @@ def test_costs_are_counted_or_timed(make_dit: Callable[..., DiT], monkeypatch: p
         ({"cost": "flops", "length": LENGTH, "steps": 8}, "does not tell its FLOPs"),
         ({"cost": "money", "length": LENGTH, "steps": 8}, "cost must be"),
         ({"budget": 0.2, "length": LENGTH, "steps": 8}, "budget must lie"),
+        ({"by": "influence", "found": [Found(("H", "L"), torch.zeros(2))]}, "leave segments out"),
     ],
 )
-def test_what_cannot_be_right_is_refused(changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_right_is_refused(
+    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured."""
+    for name in ("importance", "path_importance"):
+        monkeypatch.setattr(optimize, name, lambda *_, **__: pytest.fail("harm was measured"))
     arguments: dict[str, object] = {"budget": 0.8, "segments": 2, "cost": COST} | changes
     with pytest.raises(ValueError, match=message):
         optimize_schedule(HEAVY, IN_THE_MIDDLE, **arguments)  # type: ignore[arg-type]
