@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdkern.engine.checks import check_count
 from mdkern.files import open_text
 
 __all__ = ["windows"]
@@ -25,8 +26,10 @@ def windows(path: str | Path, tokenizer: Any, length: int, count: int) -> Tensor
         count: windows at most; windows never overlap, so a short file has fewer.
 
     Raises:
-        ValueError: no such file, no UTF-8 text, a damaged ``.xz``, or less text than one window.
+        ValueError: `length` or `count` below 1, no such file, no UTF-8 text, a damaged ``.xz``, or less text than one window.
     """
+    check_count("length", length)
+    check_count("count", count)
     ids = tokenizer(read_text(Path(path)), add_special_tokens=False, verbose=False)["input_ids"]
     whole = len(ids) // length
     if not whole:

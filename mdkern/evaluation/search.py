@@ -74,6 +74,12 @@ def ranked(found: Iterable[Found]) -> list[Found]:
     return sorted(found, key=lambda entry: float(entry.scores.mean()))
 
 
+def at_least_one(found: Sequence[Found]) -> Sequence[Found]:
+    if not found:
+        raise ValueError("found must hold the results of at least one schedule")
+    return found
+
+
 def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
     """Eq. 8, by model and segment: the mean score of the schedules with that model there, minus the mean of all.
 
@@ -98,8 +104,12 @@ def influence(found: Sequence[Found]) -> dict[str, list[Estimate]]:
 
 
 def frequencies(found: Sequence[Found], name: str, share: float = 0.1) -> tuple[list[float], list[float]]:
-    """How often each segment has the model `name` among the best and among the worst `share` of all schedules."""
-    ordered = ranked(found)
+    """How often each segment has the model `name` among the best and among the worst `share` of all schedules.
+
+    Raises:
+        ValueError: there is no schedule.
+    """
+    ordered = ranked(at_least_one(found))
     count = max(1, round(share * len(ordered)))
 
     def of(part: Sequence[Found]) -> list[float]:
@@ -231,6 +241,10 @@ def search(
 
 
 def best_and_mean(found: Sequence[Found]) -> tuple[Found, Estimate]:
-    """The best schedule, and how much better it is than the mean of all, sample by sample."""
-    best, everything = ranked(found)[0], torch.stack([entry.scores for entry in found]).mean(0)
+    """The best schedule, and how much better it is than the mean of all, sample by sample.
+
+    Raises:
+        ValueError: there is no schedule.
+    """
+    best, everything = ranked(at_least_one(found))[0], torch.stack([entry.scores for entry in found]).mean(0)
     return best, paired(best.scores, everything)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdkern.engine.checks import check_count
+
 __all__ = ["JudgedTexts", "distinct", "judge", "judge_texts", "self_bleu", "token_entropy", "unigram_entropy"]
 
 MOST_LOGITS = 1 << 28  # entries of a judge's logits at a time: 1 GiB of float32
@@ -37,7 +39,7 @@ def judge(model: Any, sequences: Tensor, lengths: Tensor | None = None, batch_si
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        sequences: integer ``[N, L]``, 2 <= L <= the model's positions.
+        sequences: integer ``[N, L]``, N >= 1 and 2 <= L <= the model's positions.
         lengths: int64 ``[N]``: number of tokens of each that are judged, from the first on. Default: all.
         batch_size: sequences in a forward pass, fewer where the vocabulary is large.
 
@@ -46,13 +48,14 @@ def judge(model: Any, sequences: Tensor, lengths: Tensor | None = None, batch_si
     """
     vocab_size = int(model.config.vocab_size)
     most = int(getattr(model.config, "max_position_embeddings", None) or sequences.shape[-1])
-    if sequences.ndim != 2 or not 2 <= sequences.shape[1] <= most:
-        raise ValueError(f"sequences must be [N, L] with 2 <= L <= {most}, not {tuple(sequences.shape)}")
-    if sequences.numel() and not (int(sequences.min()) >= 0 and int(sequences.max()) < vocab_size):
+    check_count("batch_size", batch_size)
+    if sequences.ndim != 2 or not len(sequences) or not 2 <= sequences.shape[1] <= most:
+        raise ValueError(f"sequences must be [N, L] with N >= 1 and 2 <= L <= {most}, not {tuple(sequences.shape)}")
+    if not (int(sequences.min()) >= 0 and int(sequences.max()) < vocab_size):
         raise ValueError(f"sequences must hold ids in 0..{vocab_size - 1}, the judge's vocabulary")
     if lengths is None:
         lengths = torch.full((len(sequences),), sequences.shape[1])
-    elif lengths.shape != (len(sequences),) or (len(lengths) and int(lengths.min()) < 2):
+    elif lengths.shape != (len(sequences),) or int(lengths.min()) < 2:
         raise ValueError(f"lengths must be {len(sequences)} numbers of at least 2: one token alone has no likelihood")
     size = max(1, min(batch_size, MOST_LOGITS // (sequences.shape[1] * vocab_size)))
     nats = []
@@ -62,7 +65,7 @@ def judge(model: Any, sequences: Tensor, lengths: Tensor | None = None, batch_si
             losses = next_token_losses(model, ids)
             inside = torch.arange(1, ids.shape[1], device=ids.device) < length.to(ids.device)[:, None]
             nats.append((losses.double() * inside).sum(-1).cpu())
-    return JudgedTexts(torch.cat(nats) if nats else torch.empty(0).double(), lengths.cpu() - 1)
+    return JudgedTexts(torch.cat(nats), lengths.cpu() - 1)
 
 
 def next_token_losses(model: Any, ids: Tensor) -> Tensor:
@@ -77,27 +80,39 @@ def judge_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: in
     Texts longer than the model's positions are cut. The first token is not counted.
 
     Raises:
-        ValueError: a text that the tokenizer makes fewer than two tokens of.
+        ValueError: no text, or one that the tokenizer makes fewer than two tokens of.
     """
+    if not len(texts):
+        raise ValueError("texts must hold at least one text to be judged")
     most = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in texts]
     short = next((index for index, row in enumerate(rows) if len(row) < 2), None)
     if short is not None:
         raise ValueError(f"text {short} has fewer than two tokens for the judge: {texts[short]!r}")
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros((len(rows), int(lengths.max()) if len(rows) else 2), dtype=torch.int64)
+    ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
     return judge(model, ids, lengths, batch_size)  # a causal model does not see what is to the right
 
 
 def token_entropy(sequences: Tensor) -> Tensor:
-    """Entropy of the tokens of each sequence ``[N, L]``, nats, float64 ``[N]``. It is low for repetitive text."""
+    """Entropy of the tokens of each sequence ``[N, L]``, nats, float64 ``[N]``. It is low for repetitive text.
+
+    Raises:
+        ValueError: sequences without tokens.
+    """
     return torch.tensor([unigram_entropy(row) for row in sequences], dtype=torch.float64)
 
 
 def unigram_entropy(sequences: Tensor) -> float:
-    """Entropy of all tokens of all sequences together, nats."""
+    """Entropy of all tokens of all sequences together, nats.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    if not sequences.numel():
+        raise ValueError(f"sequences must hold at least one token, not be {tuple(sequences.shape)}")
     share = torch.unique(sequences, return_counts=True)[1].double() / sequences.numel()
     return float(-(share * share.log()).sum())
 
@@ -106,8 +121,9 @@ def distinct(sequences: Sequence[Sequence[int]] | Tensor, n: int) -> float:
     """Number of different n-grams over the number of all n-grams in all sequences (Li et al., 1510.03055), 0 to 1.
 
     Raises:
-        ValueError: no sequence has n tokens.
+        ValueError: no sequence has n tokens, or n is below 1.
     """
+    check_count("n", n)
     rows = sequences.tolist() if isinstance(sequences, Tensor) else sequences
     seen = Counter(tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1))
     if not seen:

@@ -44,3 +44,6 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             windows(path, Letters(), 3, 1)
+    for numbers in ((0, 1), (3, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            windows(short, Letters(), *numbers)

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.evaluation.search import Found, Models, Results, all_schedules, frequencies, influence, read_results, search
+from mdkern.evaluation.search import (
+    Found,
+    Models,
+    Results,
+    all_schedules,
+    best_and_mean,
+    frequencies,
+    influence,
+    read_results,
+    search,
+)
 
 SETTING = {"segments": 4, "light": 2, "seed": 0}
 
@@ -58,6 +68,9 @@ class TestStatistics:
         best, worst = frequencies(found, "L", 1 / 6)  # one of six: light at 0 and 1, and at 2 and 3
         assert best == [1, 1, 0, 0]
         assert worst == [0, 0, 1, 1]
+        for ask in (best_and_mean, lambda none: frequencies(none, "L")):
+            with pytest.raises(ValueError, match="at least one schedule"):
+                ask([])
 
 
 class TestResults:

@@ -50,6 +50,10 @@ class TestJudge:
         assert float(found.nats[0]) == pytest.approx(plain_nats(gpt2, [0, 1, 2]), rel=1e-5)
         with pytest.raises(ValueError, match="text 1"):
             judge_texts(gpt2, Letters(), ["abc", "a"])
+        with pytest.raises(ValueError, match="at least one text"):
+            judge_texts(gpt2, Letters(), [])
+        with pytest.raises(ValueError, match="batch_size must be"):
+            judge_texts(gpt2, Letters(), ["abc"], batch_size=0)
 
     @pytest.mark.parametrize(
         ("ids", "lengths"),
@@ -58,6 +62,7 @@ class TestJudge:
             (torch.zeros(3), None),
             (torch.full((1, 3), VOCAB), None),
             (torch.zeros(1, 3), [1]),
+            (torch.zeros(0, 3), None),
         ],
     )
     def test_other_input_is_refused(self, gpt2: GPT2LMHeadModel, ids: torch.Tensor, lengths: list[int] | None) -> None:
@@ -77,6 +82,15 @@ class TestVariety:
         assert distinct(torch.tensor([[1, 2, 3]]), 1) == 1.0
         with pytest.raises(ValueError, match="2 tokens"):
             distinct([[1]], 2)
+        with pytest.raises(ValueError, match="n must be"):
+            distinct([[1]], 0)
+
+    @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+    def test_of_no_tokens_there_is_no_entropy(self, shape: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="at least one token"):
+            unigram_entropy(torch.zeros(shape, dtype=torch.int64))
+        with pytest.raises(ValueError, match="at least one token"):
+            token_entropy(torch.zeros(2, 0, dtype=torch.int64))
 
     def test_texts_that_agree_have_the_largest_self_bleu(self) -> None:
         pytest.importorskip("sacrebleu")
