@@ -26,7 +26,8 @@ def windows(path: str | Path, tokenizer: Any, length: int, count: int) -> Tensor
         count: windows at most; windows never overlap, so a short file has fewer.
 
     Raises:
-        ValueError: `length` or `count` below 1, no such file, no UTF-8 text, a damaged ``.xz``, or less text than one window.
+        ValueError: `length` or `count` below 1, no such file, no UTF-8 text, a damaged ``.xz``, or less text than one
+            window.
     """
     check_count("length", length)
     check_count("count", count)

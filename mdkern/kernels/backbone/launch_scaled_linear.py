@@ -15,6 +15,8 @@ def scaled_linear(
     """`scaled_linear` on a GPU."""
     if not computes_in_fp8(values.device):
         return scaled_linear_reference(values, scales, weight, weight_scales, bias, dtype)
+    if not len(values):
+        return values.new_empty(0, len(weight), dtype=dtype)
     product = torch._scaled_mm(
         values,
         weight.T,
