@@ -138,7 +138,14 @@ def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> Non
 
 
 def combine(capability: int) -> None:
-    types = {"rows": "*bf16", "place": "*i64", "weights": "*fp32", "out": "*bf16", "columns": "i32"}
+    types = {
+        "rows": "*bf16",
+        "place": "*i64",
+        "weights": "*fp32",
+        "out": "*bf16",
+        "columns": "i32",
+        "out_stride": "i64",
+    }
     build(triton_combine.combine_kernel, ASTSource, capability, types, {"K": 8, "BLOCK": 1024}, num_warps=4)
 
 
