@@ -1,11 +1,12 @@
-"""The first call on a fresh machine: how long a process whose kernels are not compiled yet waits for it.
+"""The first call on a fresh machine: how long a process whose kernels are not compiled yet waits for it, and for what.
 
-    python -m benchmarks.bench_first_call FOLDER          # one GPU, two minutes
-    python -m benchmarks.bench_first_call FOLDER --tiny   # a small model on a CPU, to try it out
+    python -m benchmarks.bench_first_call FOLDER                  # one GPU, a minute; writes FOLDER/first-call.json
+    python -m benchmarks.bench_first_call FOLDER --parts paper    # one process; --anew measures again what is there
+    python -m benchmarks.bench_first_call FOLDER --tiny           # a small model on a CPU, to try it out
 
-It writes FOLDER/first-call.json. Each case is a process of its own with an empty cache of Triton, once with all kernels
-of a step compiled side by side, as always, and once with each at its first launch. Importing and loading are not part
-of the first call; PyTorch's own libraries are warm.
+Each part is a process of its own with an empty cache of Triton. All kernels of a step are compiled side by side, as
+always; in one of the parts each at its first launch. Starting the process, with all imports that come before the call,
+and making the model are not part of the first call; PyTorch's own libraries are warm.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mdkern
-from benchmarks.harness import RESULTS, environment, folder_command, host_environment
+from benchmarks.harness import RESULTS, environment, folder_command, host_environment, measure_parts
 from benchmarks.kernel_tables import caption, markdown
-from mdkern.engine import capture
-from mdkern.files import write_whole
+from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
+from mdkern.models import dit_denoiser
 
 KEPT = RESULTS / "first-call.json"
 ABSENT = "Not measured yet.\n"
 CALLS = 3
-ENOUGH_SECONDS = 100.0  # processes that would begin later are left out
 PAPER: dict[str, Any] = {
     "vocab_size": 50_258,
     "mask_id": 50_257,
@@ -90,83 +92,124 @@ def llama_model(tiny: bool) -> Callable[[int], object]:
     return lambda seed: mdkern.sample(model, input_ids=ids.to(model.device), seed=seed, **options)
 
 
-CASES = {"the paper's size": paper_model, "the shipped pair": shipped_pair, "a Llama of 0.4 billion": llama_model}
+@dataclass(frozen=True)
+class Part:
+    """What a process does."""
+
+    case: str
+    model: Callable[[bool], Callable[[int], object]]
+    beside: bool = True  # whether kernels are compiled side by side
 
 
-def one_process(case: str, beside: bool, tiny: bool) -> dict[str, Any]:
-    """Seconds of the calls of this process, and the kernels that the first one compiled."""
-    kernels: list[dict[str, Any]] = []
-    if not beside:
+PARTS = {
+    "paper": Part("the paper's size", paper_model),
+    "pair": Part("the shipped pair", shipped_pair),
+    "llama": Part("a Llama of 0.4 billion", llama_model),
+    "paper, one by one": Part("the paper's size, compiling one by one", paper_model, False),
+}
+
+
+class Clock:
+    """Seconds that were spent in functions, by what they are for. Of those inside each other only the outer count."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.inside = False
+
+    def watch(self, owner: Any, name: str, what: str) -> None:
+        """Let calls of a module's function count, from now on."""
+        plain = getattr(owner, name)
+        self.spent[what] = 0.0
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return plain(*args, **kwargs)
+            self.inside, began = True, time.perf_counter()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.spent[what] += time.perf_counter() - began
+
+        setattr(owner, name, watched)
+
+
+def one_process(part: str, tiny: bool, began: float | None = None) -> dict[str, Any]:
+    """Seconds of the calls of this process, which began at this `time.time`, and what the first call spent them on."""
+    start = 0.0 if began is None else time.time() - began
+    case, kernels, clock = PARTS[part], list[dict[str, Any]](), Clock()
+    if not case.beside:
         capture.can_compile_ahead = compile_ahead.can_compile_ahead = lambda device: False
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not tiny:
         import triton
 
         def compiled(*, src: Any, times: Any, **_: Any) -> None:
-            kernels.append({"kernel": src.name, "seconds": times.total / 1e6})
+            # Side by side, translating from Python has to wait for its turn.
+            kernels.append({"kernel": src.name, "seconds": times.total / 1e6, "python": times.ir_initialization / 1e6})
 
         triton.knobs.compilation.listener = compiled
         torch.cuda.synchronize()
-    call, seconds = CASES[case](tiny), []
+    making = time.perf_counter()
+    call = case.model(tiny)
+    if torch.cuda.is_available() and not tiny:
+        torch.cuda.synchronize()
+    making = time.perf_counter() - making
+    clock.watch(dit_denoiser, "rehearse_once", "kernels that fold weights")
+    clock.watch(graphs, "rehearse", "kernels of the step")
+    clock.watch(graphs, "capture", "capture")
+    seconds = []
     for number in range(CALLS):
         began = time.perf_counter()
         call(number)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not tiny:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         if number == 0:
-            first = list(kernels)
-    return {"case": case, "side_by_side": beside, "seconds": seconds, "kernels": first}
-
-
-def measure(folder: Path, tiny: bool) -> dict[str, Any]:
-    """A process for each case and way; write what there is after each, and go on after one that fails."""
-    known = host_environment() | {"triton": "–"} if tiny else environment()
-    content: dict[str, Any] = {
-        "environment": known | {"cores": len(os.sched_getaffinity(0))}, "rows": [], "failed": [],
+            first, phases = list(kernels), dict(clock.spent)
+    phases["the rest, first imports too"] = seconds[0] - sum(phases.values())
+    return {
+        "case": case.case, "side_by_side": case.beside, "start": start, "making": making, "seconds": seconds,
+        "phases": phases, "kernels": first,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    for beside in (True, False):
-        for case in CASES:
-            if time.perf_counter() - began > ENOUGH_SECONDS:
-                content["failed"].append(f"{case}, {'side by side' if beside else 'one by one'}: no time left")
-                continue
-            with tempfile.TemporaryDirectory() as cache:
-                done = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.bench_first_call", "--one", case, str(beside), str(tiny)],
-                    env=os.environ | {"TRITON_CACHE_DIR": cache},
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-            if done.returncode:
-                content["failed"].append(f"{case}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
-                continue
-            content["rows"].append(json.loads(done.stdout.splitlines()[-1]))
-            write_whole(folder / "first-call.json", json.dumps(content, indent=1) + "\n")
-    return content
+
+
+def run_process(part: str, tiny: bool) -> dict[str, Any]:
+    """`one_process` in a process with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench_first_call", "--one", part, str(tiny), str(time.time())],
+            env=os.environ | {"TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no word").splitlines()[-1])
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(folder: Path, tiny: bool, parts: Sequence[str], anew: bool) -> dict[str, Any]:
+    known = host_environment() | {"triton": "–"} if tiny else environment()
+    known |= {"cores": len(os.sched_getaffinity(0))}
+    jobs = {part: partial(run_process, part, tiny) for part in parts}
+    return measure_parts(folder / "first-call.json", {"environment": known}, jobs, anew)
 
 
 def table(content: dict[str, Any]) -> str:
-    """Seconds of the first call in both ways, of a later one, and of the compiler."""
+    """Seconds of the first call and of its phases, of a later one, and of the compiler."""
     text = f"{caption(content)}, {content['environment']['cores']} cores; seconds.\n\n"
-    found = {(row["case"], row["side_by_side"]): row for row in content["rows"]}
+    rows = [content[part] for part in PARTS if part in content]
+    phases = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
     body = []
-    for case in dict.fromkeys(row["case"] for row in content["rows"]):
-        ours, other = found.get((case, True)), found.get((case, False))
-        some = ours or other
-        assert some is not None
-        body.append(
-            [
-                case,
-                *("–" if row is None else f"{row['seconds'][0]:.1f}" for row in (ours, other)),
-                f"{min(some['seconds'][1:]):.2f}",
-                str(len(some["kernels"])),
-                "–" if other is None else f"{sum(kernel['seconds'] for kernel in other['kernels']):.1f}",
-            ]
-        )
-    header = ["model", "first call", "compiling one by one", "later call", "kernels", "of the compiler, one by one"]
-    return text + markdown(header, body)
+    for row in rows:
+        spent = (f"{row['phases'].get(phase, 0.0):.1f}" for phase in phases)
+        compiling, python = (sum(kernel[key] for kernel in row["kernels"]) for key in ("seconds", "python"))
+        alone = "" if row["side_by_side"] else f"{compiling:.1f} ({python:.1f})"
+        later = f"{min(row['seconds'][1:]):.2f}"
+        body.append([row["case"], f"{row['seconds'][0]:.1f}", *spent, later, str(len(row["kernels"])), alone])
+    header = ["model", "first call", *(f"of it {phase}" for phase in phases), "later call", "kernels"]
+    return text + markdown([*header, "of the compiler (translating from Python)"], body)
 
 
 def first_call() -> str:
@@ -177,10 +220,10 @@ def first_call() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["--one"]:
-        case, beside, tiny = arguments[1:]
-        print(json.dumps(one_process(case, beside == "True", tiny == "True")))
+        part, tiny, began = arguments[1:]
+        print(json.dumps(one_process(part, tiny == "True", float(began))))
         return 0
-    return folder_command("bench_first_call", __doc__ or "", measure, table, argv)
+    return folder_command("bench_first_call", __doc__ or "", measure, table, argv, list(PARTS))
 
 
 if __name__ == "__main__":

@@ -31,20 +31,26 @@ def traced(run: Callable[[], object]) -> list[Kernel]:
     ]
 
 
-def busy_time(kernels: Sequence[Kernel]) -> float:
-    """Microseconds in which at least one of the kernels ran: one may start before the one it waits for ends."""
-    busy, reached = 0.0, float("-inf")
+def own_times(kernels: Sequence[Kernel]) -> list[tuple[str, float]]:
+    """Name and microseconds of each kernel, in the order in which they begin, without the time in which an earlier one
+    still ran. One that is launched early waits for the one before it, and does nothing else meanwhile."""
+    found, reached = list[tuple[str, float]](), float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        busy += max(0.0, kernel.end - max(kernel.start, reached))
+        found.append((kernel.name, max(0.0, kernel.end - max(kernel.start, reached))))
         reached = max(reached, kernel.end)
-    return busy
+    return found
+
+
+def busy_time(kernels: Sequence[Kernel]) -> float:
+    """Microseconds in which at least one of the kernels ran."""
+    return sum(own for _, own in own_times(kernels))
 
 
 def by_name(kernels: Sequence[Kernel], kinds: Kinds, runs: int) -> list[dict[str, Any]]:
-    """Milliseconds and launches a run of each kernel, those of most time first."""
+    """Milliseconds a run of each kernel, as `own_times`, and its launches; those of most time first."""
     found = defaultdict[str, list[float]](list)
-    for kernel in kernels:
-        found[kernel.name].append(kernel.end - kernel.start)
+    for name, own in own_times(kernels):
+        found[name].append(own)
     rows = [
         {"kernel": name[:100], "kind": kind_of(name, kinds), "ms": sum(us) / 1e3 / runs, "launches": len(us) / runs}
         for name, us in found.items()

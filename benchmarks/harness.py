@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mdkern.engine.capture import capture
 from mdkern.files import write_whole
 from mdkern.profiling.profile import timed
 
@@ -84,31 +85,29 @@ class GpuTimer:
 
 
 def captured(run: Callable[[], object], turns: int = 1) -> torch.cuda.CUDAGraph:
-    """A graph of so many runs one after the other."""
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """A graph of so many runs in a row. Unlike `torch.cuda.graph`, this collects no garbage, which takes long."""
+
+    def all_turns() -> None:
         for _ in range(turns):
             run()
-    return graph
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return capture(all_turns, lambda: None, torch.cuda.graph_pool_handle(), device)[0]
 
 
-def sustained(graphs: Mapping[str, torch.cuda.CUDAGraph], spent: float, rounds: int = 9) -> dict[str, list[float]]:
+def sustained(recorded: Mapping[str, torch.cuda.CUDAGraph], spent: float, rounds: int = 9) -> dict[str, list[float]]:
     """Milliseconds of a replay in each round, in which every graph is replayed again and again.
 
     All rounds together last about `spent` seconds. A card needs some of them to get down to the clock that its power
     limit allows: the first round does not count.
     """
     counts = {}
-    for name, graph in graphs.items():
+    for name, graph in recorded.items():
         elapsed(graph)
-        counts[name] = max(1, round(1e3 * spent / (rounds + 1) / len(graphs) / elapsed(graph)))
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+        counts[name] = max(1, round(1e3 * spent / (rounds + 1) / len(recorded) / elapsed(graph)))
+    times: dict[str, list[float]] = {name: [] for name in recorded}
     for turn in range(rounds + 1):
-        for name, graph in graphs.items():
+        for name, graph in recorded.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(counts[name]):

@@ -247,7 +247,7 @@ def compare_floors() -> Iterator[Comparison]:
     if not bench_floors.KEPT.exists():
         return
     content = load("floors")
-    for row in (content[part] for part in bench_floors.PARTS if part in content):
+    for row in (content[part] for part in bench_floors.SETTINGS if part in content):
         ours, theirs = (row["ms"][name]["median"] for name in (bench_floors.OURS, bench_floors.LIBRARIES))
         yield Comparison("whole passes", "mdkern", "bare products", bench_floors.name_of(row), ours / theirs)
 

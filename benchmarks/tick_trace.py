@@ -17,9 +17,9 @@ BEGIN, HEAD = "begin_tick_kernel", ("vocab_projection", "filtered_logits")  # th
 TRACED_STEPS = 100
 
 
-def few_masked(model: DiT, setting: Setting, sequences: int) -> dict[str, Any]:
-    """`sample`'s arguments for a short run: as many positions are masked for each step as in the setting's, but few."""
-    steps = min(TRACED_STEPS, setting.steps)
+def few_masked(model: DiT, setting: Setting, sequences: int, steps: int = TRACED_STEPS) -> dict[str, Any]:
+    """`sample`'s arguments for a run of so many steps, with as many positions masked for each as in the setting's."""
+    steps = min(steps, setting.steps)
     masked = max(1, setting.length * steps // setting.steps)
     ids = torch.zeros(sequences, setting.length, dtype=torch.int64, device=model.embedding.device)
     ids[:, torch.linspace(0, setting.length - 1, masked).long()] = model.config.mask_id

@@ -297,7 +297,8 @@ def mark_of(denoiser: Denoiser) -> Hashable:
     model = fingerprint(model_of(denoiser))
     if model is None:
         return None
-    around = {name: value for name, value in vars(denoiser).items() if name not in ("model", "name", "head")}
+    apart = "model", "name", "head", *denoiser.marked
+    around = {name: value for name, value in vars(denoiser).items() if name not in apart}
     modules = tuple(fingerprint(value) for value in around.values() if isinstance(value, nn.Module))
     head = denoiser.head.weight, denoiser.head.scale, denoiser.head.soft_cap  # each call copies the bias
     return type(denoiser), model, describe(around), modules, describe(head), process_settings()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device, ids_of
-from mdkern.models.fingerprint import UNKNOWN, version_of
+from mdkern.models.fingerprint import UNKNOWN, at_one_moment, version_of
 from mdkern.schedule import NAME, Schedule
 
-FINITE = WeakTensorKeyDictionary()  # weights that were found finite, and their `version_of` then
+# Weights that were found finite, by their ids, and their `version_of` then.
+FINITE: dict[int, tuple[ref[Tensor], tuple[int, ...]]] = {}
 
 
 def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Denoiser], Schedule]:
@@ -51,8 +52,9 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
     unknown = [name for name in schedule.models if name not in models]
     if unknown:
         raise ValueError(f"schedule {schedule} names {', '.join(unknown)}, but the models are {', '.join(models)}")
-    denoisers = {name: adapt_named(name, models[name]) for name in schedule.models}
-    check_models(denoisers)
+    with at_one_moment():
+        denoisers = {name: adapt_named(name, models[name]) for name in schedule.models}
+        check_models(denoisers)
     return denoisers, schedule
 
 
@@ -115,13 +117,16 @@ def not_finite(denoiser: Denoiser) -> list[str]:
     largest = [size for size in sizes.values() if size is not None]
     if largest and not bool(torch.stack(largest).isfinite().all()):
         return [name for name, size in sizes.items() if size is not None and not bool(size.isfinite())]
-    FINITE.update({weight: version for weight in weights.values() if (version := version_of(weight)) != UNKNOWN})
+    for weight in weights.values():
+        if (version := version_of(weight)) != UNKNOWN:
+            key = id(weight)
+            FINITE[key] = ref(weight, lambda _, key=key: FINITE.pop(key, None)), version  # type: ignore[misc]
     return []
 
 
 def known_finite(weight: Tensor) -> bool:
-    found: tuple[int, ...] = FINITE.get(weight, UNKNOWN)
-    return found != UNKNOWN and found == version_of(weight)
+    found = FINITE.get(id(weight))
+    return found is not None and found[0]() is weight and found[1] == version_of(weight)
 
 
 def largest_entry(weight: Tensor, device: torch.device) -> Tensor | None:

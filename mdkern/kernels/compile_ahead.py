@@ -4,8 +4,8 @@ Triton compiles a kernel when it is first launched, which takes seconds for the 
 launch hands its kernel to threads and returns at once; nothing is launched. What a computation needs is thus known from
 running it once in a way in which its results do not matter, whatever model and options it has. Most of the compiler
 works outside of Python's lock, so that threads share its work out over the cores. What holds the lock, the translation
-of Python into the compiler's language, takes turns, the largest kernels first, which the rest of the compiler then has
-while the next ones are translated. Times: docs/notes/first-call.md.
+of Python into the compiler's language, takes turns, first those kernels that take the rest of the compiler longest, so
+that it has them while the next ones are translated. Times: docs/notes/first-call.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from mdkern.kernels.device import has_triton
 
+SLOWEST = ("linear_kernel", "resident_kernel")  # which take the compiler longest once they have been translated
 MOST_THREADS = 2 * (os.cpu_count() or 1)  # as some wait for their turn, or for a C compiler
 logger = logging.getLogger(__name__)
 
@@ -148,9 +149,14 @@ class Turns:
             self.changed.notify_all()
 
 
+def weight_of(name: str, source: str, gluon: bool) -> float:
+    """How early a kernel should be translated: the slowest, then those in Gluon, then the longest."""
+    return len(source) + (1e9 if name in SLOWEST else 1e6 if gluon else 0.0)
+
+
 @contextmanager
 def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
-    """Inside, one of the threads at a time translates a kernel from Python; those in Gluon and long ones come first."""
+    """Inside, one of the threads at a time translates a kernel from Python, the one of the most `weight_of` first."""
     from triton.compiler.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -158,7 +164,7 @@ def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
         def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() not in loading.working:  # of another computation
                 return plain(source, *args, **kwargs)
-            turns.take(len(source.fn.src) * (1000.0 if isinstance(source, GluonASTSource) else 1.0))
+            turns.take(weight_of(source.name, source.fn.src, isinstance(source, GluonASTSource)))
             try:
                 return plain(source, *args, **kwargs)
             finally:

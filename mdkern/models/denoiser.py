@@ -127,6 +127,7 @@ class Denoiser:
     precision: str | None = None  # "fp8" if its products are in 8 bits; None: in the dtype of its weights
     head_precision: str | None = None  # likewise of its output layer's weight
     block_causal: int | None = None  # B, if position i sees the columns below (i // B + 1) B only; None: it sees all
+    marked: tuple[str, ...] = ()  # attributes of tensors whose addresses another attribute, a `Mark`, stands for
     keeps_nothing: bool = False  # whether its passes are mdkern's code alone, which keeps nothing from one to the next
     takes_attention_mask: bool = True  # whether sequences may be padded
     right_padding_only: bool = False  # whether padding may only come after the text

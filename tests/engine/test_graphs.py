@@ -25,7 +25,7 @@ from mdkern.engine.hooks import Drafts
 from mdkern.engine.request import Request
 from mdkern.engine.resolve import resolve
 from mdkern.engine.state import SamplerState, TickBuffer, Timings
-from mdkern.models.fingerprint import Mark, fingerprint, no_collection
+from mdkern.models.fingerprint import Mark, fingerprint, no_collection, remembered
 from tests.conftest import random_dit
 from tests.test_sampling import OPEN
 
@@ -59,14 +59,47 @@ class TestFingerprint:
             lambda model: model.double(),
             lambda model: model.blocks[0].attn_out.register_forward_hook(lambda *_: None),
             lambda model: setattr(model, "active_adapter", ["one"]),
+            lambda model: model.blocks[0].tried[0].append(2),
+            lambda model: setattr(model.head_bias, "data", model.head_bias.data.view(1, -1)),
+            lambda model: setattr(model.blocks[0].table, "data", torch.zeros(2)),
+            lambda model: model.blocks[0].register_parameter("more", nn.Parameter(torch.zeros(1))),
         ],
-        ids=["parameter", "setting", "module", "dtype", "hook", "adapter"],
+        ids=["parameter", "setting", "module", "dtype", "hook", "adapter", "nested", "shape", "tensor", "new"],
     )
     def test_changes_are_seen(self, change) -> None:
+        """Also of a model that has come before as it was, so that a snapshot says whether it is so still."""
+        for times in (1, 3):
+            model = random_dit()
+            model.blocks[0].tried, model.blocks[0].table = [[1]], torch.zeros(2)
+            before = [fingerprint(model) for _ in range(times)][-1]
+            change(model)
+            assert fingerprint(model) != before
+
+    def test_what_is_known_of_a_model_ends_with_it(self) -> None:
+        """Also if something in it leads back to it."""
+        for change in (
+            lambda model: None,
+            lambda model: setattr(model.blocks[0], "whole", [model]),
+            lambda model: setattr(model, "forward", model.forward),
+            lambda model: setattr(model.blocks[0], "again", partial(model.forward)),
+            lambda model: model.register_forward_hook(lambda *_: model),
+        ):
+            model = random_dit()
+            change(model)
+            marks = [fingerprint(model) for _ in range(3)]
+            assert marks[1] is marks[2]
+            assert remembered(model, "two", lambda: [1 + 1]) is remembered(model, "two", lambda: [1 + 1])
+            gone = weakref.ref(model)
+            del model
+            gc.collect()
+            assert gone() is None
+
+    def test_what_is_remembered_is_made_anew_for_a_changed_model(self) -> None:
         model = random_dit()
-        before = fingerprint(model)
-        change(model)
-        assert fingerprint(model) != before
+        numbers = iter(range(9))
+        first = [remembered(model, "number", lambda: next(numbers)) for _ in range(3)]
+        model.blocks[0].num_heads = 1
+        assert first + [remembered(model, "number", lambda: next(numbers)) for _ in range(3)] == [0, 0, 0, 1, 1, 1]
 
     def test_a_function_has_none(self) -> None:
         assert fingerprint(lambda ids: ids) is None

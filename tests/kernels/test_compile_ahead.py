@@ -46,6 +46,20 @@ def test_turns_are_taken_one_at_a_time_by_weight() -> None:
     assert taken == [5, 4, 3, 2, 1]
 
 
+def test_the_slowest_kernels_are_translated_first() -> None:
+    """By name, so each must be the name of a kernel; then those in Gluon, however short."""
+    from mdkern.kernels.backbone import hopper_linear, hopper_resident, triton_modulated_norm
+    from mdkern.kernels.head import hopper_projection, triton_projection
+
+    slowest = hopper_linear.linear_kernel, hopper_resident.resident_kernel
+    assert {kernel.__name__ for kernel in slowest} == set(compile_ahead.SLOWEST)
+    gluon = hopper_projection.vocab_projection_hopper_kernel
+    plain = triton_projection.vocab_projection_kernel, triton_modulated_norm.modulated_norm_kernel
+    order = [compile_ahead.weight_of(kernel.__name__, kernel.src, True) for kernel in (*slowest[::-1], gluon)]
+    order += [compile_ahead.weight_of(kernel.__name__, kernel.src, False) for kernel in plain]
+    assert order == sorted(order, reverse=True)
+
+
 def test_what_may_keep_something_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's own forward may make a table of angles, which would never be filled."""
     own, fused, ids = adapted(bert()), adapted(llama()), random_ids(1, 6)

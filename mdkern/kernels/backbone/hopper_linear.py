@@ -87,40 +87,43 @@ def _quarters(x):
 
 
 @gluon.jit
-def _replaced(quarters, x, AT: gl.constexpr):
-    """`quarters` with `x` in the place of number `AT`."""
-    a = x if AT == 0 else quarters[0]
-    b = x if AT == 1 else quarters[1]
-    c = x if AT == 2 else quarters[2]
-    d = x if AT == 3 else quarters[3]
-    return _beside(_beside(a, b, THIN), _beside(c, d, THIN), WIDE)
+def _whole(quarters):
+    """Join what `_quarters` split."""
+    return _beside(_beside(quarters[0], quarters[1], THIN), _beside(quarters[2], quarters[3], THIN), WIDE)
 
 
 @gluon.jit
-def _rotate_across(first, second, cos, sin, UNIT: gl.constexpr):
-    """Rotate 16 pairs of a head of 128 columns, whose halves are `first` and `second`."""
+def _rotate_across(first, second, cos, sin, row, length):
+    """Rotate a head of 128 columns, whose halves are `first` and `second`."""
     left, right = _quarters(first), _quarters(second)
-    a, b = _rotate(left[UNIT], right[UNIT], cos, sin)
-    return _replaced(left, a, UNIT), _replaced(right, b, UNIT)
+    begun, ended = (), ()
+    for unit in gl.static_range(4):
+        c, s = _load_angles(cos, sin, row, length, 64, unit)
+        a, b = _rotate(left[unit], right[unit], c, s)
+        begun, ended = begun + (a,), ended + (b,)
+    return _whole(begun), _whole(ended)
 
 
 @gluon.jit
-def _rotate_within(part, cos, sin, UNIT: gl.constexpr):
-    """Rotate 16 pairs of a head of 64 columns."""
-    quarters = _quarters(part)
-    a, b = _rotate(quarters[UNIT], quarters[UNIT + 2], cos, sin)
-    return _replaced(_quarters(_replaced(quarters, a, UNIT)), b, UNIT + 2)
+def _rotate_within(first, second, cos, sin, row, length):
+    """Rotate two heads of 64 columns."""
+    left, right = _quarters(first), _quarters(second)
+    c, s = _load_angles(cos, sin, row, length, 32, 0)
+    a, e = _rotate(left[0], left[2], c, s)
+    f, g = _rotate(right[0], right[2], c, s)
+    c, s = _load_angles(cos, sin, row, length, 32, 1)
+    b, h = _rotate(left[1], left[3], c, s)
+    i, j = _rotate(right[1], right[3], c, s)
+    return _whole((a, b, e, h)), _whole((f, i, g, j))
 
 
 @gluon.jit
 def _rotate_heads(first, second, cos, sin, row, length, PAIRS: gl.constexpr):
     """Rotate 128 columns: two heads of 64, or one of 128."""
-    for unit in gl.static_range(PAIRS // 16):
-        c, s = _load_angles(cos, sin, row, length, PAIRS, unit)
-        if PAIRS == 32:
-            first, second = _rotate_within(first, c, s, unit), _rotate_within(second, c, s, unit)
-        else:
-            first, second = _rotate_across(first, second, c, s, unit)
+    if PAIRS == 32:
+        first, second = _rotate_within(first, second, cos, sin, row, length)
+    else:
+        first, second = _rotate_across(first, second, cos, sin, row, length)
     return first, second
 
 

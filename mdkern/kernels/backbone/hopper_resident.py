@@ -1,4 +1,4 @@
-"""`mdkern.kernels.backbone.linear_fp8` for Hopper with few columns on the left, in Gluon: rows stay in shared memory.
+"""`mdkern.kernels.backbone.linear_fp8.scaled_gelu` for Hopper, in Gluon, of rows that stay in shared memory.
 
 In e4m3 192 rows of up to 768 columns fit into shared memory. They are read once for all columns of the result, so that
 only the weight comes through the ring. A unit of work is 192 rows by 256 columns; a program takes consecutive units.
@@ -27,7 +27,6 @@ from mdkern.kernels.backbone.hopper_linear import (
     _activate,
     _affine,
     _leave,
-    _rotate_heads,
     _set_aside,
 )
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, WARPGROUPS, WIDE, _halves
@@ -119,22 +118,18 @@ def _consume(
     rings,
     barriers,
     sizes,
-    places,
+    rows,
     HALF: gl.constexpr,  # which half of a unit's columns
     PROGRAMS: gl.constexpr,
-    GELU: gl.constexpr,
-    PAIRS: gl.constexpr,
     STEPS: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
     """A consumer warpgroup: multiplies its half of each unit in its turn, and finishes it beside the other's turn."""
-    _, cos, sin, _, _, _ = tables
     _, right_ring, leaving, _, _, empty = rings
     _, rows_empty, turns = barriers
     row_tiles, column_tiles = sizes
-    rows, length, rotated = places
     STAGES: gl.constexpr = right_ring.shape[0]
-    FACTOR: gl.constexpr = 0.5 if GELU else 1.0
+    FACTOR: gl.constexpr = 0.5  # as `_activate` takes half of its argument
     product_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], [16, COLUMNS, 256 // right_ring.dtype.primitive_bitwidth]
     )
@@ -179,23 +174,16 @@ def _consume(
             at = row + ROWS * block
             near, far = _halves(a if block == 0 else b if block == 1 else c, WIDE)
             near = _affine(near, tables, rings, HALF, block, 0, FACTOR)
-            if GELU:
-                near = _activate(near, tables, rings, HALF, 0)
-            if cos is None:
-                _leave(near, out, leaving, at, column, HALF, 2 * block, BUFFERS)
+            near = _activate(near, tables, rings, HALF, 0)
+            _leave(near, out, leaving, at, column, HALF, 2 * block, BUFFERS)
             far = _affine(far, tables, rings, HALF, block, 1, FACTOR)
-            if GELU:
-                far = _activate(far, tables, rings, HALF, 1)
-            if cos is not None:
-                if column < rotated:
-                    near, far = _rotate_heads(near, far, cos, sin, at, length, PAIRS)
-                _leave(near, out, leaving, at, column, HALF, 2 * block, BUFFERS)
+            far = _activate(far, tables, rings, HALF, 1)
             _leave(far, out, leaving, at, column + PART, HALF, 2 * block + 1, BUFFERS)
     tma.store_wait(0)
 
 
-# These arguments are not specialised, so that a new length or batch size compiles nothing.
-COUNTS = ("row_tiles", "column_tiles", "rows", "length", "rotated")
+# These arguments are not specialised, so that a new batch size compiles nothing.
+COUNTS = ("row_tiles", "column_tiles", "rows")
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -204,22 +192,16 @@ def resident_kernel(
     right,  # descriptor of [N, K]
     out,  # descriptor of [M, N]
     bias,
-    cos,
-    sin,
     scale,
     level,
     row_tiles,
     column_tiles,
     rows,
-    length,
-    rotated,
     BK: gl.constexpr,
     STEPS: gl.constexpr,  # K / BK
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,  # output buffers of a warpgroup, 64 x 64 each
     PROGRAMS: gl.constexpr,
-    GELU: gl.constexpr,
-    PAIRS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     rows_held = gl.allocate_shared_memory(left.dtype, [STEPS * BLOCKS, ROWS, BK], left.layout)
@@ -227,9 +209,7 @@ def resident_kernel(
     leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS * BUFFERS, ROWS, PART], out.layout)
     shifts = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
     scales = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
-    levels = scales
-    if level is not None:
-        levels = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
+    levels = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, COLUMNS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rows_full = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
@@ -248,12 +228,11 @@ def resident_kernel(
     rings = (rows_held, right_ring, leaving, (shifts, shifts, scales, levels), full, empty)
     barriers = (rows_full, rows_empty, turns)
     sizes = (row_tiles, column_tiles)
-    places = (rows, length, rotated)
-    tables = (bias, cos, sin, None, scale, level)
+    tables = (bias, None, None, None, scale, level)
     gl.warp_specialize(
         [
-            (_consume, (out, tables, rings, barriers, sizes, places, 0, PROGRAMS, GELU, PAIRS, STEPS, BUFFERS)),
-            (_consume, (out, tables, rings, barriers, sizes, places, 1, PROGRAMS, GELU, PAIRS, STEPS, BUFFERS)),
+            (_consume, (out, tables, rings, barriers, sizes, rows, 0, PROGRAMS, STEPS, BUFFERS)),
+            (_consume, (out, tables, rings, barriers, sizes, rows, 1, PROGRAMS, STEPS, BUFFERS)),
             (_produce, (left, right, rings, barriers, sizes, BK, STAGES, STEPS, PROGRAMS)),
         ],
         [4, 1],

@@ -101,41 +101,22 @@ def stays_resident(x: Tensor) -> bool:
     return x.element_size() == 1 and x.shape[1] % LINE == 0 and x.shape[1] <= RESIDENT_COLUMNS
 
 
-def resident(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor,
-    scale: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    length: int = 1,
-    rotated: int = 0,
-    gelu: bool = False,
-    level: Tensor | None = None,
-) -> None:
-    """`linear` of matrices in e4m3 whose rows `stays_resident`."""
+def resident_gelu(x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor, scale: Tensor, level: Tensor) -> None:
+    """`linear` with GELU of matrices in e4m3 whose rows `stays_resident`."""
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], LINEAR_TILE, x.device)
     resident_kernel[(programs,)](
         describe(x, [ROWS.value, LINE]),
         describe(weight, [COLUMNS.value, LINE]),
         describe(out, SUB),
         bias,
-        cos,
-        sin,
         scale,
         level,
         row_tiles,
         column_tiles,
         x.shape[0],
-        length,
-        rotated,
         BK=LINE,
         STEPS=x.shape[1] // LINE,
         PROGRAMS=programs,
-        GELU=gelu,
-        PAIRS=0 if cos is None else cos.shape[1],
         **RESIDENT_SETTING,
     )
 

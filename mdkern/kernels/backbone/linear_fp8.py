@@ -90,8 +90,7 @@ def scaled_rotary_on_gpu(
 
     out = new_product(x, weight, dtype)
     rotated = heads * 2 * cos.shape[1]
-    launch = launch_linear.resident if launch_linear.stays_resident(x) else launch_linear.linear
-    launch(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, scale=scale)
+    launch_linear.linear(x, weight, out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, scale=scale)
     return out
 
 
@@ -101,8 +100,10 @@ def scaled_gelu_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, l
     from mdkern.kernels.backbone import launch_linear
 
     out = new_product(x, weight, FP8)
-    launch = launch_linear.resident if launch_linear.stays_resident(x) else launch_linear.linear
-    launch(x, weight, out, bias=bias, gelu=True, scale=scale, level=level)
+    if launch_linear.stays_resident(x):
+        launch_linear.resident_gelu(x, weight, out, bias=bias, scale=scale, level=level)
+    else:
+        launch_linear.linear(x, weight, out, bias=bias, gelu=True, scale=scale, level=level)
     return out
 
 

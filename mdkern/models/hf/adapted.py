@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdkern.models.denoiser import Denoiser, Head, available_device
 from mdkern.models.dit import gather_rows
+from mdkern.models.fingerprint import remembered
 from mdkern.models.hf.introspect import accepted_arguments, check_evaluating, execution_device, output_layer
 
 
@@ -90,8 +91,9 @@ class AdaptedDenoiser(Denoiser):
         return states if positions is None else gather_rows(states, positions)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self.model, nn.Module):
-            yield from self.model.named_parameters()
+        model = self.model
+        if isinstance(model, nn.Module):
+            yield from remembered(model, "weights", lambda: list(model.named_parameters()))
 
 
 def serving(input_ids: Tensor | None, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdkern.models.denoiser import is_whole, listed
+from mdkern.models.fingerprint import remembered
 
 
 def accepted_arguments(model: Callable[..., Any]) -> set[str]:
@@ -41,22 +42,29 @@ def check_evaluating(model: Any) -> None:
         ValueError: there is one. Others inside it may be in training mode, as a layer is that was put in later.
     """
     kinds = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
-    for name, part in model.named_modules() if isinstance(model, nn.Module) else ():
-        if part.training and (not name or isinstance(part, kinds)):
-            which = f", {name} in it" if name else ""
-            raise ValueError(f"model is in training mode{which}, so dropout would be on: call model.eval() first")
+
+    def check() -> None:
+        for name, part in model.named_modules():
+            if part.training and (not name or isinstance(part, kinds)):
+                which = f", {name} in it" if name else ""
+                raise ValueError(f"model is in training mode{which}, so dropout would be on: call model.eval() first")
+
+    if isinstance(model, nn.Module):
+        remembered(model, check_evaluating, check)
 
 
 def execution_device(model: Any) -> torch.device | None:
     """The device for a module's ids: that of its weights or, if accelerate keeps them elsewhere, that where it runs."""
-    if not isinstance(model, nn.Module):
-        return None
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device
+
+    def find() -> torch.device | None:
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        parameter = next(model.parameters(), None)
+        return None if parameter is None else parameter.device
+
+    return remembered(model, execution_device, find) if isinstance(model, nn.Module) else None
 
 
 def first_position(model: Any) -> int:

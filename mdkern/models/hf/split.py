@@ -18,6 +18,7 @@ from mdkern.kernels.compile_ahead import is_rehearsing
 from mdkern.models.block_causal import block_mask, window_mask, with_padding
 from mdkern.models.denoiser import Head, Live, held
 from mdkern.models.dit import gather_rows
+from mdkern.models.fingerprint import Mark, describe, remembered
 from mdkern.models.hf import llama_fused
 from mdkern.models.hf.adapted import AdaptedDenoiser, Padding, serving
 from mdkern.models.hf.intercept import (
@@ -62,6 +63,8 @@ class SplitDenoiser(AdaptedDenoiser):
 
     model: nn.Module
     weight: Tensor | None = None  # of soft inputs
+    parts_mark: Mark | None = None  # stands for the parts in what a graph assumes not to change
+    marked = ("parts",)
     keeps_nothing = True  # but for the model's own forward, which is not rehearsed
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, *, precision: str | None = None, **facts: Any) -> None:
@@ -121,12 +124,21 @@ class SplitDenoiser(AdaptedDenoiser):
     @Live
     def parts(self) -> Parts | None:
         """The weights of the backbone as they are now, for mdkern's own passes; None where its own forward must run."""
-        if self.anatomy.plan is None:
-            return None
-        try:
-            return resolve(self.model, self.anatomy.plan)
-        except UnlikeLlamaError:
-            return None
+        return self.parts_and_mark()[0]
+
+    def parts_and_mark(self) -> tuple[Parts | None, Mark | None]:
+        """`parts`, and the mark of their addresses."""
+        model, plan = self.model, self.anatomy.plan
+
+        def find() -> tuple[Parts | None, Mark | None]:
+            assert plan is not None
+            try:
+                parts = resolve(model, plan)
+            except UnlikeLlamaError:
+                return None, None
+            return parts, Mark(describe(parts))
+
+        return (None, None) if plan is None else remembered(model, ("parts", plan), find)
 
     device = Live(lambda self: layer_of(self.model).weight.device)
     dtype = Live(lambda self: next(self.model.parameters()).dtype)
@@ -153,7 +165,7 @@ class SplitDenoiser(AdaptedDenoiser):
         now = copy(self)
         now.settle(anatomy)
         now = held(now)
-        now.parts = now.parts
+        now.parts, now.parts_mark = now.parts_and_mark()
         now.copies = now.copies
         return now
 
