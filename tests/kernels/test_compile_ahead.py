@@ -13,7 +13,9 @@ import torch
 import mdkern
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
+from mdkern.models.hf import llama_fused, probe
 from tests.own_process import run_compiling
+from tests.problems.expert_models import qwen_experts
 from tests.problems.hf_models import adapted, bert, llama, random_ids
 
 pytest.importorskip("triton")
@@ -77,6 +79,39 @@ def test_what_may_keep_something_is_not_rehearsed(monkeypatch: pytest.MonkeyPatc
         warnings.simplefilter("ignore")
         function = mdkern.adapt(lambda input_ids: torch.zeros(*input_ids.shape, 9), vocab_size=9, mask_id=8)
     assert not function.keeps_nothing
+
+
+def test_adapting_a_model_compiles_all_kernels_of_its_passes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two of its blocks; each pass that is then compared with the model's forward has been rehearsed."""
+    passes, rehearsals, run = [], [], llama_fused.run
+
+    def watched(parts, input_ids, rows, positions=None, mask=None, kept=None, columns=None, *rest, **more):
+        kind = [x is None or tuple(x.shape) for x in (input_ids, rows, positions, mask, columns)]
+        passes.append((len(parts.blocks), kept is None, kind))
+        return run(parts, input_ids, rows, positions, mask, kept, columns, *rest, **more)
+
+    def rehearse(key, work, device) -> None:
+        with monkeypatch.context() as inside:  # where no forward of the model's own runs
+            inside.setattr(compile_ahead._rehearsing, "value", True)
+            rehearsals.append((key, work(), list(passes)))
+        passes.clear()
+
+    monkeypatch.setattr(llama_fused, "run", watched)
+    monkeypatch.setattr(probe, "rehearse_once", rehearse)
+    found = adapted(llama(num_hidden_layers=3))
+    assert not found.anatomy.own_forward
+    ((key, done, rehearsed),) = rehearsals
+    assert done
+    hash(key)
+    assert {blocks for blocks, *_ in rehearsed} == {2}
+    assert {blocks for blocks, *_ in passes} == {3}
+    wanted = [kinds for _, *kinds in passes]
+    assert all(kinds in wanted for _, *kinds in rehearsed)
+    assert all([True, kind] in [kinds for _, *kinds in rehearsed] for whole, kind in wanted[:4])
+    assert all([False, kind] in [kinds for _, *kinds in rehearsed] for whole, kind in wanted if not whole)
+    rehearsals.clear()
+    adapted(qwen_experts())
+    assert rehearsals == []
 
 
 @pytest.mark.gpu

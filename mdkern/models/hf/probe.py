@@ -8,13 +8,15 @@ padded sequence gives what it gives alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mdkern.kernels.compile_ahead import rehearse_once
 from mdkern.models.denoiser import Head, available_device
 from mdkern.models.fingerprint import fingerprint
 from mdkern.models.hf.adapted import LogitsDenoiser, Padding
@@ -26,7 +28,7 @@ from mdkern.models.hf.introspect import (
     first_setting,
     output_layer,
 )
-from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of
+from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of, tensors_of
 from mdkern.models.hf.split import Anatomy, SplitDenoiser, square_mask
 from mdkern.models.hf.trial import CLOSE, LENGTH, ROUNDINGS, SEQUENCES, Trial, close
 
@@ -39,6 +41,7 @@ MOST_UNSTEADY = 0.9  # largest difference of passes that may be right, of a mode
 ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
+Question = tuple[Tensor, Tensor | None, Tensor | None]
 _examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
@@ -314,19 +317,44 @@ class Probe(Trial):
             reason = f"one of mdkern's own passes failed: {first_line(error)}"
         return anatomy._replace(own_forward=reason)
 
-    def passes_agree(self, ours: SplitDenoiser, theirs: SplitDenoiser) -> bool:
-        """Whether whole passes, some positions, padded texts and windows are as the model's forward has them."""
+    def questions(self, padded: bool) -> list[Question]:
+        """Ids, positions and masks of passes: whole, at some positions, of `padded` texts, of a longer text."""
         column, ids = torch.arange(self.length, device=self.weight.device), self.ids
         some = torch.tensor([[1, 0, self.length - 1], [2, 2, 0]], device=column.device).clamp(max=self.length - 1)
-        mask = torch.stack((column < self.length - 1, column > 0)) if theirs.padding.way == "attention" else None
+        mask = torch.stack((column < self.length - 1, column > 0)) if padded else None
         long = ids.flatten().repeat(1, -(-LONG_PASS // ids.numel()))[:, : min(self.longest, LONG_PASS)]
-        part = self.unsteadiness(theirs)
-        for question in ((ids, None, None), (ids, some, None), (ids, None, mask), (long, None, None)):
-            rows, positions, seen = question
+        return [(ids, None, None), (ids, some, None), (ids, None, mask), (long, None, None)]
+
+    def passes_agree(self, ours: SplitDenoiser, theirs: SplitDenoiser) -> bool:
+        """Whether whole passes, some positions, padded texts and windows are as the model's forward has them."""
+        questions, part = self.questions(theirs.padding.way == "attention"), self.unsteadiness(theirs)
+        self.compile_ahead(ours, questions)
+        for rows, positions, seen in questions:
             mine, its = (denoiser.hidden(rows, self.t, positions, seen) for denoiser in (ours, theirs))
             if not (self.close(mine, its, part) if seen is None else self.close(mine[seen], its[seen], part)):
                 return False
         return self.windows_agree(ours, part)
+
+    def compile_ahead(self, ours: SplitDenoiser, questions: list[Question]) -> None:
+        """Compile the kernels of mdkern's own passes side by side, by the first and the last block.
+
+        Experts are left out: their kernels compute where rows lie, which must not be looked up before they have run.
+        """
+        parts = ours.parts
+        if parts is None or any(block.experts is not None for block in parts.blocks):
+            return
+        short = copy(ours)
+        short.parts = parts._replace(blocks=(parts.blocks[0], parts.blocks[-1]))
+
+        def passes() -> bool:
+            for rows, positions, seen in questions:
+                short.hidden(rows, self.t, positions, seen)
+            for _ in self.windows(short):
+                pass
+            return True
+
+        sizes = tuple((tensor.shape, tensor.dtype) for tensor in tensors_of(short.parts))
+        rehearse_once(("passes", ours.padding, ours.block_causal, parts.head_dim, sizes), passes, self.device)
 
     def unsteadiness(self, denoiser: SplitDenoiser) -> float:
         """By how many times `CLOSE` right passes of a mixture of experts may differ, as they round differently.
@@ -347,7 +375,15 @@ class Probe(Trial):
         return max(1.0, min(ROUNDINGS * change, MOST_UNSTEADY) / CLOSE.get(dtype, CLOSE[torch.float32]))
 
     def windows_agree(self, denoiser: SplitDenoiser, part: float = 1.0) -> bool:
-        """Fill a cache, then run all and some columns with other ids: whether each gives what full passes give.
+        """Whether each of the `windows` gives what full passes give."""
+        for ours, ids, at in self.windows(denoiser):
+            theirs, real = denoiser.hidden(ids, self.t, at.clamp(max=self.length - 1)), at < self.length
+            if not self.close(ours[real], theirs[real], part):
+                return False
+        return True
+
+    def windows(self, denoiser: SplitDenoiser) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Fill a cache, then run all and some columns with other ids: the states, all ids, and the states' columns.
 
         Of a block-causal model one block is run after the other, whatever the cache holds of later ones.
         """
@@ -363,11 +399,7 @@ class Probe(Trial):
             at = everything if columns is None else columns
             inside = at.clamp(max=length - 1)
             rows = torch.arange(at.shape[1], device=device).expand(SEQUENCES, -1)
-            ours = denoiser.window_hidden(cache, ids.gather(1, inside), columns, rows, self.t)
-            theirs = denoiser.hidden(ids, self.t, inside)
-            if not self.close(ours[at < length], theirs[at < length], part):
-                return False
-        return True
+            yield denoiser.window_hidden(cache, ids.gather(1, inside), columns, rows, self.t), ids, at
 
 
 def turns_queries_and_keys(module: nn.Module) -> bool:
