@@ -14,13 +14,19 @@ from benchmarks import bench_first_call as bench
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
 from mdkern.models import dit_denoiser
+from mdkern.models.hf import probe
 
 
 @pytest.mark.parametrize("part", ["paper", "llama"])
 def test_a_process_measures_its_calls(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (capture, compile_ahead):
         monkeypatch.setattr(module, "can_compile_ahead", lambda device: device.type == "cuda")
-    for module, name in ((dit_denoiser, "rehearse_once"), (graphs, "rehearse"), (graphs, "capture")):
+    for module, name in (
+        (probe, "rehearse_once"),
+        (dit_denoiser, "rehearse_once"),
+        (graphs, "rehearse"),
+        (graphs, "capture"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))  # puts it back
     row = bench.one_process(part, True)
     assert capture.can_compile_ahead(torch.device("cuda"))
@@ -28,6 +34,7 @@ def test_a_process_measures_its_calls(part: str, monkeypatch: pytest.MonkeyPatch
     assert min(row["seconds"]) > 0.0
     assert sum(row["phases"].values()) == pytest.approx(row["seconds"][0])
     assert (row["phases"]["kernels that fold weights"] > 0.0) == (part == "paper")
+    assert (row["phases"]["kernels that a model is tried with"] > 0.0) == (part == "llama")
     bench.one_process("paper, one by one", True)
     for module in (capture, compile_ahead):
         assert not module.can_compile_ahead(torch.device("cuda"))
