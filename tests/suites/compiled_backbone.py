@@ -260,12 +260,11 @@ def linear_fp8(gelu: bool, pairs: int) -> None:
     product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0})
 
 
-def resident_fp8(gelu: bool, pairs: int, width: int) -> None:
-    types = dict.fromkeys(hopper_resident.COUNTS, "i32") | dict.fromkeys(("bias", "scale"), "*fp32")
+def resident_fp8(width: int) -> None:
+    types = dict.fromkeys(hopper_resident.COUNTS, "i32") | dict.fromkeys(("bias", "scale", "level"), "*fp32")
     types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [128, 128])}
-    types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
-    types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
-    constants = {"BK": 128, "STEPS": width // 128, "GELU": gelu, "PAIRS": pairs}
+    types |= {"out": descriptor("fp8e4nv", [64, 64])}
+    constants = {"BK": 128, "STEPS": width // 128}
     product(hopper_resident.resident_kernel, types, constants, launch_linear.RESIDENT_SETTING)
 
 
@@ -367,9 +366,8 @@ def main() -> None:
     linear_fp8(gelu=True, pairs=0)
     for pairs in (0, 32, 64):
         linear_fp8(gelu=False, pairs=pairs)
-        resident_fp8(gelu=False, pairs=pairs, width=768)
     for width in (256, 768):
-        resident_fp8(gelu=True, pairs=0, width=width)
+        resident_fp8(width)
     residual_fp8()
     for tiling in launch_joint.TILINGS:
         joint(tiling, weights=3, biased=False)
