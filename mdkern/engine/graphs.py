@@ -33,7 +33,7 @@ from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.models import Denoiser
 from mdkern.models.around import AroundDenoiser
 from mdkern.models.denoiser import PREPARED, QUANTISED_HEADS, Head
-from mdkern.models.fingerprint import Mark, describe, fingerprint
+from mdkern.models.fingerprint import Mark, describe, fingerprint, forget
 
 __all__ = ["clear", "held"]
 
@@ -278,12 +278,16 @@ def bytes_of(thing: Any) -> int:
 
 
 def clear() -> None:
-    """Give back the memory of all graphs that no call is using. Models that could not be captured are tried again."""
+    """Give back the memory of all graphs that no call is using. Models that could not be captured are tried again.
+
+    What is known of models is forgotten, too: it holds the weights that a model had when it was last sampled from.
+    """
     with LOCK:
         _idle.clear()
         _refused.clear()
         PREPARED.clear()
         QUANTISED_HEADS.clear()
+        forget()
 
 
 def mark_of(denoiser: Denoiser) -> Hashable:

@@ -105,6 +105,11 @@ def at_one_moment() -> Iterator[None]:
         _moments.known = before
 
 
+def forget() -> None:
+    """Drop what is known of all modules. What was in them is held by it until they are looked at again."""
+    _known.clear()
+
+
 def remembered(model: nn.Module, key: Hashable, make: Callable[[], Made]) -> Made:
     """``make()``, which must not hold the module: what it gave for this key, if the module is as it was then."""
     mark, known = fingerprint(model), _known.get(model)
@@ -117,10 +122,7 @@ def remembered(model: nn.Module, key: Hashable, make: Callable[[], Made]) -> Mad
 
 
 def mark_of_module(model: nn.Module) -> Mark:
-    """A snapshot tells whether a module is what it was, but is as long in the making as its description.
-
-    So it is taken of a module that comes a second time as it was. A mixture of experts has ten thousands of modules.
-    """
+    """The same one while a snapshot of the module holds: a mixture of experts has ten thousands of modules."""
     config = getattr(model, "config", None)  # transformers has one for all modules of a model
     settings = repr(vars(config)) if hasattr(config, "to_dict") else None
     known = _known.get(model)
@@ -128,10 +130,10 @@ def mark_of_module(model: nn.Module) -> Mark:
         return known.mark
     with no_collection():  # which the many tuples would set off, and which takes longer than they do
         mark = Mark((settings, describe_modules(model)))
-        if known is None or known.mark != mark:
-            _known[model] = Known(mark, settings, None, {})
-            return mark
-        _known[model] = known._replace(snapshot=None if leads_back(model) else snapshot_of(model))
+        snapshot = None if leads_back(model) else snapshot_of(model)
+    if known is None or known.mark != mark:
+        known = Known(mark, settings, snapshot, {})
+    _known[model] = known._replace(snapshot=snapshot)
     return known.mark
 
 

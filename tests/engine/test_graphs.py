@@ -67,11 +67,13 @@ class TestFingerprint:
         ids=["parameter", "setting", "module", "dtype", "hook", "adapter", "nested", "shape", "tensor", "new"],
     )
     def test_changes_are_seen(self, change) -> None:
-        """Also of a model that has come before as it was, so that a snapshot says whether it is so still."""
-        for times in (1, 3):
+        """By a snapshot, and by a description where no snapshot can be taken."""
+        for leads_back in (False, True):
             model = random_dit()
             model.blocks[0].tried, model.blocks[0].table = [[1]], torch.zeros(2)
-            before = [fingerprint(model) for _ in range(times)][-1]
+            model.own = [model] if leads_back else []
+            before = fingerprint(model)
+            assert fingerprint(model) is before
             change(model)
             assert fingerprint(model) != before
 
@@ -93,6 +95,15 @@ class TestFingerprint:
             del model
             gc.collect()
             assert gone() is None
+
+    def test_what_was_in_a_model_is_given_back(self) -> None:
+        model = random_dit()
+        fingerprint(model)
+        weight = weakref.ref(model.blocks[0].attn_out.weight)
+        model.blocks[0] = model.blocks[1]
+        graphs.clear()
+        gc.collect()
+        assert weight() is None
 
     def test_what_is_remembered_is_made_anew_for_a_changed_model(self) -> None:
         model = random_dit()
