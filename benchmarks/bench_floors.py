@@ -58,7 +58,7 @@ KINDS = (  # of kernels, by parts of their names; the first that fits
     ("output layer, sampling", ("vocab_projection",)),
     ("attention", ("sdpa", "flash", "fmha", "attention")),
     ("norms, rotation, rounding", ("norm", "rotary", "place_heads", "swiglu", "quantise", "gather")),
-    ("products", ("linear", "resident", "product", "skinny", "gemm", "nvjet", "cutlass", "splitk", "cublas")),
+    ("products", ("linear", "resident", "joint", "product", "skinny", "gemm", "nvjet", "cutlass", "splitk", "cublas")),
     ("other kernels", ("",)),
 )
 KEPT = RESULTS / "floors.json"
