@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mdkern
 from mdkern.models.hf import llama_fused
 from mdkern.models.hf.llama_experts import Kind
 from mdkern.models.hf.llama_parts import tensors_of
@@ -159,6 +160,29 @@ def test_models_that_roundings_change_are_recognised_all_the_same(monkeypatch: p
 class ScaledEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return 3 * super().forward(ids)
+
+
+def test_a_call_looks_at_no_expert_of_a_model_that_has_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be ten thousands of modules. All walks through them are by this function."""
+    denoiser = adapted(sparse("llada2_moe", shared=EXPERT_WIDTH))
+    walked: list[str] = []
+    own = nn.Module.named_modules
+
+    def named_modules(self: nn.Module, *args: Any, **options: Any) -> Any:
+        for name, module in own(self, *args, **options):
+            walked.extend([name] if ".experts." in name else [])
+            yield name, module
+
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    for calls in range(3):
+        walked.clear()
+        out = mdkern.sample(denoiser, num_samples=2, length=8, steps=4, seed=calls, progress=False)
+        assert out.sequences is not None
+        assert out.sequences.shape == (2, 8)
+        assert bool(walked) == (calls == 0)
+    denoiser.model.setting = 1  # type: ignore[attr-defined]
+    mdkern.sample(denoiser, num_samples=2, length=8, steps=4, progress=False)
+    assert walked
 
 
 def test_settings_are_read_when_a_pass_runs() -> None:
