@@ -435,6 +435,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         ({"objective": "masked", "share_on_policy": 0.25}, "--share-on-policy has no effect"),
         ({"ratio": 1.5}, "--ratio must be a share"),
         ({"length": 5}, "--drop-long"),
+        ({"valid": "held-out.jsonl", "valid_share": 0.2}, "--valid-share has no effect with --valid"),
         ({"valid_share": 0.999}, "none is left to train on"),
         ({"batch_size": 9, "grad_accum": 2}, "does not divide"),
     ],

@@ -346,6 +346,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--written", "24"], "--written 24 must be less than --length 24"),
         (["--texts", "100000"], "fewer than 100000 texts of 24"),
         (["--closed-loop", "1"], "--closed-loop and --judge go together"),
+        (["--rounds", "3"], "--rounds has no effect without --closed-loop"),
+        (["--order-steps", "3"], "--order-steps has no effect without --order"),
         (["--test-share", "0"], "--test-share must leave texts on both sides"),
     ):
         out = ["--out", str(tmp_path / "other")] if change[0] == "--texts" else []

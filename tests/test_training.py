@@ -598,7 +598,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_its_last_checkpoint(tmp_path
         ({"width": 15}, "width 15 must split into 2 heads"),
         ({"grad_accum": 3}, "batch size 8 does not divide"),
         ({"length": 30_000}, "fewer than the length"),
-        ({"data": "/nowhere/x.bin"}, "x.json is missing"),
+        ({"data": "/nowhere/x.bin"}, "no token file, as there is no /nowhere/x.json beside it"),
         ({"resume": "must"}, "no checkpoint in"),
     ],
 )

@@ -258,7 +258,8 @@ def read_info(path: Path) -> TokenFileInfo:
     """Read a token file's description. Raises FileNotFoundError with what to do."""
     if not path.with_suffix(".json").is_file():
         raise FileNotFoundError(
-            f"{path.with_suffix('.json')} is missing: make it with `python -m training.data tokenize`"
+            f"{path} is no token file, as there is no {path.with_suffix('.json')} beside it: make one with"
+            " `python -m training.data tokenize`"
         )
     return TokenFileInfo(**json.loads(path.with_suffix(".json").read_text()))
 

@@ -35,7 +35,14 @@ from training.data import TextEncoder
 from training.evaluate import held_out_responses
 from training.loop import Objective, World
 from training.objectives import response_losses
-from training.options import add_loop_arguments, add_optimizer_arguments, command_parser, make_trainer, run_command
+from training.options import (
+    add_loop_arguments,
+    add_optimizer_arguments,
+    command_parser,
+    make_trainer,
+    refuse_idle,
+    run_command,
+)
 from training.pairs import NORMALISERS, Epochs, Noise, Pairs, ResponseBatches, Source, read_pairs
 from training.sizes import fit_memory
 
@@ -92,14 +99,14 @@ def check(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot work, or that have no effect with the objective."""
     if len(args.ratio) > 2 or not all(0 < ratio <= 1 for ratio in args.ratio) or args.ratio[0] > args.ratio[-1]:
         raise ValueError(f"--ratio must be a share in 0..1, or two in order, got {args.ratio}")
-    defaults = build_parser()
+    parser = build_parser()
     without_effect = {
         "sft": ("ratio", "tail", "masked_labels", "share_on_policy", "rollout"),
         "oput": ("eps",),
     }.get(args.objective, ("eps", "share_on_policy", "rollout"))
-    for name in without_effect:
-        if getattr(args, name) != defaults.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --objective {args.objective}")
+    refuse_idle(parser, args, without_effect, f"with --objective {args.objective}")
+    if args.valid is not None:
+        refuse_idle(parser, args, ["valid_share"], "with --valid")
 
 
 def noise_of(args: argparse.Namespace, model: DiT) -> Noise:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,13 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint-every", type=float, default=120.0, help="seconds")
     group.add_argument("--stop-after", type=float, help="seconds after which to checkpoint and stop")
     group.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
+
+
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of these options was given, because it has no effect: `why` follows these words."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

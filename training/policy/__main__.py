@@ -34,7 +34,7 @@ from mdkern.digest import model_digest
 from mdkern.files import replacing, write_whole
 from mdkern.models import Denoiser
 from training.data import TextEncoder, paragraphs
-from training.options import command_parser
+from training.options import command_parser, refuse_idle
 from training.policy.closed_loop import Strategy, improve, value_in_use
 from training.policy.fit import HIDDEN, fit_filter, report, split, table
 from training.policy.order import train_order
@@ -78,6 +78,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot work, before any file is read or written."""
     if (args.closed_loop is None) != (args.judge is None):
         raise ValueError("--closed-loop and --judge go together: a judge says how good the finished texts are")
+    if args.closed_loop is None:
+        refuse_idle(build_parser(), args, ["rounds", "loop_texts"], "without --closed-loop")
+    if not args.order:
+        refuse_idle(build_parser(), args, ["order_steps"], "without --order")
     for name in ("texts", "length", "written", "block_length", "steps", "chunk", "rounds", "loop_texts", "order_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
