@@ -80,7 +80,7 @@ class Known(NamedTuple):
 
     mark: Mark
     settings: str | None
-    snapshot: Snapshot | None
+    snapshot: Snapshot | None  # None if it cannot be taken: the module is then described whenever it is looked at
     made: dict[Hashable, Any]  # see `remembered`
 
 
@@ -111,7 +111,10 @@ def forget() -> None:
 
 
 def remembered(model: nn.Module, key: Hashable, make: Callable[[], Made]) -> Made:
-    """``make()``, which must not hold the module: what it gave for this key, if the module is as it was then."""
+    """``make()``, which must not hold the module: what it gave for this key, if the module is as it was then.
+
+    Its tensors are then the same objects, too.
+    """
     mark, known = fingerprint(model), _known.get(model)
     if known is None or known.mark is not mark:  # it has changed within this moment
         return make()
@@ -131,10 +134,10 @@ def mark_of_module(model: nn.Module) -> Mark:
     with no_collection():  # which the many tuples would set off, and which takes longer than they do
         mark = Mark((settings, describe_modules(model)))
         snapshot = None if leads_back(model) else snapshot_of(model)
-    if known is None or known.mark != mark:
-        known = Known(mark, settings, snapshot, {})
-    _known[model] = known._replace(snapshot=snapshot)
-    return known.mark
+    if known is not None and known.mark == mark:  # perhaps with other tensors at the same addresses
+        mark = known.mark
+    _known[model] = Known(mark, settings, snapshot, {})
+    return mark
 
 
 def describe_modules(model: nn.Module) -> Hashable:
@@ -228,11 +231,11 @@ class Snapshot:
         for tensors in (*(table.values() for table in self.held), self.loose):
             for part in tensors:
                 if part is not None:
-                    places += type(part), part.data_ptr(), part.dtype, part.shape, part.stride()
+                    places += id(part), part.data_ptr(), part.dtype, part.shape, part.stride()
         return places
 
     def still_holds(self) -> bool:
-        """Whether all attributes, modules and hooks are the same objects, and the tensors where they were."""
+        """Whether all attributes, tensors, modules and hooks are the same objects, and the tensors where they were."""
         try:
             with no_collection():  # which as many sizes would set off, and which takes longer the more is held
                 same = not any(self.empty) and all(table == kept for table, kept in self.seen)
