@@ -179,18 +179,22 @@ def folder_command(
     table: Callable[[dict[str, Any]], str],
     argv: Sequence[str] | None,
     parts: Sequence[str] = (),
+    usual: Sequence[str] = (),
 ) -> int:
     """The command of a benchmark that writes into a folder: measure, print the table and what failed; the exit code.
 
     Args:
         measure: called with the folder and whether the size is tiny. If there are `parts`, also with those that are
             asked for, and with whether to measure what the folder has already.
+        usual: the parts that are measured if none is asked for; default all.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
     if parts:
-        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="only these, in this order")
+        parser.add_argument(
+            "--parts", nargs="+", choices=parts, default=list(usual or parts), help="only these, in order"
+        )
         parser.add_argument("--anew", action="store_true", help="measure again what the folder has")
     arguments = parser.parse_args(argv)
     chosen = (arguments.parts, arguments.anew) if parts else ()

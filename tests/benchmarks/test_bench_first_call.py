@@ -35,7 +35,7 @@ def test_a_process_measures_its_calls(part: str, monkeypatch: pytest.MonkeyPatch
     assert sum(row["phases"].values()) == pytest.approx(row["seconds"][0])
     assert (row["phases"]["kernels that fold weights"] > 0.0) == (part == "paper")
     assert (row["phases"]["kernels that a model is tried with"] > 0.0) == (part == "llama")
-    bench.one_process("paper, one by one", True)
+    bench.one_process("paper-one-by-one", True)
     for module in (capture, compile_ahead):
         assert not module.can_compile_ahead(torch.device("cuda"))
 
@@ -71,7 +71,7 @@ def test_the_table_tells_what_the_first_call_waits_for() -> None:
     content = {
         "environment": {"device": "a card", "torch": "2", "triton": "3", "cores": 16},
         "paper": row("one", True, [4.0, 0.2, 0.1], compiling=3.0, rest=1.0),
-        "paper, one by one": row("two", False, [9.0, 1.0, 2.0], rest=9.0),
+        "paper-one-by-one": row("two", False, [9.0, 1.0, 2.0], rest=9.0),
     }
     assert bench.table(content).splitlines()[-4:] == [
         "| model | first call | of it compiling | of it rest | later call | kernels | of the compiler (translating from"
