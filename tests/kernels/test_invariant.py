@@ -104,17 +104,18 @@ def test_hopper_runs_its_products_for_any_number_of_rows(monkeypatch: pytest.Mon
     for module, other in ((linear, "copies_in_bulk"), (skinny, "fits"), (joint, "fits")):
         for name in ("is_hopper", other):
             monkeypatch.setattr(module, name, lambda *_: True)
+    monkeypatch.setattr(joint, "pays", lambda *_: True)
     weight, gate = normal(1, 256, 256).to(HALF), normal(2, 256).to(HALF)
     for rows in ROWS:
         x = torch.ones(rows, 256, dtype=HALF)
         assert linear.runs_fused(x, weight) == (rows >= linear.FEWEST_ROWS)
         assert skinny.runs_skinny(x, weight) == (rows <= skinny.MOST_ROWS)
-        assert joint.runs_joint_linear(x, weight, weight) == (rows <= joint.LINEAR_ROWS)
-        assert joint.runs_joint_swiglu(x, weight, gate) == (rows <= joint.SWIGLU_ROWS)
+        for runs in (joint.runs_joint_linear, joint.runs_joint_swiglu):
+            assert runs(x, weight, gate) == (rows <= joint.MOST_ROWS)
         with batch_invariant():
             assert linear.runs_fused(x, weight)
             assert not skinny.runs_skinny(x, weight)
-            assert not joint.runs_joint_linear(x, weight, weight)
+            assert not joint.runs_joint_linear(x, weight, gate)
             assert not joint.runs_joint_swiglu(x, weight, gate)
             assert linear.adds_in_place(x, weight, gate)
             assert not linear.adds_in_place(x, weight, gate.expand(rows, -1))  # whose tiles depend on the length

@@ -10,11 +10,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mdkern.kernels.backbone import hopper_joint, joint, launch_joint
-from mdkern.kernels.backbone.launch_joint import Tiling
+from mdkern.kernels.backbone.joint_tiles import Tiling, choose_tiling, pays
 from tests.problems.backbone import normal
 from tests.problems.gluon_on_cpu import OnCpu
 
-SMALL = [Tiling(2, 256, 16), Tiling(3, 128, 32), Tiling(1, 128, 16)]
+SMALL = [Tiling(2, 256), Tiling(3, 128), Tiling(1, 128)]
 Layer = tuple[Tensor, Tensor | None]
 
 
@@ -27,6 +27,7 @@ def small_integers(seed: int, *shape: int) -> Tensor:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_joint, "joint_kernel", OnCpu(hopper_joint.joint_kernel))
     monkeypatch.setattr(launch_joint, "stages_of", lambda *_: 2)
+    monkeypatch.setattr(launch_joint, "INNER", 16)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -56,15 +57,22 @@ def test_gate_and_up_wherever_they_are(tiling: Tiling, places: tuple[int, int]) 
 
 def test_tiles_fill_the_multiprocessors() -> None:
     """Tiles of LLaDA-8B's and of Qwen3-4B's products, and how often 132 programs go round."""
-    for rows, columns, gated, want in (
-        (256, 3 * 4096, False, (3, 128)),  # 128 tiles, once
-        (128, 3 * 4096, False, (2, 128)),  # 96, once; in threes half of the programs would be idle
-        (256, 4096 + 2 * 1024, False, (2, 128)),
-        (128, 4096 + 2 * 1024, False, (1, 128)),
-        (256, 12288, True, (3, 128)),  # 256, twice
-        (2048, 12288, True, (2, 256)),  # 1,536, twelve times; smaller ones would be less idle at the end, but read more
+    for rows, columns, want in (
+        (256, 3 * 4096, (3, 128)),  # 128 tiles, once
+        (128, 3 * 4096, (2, 128)),  # 96, once; in threes half of the programs would be idle
+        (256, 4096 + 2 * 1024, (2, 128)),
+        (128, 4096 + 2 * 1024, (1, 128)),
+        (256, 2 * 12288, (3, 128)),  # 256, twice
+        (2048, 2 * 12288, (2, 256)),  # 1,536, twelve times; smaller ones would be less idle at the end, but read more
     ):
-        assert launch_joint.choose_tiling(rows, columns, gated, 132)[:2] == want
+        assert choose_tiling(rows, columns, 132)[:2] == want
+
+
+def test_products_that_leave_programs_idle_do_not_pay() -> None:
+    assert pays(512, 3 * 4096, 132, gated=False)  # 256 tiles: all programs twice but eight
+    assert not pays(320, 3 * 4096, 132, gated=False)  # 2.5 rows of tiles, of which 192 take two rounds
+    assert pays(320, 2 * 12288, 132, gated=True)  # as many tiles twice, in three rounds
+    assert pays(65, 128, 132, gated=False)  # one round, which costs as much as one launch
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -17,6 +17,7 @@ from mdkern.kernels.backbone import (
     hopper_linear,
     hopper_resident,
     hopper_residual,
+    joint_tiles,
     launch_joint,
     launch_linear,
     triton_combine,
@@ -286,16 +287,16 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
-def joint(tiling: launch_joint.Tiling, weights: int, biased: bool, element: str = "bf16") -> None:
+def joint(tiling: joint_tiles.Tiling, weights: int, biased: bool, element: str = "bf16") -> None:
     """Up to three weights, or gate and up. The product must be turned by instructions that store 16 bytes at a time."""
     gated = weights == 0
     names = ("first", "second", "third")[: weights or 2]
-    types = dict.fromkeys(hopper_joint.COUNTS, "i32") | {"x": descriptor(element, [tiling.rows, tiling.inner])}
+    types = dict.fromkeys(hopper_joint.COUNTS, "i32") | {"x": descriptor(element, [tiling.rows, 64])}
     types |= {"out": descriptor(element, launch_joint.stored_block(tiling, gated))}
     if gated:
-        types |= {"first": descriptor(element, launch_joint.pair_block(tiling))}
+        types |= {"first": descriptor(element, launch_joint.pair_block())}
     else:
-        types |= {name: descriptor(element, [64, tiling.inner]) for name in names}
+        types |= {name: descriptor(element, [64, 64]) for name in names}
     types |= {f"{name}_bias": f"*{element}" for name in names} if biased else {}
     built = product(hopper_joint.joint_kernel, types, {}, launch_joint.setting(tiling, gated))
     assert re.search(r"STSM\.16\.M?T", built.asm["sass"])
@@ -369,10 +370,10 @@ def main() -> None:
     for width in (256, 768):
         resident_fp8(width)
     residual_fp8()
-    for tiling in launch_joint.TILINGS:
+    for tiling in joint_tiles.TILINGS:
         joint(tiling, weights=3, biased=False)
         joint(tiling, weights=0, biased=True)
-    joint(launch_joint.TILINGS[0], weights=1, biased=True, element="fp16")
+    joint(joint_tiles.TILINGS[0], weights=1, biased=True, element="fp16")
 
 
 if __name__ == "__main__":

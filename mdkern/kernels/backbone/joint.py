@@ -8,19 +8,21 @@ for more. Measurements: docs/notes/llama.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdkern.kernels.backbone.joint_tiles import BLOCK, MOST_ROWS, pays
 from mdkern.kernels.backbone.modulated_norm import wide
-from mdkern.kernels.backbone.skinny import MOST_ROWS, check_layer, runs_skinny
+from mdkern.kernels.backbone.skinny import MOST_ROWS as FEW_ROWS
+from mdkern.kernels.backbone.skinny import check_layer, runs_skinny
 from mdkern.kernels.backbone.swiglu import swiglu_reference
-from mdkern.kernels.device import copies_in_bulk, is_hopper
+from mdkern.kernels.device import copies_in_bulk, is_hopper, num_sms
 from mdkern.kernels.invariant import rows_to_choose_by
 from mdkern.kernels.operator import operator
 
-LINEAR_ROWS, SWIGLU_ROWS = 1024, 4096  # with more, cuBLAS is as fast
-COLUMN_TILE = 64  # numbers of columns must be multiples of it
 FAR = 1 << 40  # bytes
 
 
@@ -65,16 +67,20 @@ joint_swiglu_operator = operator(joint_swiglu_reference, new_swiglu, f"{KERNELS}
 
 def runs_joint_linear(x: Tensor, *weights: Tensor) -> bool:
     """Whether one launch is the fast way for these products, on the card that it was measured on."""
-    return runs_skinny(x, *weights) or (len(weights) > 1 and has_rows(x, LINEAR_ROWS) and fits(x, *weights))
+    return runs_skinny(x, *weights) or (len(weights) > 1 and fits(x, *weights) and is_fast(x, weights, False))
 
 
 def runs_joint_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> bool:
     """Whether one launch is the fast way for gate, up and their activation, on the card that it was measured on."""
-    return runs_skinny(x, gate, up) or (has_rows(x, SWIGLU_ROWS) and fits(x, gate, up) and is_near(gate, up))
+    pair = gate, up
+    return runs_skinny(x, *pair) or (fits(x, *pair) and is_near(*pair) and is_fast(x, pair, True))
 
 
-def has_rows(x: Tensor, most: int) -> bool:
-    return is_hopper(x.device) and MOST_ROWS < rows_to_choose_by(x.shape[0]) <= most
+def is_fast(x: Tensor, weights: Sequence[Tensor], gated: bool) -> bool:
+    """Whether the kernel for more than a few rows is faster than cuBLAS."""
+    rows = rows_to_choose_by(x.shape[0])
+    known = is_hopper(x.device) and FEW_ROWS < rows <= MOST_ROWS
+    return known and pays(rows, sum(map(len, weights)), num_sms(x.device), gated)
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
@@ -82,8 +88,7 @@ def fits(x: Tensor, *weights: Tensor) -> bool:
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and all(
-            matrix.is_contiguous() and copies_in_bulk(matrix) and matrix.shape[0] % COLUMN_TILE == 0
-            for matrix in weights
+            matrix.is_contiguous() and copies_in_bulk(matrix) and matrix.shape[0] % BLOCK == 0 for matrix in weights
         )
         and copies_in_bulk(x)
     )

@@ -1,11 +1,11 @@
-"""Launches `hopper_joint`: describes matrices to TMA, chooses the tiles. Measurements of tiles: docs/notes/llama.md."""
+"""Launches `hopper_joint`: describes matrices to TMA."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from torch import Tensor
@@ -14,8 +14,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels.backbone import skinny, triton_skinny
 from mdkern.kernels.backbone.hopper_joint import PIECE, TOGETHER, joint_kernel
-from mdkern.kernels.backbone.hopper_tile import ROWS
 from mdkern.kernels.backbone.joint import fits, is_near, new_linear, new_swiglu
+from mdkern.kernels.backbone.joint_tiles import BLOCK, Tiling, choose_tiling
 from mdkern.kernels.backbone.launch_linear import describe
 from mdkern.kernels.device import is_hopper, num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
@@ -23,63 +23,42 @@ from mdkern.kernels.head.launch_hopper import ELEMENT
 GROUP = 8  # row tiles that take all columns before the next ones begin
 
 
-class Tiling(NamedTuple):
-    """Of a program: blocks of 64 rows of weights, rows of x, numbers of the inner dimension in a step."""
-
-    blocks: int
-    rows: int
-    inner: int = 64
-
-
-TILINGS = (Tiling(2, 256), Tiling(3, 128), Tiling(2, 128), Tiling(1, 128))
+INNER = 64  # numbers of the inner dimension in a step
 SHARED_MEMORY = 226 * 1024  # bytes of a program, without its barriers
-READING = 21  # products of numbers that take as long as reading one of them into shared memory
-
-
-def choose_tiling(rows: int, columns: int, gated: bool, programs: int) -> Tiling:
-    """The tiles with the least work for a program, over all that it takes one after the other."""
-
-    def time(tiling: Tiling) -> int:
-        columns_of_tile = tiling.blocks * stored_block(tiling, gated)[1]
-        tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(columns, columns_of_tile)
-        tall, wide = tiling.rows, tiling.blocks * ROWS.value
-        return triton.cdiv(tiles, programs) * (tall * wide + READING * (tall + wide))
-
-    return min(TILINGS, key=time)
 
 
 def stages_of(tiling: Tiling, gated: bool) -> int:
     """As many steps of 16-bit numbers as shared memory holds beside the output's buffers."""
     buffers = max(2, tiling.blocks) * 2 * math.prod(stored_block(tiling, gated))
-    return (SHARED_MEMORY - buffers) // (2 * tiling.inner * (ROWS.value * tiling.blocks + tiling.rows))
+    return (SHARED_MEMORY - buffers) // (2 * INNER * (BLOCK * tiling.blocks + tiling.rows))
 
 
 def setting(tiling: Tiling, gated: bool) -> dict[str, Any]:
     """Constants and compiler options of a tiling."""
-    constants = {"BLOCKS": tiling.blocks, "TALL": tiling.rows, "BK": tiling.inner, "GATED": gated}
+    constants = {"BLOCKS": tiling.blocks, "TALL": tiling.rows, "BK": INNER, "GATED": gated}
     constants["STAGES"] = stages_of(tiling, gated)
     # Registers of a consumer thread, and of every thread at the launch.
     registers, launched = (160, 128) if tiling.blocks == 3 else (240, 168)
     return constants | {"REGISTERS": registers, "maxnreg": launched, "num_warps": 4}
 
 
-def pair_block(tiling: Tiling) -> list[int]:
+def pair_block() -> list[int]:
     """Of gate and up as one tensor, what is copied at a time."""
-    return [ROWS.value // (2 * TOGETHER.value), 2, TOGETHER.value, tiling.inner]
+    return [BLOCK // (2 * TOGETHER.value), 2, TOGETHER.value, INNER]
 
 
 def stored_block(tiling: Tiling, gated: bool) -> list[int]:
     """Of the output, what is stored at a time: rows and columns."""
     rows = tiling.rows // 2 if tiling.blocks == 1 else tiling.rows
-    return [min(PIECE.value, rows), ROWS.value // 2 if gated else ROWS.value]
+    return [min(PIECE.value, rows), BLOCK // 2 if gated else BLOCK]
 
 
-def describe_pair(gate: Tensor, up: Tensor, tiling: Tiling) -> tuple[TensorDescriptor, bool]:
+def describe_pair(gate: Tensor, up: Tensor) -> tuple[TensorDescriptor, bool]:
     """Gate and up as one tensor ``[groups of 8 rows, 2, 8, K]``, and whether up is the first of the two."""
     swapped = up.data_ptr() < gate.data_ptr()
     base, other = (up, gate) if swapped else (gate, up)
     rows, depth = base.shape
-    block = pair_block(tiling)
+    block = pair_block()
     distance = (other.data_ptr() - base.data_ptr()) // base.element_size()
     strides = [TOGETHER.value * depth, distance, depth, 1]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[base.dtype])
@@ -88,7 +67,7 @@ def describe_pair(gate: Tensor, up: Tensor, tiling: Tiling) -> tuple[TensorDescr
 
 def launch(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: list[Tensor],
     biases: Sequence[Tensor | None],
     out: Tensor,
     gated: bool,
@@ -97,29 +76,29 @@ def launch(
     if not out.numel():
         return out
     programs = num_sms(x.device)
-    tiling = tiling or choose_tiling(x.shape[0], out.shape[1], gated, programs)
+    tiling = tiling or choose_tiling(x.shape[0], sum(map(len, weights)), programs)
     if any(bias is not None for bias in biases):
         biases = [x.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases)]
     missing = [None] * (3 - len(weights))
     swapped = False
     if gated:
-        pair, swapped = describe_pair(weights[0], weights[1], tiling)
+        pair, swapped = describe_pair(*weights)
         described = [pair, None]
     else:
-        described = [describe(weight, [ROWS.value, tiling.inner]) for weight in weights]
+        described = [describe(weight, [BLOCK, INNER]) for weight in weights]
     ends = [out.shape[1]] * 3 if gated else list(accumulate(map(len, weights)))
     stored = stored_block(tiling, gated)
     joint_kernel[(programs,)](
         *described,
         *missing,
-        describe(x, [tiling.rows, tiling.inner]),
+        describe(x, [tiling.rows, INNER]),
         describe(out, stored),
         *biases,
         *missing,
         *(ends + ends[-1:] * 2)[:3],
         triton.cdiv(x.shape[0], tiling.rows),
         triton.cdiv(out.shape[1], stored[1] * tiling.blocks),
-        triton.cdiv(x.shape[1], tiling.inner),
+        triton.cdiv(x.shape[1], INNER),
         int(swapped),
         GROUP=GROUP,
         PROGRAMS=programs,
