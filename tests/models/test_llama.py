@@ -310,7 +310,7 @@ def test_gpu_errors_are_no_larger_than_its_own(model: Any, dtype: torch.dtype, k
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("width", "wanted"), [(32, 32), (64, 7)])
 def test_gpu_errors_of_few_rows_and_many_keys(dtype: torch.dtype, biased: bool, width: int, wanted: int) -> None:
-    """Skinny products, with grouped heads, and attention that divides its keys."""
+    """Skinny products, joint ones of the 1,200 rows before, grouped heads, and attention that divides its keys."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = llama(**sizes, head_dim=64, max_position_embeddings=2048, attention_bias=biased, mlp_bias=biased)
     ids, new = random_ids(1, 1200).cuda(), random_ids(1, width, seed=1).cuda()
