@@ -25,6 +25,7 @@ from mdkern.kernels.backbone.sandwich import choose_experts, sandwich_norm
 from mdkern.kernels.backbone.scaled_linear import Scaled, scaled_linear
 from mdkern.kernels.backbone.skinny import skinny_parts
 from mdkern.kernels.backbone.swiglu import scaled_swiglu, swiglu
+from mdkern.kernels.backbone.window_attention import window_attention
 
 D, F, V, E, K = 64, 32, 96, 4, 2
 HALF = torch.bfloat16
@@ -86,6 +87,17 @@ CASES: dict[str, tuple[Callable[[Maker], Any], list[tuple[int, ...]]]] = {
     "gathered norm": (lambda m: gathered_rms_norm(m.x(5, D), m.i(0), m.x(D), 1e-6), [(0, D)] * 2),
     "rotary": (lambda m: rotary(m.x(0, 3, 16), m.f(8, 8), m.f(8, 8), length=4), []),
     "heads": (lambda m: place_heads(m.f(8, 8), m.f(8, 8), m.x(0, 2, 16), m.x(0, 2, 16), length=4), []),
+    "window": (
+        lambda m: window_attention(
+            m.f(8, 8),
+            m.f(8, 8),
+            *[m.x(0, 2, 16)] * 3,
+            columns=m.i(0),
+            kept=m.x(2, 0, 9, 2, 16),
+            arrived=m.i(0).int(),
+        ),
+        [(0, 32)],
+    ),
     "routing": (lambda m: route_experts(m.f(1, 0, E), None, Routing(K)), [(0, K)] * 2),
     "choosing": (lambda m: choose_experts(m.x(0, E), m.x(E), K), [(0, K)] * 2),
     "experts": (

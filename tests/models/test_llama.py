@@ -63,6 +63,7 @@ def fused(model: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     """The model's denoiser, whose passes fail if the model's own forward runs; also as a GPU runs few rows."""
     for name in ("runs_skinny", "runs_joint_linear", "runs_joint_swiglu"):
         monkeypatch.setattr(llama_products, name, lambda *_: request.param == "few rows")
+    monkeypatch.setattr(llama_fused, "runs_window_attention", lambda *_: request.param == "few rows")
     denoiser = adapted(model, shifted=False)
     assert denoiser.description == "split at its output layer, with its backbone run by mdkern's own passes"
     monkeypatch.setattr(SplitDenoiser, "run", lambda *_, **__: pytest.fail("the model's own forward ran"))

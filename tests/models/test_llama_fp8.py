@@ -15,7 +15,7 @@ import mdkern
 from mdkern.kernels.backbone import fp8_skinny
 from mdkern.kernels.backbone.quantise import quantise_rows
 from mdkern.models.denoiser import PREPARED
-from mdkern.models.hf import llama_fp8
+from mdkern.models.hf import llama_fp8, llama_fused
 from mdkern.models.hf.split import SplitDenoiser
 from tests.models.test_llama import FAMILIES
 from tests.problems.hf_models import MASK, WORDS, adapted, bert, llama, random_ids
@@ -75,6 +75,7 @@ class TestPasses:
     def test_windows_and_wanted_positions(self, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """A window of all columns is a whole pass; so are the states at some positions, whatever kernel runs them."""
         monkeypatch.setattr(llama_fp8, "runs_fp8_skinny", lambda *_: few)
+        monkeypatch.setattr(llama_fused, "runs_window_attention", lambda *_: few)
         model, ids = llama(**SIZES, attention_bias=True, mlp_bias=True), random_ids(2, 10)
         denoiser = in_fp8(model, shifted=False)
         whole = denoiser.hidden(ids)
@@ -88,6 +89,25 @@ class TestPasses:
         rows = torch.arange(3).expand(2, -1)
         window = denoiser.window_hidden(cache, ids.gather(1, columns), columns, rows)
         torch.testing.assert_close(window, rows_of(whole, columns), **close)
+
+    def test_attention_of_windows_is_rounded_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By `out` or by attention itself, whose heads are what shares a scale: the same numbers."""
+        monkeypatch.setattr(llama_fp8, "runs_fp8_skinny", lambda *_: True)
+        model, ids = llama(**SIZES, head_dim=128), random_ids(2, 10)
+        denoiser, rows = in_fp8(model, shifted=False), torch.arange(3).expand(2, -1)
+        columns, given, states = rows + 4, [], []
+        update = llama_fp8.Fp8Products.attention_update
+        monkeypatch.setattr(
+            llama_fp8.Fp8Products, "attention_update", lambda self, x: (given.append(type(x)), update(self, x))[1]
+        )
+        for windows in (False, True):
+            monkeypatch.setattr(llama_fused, "runs_window_attention", lambda *_, windows=windows: windows)
+            cache = torch.zeros(denoiser.cache_shape(2, 10))
+            denoiser.window_hidden(cache, ids, None, rows)
+            given.clear()
+            states.append(denoiser.window_hidden(cache, ids[:, 4:7], columns, rows))
+            assert given == [fp8_skinny.Tiled if windows else Tensor] * 2
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
 
     def test_few_rows_and_many_agree(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They round in other places, which may cost a third more than rounding does at all."""

@@ -34,6 +34,7 @@ from mdkern.kernels.backbone import (
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
+    triton_window_attention,
 )
 
 
@@ -136,6 +137,33 @@ def place_heads(capability: int, head_dim: int, normed: bool, kept: bool) -> Non
         "HALF_BLOCK": triton.next_power_of_2(half),
     }
     build(triton_place_heads.place_heads_kernel, ASTSource, capability, types, constants, num_warps=4)
+
+
+def window_attention(capability: int, setting: triton_window_attention.Setting, **constants: Any) -> None:
+    """Of LLaDA 8B, undivided and in parts; of heads with norms that are rotated in part, and with a mask."""
+    kernel, room = triton_window_attention.window_attention_kernel, (163 if capability == 80 else 227) * 1024
+    constants = {
+        "HEADS": 8, "GROUPS": 4, "HALF": 64, "TURNED": 64, "MASK_ROWS": False, "ROUNDED": False,
+        "SPLITS": setting.splits, "APART": setting.apart, "WINDOW": 32, "ROWS": setting.rows,
+        "COLUMNS": setting.columns, "HALF_BLOCK": 64, "DIM_BLOCK": 128, "PRECISION": "ieee", "EARLY": capability >= 90,
+    } | constants  # fmt: skip
+    types = dict.fromkeys(("query", "key", "value", "kept"), "*bf16") | dict.fromkeys(("columns", "positions"), "*i64")
+    types |= dict.fromkeys(("cos", "sin"), "*fp32") | {"arrived": "*i32", "eps": "fp32", "scale": "fp32"}
+    types |= {"parts": "*fp32", "states": "*fp32"} if setting.splits > 1 else {}
+    types |= {"mask": "*u8"} if constants["MASK_ROWS"] else {}
+    types |= {"out": "*fp8e4nv", "out_scales": "*fp32"} if constants["ROUNDED"] else {"out": "*bf16"}
+    types |= dict.fromkeys(("query_norm", "key_norm"), "*bf16") if constants["TURNED"] < 64 else {}
+    types |= dict.fromkeys(("width", "keys", "table_rows", "span", "mask_sequence", "mask_row"), "i32")
+    types |= {name: "i64" for name in kernel.arg_names if name.endswith("_stride")}
+    options = {"num_warps": setting.warps, "num_stages": setting.stages}
+    built = build(kernel, ASTSource, capability, types, constants, **options)
+    assert built.metadata.shared <= room
+    if capability >= 90:
+        assert "griddepcontrol.wait" in built.asm["ptx"]
+    if capability == 90:  # the one on which it runs
+        early, _, late = built.asm["ptx"].partition("griddepcontrol.wait")
+        assert "wgmma.mma_async" in late
+        assert early.count("ld.global") > 16, "keys and values are not loaded before the wait"
 
 
 def combine(capability: int) -> None:
@@ -347,6 +375,12 @@ def main() -> None:
             skinny(capability, triton_skinny.GATED, rows, splits=1, weights=2, biased=False)
             skinny(capability, triton_skinny.PARTS, rows, splits=4, weights=1, biased=rows == 64)
         swiglu(capability)
+        undivided, divided = (
+            triton_window_attention.Setting(64, 64, 1, False, 4, 2),
+            triton_window_attention.Setting(64, 64, 5, True, 4, 2),
+        )
+        window_attention(capability, undivided, ROUNDED=capability > 80)
+        window_attention(capability, divided, MASK_ROWS=True, TURNED=32)
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)
     for capability in (90, 100):

@@ -25,10 +25,12 @@ from mdkern.kernels.backbone import (
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
+    triton_window_attention,
 )
 from mdkern.kernels.backbone.combine import combine_reference
 from mdkern.kernels.backbone.experts import gated_experts_reference, places_of
 from mdkern.kernels.backbone.folded_norm import fold_norm_reference
+from mdkern.kernels.backbone.fp8_skinny import Tiled
 from mdkern.kernels.backbone.invariant_attention import invariant_attention_reference
 from mdkern.kernels.backbone.joint import joint_linear_reference, joint_swiglu_reference
 from mdkern.kernels.backbone.modulated_norm import gathered_norm_reference, modulated_norm_reference
@@ -39,7 +41,9 @@ from mdkern.kernels.backbone.route_experts import Routing, route_experts_referen
 from mdkern.kernels.backbone.sandwich import choose_experts_reference, sandwich_norm_reference
 from mdkern.kernels.backbone.skinny import skinny_parts_reference
 from mdkern.kernels.backbone.swiglu import swiglu_reference
-from tests.problems.backbone import HeadsCase, modulation, normal
+from mdkern.kernels.backbone.triton_window_attention import Setting
+from mdkern.kernels.backbone.window_attention import window_attention_reference
+from tests.problems.backbone import HeadsCase, WindowCase, modulation, normal
 from tests.problems.experts import experts_problem, listed, routing_problem, sandwich_problem
 from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
 
@@ -224,6 +228,53 @@ def test_heads_may_be_turned_in_part(turned: int, where: str) -> None:
     want, got = (case.run(implementation) for implementation in (place_heads_reference, triton_place_heads.place_heads))
     for expected, tensor in zip(want, got, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+WINDOWS = [
+    WindowCase(2, 2, 32, 5, 40),
+    WindowCase(6, 2, 32, 30, 70, True, "rows"),  # two tiles of queries
+    WindowCase(4, 4, 48, 32, 64, False, "padding", 8),
+    WindowCase(4, 1, 80, 33, 100, True, turned=13, placed=False),
+    WindowCase(2, 1, 32, 9, 9, masked="rows"),  # all columns
+    WindowCase(2, 1, 32, 16, 50, dtype=torch.float16),
+]
+SETTINGS = [Setting(32, 32, 4, True, 4, 1), Setting(64, 16, 2, False, 4, 1), Setting(32, 32, 1, False, 4, 1)]
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_window_attention_is_the_references(case: WindowCase, setting: Setting) -> None:
+    """By programs that are divided, also with one for the window alone, and by undivided ones."""
+    close = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+    theirs, ours = case.arguments(), case.arguments()
+    want, _ = window_attention_reference(**theirs)
+    got, _ = triton_window_attention.window_attention(**ours, setting=setting)
+    torch.testing.assert_close(got, want, **close)
+    assert not got.isnan().any()
+    torch.testing.assert_close(ours["kept"][:, :, :-1], theirs["kept"][:, :, :-1], **close)
+    assert not ours["arrived"].any()
+    assert torch.equal(ours["query"], case.arguments()["query"])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_window_attention_is_rounded_once(setting: Setting) -> None:
+    """To within half a step of e4m3, 1/16 of a number or 2^-10 of the scale; the largest of a head becomes 448."""
+    case = WindowCase(4, 2, 128, 5, 40, masked="padding")
+    exact, _ = window_attention_reference(**case.arguments())
+    rounded = Tiled(*triton_window_attention.window_attention(**case.arguments(rounded=True), setting=setting))
+    room = (exact.abs() / 16).clamp(min=rounded.scales.repeat_interleave(128, 1) * 2**-10)
+    assert bool(((rounded.wide() - exact).abs() <= room * (1 + 1e-4) + 1e-6).all())
+    seen = exact.unflatten(1, (-1, 128)).abs().amax(2) > 0
+    assert bool((rounded.values.float().unflatten(1, (-1, 128)).abs().amax(2)[seen] == 448).all())
+
+
+def test_positions_of_a_window_that_are_not_there() -> None:
+    """Such queries are NaN; such keys make NaN of those that see them, and of no other sequence."""
+    case = WindowCase(2, 2, 32, 5, 40)
+    given = case.arguments()
+    given["positions"][7] = 40
+    got, _ = triton_window_attention.window_attention(**given, setting=SETTINGS[0])
+    assert got.isnan().any(1).tolist() == [False] * 5 + [True] * 5 + [False] * 5
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(7, 1500), (1, 3), (0, 8)])

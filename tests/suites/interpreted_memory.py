@@ -36,6 +36,7 @@ from mdkern.kernels.backbone import (
     triton_sandwich,
     triton_skinny,
     triton_swiglu,
+    triton_window_attention,
 )
 from mdkern.kernels.backbone.fp8_skinny import tiled
 from mdkern.kernels.backbone.quantise import quantise_rows
@@ -43,7 +44,7 @@ from mdkern.kernels.backbone.route_experts import Routing
 from mdkern.kernels.head import launch, launch_soft
 from mdkern.kernels.head.arguments import NO_FILTERS, Filters
 from mdkern.kernels.loop import select, tick, triton_compact, triton_select, triton_tick
-from tests.problems.backbone import HeadsCase, modulation, normal
+from tests.problems.backbone import HeadsCase, WindowCase, modulation, normal
 from tests.problems.experts import experts_problem, routing_problem, sandwich_problem
 from tests.problems.projection import Problem
 from tests.problems.selection import RULES, random_selection
@@ -253,6 +254,15 @@ class TestEveryEntryIsWritten:
         for case in (HeadsCase(5, 3, 6, True, where), HeadsCase(0, 1, 4, False, where)):
             assert not any(map(is_poisoned, case.run(triton_place_heads.place_heads)))
 
+    @pytest.mark.parametrize("setting", [(32, 32, 3, True, 4, 1), (64, 16, 1, False, 4, 1)])
+    def test_windows(self, setting: tuple[Any, ...]) -> None:
+        """What the window writes in the cache, NaN before, is not read."""
+        for case in (WindowCase(6, 2, 48, 30, 70, True, "rows", 8), WindowCase(1, 1, 128, 3, 10)):
+            given = case.arguments(case.head_dim == 128, sequences=2)
+            given["kept"][given["kept"].isnan()] = torch.tensor([POISON] * 4, dtype=torch.uint8).view(torch.float32)
+            window = triton_window_attention.Setting(*setting)
+            assert not any(map(is_poisoned, triton_window_attention.window_attention(**given, setting=window)))
+
     @pytest.mark.parametrize("case", [(11, 2, 4, 40, 24), (40, 1, 2, 33, 70)], ids=str)
     def test_experts(self, case: tuple[int, ...]) -> None:
         assert not is_poisoned(triton_experts.gated_experts(*experts_problem(*case), "silu"))
@@ -375,6 +385,23 @@ class TestOffsetsPastTwoToThe31:
         triton_place_heads.place_heads(*arguments)
         triton_place_heads.place_heads_reference(*arguments[:3], key, None, None, 4, *arguments[7:10], None, None)
         torch.testing.assert_close(kept[0, 0, -1, :8], key[3, :8], rtol=2e-3, atol=2e-3)
+
+    def test_windows(self) -> None:
+        """The cache of the last of many sequences, past 2^31."""
+        case, sequences, length = WindowCase(2, 2, 64, 3, 2000, dtype=torch.float16), 9000, 2000
+        given = case.arguments(sequences=1)
+        want, _ = triton_window_attention.window_attention_reference(**case.arguments(sequences=1))
+        kept, rows = sparse(2, sequences, length + 1, 2, 64), 3 * sequences
+        kept[:, -1:] = given["kept"]
+        for name in ("query", "key", "value"):
+            last, given[name] = given[name], sparse(rows, 2, 64)
+            given[name][-3:] = last
+        for name in ("positions", "columns"):
+            given[name] = given[name].repeat(sequences)
+        given |= {"kept": kept, "arrived": torch.zeros(2 * sequences, dtype=torch.int32)}
+        setting = triton_window_attention.Setting(32, 512, 1, False, 4, 1)
+        got, _ = triton_window_attention.window_attention(**given, setting=setting)
+        torch.testing.assert_close(got[-3:, 64:], want[:, 64:], rtol=4e-3, atol=4e-3)
 
     def test_ticks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sequences, length = 40, 1 << 26  # 2.7e9 ids of a batch

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone import fp8_skinny, linear, linear_fp8, skinny
+from mdkern.kernels.backbone import fp8_skinny, joint, linear, linear_fp8, skinny
 from mdkern.kernels.backbone.experts import gated_experts, listed_experts, places_of
 from mdkern.kernels.backbone.quantise import (
     FP8,
@@ -29,7 +29,8 @@ from mdkern.kernels.backbone.quantise import (
 from mdkern.kernels.backbone.rms_norm import gathered_scaled_rms_norm, scaled_rms_norm
 from mdkern.kernels.backbone.scaled_linear import Scaled, scaled_linear
 from mdkern.kernels.backbone.swiglu import scaled_swiglu
-from tests.problems.backbone import normal
+from mdkern.kernels.backbone.window_attention import window_attention_operator
+from tests.problems.backbone import WindowCase, normal
 from tests.problems.experts import experts_problem, listed
 from tests.problems.projection import Problem
 from tests.problems.soft import SoftProblem
@@ -50,8 +51,8 @@ def skinny_products(device: str) -> Iterator[Tensor]:
     for rows in (3, 40):
         x, bias = normal(1, rows, 1024, dtype=HALF, device=device), normal(2, 256, dtype=HALF, device=device)
         layers = [(weight(seed, columns, 1024, device), None) for seed, columns in ((3, 512), (4, 128), (5, 128))]
-        yield from skinny.skinny_linear(x, *layers)
-        yield skinny.skinny_swiglu(x, (weight(6, 256, 1024, device), bias), (weight(7, 256, 1024, device), bias))
+        yield from joint.joint_linear(x, *layers)
+        yield joint.joint_swiglu(x, (weight(6, 256, 1024, device), bias), (weight(7, 256, 1024, device), bias))
         yield skinny.skinny_parts(x, weight(8, 256, 1024, device), bias).sum(0)
 
 
@@ -72,6 +73,16 @@ def scaled_rows(device: str) -> Iterator[Tensor]:
     yield gathered_scaled_rms_norm(stream, torch.arange(0, 100, 3, device=device), stream[0], 1e-5)[1].wide()
     yield scaled_swiglu(*(normal(seed, 100, 512, dtype=HALF, device=device) for seed in (4, 5))).wide()
     yield scaled_linear(scaled(update), scaled(weight(6, 384, 512, device)), stream[0, :384], dtype=HALF)
+
+
+def windows(device: str) -> Iterator[Tensor]:
+    """Attention of windows to columns that are divided among programs, and that are not."""
+    for sequences, rounded in ((1, False), (3, True)):
+        case = WindowCase(64, 16, 128, 8, 300, masked="rows", dtype=HALF, device=device)
+        given = case.arguments(rounded, sequences)
+        out, scales = window_attention_operator(*given.values())
+        yield out.float() * scales.repeat_interleave(128, 1) if rounded else out
+        yield given["kept"][:, :, :-1]
 
 
 def products_in_fp8(device: str) -> Iterator[Tensor]:
@@ -135,6 +146,7 @@ LAUNCHES: dict[str, Callable[[str], Iterator[Tensor]]] = {
     "skinny": skinny_products,
     "fp8_skinny": fp8_skinny_products,
     "scaled": scaled_rows,
+    "windows": windows,
     "fp8": products_in_fp8,
     "narrow": products_of_narrow_models,
     "quantise": rounding,

@@ -102,6 +102,28 @@ def place_heads(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    check_heads(
+        cos, sin, query, key, value, positions=positions, length=length, query_norm=query_norm, key_norm=key_norm,
+        kept=kept, columns=columns,
+    )  # fmt: skip
+    place_heads_operator(cos, sin, query, key, value, positions, length, query_norm, key_norm, eps, kept, columns)
+
+
+def check_heads(
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    *,
+    positions: Tensor | None,
+    length: int,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    kept: Tensor | None,
+    columns: Tensor | None,
+) -> None:
+    """Refuse arguments of `place_heads` that do not fit."""
     first = query if query is not None else key
     if first is None:
         raise ValueError("queries or keys must be given")
@@ -125,7 +147,6 @@ def place_heads(
     if (positions is None and length > len(cos)) or (columns is not None and kept is None):
         raise ValueError(f"{len(cos)} angles are not enough for {length} positions, or columns without a cache")
     check_kept(kept, key, value, length, columns)
-    place_heads_operator(cos, sin, query, key, value, positions, length, query_norm, key_norm, eps, kept, columns)
 
 
 def check_kept(

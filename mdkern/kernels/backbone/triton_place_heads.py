@@ -14,6 +14,53 @@ HEAD_BLOCK = 8  # heads of a program
 
 
 @triton.jit
+def pairs_of(HALF: tl.constexpr, TURNED: tl.constexpr, HALF_BLOCK: tl.constexpr):
+    """The dimensions of a head that are paired by its rotation."""
+    dimension = tl.arange(0, HALF_BLOCK)
+    partner = dimension + HALF
+    if TURNED < HALF:
+        partner = dimension + tl.where(dimension < TURNED, TURNED, HALF)
+        dimension += tl.where(dimension < TURNED, 0, TURNED)
+    return dimension, partner
+
+
+@triton.jit
+def load_turned(
+    read,  # addresses of the heads, [N, 1]
+    norm,
+    c,  # [N or 1, HALF_BLOCK]
+    s,
+    inside,
+    eps,
+    HALF: tl.constexpr,
+    TURNED: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):
+    """Heads, normed and rotated: of each pair of dimensions the first and the second, float32 [N, HALF_BLOCK]."""
+    dimension, partner = pairs_of(HALF, TURNED, HALF_BLOCK)
+    first = tl.load(read + dimension[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(read + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if norm is not None:
+        spread = tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+        scale = (1.0 / spread)[:, None]
+        half = tl.arange(0, HALF_BLOCK) < HALF
+        first = first * scale * tl.load(norm + dimension, mask=half, other=0.0).to(tl.float32)[None, :]
+        second = second * scale * tl.load(norm + partner, mask=half, other=0.0).to(tl.float32)[None, :]
+    return first * c - second * s, second * c + first * s
+
+
+@triton.jit
+def store_turned(
+    first, second, write, inside, HALF: tl.constexpr, TURNED: tl.constexpr, HALF_BLOCK: tl.constexpr
+):  # fmt: skip
+    """Store what `load_turned` gives at the heads' addresses ``write [N, 1]``."""
+    dimension, partner = pairs_of(HALF, TURNED, HALF_BLOCK)
+    element = write.dtype.element_ty
+    tl.store(write + dimension[None, :], first.to(element), mask=inside)
+    tl.store(write + partner[None, :], second.to(element), mask=inside)
+
+
+@triton.jit
 def _turn(
     source,  # address of the row's first head
     target,
@@ -29,24 +76,9 @@ def _turn(
     HALF_BLOCK: tl.constexpr,
 ):
     """Norm and rotate some heads of a row."""
-    dimension = tl.arange(0, HALF_BLOCK)
-    partner = dimension + HALF
-    if TURNED < HALF:
-        partner = dimension + tl.where(dimension < TURNED, TURNED, HALF)
-        dimension += tl.where(dimension < TURNED, 0, TURNED)
-    read = source + head[:, None] * (2 * HALF)
-    first = tl.load(read + dimension[None, :], mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(read + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    if norm is not None:
-        spread = tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
-        scale = (1.0 / spread)[:, None]
-        half = tl.arange(0, HALF_BLOCK) < HALF
-        first = first * scale * tl.load(norm + dimension, mask=half, other=0.0).to(tl.float32)[None, :]
-        second = second * scale * tl.load(norm + partner, mask=half, other=0.0).to(tl.float32)[None, :]
-    write = target + head[:, None] * target_stride
-    element = target.dtype.element_ty
-    tl.store(write + dimension[None, :], (first * c[None, :] - second * s[None, :]).to(element), mask=inside)
-    tl.store(write + partner[None, :], (second * c[None, :] + first * s[None, :]).to(element), mask=inside)
+    read, write = source + head[:, None] * (2 * HALF), target + head[:, None] * target_stride
+    first, second = load_turned(read, norm, c[None, :], s[None, :], inside, eps, HALF, TURNED, HALF_BLOCK)
+    store_turned(first, second, write, inside, HALF, TURNED, HALF_BLOCK)
 
 
 @triton.jit(do_not_specialize=["length", "table_rows", "room"])

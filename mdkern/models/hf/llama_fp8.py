@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone.fp8_skinny import (
+    TILE,
+    Tiled,
     fp8_skinny_linear,
     fp8_skinny_parts,
     fp8_skinny_swiglu,
@@ -175,9 +177,12 @@ class Fp8Products(Products):
         products = run(normed, packed.weight, packed.bias, dtype=self.dtype).split(sizes, 1)
         return [product.unflatten(1, (-1, self.head_dim)) for product in products]
 
-    def attention_update(self, attended: Tensor) -> Tensor:
+    def takes_rounded(self, normed: Scaled) -> bool:
+        return self.head_dim == TILE and runs_fp8_skinny(normed.values, self.packed.attn_out.values)
+
+    def attention_update(self, attended: Tensor | Tiled) -> Tensor:
         packed = self.packed.attn_out
-        if runs_fp8_skinny(attended, packed.values):
+        if isinstance(attended, Tiled) or runs_fp8_skinny(attended, packed.values):
             return fp8_skinny_parts(attended, packed.weight, packed.bias)
         return scaled_linear(Scaled(*quantise_rows(attended)), packed.weight, packed.bias, dtype=self.dtype)
 

@@ -8,11 +8,14 @@ at the wanted positions only. Times, and what was tried and left out: docs/notes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.rms_norm import rms_norm
+from mdkern.kernels.backbone.window_attention import new_arrivals, runs_window_attention, window_attention
 from mdkern.kernels.device import num_sms
 from mdkern.models.block_causal import mask_at
 from mdkern.models.dit import attention_priority, gather_rows
@@ -60,10 +63,11 @@ def run(
     batch, width = input_ids.shape
     place, columns = (None if index is None else index.flatten() for index in (positions, columns))
     divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
+    arrived = None if kept is None or columns is None else arrivals_of(parts, batch, width, kept)
     with attention_priority(input_ids.device, divide_keys=divided):
         x = update = normed = None
         groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
-        seen = grouped_mask(mask, groups, parts.embedding.dtype)
+        seen = grouped_mask(mask, groups, parts.embedding.dtype) if arrived is None else None
         fewer = rows is not None and rows.shape[1] < width
         for number, block in enumerate(parts.blocks):
             products = products_of(parts, number, copies)
@@ -78,18 +82,24 @@ def run(
             *others, key, value = products.heads(normed, queries=not pruned, keys=True)
             query = None if pruned else others[0]
             cache = None if kept is None else kept[number]
-            turn(parts, block, query, key, value, place, width, cache, columns)
-            if rows is not None and pruned:
-                first = torch.arange(0, batch * width, width, device=rows.device)[:, None]
-                x, normed = products.gathered_norm(x, (first + rows).flatten(), block.attn_norm)
-                (query,) = products.heads(normed, queries=True)
-                wanted = rows if positions is None else positions.gather(1, rows)
-                turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
-                seen = grouped_mask(mask_at(mask, rows), groups, parts.embedding.dtype)
-            assert query is not None
-            keys, values = (x.unflatten(0, (batch, -1)) for x in (key, value)) if cache is None else cache[:, :, :-1]
-            queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), keys, values))
-            attended = attend_by(queries, keys, values, seen, parts.scale).transpose(1, 2).reshape(len(x), -1)
+            if arrived is not None and query is not None:
+                assert cache is not None
+                assert columns is not None
+                attended = window_attention(
+                    parts.cos, parts.sin, query, key, value, positions=place, columns=columns, kept=cache, mask=mask,
+                    arrived=arrived, scale=parts.scale, rounded=products.takes_rounded(normed), **norms_of(block),
+                )  # fmt: skip
+            else:
+                turn(parts, block, query, key, value, place, width, cache, columns)
+                if rows is not None and pruned:
+                    first = torch.arange(0, batch * width, width, device=rows.device)[:, None]
+                    x, normed = products.gathered_norm(x, (first + rows).flatten(), block.attn_norm)
+                    (query,) = products.heads(normed, queries=True)
+                    wanted = rows if positions is None else positions.gather(1, rows)
+                    turn(parts, block, query, None, None, wanted.flatten(), rows.shape[1])
+                    seen = grouped_mask(mask_at(mask, rows), groups, parts.embedding.dtype)
+                assert query is not None
+                attended = attend_rows(query, (key, value) if cache is None else cache, batch, seen, parts.scale)
             normed = products.norm(x, block.mlp_norm, products.attention_update(attended))
             update = products.mlp_update(normed)
         assert x is not None
@@ -121,10 +131,32 @@ def turn(
     columns: Tensor | None = None,
 ) -> None:
     """`place_heads` of a block."""
+    place_heads(
+        parts.cos, parts.sin, query, key, value, positions=positions, length=length, kept=kept, columns=columns,
+        **norms_of(block),
+    )  # fmt: skip
+
+
+def norms_of(block: Block) -> dict[str, Any]:
+    """The norms of a block's heads, as arguments of `place_heads` and `window_attention`."""
     norms = block.query_norm, block.key_norm
     query_norm, key_norm = (None if norm is None else norm.weight for norm in norms)
-    place_heads(
-        parts.cos, parts.sin, query, key, value, positions=positions, length=length, query_norm=query_norm,
-        key_norm=key_norm, eps=max((norm.eps for norm in norms if norm is not None), default=0.0), kept=kept,
-        columns=columns,
-    )  # fmt: skip
+    eps = max((norm.eps for norm in norms if norm is not None), default=0.0)
+    return {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
+
+
+def arrivals_of(parts: Parts, batch: int, width: int, kept: Tensor) -> Tensor | None:
+    """What `window_attention` counts with in a pass over windows; None: other kernels run it."""
+    _, _, _, room, heads, head_dim = kept.shape
+    groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
+    runs = runs_window_attention(width, room - 1, head_dim, kept.dtype, kept.device)
+    return new_arrivals(batch, width, heads, groups, kept.device) if runs else None
+
+
+def attend_rows(
+    query: Tensor, kept: Tensor | tuple[Tensor, Tensor], batch: int, seen: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention of rows ``[N, heads, head_dim]`` to keys and values of the same kind, or to a block's cache."""
+    pairs = kept[:, :, :-1] if isinstance(kept, Tensor) else [x.unflatten(0, (batch, -1)) for x in kept]
+    queries, keys, values = (x.transpose(1, 2) for x in (query.unflatten(0, (batch, -1)), *pairs))
+    return attend_by(queries, keys, values, seen, scale).transpose(1, 2).reshape(len(query), -1)

@@ -45,7 +45,11 @@ class Products:
             return joint_linear(normed, *layers)
         return [F.linear(normed, *layer) for layer in layers]
 
-    def attention_update(self, attended: Tensor) -> Tensor:
+    def takes_rounded(self, normed: Any) -> bool:
+        """Whether `attention_update` of as many rows is given rows in e4m3 with a scale for each head."""
+        return False
+
+    def attention_update(self, attended: Any) -> Tensor:
         """The attention's update of the residual stream, as `rms_norm` takes it."""
         return self.update(attended, self.block.attn_out)
 
