@@ -30,7 +30,7 @@ def add_chat(commands: argparse._SubParsersAction[Any]) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_chat)
-    add_models(parser)
+    add_models(parser, "An instruct model, by --model PATH, or several under a schedule.")
     group = parser.add_argument_group("what to write")
     group.add_argument("--system", metavar="TEXT", type=unicode_text, help="what the conversation begins with")
     group.add_argument("--new-tokens", metavar="N", type=positive, default=128, help="most of an answer (default: 128)")
@@ -38,7 +38,7 @@ def add_chat(commands: argparse._SubParsersAction[Any]) -> None:
     group.add_argument("--schedule", metavar="TEXT", type=unicode_text, help="as in mdkern sample")
     group.add_argument("--temperature", metavar="X", type=float, default=0.0, help="(default: 0, the most probable)")
     group.add_argument("--seed", metavar="S", type=int, help="of the first answer; the next ones count up from it")
-    add_decoding(parser, decoder="threshold", blocks=f"{BLOCK}, or the model's own")
+    add_decoding(parser, decoder="threshold", blocks=f"{BLOCK}, or the model's own", stops=False)
 
 
 class Conversation:
@@ -89,7 +89,6 @@ class Conversation:
             input_ids=ids,
             decoder=self.decoder,
             seed=self.seed,
-            stop_at_eos=True,
             streamer=drafts,
             progress=False,
             **self.options,
@@ -118,15 +117,17 @@ def run_chat(arguments: argparse.Namespace) -> None:
     from mdkern.engine.resolve import resolve_seed
     from mdkern.models.tokenizers import chat_text
 
-    if arguments.stop_at_eos:
-        raise ValueError("--stop-at-eos has no effect: answers always end there. Leave it out")
+    if arguments.heavy is None and arguments.light is None and not arguments.model:
+        raise ValueError(
+            "give an instruct model: mdkern chat --model PATH. The small pair that ships with mdkern continues texts"
+            " only: mdkern sample --prompt"
+        )
     make_decoder = parse_decoder(arguments.decoder)
     models, tokenizer = load_models(arguments)
     chat_text(tokenizer, [{"role": "user", "content": "?"}])  # refuses a tokenizer without a template
     first = next(iter(models.values()))
     schedule = choose_schedule(arguments.schedule, tuple(models))
     options = sample_options(arguments) | {"temperature": arguments.temperature, "steps": arguments.steps}
-    del options["stop_at_eos"]  # always
     if options["block_length"] is None and first.block_causal is None:
         options["block_length"] = min(BLOCK, arguments.new_tokens)
     conversation = Conversation(

@@ -116,8 +116,10 @@ def check_plot(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} needs matplotlib, which is not installed: pip install 'mdkern[plots]'")
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("models", "Without any of these, the small pair that ships with mdkern.")
+def add_models(
+    parser: argparse.ArgumentParser, intro: str = "Without any of these, the small pair that ships with mdkern."
+) -> None:
+    group = parser.add_argument_group("models", intro)
     what = "a folder or a name on the Hugging Face Hub"
     group.add_argument("--heavy", metavar="PATH", help=f"model that the schedule calls H: {what}")
     group.add_argument("--light", metavar="PATH", help="model that the schedule calls L")

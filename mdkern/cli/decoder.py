@@ -29,8 +29,16 @@ EXPLAINED = {
 }
 
 
-def add_decoding(parser: argparse.ArgumentParser, decoder: str = "ancestral", blocks: str = "none") -> None:
-    """`decoder`: the default; `blocks`: what the help says about the default of the block length."""
+def add_decoding(
+    parser: argparse.ArgumentParser, decoder: str = "ancestral", blocks: str = "none", stops: bool = True
+) -> None:
+    """The options of `sample_options` and the decoder.
+
+    Args:
+        decoder: the default.
+        blocks: what the help says about the default of the block length.
+        stops: whether --stop-at-eos is an option; otherwise texts always end so.
+    """
     group = parser.add_argument_group("how it is written")
     group.add_argument(
         "--decoder",
@@ -56,9 +64,12 @@ def add_decoding(parser: argparse.ArgumentParser, decoder: str = "ancestral", bl
         "(dual): faster and approximate. With a block-causal model keep those of finished blocks (block): faster and "
         "exact (default: none)",
     )
-    group.add_argument(
-        "--stop-at-eos", action="store_true", help="end a text with the first end of text, which is not printed"
-    )
+    if stops:
+        group.add_argument(
+            "--stop-at-eos", action="store_true", help="end a text with the first end of text, which is not printed"
+        )
+    else:
+        parser.set_defaults(stop_at_eos=True)
     group.add_argument("--top-k", metavar="K", type=int, default=0, help="draw among the K most probable tokens only")
     group.add_argument("--top-p", metavar="P", type=float, default=1.0, help="among the fewest that sum to P only")
     group.add_argument(

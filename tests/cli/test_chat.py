@@ -95,7 +95,10 @@ def test_models_that_do_not_chat_are_refused(
         code, out, err = run(capsys, *command, "--device", "cpu", "--model", bare)
         assert (code, out) == (2, "")
         assert "the tokenizer has no chat template, so that its model was not made for conversations" in err
-    for options, message in (([], "no chat template"), (["--stop-at-eos"], "--stop-at-eos has no effect: answers")):
+    for options, message in (
+        ([], "give an instruct model: mdkern chat --model PATH"),
+        (["--stop-at-eos"], "--stop-at"),
+    ):
         code, _, err = run(capsys, "chat", "--device", "cpu", *options)
         assert code == 2
         assert message in err
