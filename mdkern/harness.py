@@ -99,13 +99,12 @@ class MdkernLM(TemplateLM):
             self.batch_size = int(batch_size)
         except ValueError:
             raise ValueError(f"batch_size must be a number, not {batch_size!r}") from None
-        loading = {
-            "dtype": dtype,
-            "precision": precision,
-            "head_precision": head_precision,
-            "revision": revision,
-            "trust_remote_code": bool(trust_remote_code),
-        }
+        files = {"dtype": dtype, "revision": revision, "trust_remote_code": bool(trust_remote_code)}
+        if not any(isinstance(model, str | os.PathLike) for model in (pretrained, light)):
+            for name, default in (("dtype", "auto"), ("revision", None), ("trust_remote_code", False)):
+                if files[name] != default:
+                    raise ValueError(f"{name} is for models that are loaded, and these are loaded already")
+        loading = files | {"precision": precision, "head_precision": head_precision}
         self._device = choose_device(device)
         heavy = self.load(pretrained, tokenizer, loading)
         self.models: dict[str, Denoiser] = {"H": heavy}

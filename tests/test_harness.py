@@ -34,6 +34,12 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(kind, {}, item, number) for number, item in enumerate(arguments)]
 
 
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"revision": "main"}, {"trust_remote_code": True}])
+def test_what_is_for_loading_is_refused_for_a_model(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is for models that are loaded"):
+        model(**options)
+
+
 class TestLikelihood:
     @pytest.mark.parametrize("batch_size", [1, 8])
     def test_is_the_bound_of_each_continuation_alone(self, batch_size: int) -> None:
