@@ -94,65 +94,54 @@ def adapt(
             model in training mode, or a causal one; attention that cannot be made block-causal; a device that does not
             exist or is not the model's.
     """
-    if head_precision not in (None, "bf16", "fp8"):
-        raise ValueError(f"head_precision must be 'bf16' (that of the weight) or 'fp8', not {head_precision!r}")
-    denoiser = with_own_head(
-        model, vocab_size, mask_id, eos_id, max_length, num_blocks, device, shifted, block_causal, allow_causal,
-        precision, name,
-    )  # fmt: skip
+    for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
+        if value is not None and (not is_whole(value) or value < 1):
+            raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
+    for argument, asked in (("precision", precision), ("head_precision", head_precision)):
+        if asked not in (None, "bf16", "fp8"):
+            raise ValueError(f"{argument} must be 'bf16' (that of the weights) or 'fp8', not {asked!r}")
+    model = without_wrappers(model)
+    if isinstance(model, Denoiser | DiT):
+        own = model if isinstance(model, Denoiser) else model.config
+        given = {"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks, "block_causal": block_causal}
+        check_same(own, **given)
+        where = model.device if isinstance(model, Denoiser) else model.embedding.device
+        check_placed(model, where, device, shifted, allow_causal)
+    if isinstance(model, Denoiser):
+        check_same(model, max_length=max_length, name=name)
+        if eos_id is not None:
+            check_same(model, eos_ids=ids_of("eos_id", eos_id, model.vocab_size, model.mask_id))
+        if precision is not None and precision != (model.precision or "bf16"):
+            raise ValueError(f"precision={precision!r} must be given where the model is adapted, not for a Denoiser")
+        denoiser = model
+    elif isinstance(model, DiT):
+        denoiser = DiTDenoiser(model, name, eos_id, max_length, precision)
+    else:
+        described = describe(model, vocab_size, mask_id, eos_id, max_length, num_blocks, shifted, name)
+        denoiser = of_callable(model, described, device, block_causal, allow_causal, precision)
     return denoiser if head_precision is None else with_head_precision(denoiser, head_precision)
 
 
-def with_own_head(
+def describe(
     model: Any,
     vocab_size: int | None,
     mask_id: int | None,
     eos_id: int | Sequence[int] | None,
     max_length: int | None,
     num_blocks: int | None,
-    device: torch.device | str | None,
     shifted: bool | None,
-    block_causal: int | None,
-    allow_causal: bool,
-    precision: str | None,
     name: str | None,
-) -> Denoiser:
-    """`adapt`, with the output layer's weight as it is."""
-    model = without_wrappers(model)
-    for argument, value in (("max_length", max_length), ("num_blocks", num_blocks), ("block_causal", block_causal)):
-        if value is not None and (not is_whole(value) or value < 1):
-            raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
-    if precision not in (None, "bf16", "fp8"):
-        raise ValueError(f"precision must be 'bf16' (that of the weights) or 'fp8', not {precision!r}")
-    if isinstance(model, Denoiser):
-        if precision is not None and precision != (model.precision or "bf16"):
-            raise ValueError(f"precision={precision!r} must be given where the model is adapted, not for a Denoiser")
-        check_same(
-            model, vocab_size=vocab_size, mask_id=mask_id, max_length=max_length, num_blocks=num_blocks, name=name,
-            block_causal=block_causal,
-        )  # fmt: skip
-        if eos_id is not None:
-            check_same(model, eos_ids=ids_of("eos_id", eos_id, model.vocab_size, model.mask_id))
-        check_placed(model, model.device, device, shifted, allow_causal)
-        return model
-    if isinstance(model, DiT):
-        check_same(
-            model.config, vocab_size=vocab_size, mask_id=mask_id, num_blocks=num_blocks, block_causal=block_causal
-        )
-        check_placed(model, model.embedding.device, device, shifted, allow_causal)
-        return DiTDenoiser(model, name, eos_id, max_length, precision)
+) -> dict[str, Any]:
+    """What is known of a module or a function before it is run, as arguments of `AdaptedDenoiser`."""
     if isinstance(model, str | PathLike):
         raise TypeError(f"model must be loaded first: mdkern.from_pretrained({str(model)!r})")
     if not callable(model):
         raise TypeError(f"model must be a DiT, a masked language model or a callable, not {type(model).__name__}")
     if is_block_diffusion(model):
         raise TypeError(f"{type(model).__name__} writes canvases without a mask token: give it to mdkern.sample_canvas")
-    if precision == "fp8" and not isinstance(model, nn.Module):
-        kinds = "mdkern's own DiT and models built like Llama"
-        raise ValueError(f"precision={precision!r} is for {kinds}, not for a {type(model).__name__}")
     check_evaluating(model)
     vocab_size, mask_id = known_ids(model, vocab_size, mask_id)
-    described: dict[str, Any] = {
+    return {
         "vocab_size": vocab_size,
         "mask_id": mask_id,
         "eos_ids": ids_of("eos_id", eos_id, vocab_size, mask_id) or end_of_text(model, vocab_size, mask_id),
@@ -161,30 +150,44 @@ def with_own_head(
         "shifted": model_type(model) in SHIFTED if shifted is None else shifted,
         "name": name or str(getattr(model, "__name__", type(model).__name__)),
     }
+
+
+def of_callable(
+    model: Any,
+    described: dict[str, Any],
+    device: torch.device | str | None,
+    block_causal: int | None,
+    allow_causal: bool,
+    precision: str | None,
+) -> Denoiser:
+    """The denoiser of a module or a function, split if it can be."""
+    name, in_fp8 = described["name"], "fp8" if precision == "fp8" else None
+    if in_fp8 and not isinstance(model, nn.Module):
+        kinds = "mdkern's own DiT and models built like Llama"
+        raise ValueError(f"precision={precision!r} is for {kinds}, not for a {type(model).__name__}")
     if isinstance(model, nn.Module) and device is not None:
         check_placed(model, execution_device(model) or torch.device(device), device)
     if block_causal is not None and allow_causal:
         raise ValueError("allow_causal keeps the model's own attention, and block_causal replaces it: give one of them")
     blocks = block_causal if block_causal is not None or allow_causal else own_blocks(model)
-    anatomy = examine(model, vocab_size, described["max_length"], device, blocks)
+    anatomy = examine(model, described["vocab_size"], described["max_length"], device, blocks)
     if blocks is not None and anatomy.reason:
         raise ValueError(
-            f"{described['name']} cannot be run with block-causal attention, because {anatomy.reason}: load it with"
+            f"{name} cannot be run with block-causal attention, because {anatomy.reason}: load it with"
             " attn_implementation='sdpa', on one device"
         )
     if not allow_causal and blocks is None:
-        check_direction(described["name"], block_setting(model), anatomy.direction)
-    in_fp8 = "fp8" if precision == "fp8" else None
+        check_direction(name, block_setting(model), anatomy.direction)
     if not anatomy.reason:
         split = SplitDenoiser(model, anatomy, precision=in_fp8, **described)
         split.check_precision()
         return split
     reason = anatomy.reason if isinstance(model, nn.Module) else ""  # a function is not expected to be split
     denoiser = LogitsDenoiser(model, reason=reason, padding=anatomy.padding, device=device, **described)
-    if in_fp8 is not None:
-        raise ValueError(f"precision={precision!r} is not for {denoiser.name}, which {denoiser.description}")
+    if in_fp8:
+        raise ValueError(f"precision={precision!r} is not for {name}, which {denoiser.description}")
     slow = "the output layer is computed at every position of every forward pass"
-    warnings.warn(f"{denoiser.name} {denoiser.description}: {slow}", stacklevel=3)
+    warnings.warn(f"{name} {denoiser.description}: {slow}", stacklevel=3)
     return denoiser
 
 
