@@ -211,6 +211,22 @@ def check_router(router: Router, decoder: Any, cache: Any) -> None:
         raise ValueError(f"{kind} needs cache='none': kept keys and values are of no use to another model")
 
 
+def check_padding(mask: Tensor | None, denoiser: Denoiser) -> None:
+    """Refuse padding that changes what a model says of the text."""
+    if mask is None:
+        return
+    if not denoiser.takes_attention_mask:
+        raise ValueError(
+            f"attention_mask must be None or all 1: {denoiser.name} takes none, or its states change with padding"
+            " all the same, so nothing may be padded"
+        )
+    if denoiser.right_padding_only and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            f"attention_mask has padding before text, with which {denoiser.name} gives other states than without:"
+            " pad on the right (tokenizer.padding_side = 'right'), or let its call take position_ids"
+        )
+
+
 def check_sharded(filters: Filters, processors: Any) -> None:
     """Refuse what needs all logits of a row, if no process has them because the vocabulary is divided."""
     if filters.active():
@@ -314,16 +330,7 @@ def resolve(
     ids, mask = resolve_input(first, input_ids, attention_mask, num_samples, length)
     for denoiser in denoisers.values():
         check_length("length" if input_ids is None else "input_ids' second dimension", ids.shape[1], denoiser)
-        if mask is not None and not denoiser.takes_attention_mask:
-            raise ValueError(
-                f"attention_mask must be None or all 1: {denoiser.name} takes none, or its states change with padding"
-                " all the same, so nothing may be padded"
-            )
-        if mask is not None and denoiser.right_padding_only and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError(
-                f"attention_mask has padding before text, with which {denoiser.name} gives other states than without:"
-                " pad on the right (tokenizer.padding_side = 'right'), or let its call take position_ids"
-            )
+        check_padding(mask, denoiser)
     resolved_decoder = resolve_decoder(decoder, first)
     if sharded_over(denoisers.values()) is not None:
         check_sharded(filters, processors)
