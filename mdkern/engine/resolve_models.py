@@ -47,7 +47,7 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
     elif isinstance(schedule, str):
         schedule = Schedule(schedule)
     elif not isinstance(schedule, Schedule):
-        given = f"the class {schedule.__name__}" if isinstance(schedule, type) else f"a {type(schedule).__name__}"
+        given = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
         raise TypeError(f"schedule must be a Schedule or a text such as 'L32 H192 L32', not {given}")
     unknown = [name for name in schedule.models if name not in models]
     if unknown:
