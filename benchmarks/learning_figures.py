@@ -13,6 +13,7 @@ from benchmarks.harness import RESULTS
 from benchmarks.learning_equal import MARGIN, over_seeds, target
 from benchmarks.learning_tables import DECODERS, MODELS, evaluated, seeds_with
 from mdkern.digest import digest
+from training.options import command_parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,5 +108,6 @@ def source_of(shown: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    command_parser("benchmarks.learning_figures", __doc__).parse_args()
     for path in draw_all():
         print(path)

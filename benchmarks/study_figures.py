@@ -18,6 +18,7 @@ from benchmarks.paper_tables import PAPER_CLOCK, PAPER_FLOPS
 from benchmarks.study_shown import FITTED, REFERENCE, Shown, margin, part
 from benchmarks.study_tables import OF_OTHERS, PAPER_SHARES
 from mdkern.digest import digest
+from training.options import command_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,5 +224,6 @@ def source_of(shown: Shown) -> str:
 
 
 if __name__ == "__main__":
+    command_parser("benchmarks.study_figures", __doc__).parse_args()
     for path in draw_all():
         print(path)
