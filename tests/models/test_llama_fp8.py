@@ -271,6 +271,12 @@ class TestRefused:
             mdkern.sample(denoiser, length=8, steps=2)
         held.hidden(ids)  # of a call that has begun: the weights as they were
 
+    def test_texts_that_are_longer_than_the_model_takes(self) -> None:
+        """Whose passes would be the model's own, in its own dtype."""
+        denoiser = in_fp8(llama(**SIZES, max_position_embeddings=8))
+        with pytest.raises(ValueError, match="is over 9 positions, of which there are 8"):
+            denoiser.hidden(random_ids(2, 9))
+
     def test_passes_with_gradients_are_in_fp8_too(self) -> None:
         denoiser, ids = in_fp8(llama(**SIZES)), random_ids(2, 9)
         want = denoiser.hidden(ids)
@@ -327,7 +333,7 @@ def test_gpu_errors_are_those_of_rounding(kept: bool, biased: bool, width: int) 
 
 @pytest.mark.gpu
 def test_gpu_passes_are_captured_and_follow_the_weights() -> None:
-    model = llama(**SIZES, head_dim=64).to("cuda", torch.bfloat16)
+    model = llama(**SIZES, head_dim=64, max_position_embeddings=64).to("cuda", torch.bfloat16)
     denoiser, ids = in_fp8(model), random_ids(2, 64).cuda()
     now = denoiser.current()
     now.hidden(ids)

@@ -212,7 +212,11 @@ class SplitDenoiser(AdaptedDenoiser):
         parts = self.parts if ours and not masked else None
         if parts is None and self.precision is not None:
             self.check_precision()
-            raise ValueError(f"precision={self.precision!r} is not for this pass, which {self.name}'s own forward runs")
+            assert plan is not None
+            reason = f"it is over {length} positions, of which there are {len(plan.cos)}"
+            if length <= len(plan.cos):
+                reason = "torch.compile is at work" if not masked else "its padding needs the model's own forward"
+            raise ValueError(f"precision={self.precision!r} is not for this pass of {self.name}: {reason}")
         return parts
 
     def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:
