@@ -101,11 +101,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape: dict[str, Any] = {"width": 32, "keys": 256, "head_dim": 128, "dtype": torch.bfloat16}
+    shape: dict[str, Any] = {"batch": 1, "width": 32, "heads": 32, "groups": 1, "keys": 256}
+    shape |= {"head_dim": 128, "dtype": torch.bfloat16}
     device = torch.device("cuda", 0)
     monkeypatch.setattr(module, "is_hopper", lambda _: True)
     assert runs_window_attention(**shape, device=device)
-    for change in ({"width": 128}, {"dtype": torch.float32}, {"head_dim": 256}, {"keys": 2304}):
+    others: list[dict[str, Any]] = [{"width": 128, "heads": 8}, {"batch": 8}, {"heads": 4, "groups": 8}, {"keys": 2304}]
+    for change in (*others, {"dtype": torch.float32}, {"head_dim": 64}):
         assert not runs_window_attention(**shape | change, device=device)
     with batch_invariant():
         assert not runs_window_attention(**shape, device=device)

@@ -98,6 +98,7 @@ class TestPasses:
         own = adapted(model, shifted=False)
         ids, new, length = random_ids(2, 12), random_ids(2, 12, seed=1), 12
         mask = torch.arange(length) >= torch.tensor([[0], [padding]])
+        given = mask if padding else None
         columns = torch.tensor([[3, 4, 5, 6], [9, 10, 11, 12]])  # the last is past the end
         positions = torch.tensor([[3, 0], [1, 1]])
         every = torch.arange(length).expand(2, -1)
@@ -108,9 +109,9 @@ class TestPasses:
                     patch.setattr(llama_fused, "runs_now", lambda: False)
                     patch.setattr(SplitDenoiser, "run", OWN_RUN)
                 cache = torch.full(denoiser.cache_shape(2, length), torch.nan)
-                first = denoiser.window_hidden(cache, ids, None, every, None, mask)
+                first = denoiser.window_hidden(cache, ids, None, every, None, given)
                 inside = columns.clamp(max=length - 1)
-                rows = denoiser.window_hidden(cache, new.gather(1, inside), columns, positions, None, mask)
+                rows = denoiser.window_hidden(cache, new.gather(1, inside), columns, positions, None, given)
                 outcomes.append((first[mask], rows, cache[:, :, :, :-1]))
         for want, got in zip(*outcomes):
             torch.testing.assert_close(got, want, **CLOSE)

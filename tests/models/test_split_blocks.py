@@ -51,12 +51,11 @@ class TestSplit:
         got = denoiser.head.logits(denoiser.hidden(ids, positions=positions))[..., KEPT]
         torch.testing.assert_close(got, expected, **CLOSE)
 
-    @pytest.mark.parametrize("way", ["own forward", "passes", "passes with attention in one kernel"])
-    def test_windows_of_one_block_after_the_other(self, name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("own_forward", [False, True])
+    def test_windows_of_one_block_after_the_other(self, name: str, own_forward: bool) -> None:
         """Whatever is in the cache, and whatever lies behind; each sequence at its own block."""
-        monkeypatch.setattr(llama_fused, "runs_window_attention", lambda *_: way.endswith("kernel"))
         denoiser, ids = copy(DENOISERS[name]), prompts(16, 7, length=16)
-        if way == "own forward":
+        if own_forward:
             denoiser.settle(denoiser.anatomy._replace(plan=None))
         own = MODELS[name].own_logits(ids)
         cache = torch.randn(denoiser.cache_shape(2, 16), generator=torch.Generator().manual_seed(0))

@@ -62,7 +62,6 @@ def main() -> None:
             skinny(capability, "linear", tilings.LINEAR, rows, 4608, 3584, biased=rows == 32)
             skinny(capability, "gated", gated, rows, 18944, 3584, biased=rows == 64)
             skinny(capability, "parts", tilings.PARTS, rows, 3584, 18944, biased=rows == 64)
-            skinny(capability, "parts", tilings.WIDE_PARTS, rows, 3584, 3584, biased=rows == 64)
             skinny(capability, "wide parts", tilings.WIDE_PARTS, rows, 3584, 3584, biased=rows == 32)
 
 

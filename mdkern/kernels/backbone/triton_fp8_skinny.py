@@ -41,9 +41,8 @@ class Tiling(NamedTuple):
 LINEAR = Tiling(64, 128, 6, 4)
 GATED = Tiling(TILE, 128, 4, 8)
 FEW_GATED = Tiling(TILE, 256, 3, 8)  # of at most 32 rows
-PARTS = Tiling(64, TILE, 5, 4)
-WIDE_PARTS = Tiling(128, TILE, 5, 8)  # of rows that are not yet in e4m3, or short
-SHORT = 8192  # numbers of a row
+PARTS = Tiling(64, TILE, 5, 4)  # of rows in e4m3
+WIDE_PARTS = Tiling(128, TILE, 5, 8)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -190,6 +189,5 @@ def fp8_skinny_parts(
     if not fits(x, weight):
         return fp8_skinny_parts_reference(x, scales, weight, weight_scales, bias)
     out = new_parts(x, scales, weight)
-    tiling = WIDE_PARTS if scales is None or x.shape[1] <= SHORT else PARTS
-    launch(x, scales, weight, weight_scales, bias, out, tiling, splits=SPLITS)
+    launch(x, scales, weight, weight_scales, bias, out, WIDE_PARTS if scales is None else PARTS, splits=SPLITS)
     return out

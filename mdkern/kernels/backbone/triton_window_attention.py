@@ -20,10 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mdkern.kernels.backbone.triton_place_heads import load_turned, pairs_of, store_turned
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
 from mdkern.kernels.backbone.window_attention import new_attended, window_attention_reference
-from mdkern.kernels.device import launches_early, num_sms
+from mdkern.kernels.device import launches_early
 from mdkern.kernels.triton_common import LOG2E
-
-SHORT = 256  # columns of a cache
 
 
 class Setting(NamedTuple):
@@ -271,20 +269,21 @@ def window_attention_kernel(
             tl.store(arrived + program, 0)
 
 
-UNDIVIDED = Setting(64, 64, 1, False, 4, 2)
-UNDIVIDED_FEW = Setting(64, 64, 1, False, 4, 3)
-DIVIDED = Setting(32, 64, 5, True, 4, 2)
+UNDIVIDED = Setting(64, 64, 1, False, 4, 3)
+DIVIDED = Setting(32, 64, 5, True, 4, 1)
+LONGER = Setting(32, 64, 7, True, 4, 2)
+SHORT = 256  # columns of a cache
 
 
-def setting_for(rows: int, keys: int, rounded: bool, device: torch.device) -> Setting:
-    """By the number of rows of all heads of queries, and the columns of the cache.
+def setting_for(keys: int, rounded: bool) -> Setting:
+    """By the columns of the cache, and whether the product before the kernel is one in e4m3.
 
-    Where the kernel is launched early, what lies before its wait for the product costs nothing, and short caches are
-    attended to sooner than parts of them are added up.
+    That lets the kernel be launched when it begins, so that what lies before its wait for it costs nothing, and short
+    caches are attended to sooner than parts of them are added up.
     """
-    if triton.cdiv(rows, DIVIDED.rows) > num_sms(device) // 2:
-        return UNDIVIDED
-    return UNDIVIDED_FEW if rounded and keys <= SHORT else DIVIDED
+    if keys > SHORT:
+        return LONGER
+    return UNDIVIDED if rounded else DIVIDED
 
 
 def window_attention(
@@ -317,7 +316,7 @@ def window_attention(
     out, out_scales = new_attended(cos, sin, query, rounded)
     if not rows:
         return out, out_scales
-    setting = setting or setting_for(rows * heads, keys, rounded, query.device)
+    setting = setting or setting_for(keys, rounded)
     programs = batch * key_heads * triton.cdiv(groups * (rows // batch), setting.rows)
     splits = setting.splits
     span = triton.cdiv(triton.cdiv(keys, setting.columns), splits - setting.apart) * setting.columns
@@ -326,10 +325,8 @@ def window_attention(
     if splits > 1:
         parts = torch.empty((programs, splits, setting.rows, dim_block), dtype=torch.float32, device=query.device)
         states = torch.empty((programs, splits, 2, setting.rows), dtype=torch.float32, device=query.device)
-    # After products in bfloat16, which do not let it begin before they have ended, an early launch costs 1 to 2 µs.
     read_early = (positions, columns, query_norm, key_norm, mask)
-    as_given = all(x is None or x.is_contiguous() for x in read_early)
-    early = rounded and as_given and launches_early(query.device)
+    early = launches_early(query.device) and all(x is None or x.is_contiguous() for x in read_early)
     window_attention_kernel[(programs, splits)](
         cos,
         sin,

@@ -20,9 +20,7 @@ from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.kernels.operator import operator
 
-WIDEST = 64  # columns of a window for which the kernel is meant
-MOST_KEYS = 1024  # of longer caches PyTorch's attention is faster
-SMALLEST_HEAD, LARGEST_HEAD = 32, 128
+WIDEST, MOST_QUERIES, MOST_KEYS, HEAD_DIM = 64, 1024, 768, 128  # see `runs_window_attention`
 FEWEST_ROWS = 32  # queries of a program, of all heads that share keys
 
 
@@ -51,6 +49,8 @@ def window_attention_reference(
     )  # fmt: skip
     queries = query.view(batch, width, *query.shape[1:]).transpose(1, 2)
     keys, values = kept[:, :, :-1].transpose(2, 3)
+    if any(stride * kept.element_size() % 16 for stride in kept.stride()[:4]):
+        keys, values = keys.contiguous(), values.contiguous()  # kernels of PyTorch may read 16 bytes at a time
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
     out = attended.transpose(1, 2).flatten(2).flatten(0, 1)
     if not rounded:
@@ -75,12 +75,20 @@ window_attention_operator = operator(
 )
 
 
-def runs_window_attention(width: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel is the fast way for windows of this many columns over so many keys, on the card that it was
-    measured on."""
-    small = width <= WIDEST and keys <= MOST_KEYS and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    return is_hopper(device) and small and narrow and not is_batch_invariant()
+def runs_window_attention(
+    batch: int, width: int, heads: int, groups: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the kernel was the fast way for windows of this shape, without a mask, on the card that it was measured
+    on. Of longer caches PyTorch's attention is faster; with more queries, or fewer heads of keys, none were measured.
+
+    Args:
+        heads: of keys and values.
+        groups: heads of queries that share a head of keys.
+        keys: columns of the cache.
+    """
+    few = width <= WIDEST and batch * heads * width <= MOST_QUERIES and keys <= MOST_KEYS
+    measured = groups == 1 and head_dim == HEAD_DIM and dtype == torch.bfloat16
+    return is_hopper(device) and few and measured and not is_batch_invariant()
 
 
 def new_arrivals(batch: int, width: int, heads: int, groups: int, device: torch.device) -> Tensor:

@@ -63,7 +63,9 @@ def run(
     batch, width = input_ids.shape
     place, columns = (None if index is None else index.flatten() for index in (positions, columns))
     divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
-    arrived = None if kept is None or columns is None else arrivals_of(parts, batch, width, kept)
+    arrived = None
+    if kept is not None and columns is not None and mask is None:
+        arrived = arrivals_of(parts, batch, width, kept)
     with attention_priority(input_ids.device, divide_keys=divided):
         x = update = normed = None
         groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
@@ -86,7 +88,7 @@ def run(
                 assert cache is not None
                 assert columns is not None
                 attended = window_attention(
-                    parts.cos, parts.sin, query, key, value, positions=place, columns=columns, kept=cache, mask=mask,
+                    parts.cos, parts.sin, query, key, value, positions=place, columns=columns, kept=cache,
                     arrived=arrived, scale=parts.scale, rounded=products.takes_rounded(normed), **norms_of(block),
                 )  # fmt: skip
             else:
@@ -149,7 +151,8 @@ def arrivals_of(parts: Parts, batch: int, width: int, kept: Tensor) -> Tensor | 
     """What `window_attention` counts with in a pass over windows; None: other kernels run it."""
     _, _, _, room, heads, head_dim = kept.shape
     groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
-    runs = runs_window_attention(width, room - 1, head_dim, kept.dtype, kept.device)
+    runs = runs_window_attention(batch, width, heads, groups, room - 1, head_dim, kept.dtype, kept.device)
+    runs = runs and kept.stride(3) % 16 == 0  # else, as with a shifted model's ids beside them, loads are narrow
     return new_arrivals(batch, width, heads, groups, kept.device) if runs else None
 
 
