@@ -115,7 +115,9 @@ def headline(shown: Mapping[str, Any]) -> str:
         if found is None:
             sentences.append(f"counting {label}, one of the two does not reach the accuracy")
         else:
-            sentences.append(f"{found} × as many tokens a pass counting {label} ({verdict(found)})")
+            each = ", ".join(f"{ratio_of(seed, *WHOLE, count):.2f}" for seed in seeds)
+            by_seed = f", by seed {each}" if len(seeds) > 1 else ""
+            sentences.append(f"{found} × as many tokens a pass counting {label}{by_seed} ({verdict(found)})")
         published.append(str(ratio(seeds, *PUBLISHED, count) or "–"))
     accuracy = 100 * statistics.fmean(target(seed) + MARGIN for seed in seeds)
     return (

@@ -78,8 +78,8 @@ def features(masked: Tensor, offset: Tensor, proposal: Proposal, outcomes: int, 
 
 
 def logit_of(p: Tensor) -> Tensor:
-    """``ln(p / (1 - p))``, within `LARGEST_LOGIT` of 0."""
-    return torch.logit(p).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    """``ln(p / (1 - p))``, within `LARGEST_LOGIT` of 0, also where rounding has left p above 1."""
+    return torch.logit(p.clamp(0.0, 1.0)).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 
 @dataclass(frozen=True, eq=False)

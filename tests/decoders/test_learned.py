@@ -51,6 +51,13 @@ def test_features_of_the_worked_example() -> None:
     torch.testing.assert_close(inputs, torch.tensor(want), atol=2e-6, rtol=0.0)
 
 
+def test_features_of_probabilities_that_rounding_has_left_above_1() -> None:
+    p = worked([1.0, 1.0 + 2**-20, 0.0])
+    inputs = features(MASKED, torch.arange(4)[None], Proposal(torch.tensor([[1, -1, 2, 3]]), p, p, p, p), 5, 4)[0]
+    assert inputs[:, :2].T.tolist() == [[12.0, 0.0, 12.0, -12.0]] * 2
+    assert inputs.isfinite().all()
+
+
 def test_the_rule_of_the_worked_example() -> None:
     """Scores 2, -1 and 0.5 from p = .9, .3 and .6 by a network that bends: the filter, and the order's budgets."""
     scores = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
