@@ -326,6 +326,36 @@ def test_gpu_errors_of_few_rows_and_many_keys(dtype: torch.dtype, biased: bool, 
     check_errors_on_gpu(model, dtype, states)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [None, "fp8"])
+@pytest.mark.parametrize("length", [256, 700])
+def test_gpu_attention_of_windows_in_one_kernel(precision: str | None, length: int) -> None:
+    """As close to the model in float32 as with its parts one after the other."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = llama(**sizes, head_dim=128, max_position_embeddings=2048).to("cuda", torch.bfloat16)
+    ids, new = random_ids(1, length).cuda(), random_ids(1, 32, seed=1).cuda()
+    rows, calls = torch.arange(32, device="cuda")[None], []
+
+    def states(precision: str | None) -> Tensor:
+        denoiser = adapted(model, shifted=False, precision=precision)
+        cache = torch.zeros(denoiser.cache_shape(1, length), dtype=denoiser.dtype, device="cuda")
+        denoiser.window_hidden(cache, ids, None, rows)
+        return denoiser.window_hidden(cache, new, rows + 100, rows).double()
+
+    with pytest.MonkeyPatch.context() as patch:
+        one_kernel = llama_fused.window_attention
+        patch.setattr(
+            llama_fused, "window_attention", lambda *a, **k: (calls.append(k["rounded"]), one_kernel(*a, **k))[1]
+        )
+        ours = states(precision)
+        assert calls[-2:] == [precision == "fp8"] * 2
+        patch.setattr(llama_fused, "runs_window_attention", lambda *_: False)
+        theirs = states(precision)
+    model.float()
+    exact = states(None)
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
 def test_few_queries_over_many_keys_divide_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 32 heads of LLaDA do on 132 multiprocessors; eight texts, or 257 queries of each head, fill them."""
     monkeypatch.setattr(llama_fused, "num_sms", lambda _: 132)
