@@ -32,7 +32,7 @@ from benchmarks.kernel_tables import caption, markdown
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
 from mdkern.models import dit_denoiser
-from mdkern.models.hf import probe
+from mdkern.models.hf import pass_trial
 
 KEPT = RESULTS / "first-call.json"
 ABSENT = "Not measured yet.\n"
@@ -159,7 +159,7 @@ def one_process(part: str, tiny: bool, began: float | None = None) -> dict[str, 
     if torch.cuda.is_available() and not tiny:
         torch.cuda.synchronize()
     making = time.perf_counter() - making
-    clock.watch(probe, "rehearse_once", "kernels that a model is tried with")
+    clock.watch(pass_trial, "rehearse_once", "kernels that a model is tried with")
     clock.watch(dit_denoiser, "rehearse_once", "kernels that fold weights")
     clock.watch(graphs, "rehearse", "kernels of the step")
     clock.watch(graphs, "capture", "capture")

@@ -14,7 +14,7 @@ from benchmarks import bench_first_call as bench
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
 from mdkern.models import dit_denoiser
-from mdkern.models.hf import probe
+from mdkern.models.hf import pass_trial
 
 
 @pytest.mark.parametrize("part", ["paper", "llama"])
@@ -22,7 +22,7 @@ def test_a_process_measures_its_calls(part: str, monkeypatch: pytest.MonkeyPatch
     for module in (capture, compile_ahead):
         monkeypatch.setattr(module, "can_compile_ahead", lambda device: device.type == "cuda")
     for module, name in (
-        (probe, "rehearse_once"),
+        (pass_trial, "rehearse_once"),
         (dit_denoiser, "rehearse_once"),
         (graphs, "rehearse"),
         (graphs, "capture"),

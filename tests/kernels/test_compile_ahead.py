@@ -13,7 +13,7 @@ import torch
 import mdkern
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
-from mdkern.models.hf import llama_fused, probe
+from mdkern.models.hf import llama_fused, pass_trial
 from tests.own_process import run_compiling
 from tests.problems.expert_models import qwen_experts
 from tests.problems.hf_models import adapted, bert, llama, random_ids
@@ -97,7 +97,7 @@ def test_adapting_a_model_compiles_all_kernels_of_its_passes_at_once(monkeypatch
         passes.clear()
 
     monkeypatch.setattr(llama_fused, "run", watched)
-    monkeypatch.setattr(probe, "rehearse_once", rehearse)
+    monkeypatch.setattr(pass_trial, "rehearse_once", rehearse)
     found = adapted(llama(num_hidden_layers=3))
     assert not found.anatomy.own_forward
     ((key, done, rehearsed),) = rehearsals

@@ -8,15 +8,13 @@ padded sequence gives what it gives alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mdkern.kernels.compile_ahead import rehearse_once
 from mdkern.models.denoiser import Head, available_device
 from mdkern.models.fingerprint import fingerprint
 from mdkern.models.hf.adapted import LogitsDenoiser, Padding
@@ -28,20 +26,18 @@ from mdkern.models.hf.introspect import (
     first_setting,
     output_layer,
 )
-from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of, tensors_of
+from mdkern.models.hf.llama_parts import UnlikeLlamaError, plan_of
+from mdkern.models.hf.pass_trial import PassTrial
 from mdkern.models.hf.split import Anatomy, SplitDenoiser, square_mask
-from mdkern.models.hf.trial import CLOSE, LENGTH, ROUNDINGS, SEQUENCES, Trial, close
+from mdkern.models.hf.trial import LENGTH, Trial
 
 logger = logging.getLogger(__name__)
 
 PROBED_BLOCK = 4  # length of the blocks of a probe's text
-LONG_PASS = 64  # length of the probe of mdkern's own passes
 LONG = 1024  # length of the probe of models that make an attention mask, as it may hide only what is far away
-MOST_UNSTEADY = 0.9  # largest difference of passes that may be right, of a model that roundings change as much
 ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
-Question = tuple[Tensor, Tensor | None, Tensor | None]
 _examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
 
 
@@ -135,14 +131,14 @@ class CannotBeSplitError(Exception):
     """The reason, in words that follow "because"."""
 
 
-class Probe(Trial):
+class Probe(PassTrial):
     """Passes of a model that is to be split."""
 
     def __init__(
         self, model: nn.Module, layer: OutputLayer, vocab_size: int, longest: int, blocks: int | None = None
     ) -> None:
-        super().__init__(model, vocab_size, longest, layer.weight.device)
-        self.model, self.weight, self.bias, self.blocks = model, layer.weight, layer.bias, blocks
+        super().__init__(model, layer.weight, vocab_size, longest)
+        self.bias, self.blocks = layer.bias, blocks
         self.arguments: dict[str, Any] = {"t": self.t} if "t" in self.accepted else {}
         self.told_mask = False
         if blocks is not None:
@@ -215,10 +211,6 @@ class Probe(Trial):
         cap = first_setting(self.model, "final_logit_softcapping")
         scales = dict.fromkeys((1.0, width**-0.5, float(multiply), 1.0 / divide))
         return [(scale, cap) for cap in dict.fromkeys((0.0, float(cap or 0.0))) for scale in scales]
-
-    def close(self, ours: Tensor, theirs: Tensor, part: float = 1.0) -> bool:
-        dtypes = self.weight.dtype, next(self.model.parameters()).dtype, ours.dtype
-        return close(ours, theirs, max(dtypes, key=lambda dtype: CLOSE.get(dtype, 0.0)), part)
 
     def padded(self, anatomy: Anatomy) -> Callable[[Padding], SplitDenoiser]:
         return lambda padding: self.denoiser(anatomy._replace(padding=padding))
@@ -316,90 +308,6 @@ class Probe(Trial):
         except Exception as error:  # the model's own rotary embedding and norms are called, too
             reason = f"one of mdkern's own passes failed: {first_line(error)}"
         return anatomy._replace(own_forward=reason)
-
-    def questions(self, padded: bool) -> list[Question]:
-        """Ids, positions and masks of passes: whole, at some positions, of `padded` texts, of a longer text."""
-        column, ids = torch.arange(self.length, device=self.weight.device), self.ids
-        some = torch.tensor([[1, 0, self.length - 1], [2, 2, 0]], device=column.device).clamp(max=self.length - 1)
-        mask = torch.stack((column < self.length - 1, column > 0)) if padded else None
-        long = ids.flatten().repeat(1, -(-LONG_PASS // ids.numel()))[:, : min(self.longest, LONG_PASS)]
-        return [(ids, None, None), (ids, some, None), (ids, None, mask), (long, None, None)]
-
-    def passes_agree(self, ours: SplitDenoiser, theirs: SplitDenoiser) -> bool:
-        """Whether whole passes, some positions, padded texts and windows are as the model's forward has them."""
-        questions, part = self.questions(theirs.padding.way == "attention"), self.unsteadiness(theirs)
-        self.compile_ahead(ours, questions)
-        for rows, positions, seen in questions:
-            mine, its = (denoiser.hidden(rows, self.t, positions, seen) for denoiser in (ours, theirs))
-            if not (self.close(mine, its, part) if seen is None else self.close(mine[seen], its[seen], part)):
-                return False
-        return self.windows_agree(ours, part)
-
-    def compile_ahead(self, ours: SplitDenoiser, questions: list[Question]) -> None:
-        """Compile the kernels of mdkern's own passes side by side, by the first and the last block.
-
-        Experts are left out: their kernels compute where rows lie, which must not be looked up before they have run.
-        """
-        parts = ours.parts
-        if parts is None or any(block.experts is not None for block in parts.blocks):
-            return
-        short = copy(ours)
-        short.parts = parts._replace(blocks=(parts.blocks[0], parts.blocks[-1]))
-
-        def passes() -> bool:
-            for rows, positions, seen in questions:
-                short.hidden(rows, self.t, positions, seen)
-            for _ in self.windows(short):
-                pass
-            return True
-
-        sizes = tuple((tensor.shape, tensor.dtype) for tensor in tensors_of(short.parts))
-        rehearse_once(("passes", ours.padding, ours.block_causal, parts.head_dim, sizes), passes, self.device)
-
-    def unsteadiness(self, denoiser: SplitDenoiser) -> float:
-        """By how many times `CLOSE` right passes of a mixture of experts may differ, as they round differently.
-
-        A rounding can give a row to another expert. How far that goes is seen in its own passes, over inputs that
-        are changed by one rounding, and over sequences alone and together.
-        """
-        if not any(name.endswith("experts") for name, _ in self.model.named_modules()):
-            return 1.0
-        dtype = next(self.model.parameters()).dtype
-        together = denoiser.hidden(self.ids, self.t).double()
-        alone = [denoiser.hidden(ids[None], t[None]) for ids, t in zip(self.ids, self.t)]
-        others = [torch.cat(alone).double()]
-        if denoiser.takes_soft:
-            weight = torch.full_like(self.ids, 1.0 - torch.finfo(dtype).eps, dtype=torch.float32)
-            others.append(denoiser.softened(weight).hidden(self.ids, self.t).double())
-        change = max(float((other - together).norm() / together.norm()) for other in others)
-        return max(1.0, min(ROUNDINGS * change, MOST_UNSTEADY) / CLOSE.get(dtype, CLOSE[torch.float32]))
-
-    def windows_agree(self, denoiser: SplitDenoiser, part: float = 1.0) -> bool:
-        """Whether each of the `windows` gives what full passes give."""
-        for ours, ids, at in self.windows(denoiser):
-            theirs, real = denoiser.hidden(ids, self.t, at.clamp(max=self.length - 1)), at < self.length
-            if not self.close(ours[real], theirs[real], part):
-                return False
-        return True
-
-    def windows(self, denoiser: SplitDenoiser) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Fill a cache, then run all and some columns with other ids: the states, all ids, and the states' columns.
-
-        Of a block-causal model one block is run after the other, whatever the cache holds of later ones.
-        """
-        length, device = self.length, self.weight.device
-        everything = torch.arange(length, device=device).expand(SEQUENCES, -1)
-        some = torch.tensor([[1], [length - 2]], device=device) + torch.arange(length // 2 - 1, device=device)
-        cache = torch.zeros(denoiser.cache_shape(SEQUENCES, length), dtype=denoiser.dtype, device=device)
-        windows = [everything, some.clamp(max=length)]
-        if denoiser.block_causal is not None:
-            width = denoiser.block_causal
-            windows = [(everything[:, :width] + first).clamp(max=length) for first in range(0, length, width)]
-        for ids, columns in ((self.ids, None), *((self.other_ids, window) for window in windows)):
-            at = everything if columns is None else columns
-            inside = at.clamp(max=length - 1)
-            rows = torch.arange(at.shape[1], device=device).expand(SEQUENCES, -1)
-            yield denoiser.window_hidden(cache, ids.gather(1, inside), columns, rows, self.t), ids, at
 
 
 def turns_queries_and_keys(module: nn.Module) -> bool:
