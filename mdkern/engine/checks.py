@@ -62,3 +62,9 @@ def check_filters(top_k: Any, top_p: Any, min_p: Any, top_p_rule: str) -> Filter
     if top_p_rule != "reach" and not has_nucleus:
         raise ValueError(f"top_p_rule={top_p_rule!r} says how top_p is meant: give a top_p, or leave the rule out")
     return filters
+
+
+def refuse_class(name: str, value: Any) -> None:
+    """Refuse a class where an object of it is wanted."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be made first: {value.__name__} is a class, give {value.__name__}(...)")

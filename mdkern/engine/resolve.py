@@ -11,7 +11,15 @@ from torch import Tensor
 
 from mdkern.decoders import Decoder, Planned, Stepwise, by_name
 from mdkern.decoders.base import keeps_blocks
-from mdkern.engine.checks import MOST_FLOAT32, check_count, check_dense, check_filters, check_flag, check_real
+from mdkern.engine.checks import (
+    MOST_FLOAT32,
+    check_count,
+    check_dense,
+    check_filters,
+    check_flag,
+    check_real,
+    refuse_class,
+)
 from mdkern.engine.criteria import Criteria
 from mdkern.engine.processors import Processors
 from mdkern.engine.request import CACHES, Request
@@ -171,10 +179,13 @@ def check_guidance(scale: Any, denoisers: Mapping[str, Denoiser]) -> float:
 
 
 def check_streamer(streamer: Any, count: int) -> Any:
-    if isinstance(streamer, type):
-        raise TypeError(f"streamer must be made first: {streamer.__name__} is a class")
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise TypeError(f"streamer must have put and end, as those of transformers do: {type(streamer).__name__} lacks")
+    refuse_class("streamer", streamer)
+    missing = [name for name in ("put", "end") if streamer is not None and not hasattr(streamer, name)]
+    if missing:
+        raise TypeError(
+            "streamer must have put and end, as those of transformers do:"
+            f" {type(streamer).__name__} lacks {' and '.join(missing)}"
+        )
     if count > 1 and hasattr(streamer, "stop_signal"):  # its iterator ends with the first text
         raise ValueError(
             f"streamer: {type(streamer).__name__} ends with the first text, and {count} samples are wanted: sample them"

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mdkern.decoders import Decoder, Stepwise
+from mdkern.engine.checks import refuse_class
 from mdkern.kernels.head.arguments import Filters
 from mdkern.models import Denoiser
 
 
 def resolve_decoder(decoder: Any, denoiser: Denoiser) -> Decoder:
+    refuse_class("decoder", decoder)
     if not isinstance(decoder, Decoder):
         raise TypeError(f"decoder must be a decoder of mdkern.decoders or its name, not {type(decoder).__name__}")
     fitted: Any = decoder.fitted(denoiser.vocab_size, denoiser.device)

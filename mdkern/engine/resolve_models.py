@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from mdkern.engine.checks import refuse_class
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import available_device, ids_of
 from mdkern.models.fingerprint import UNKNOWN, at_one_moment, version_of
@@ -47,8 +48,8 @@ def resolve_models(heavy: Any, light: Any, schedule: Any) -> tuple[dict[str, Den
     elif isinstance(schedule, str):
         schedule = Schedule(schedule)
     elif not isinstance(schedule, Schedule):
-        given = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
-        raise TypeError(f"schedule must be a Schedule or a text such as 'L32 H192 L32', not {given}")
+        refuse_class("schedule", schedule)
+        raise TypeError(f"schedule must be a Schedule or a text such as 'L32 H192 L32', not {type(schedule).__name__}")
     unknown = [name for name in schedule.models if name not in models]
     if unknown:
         raise ValueError(f"schedule {schedule} names {', '.join(unknown)}, but the models are {', '.join(models)}")

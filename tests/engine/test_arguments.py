@@ -474,7 +474,7 @@ CASES = [
     refuse(
         "no decoder",
         TypeError,
-        r"decoder must be a decoder of mdkern.decoders or its name, not type",
+        r"decoder must be made first: Ancestral is a class, give Ancestral\(",
         decoder=Ancestral,
     ),
     refuse_call(

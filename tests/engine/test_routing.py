@@ -165,7 +165,7 @@ def test_an_own_router_may_write_into_what_it_is_given() -> None:
 def test_routers_that_are_none_are_refused() -> None:
     with pytest.raises(TypeError, match="Router has no method route"):
         draw(Router())
-    with pytest.raises(TypeError, match="not the class EntropyRouter"):
+    with pytest.raises(TypeError, match="schedule must be made first: EntropyRouter is a class"):
         draw(EntropyRouter)
     with pytest.raises(ValueError, match="chooses between H, L: give these models"):
         mdkern.sample({"A": HEAVY, "B": LIGHT}, EntropyRouter(), length=8, decoder="threshold")
