@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,10 @@ class Mark:
 def fingerprint(model: Any) -> Hashable:
     """What a captured graph assumes not to change in a model: addresses of tensors, settings, and its modules.
 
-    It changes when a module is replaced, an adapter is switched on, a parameter is assigned anew, or a transformers
-    config is changed. Settings inside other objects are not examined. It is None for plain functions, which cannot be
-    examined; their graphs serve one call only.
+    It changes when a module or its class is replaced, a class gets another forward, an adapter is switched on, a
+    parameter is assigned anew, or a config of transformers or a dataclass, which a module has as its ``config``, is
+    changed. Settings inside other objects are not examined. It is None for plain functions, which cannot be examined;
+    their graphs serve one call only.
 
     That of a module is the same `Mark` while it does not change.
     """
@@ -79,9 +81,14 @@ class Known(NamedTuple):
     """What is known of a module: it has the mark while its settings are these and the snapshot holds."""
 
     mark: Mark
-    settings: str | None
+    configs: tuple[Any, ...]
+    settings: tuple[str, ...]  # those in the configs
     snapshot: Snapshot | None  # None if it cannot be taken: the module is then described whenever it is looked at
     made: dict[Hashable, Any]  # see `remembered`
+
+    def still_holds(self) -> bool:
+        same = self.snapshot is not None and self.snapshot.still_holds()
+        return same and settings_of(self.configs) == self.settings
 
 
 class Moments(threading.local):
@@ -126,22 +133,37 @@ def remembered(model: nn.Module, key: Hashable, make: Callable[[], Made]) -> Mad
 
 def mark_of_module(model: nn.Module) -> Mark:
     """The same one while a snapshot of the module holds: a mixture of experts has ten thousands of modules."""
-    config = getattr(model, "config", None)  # transformers has one for all modules of a model
-    settings = repr(vars(config)) if hasattr(config, "to_dict") else None
     known = _known.get(model)
-    if known is not None and known.snapshot is not None and known.settings == settings and known.snapshot.still_holds():
+    if known is not None and known.still_holds():
         return known.mark
+    configs = configs_of(model)
+    settings = settings_of(configs)
     with no_collection():  # which the many tuples would set off, and which takes longer than they do
         mark = Mark((settings, describe_modules(model)))
         snapshot = None if leads_back(model) else snapshot_of(model)
     if known is not None and known.mark == mark:  # perhaps with other tensors at the same addresses
         mark = known.mark
-    _known[model] = Known(mark, settings, snapshot, {})
+    _known[model] = Known(mark, configs, settings, snapshot, {})
     return mark
 
 
+def configs_of(model: nn.Module) -> tuple[Any, ...]:
+    """The configs of a model and the modules in it: transformers has one for all of them."""
+    found = getattr(model, "config", None), *(vars(module).get("config") for module in model.modules())
+    return tuple({id(config): config for config in found if is_config(config)}.values())
+
+
+def is_config(config: Any) -> bool:
+    known = hasattr(config, "to_dict") or is_dataclass(config) or isinstance(config, SimpleNamespace)
+    return known and hasattr(config, "__dict__")
+
+
+def settings_of(configs: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple([repr(vars(config)) for config in configs])
+
+
 def describe_modules(model: nn.Module) -> Hashable:
-    modules = []
+    modules: list[Hashable] = [tuple(forwards_of({type(module) for module in model.modules()}).items())]
     for name, module in model.named_modules():
         own = [
             (attribute, describe(value))
@@ -150,6 +172,13 @@ def describe_modules(model: nn.Module) -> Hashable:
         ]
         modules.append((name, type(module), tuple(own)))
     return tuple(modules)
+
+
+def forwards_of(kinds: Iterable[type]) -> dict[type, Any]:
+    """What each class has as its forward; a class may get another one."""
+    return {
+        kind: next((vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)), None) for kind in kinds
+    }
 
 
 def snapshot_of(model: nn.Module) -> Snapshot | None:
@@ -163,19 +192,40 @@ def snapshot_of(model: nn.Module) -> Snapshot | None:
 def leads_back(model: nn.Module) -> bool:
     """Whether what a snapshot holds may hold the model itself, which would then never be freed."""
 
-    def is_back(value: Any) -> bool:
-        if isinstance(value, partial):
-            return any(map(is_back, (value.func, *value.args, *value.keywords.values())))
-        return value is model or (isinstance(value, MethodType) and value.__self__ is model)
-
+    looked_at: set[int] = set()
+    waiting: list[Any] = []
     for module in model.modules():
         own = vars(module)
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return True
-        for value in own.values():
-            if is_back(value) or (type(value) in (list, tuple) and any(map(is_back, value))):
-                return True
+        waiting.append(own)
+    while waiting:
+        value = waiting.pop()
+        if value is model:
+            return True
+        if id(value) not in looked_at and (inside := held_by(value)):
+            looked_at.add(id(value))
+            waiting += inside
     return False
+
+
+def held_by(value: Any) -> Collection[Any]:
+    """What a container, a function or an object holds, but for modules and tensors."""
+    kind = type(value)
+    if kind in TABLES:
+        return value.values() if isinstance(value, dict) else value
+    if kind in (list, tuple):
+        return value
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if kind is MethodType:
+        return (value.__self__,)
+    if kind is FunctionType:
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+    if kind in PLAIN or isinstance(value, nn.Module | Tensor | type | ModuleType):
+        return ()
+    own = getattr(value, "__dict__", None)
+    return (own,) if own else ()
 
 
 @contextmanager
@@ -199,6 +249,10 @@ class Snapshot:
 
     def __init__(self, *parts: nn.Module) -> None:
         modules = {id(module): module for part in parts for module in part.modules()}.values()
+        self.roots = [ref(part) for part in parts]
+        self.inside = [module for module in modules if all(module is not part for part in parts)]
+        self.kinds = self.kinds_now()
+        self.forwards = forwards_of(set(self.kinds))
         self.seen: list[tuple[Any, Any]] = []
         self.empty: list[Any] = []  # tables in which there was nothing: most of a module's
         self.held: list[Any] = []  # tables of parameters and buffers
@@ -226,6 +280,10 @@ class Snapshot:
             elif isinstance(value, Tensor):
                 self.loose.append(value)
 
+    def kinds_now(self) -> list[type]:
+        """The classes of the modules, which may be given other ones."""
+        return [*(type(root()) for root in self.roots), *map(type, self.inside)]
+
     def where(self) -> list[Any]:
         places: list[Any] = []  # flat: as many tuples would be as many things to collect
         for tensors in (*(table.values() for table in self.held), self.loose):
@@ -235,10 +293,11 @@ class Snapshot:
         return places
 
     def still_holds(self) -> bool:
-        """Whether all attributes, tensors, modules and hooks are the same objects, and the tensors where they were."""
+        """Whether all attributes, tensors, modules, classes and hooks are the same, and the tensors where they were."""
         try:
             with no_collection():  # which as many sizes would set off, and which takes longer the more is held
                 same = not any(self.empty) and all(table == kept for table, kept in self.seen)
+                same = same and self.kinds_now() == self.kinds and forwards_of(self.forwards) == self.forwards
                 return same and self.where() == self.addresses
         except (RuntimeError, TypeError, ValueError):  # another tensor or array, which `==` compares by entries
             return False

@@ -33,6 +33,11 @@ SHAPE = {"vocab_size": 70, "mask_id": 69, "max_length": 64, "width": 64, "num_he
 OPTIONS = {"num_samples": 11, "length": 48, "steps": 40, "seed": 3, "batch_size": 4}
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
 class TestFingerprint:
     """Everything a graph takes for constant changes it; what it reads anew does not."""
 
@@ -63,15 +68,24 @@ class TestFingerprint:
             lambda model: setattr(model.head_bias, "data", model.head_bias.data.view(1, -1)),
             lambda model: setattr(model.blocks[0].table, "data", torch.zeros(2)),
             lambda model: model.blocks[0].register_parameter("more", nn.Parameter(torch.zeros(1))),
+            lambda model: setattr(model.blocks[0].attn_out, "__class__", Doubled),
+            lambda model: setattr(model, "__class__", type("Other", (DiT,), {})),
+            lambda model: setattr(type(model.told), "forward", Doubled.forward),
+            lambda model: setattr(model.told.config, "theta", 2.0),
         ],
-        ids=["parameter", "setting", "module", "dtype", "hook", "adapter", "nested", "shape", "tensor", "new"],
-    )
+        ids=[
+            "parameter", "setting", "module", "dtype", "hook", "adapter", "nested", "shape", "tensor", "new",
+            "class", "its own class", "forward of a class", "config of a part",
+        ],
+    )  # fmt: skip
     def test_changes_are_seen(self, change) -> None:
         """By a snapshot, and by a description where no snapshot can be taken."""
         for leads_back in (False, True):
             model = random_dit()
             model.blocks[0].tried, model.blocks[0].table = [[1]], torch.zeros(2)
             model.own = [model] if leads_back else []
+            model.told = type("Told", (nn.Linear,), {})(2, 2)
+            model.told.config = SimpleNamespace(theta=1.0)
             before = fingerprint(model)
             assert fingerprint(model) is before
             change(model)
@@ -85,6 +99,9 @@ class TestFingerprint:
             lambda model: setattr(model, "forward", model.forward),
             lambda model: setattr(model.blocks[0], "again", partial(model.forward)),
             lambda model: model.register_forward_hook(lambda *_: model),
+            lambda model: setattr(model.blocks[0], "find", lambda: model),
+            lambda model: setattr(model.blocks[0], "owners", {"all": [{"model": model}]}),
+            lambda model: setattr(model.blocks[0], "owner", SimpleNamespace(deeper=SimpleNamespace(model=model))),
         ):
             model = random_dit()
             change(model)

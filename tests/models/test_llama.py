@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mdkern.models.denoiser import Denoiser
-from mdkern.models.hf import llama_fused, llama_products
+from mdkern.models.hf import llama_fused, llama_products, probe
 from mdkern.models.hf.split import SplitDenoiser
 from tests.problems.hf_models import (
     LONGEST,
@@ -245,6 +245,44 @@ class TestOthers:
         assert not torch.allclose(before[..., KEPT], want, **CLOSE)
         for kept in (denoiser, denoiser.current()):
             torch.testing.assert_close(kept.logits(ids)[..., KEPT], want, **CLOSE)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: model.model.rotary_emb.inv_freq.mul_(0.3),
+            lambda model: model.model.rotary_emb.inv_freq.data.mul_(0.3),
+            lambda model: setattr(model.model.rotary_emb, "inv_freq", 0.3 * model.model.rotary_emb.inv_freq),
+            lambda model: setattr(model.model.rotary_emb, "attention_scaling", 2.0),
+            lambda model: setattr(layer_of(model).self_attn, "scaling", 1.0),
+            lambda model: setattr(layer_of(model).mlp.up_proj, "__class__", Quantised),
+            lambda model: setattr(model.model, "layers", nn.ModuleList(reversed(model.model.layers))),
+        ],
+        ids=["angles", "angles, uncounted", "other angles", "scaled angles", "scale", "class", "order"],
+    )
+    def test_a_call_runs_the_model_as_it_is_then(self, change: Callable[[Any], Any]) -> None:
+        """Also where what has changed is read when a model is adapted, and not in a pass."""
+        model, ids = llama(), random_ids(2, 9)
+        denoiser = adapted(model)
+        before = denoiser.current().logits(ids)
+        change(model)
+        want = model(ids).logits[..., KEPT]
+        assert not torch.allclose(before[..., KEPT], want, **CLOSE)
+        for now in (denoiser.current(), adapted(model).current()):
+            torch.testing.assert_close(now.logits(ids)[..., KEPT], want, **CLOSE)
+
+    def test_angles_that_have_not_changed_are_not_examined_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        denoiser = adapted(llama())
+        monkeypatch.setattr(probe, "dissect", lambda *_: pytest.fail("it was examined again"))
+        denoiser.current()
+
+    def test_a_model_that_was_made_causal_is_refused(self) -> None:
+        model = llama()
+        denoiser = adapted(model)
+        for number in (0, 1):
+            layer_of(model, number).self_attn.is_causal = True
+        model.config.is_causal = True
+        with pytest.raises(ValueError, match="looks to the left only, unlike when it was adapted"):
+            denoiser.current()
 
     def test_weights_that_change_are_heeded(self) -> None:
         model, ids = llama(), random_ids(2, 9)

@@ -145,7 +145,26 @@ def put_in_its_place(model: Any, seed: int) -> None:
     layer.weight = nn.Parameter(torch.from_numpy(numbers), requires_grad=False)
 
 
+def merged(model: Any, seed: int) -> None:
+    """As adapters are: PyTorch counts no change of the weight, which stays where it is."""
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    version = weight._version
+    weight.data[0, 1] += 0.5 * seed
+    assert weight._version == version
+
+
 class TestCopies:
+    def test_changes_that_pytorch_does_not_count_are_heeded_by_a_call(self) -> None:
+        model, ids = llama(**SIZES), random_ids(2, 9)
+        denoiser = in_fp8(model)
+        for seed in range(3):
+            merged(model, seed)
+            fresh = llama(**SIZES)
+            fresh.load_state_dict(model.state_dict())
+            now = denoiser.current()
+            assert torch.equal(now.hidden(ids), in_fp8(fresh).hidden(ids))
+            assert denoiser.current().copies is now.copies, "they are made once"
+
     @pytest.mark.parametrize("change", [replaced, assigned, scaled, put_in_its_place])
     def test_weights_that_change_are_heeded(self, change: Callable[[Any, int], None]) -> None:
         model, ids = llama(**SIZES), random_ids(2, 9)

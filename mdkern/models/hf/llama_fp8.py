@@ -56,8 +56,15 @@ class Fp8Block(NamedTuple):
     down: Packed
 
 
-# The weights from which the copies of `PREPARED` were made, and their versions then.
-MADE_FROM: WeakKeyDictionary[nn.Module, list[tuple[ref[Tensor], tuple[int, ...]]]] = WeakKeyDictionary()
+class Source(NamedTuple):
+    """What the copies of `PREPARED` were made from: the weights, their versions then, and the sums of their bits."""
+
+    weights: list[tuple[ref[Tensor], tuple[int, ...]]]
+    sums: Tensor
+
+
+MADE_FROM: WeakKeyDictionary[nn.Module, Source] = WeakKeyDictionary()
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def why_not(parts: Parts) -> str:
@@ -91,16 +98,19 @@ def size_of_copies(parts: Parts) -> int:
     return sum(layer.weight.numel() + 4 * len(layer.weight) for layer in layers) + sum(bias.nbytes for bias in biases)
 
 
-def copies_of(model: nn.Module, parts: Parts) -> tuple[Fp8Block, ...]:
+def copies_of(model: nn.Module, parts: Parts, thorough: bool = False) -> tuple[Fp8Block, ...]:
     """The blocks' layers in e4m3, as the weights are now.
 
     They take half of the weights' memory, and are kept as long as the model exists on its device, or until
-    `mdkern.engine.graphs.clear`. If weights have changed they are made anew, at the same addresses. PyTorch does not
-    count changes through ``.data``.
+    `mdkern.engine.graphs.clear`. If weights have changed they are made anew, at the same addresses.
+
+    Args:
+        thorough: whether to look for changes that PyTorch does not count, those through ``.data``, by which adapters
+            are merged. All weights are then read, and the host waits for the device.
     """
     layers = [together for block in parts.blocks for together in layers_of(block)]
     blocks: tuple[Fp8Block, ...] | None = PREPARED.get(model)
-    if blocks is not None and is_current(model, layers):
+    if blocks is not None and is_current(model, layers, thorough):
         return blocks
     device = parts.embedding.device
     wanted = [kinds(room(together, "meta"), device) for together in layers]
@@ -112,18 +122,27 @@ def copies_of(model: nn.Module, parts: Parts) -> tuple[Fp8Block, ...]:
             old = [room(together, device) for together in layers]
         for packed, together in zip(old, layers):
             fill(packed, together)
-    MADE_FROM[model] = [(ref(tensor), version_of(tensor)) for tensor in tensors_of(tuple(layers))]
+    tensors = tensors_of(tuple(layers))
+    MADE_FROM[model] = Source([(ref(tensor), version_of(tensor)) for tensor in tensors], sums_of(tensors))
     blocks = PREPARED[model] = tuple(Fp8Block(*old[first : first + 4]) for first in range(0, len(old), 4))
     return blocks
 
 
-def is_current(model: nn.Module, layers: Sequence[tuple[Linear, ...]]) -> bool:
+def is_current(model: nn.Module, layers: Sequence[tuple[Linear, ...]], thorough: bool) -> bool:
     """Whether the copies were made from the layers as they are now."""
-    made, tensors = MADE_FROM.get(model, []), tensors_of(tuple(layers))
-    return len(made) == len(tensors) and all(
+    source, tensors = MADE_FROM.get(model), tensors_of(tuple(layers))
+    if source is None or len(source.weights) != len(tensors):
+        return False
+    counted = all(
         weight() is tensor and version != UNKNOWN and version == version_of(tensor)
-        for (weight, version), tensor in zip(made, tensors)
+        for (weight, version), tensor in zip(source.weights, tensors)
     )
+    return counted and not (thorough and not torch.equal(source.sums, sums_of(tensors)))
+
+
+def sums_of(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 ``[n]``: of each tensor the sum of its numbers' bits, read as integers. One changed number changes it."""
+    return torch.stack([t.detach().view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors])
 
 
 def room(layers: Sequence[Linear], device: torch.device | str) -> Packed:

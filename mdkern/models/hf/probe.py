@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mdkern.models.denoiser import Head, available_device
-from mdkern.models.fingerprint import fingerprint
+from mdkern.models.fingerprint import fingerprint, remembered
 from mdkern.models.hf.adapted import LogitsDenoiser, Padding
 from mdkern.models.hf.intercept import HeadPass, Layout, WatchedAttention, WatchedInputs
 from mdkern.models.hf.introspect import (
@@ -38,7 +38,17 @@ LONG = 1024  # length of the probe of models that make an attention mask, as it 
 ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
-_examined: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
+
+class Examined(NamedTuple):
+    """What was found out about a module, which holds while its state is this one and the angles' buffers are as they
+    were."""
+
+    state: Any
+    anatomy: Anatomy
+    buffers: list[Tensor]  # copies
+
+
+_examined: WeakKeyDictionary[nn.Module, Examined] = WeakKeyDictionary()
 
 
 def examine(
@@ -63,11 +73,32 @@ def examine(
         autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
     state = fingerprint(model), vocab_size, max_length, autocast, blocks
     known = _examined.get(model)
-    if known is None or known[0] != state:
+    if known is None or known.state != state or not same(known.buffers, buffers_of_angles(model, known.anatomy)):
         with torch.no_grad():
-            known = state, dissect(model, vocab_size, max_length or LONG, place, blocks)
-        _examined[model] = known
-    return known[1]
+            anatomy = dissect(model, vocab_size, max_length or LONG, place, blocks)
+            buffers = [buffer.clone() for buffer in buffers_of_angles(model, anatomy)]
+        known = _examined[model] = Examined(state, anatomy, buffers)
+    return known.anatomy
+
+
+def buffers_of_angles(model: nn.Module, anatomy: Anatomy) -> list[Tensor]:
+    """What the angles of a plan were computed from, which may be changed in place; none if there is no plan."""
+
+    def find() -> list[Tensor]:
+        turning = (
+            (name and name == anatomy.rotary) or isinstance(getattr(module, "inv_freq", None), Tensor)
+            for name, module in model.named_modules()
+        )
+        modules = [module for module, turns in zip(model.modules(), turning) if turns]
+        return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
+
+    return [] if anatomy.plan is None else remembered(model, ("angles", anatomy.rotary), find)
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether tensors hold the same numbers. Those of other devices and dtypes do not."""
+    kinds = [[(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
+    return kinds[0] == kinds[1] and all(map(torch.equal, ours, theirs))
 
 
 def dissect(

@@ -114,12 +114,16 @@ class SplitDenoiser(AdaptedDenoiser):
     @Live
     def copies(self) -> tuple[Fp8Block, ...] | None:
         """The blocks' layers in e4m3 as the weights are now; None: products are in the weights' own dtype."""
+        return self.find_copies()
+
+    def find_copies(self, thorough: bool = False) -> tuple[Fp8Block, ...] | None:
+        """`copies`, with an argument of `copies_of`."""
         if self.precision is None:
             return None
         self.check_precision()
         parts = self.parts
         assert parts is not None
-        return copies_of(self.model, parts)
+        return copies_of(self.model, parts, thorough)
 
     @Live
     def parts(self) -> Parts | None:
@@ -162,11 +166,13 @@ class SplitDenoiser(AdaptedDenoiser):
         anatomy = examine(self.model, self.columns, self.max_length, blocks=self.block_causal)
         if anatomy.reason:
             raise ValueError(f"{self.name} can't be split as when it was adapted: {anatomy.reason}. Adapt it again")
+        if anatomy.direction and not self.anatomy.direction:
+            raise ValueError(f"{self.name} {anatomy.direction}, unlike when it was adapted. Adapt it again")
         now = copy(self)
         now.settle(anatomy)
         now = held(now)
         now.parts, now.parts_mark = now.parts_and_mark()
-        now.copies = now.copies
+        now.copies = now.find_copies(thorough=True)
         return now
 
     def softened(self, weight: Tensor) -> SplitDenoiser:
