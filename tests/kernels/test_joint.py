@@ -37,7 +37,7 @@ def test_products_of_several_weights(tiling: Tiling, widths: tuple[int, ...]) ->
     """Tiles lie across the borders between weights, more of them than programs, and past the ends of all sizes."""
     x = small_integers(0, 300, 40)
     weights = [small_integers(1 + n, width, 40) for n, width in enumerate(widths)]
-    biases = [None if n == 1 else small_integers(10 + n, width) for n, width in enumerate(widths)]
+    biases = [None if n == 1 else small_integers(10 + n, width, 2)[:, 1] for n, width in enumerate(widths)]
     out = torch.full((300, sum(widths)), torch.nan, dtype=x.dtype)
     launch_joint.launch(x, weights, biases, out, False, tiling)
     assert torch.equal(out, torch.cat([F.linear(x, *layer) for layer in zip(weights, biases)], 1))
@@ -47,12 +47,27 @@ def test_products_of_several_weights(tiling: Tiling, widths: tuple[int, ...]) ->
 @pytest.mark.parametrize("tiling", SMALL)
 @pytest.mark.parametrize("places", [(104, 600), (600, 104)])
 def test_gate_and_up_wherever_they_are(tiling: Tiling, places: tuple[int, int]) -> None:
-    x, memory, bias = small_integers(0, 300, 40), small_integers(1, 1000, 40), small_integers(2, 160)
+    x, memory, bias = small_integers(0, 300, 40), small_integers(1, 1000, 40), small_integers(2, 160, 2)[:, 1]
     gate, up = (memory[place : place + 160] for place in places)
     out = torch.full((300, 160), torch.nan, dtype=x.dtype)
     launch_joint.launch(x, [gate, up], [None, bias], out, True, tiling)
     want = F.silu(F.linear(x.float(), gate.float())) * F.linear(x.float(), up.float(), bias.float())
     torch.testing.assert_close(out.float(), want, rtol=2**-8, atol=0.0)
+
+
+def test_what_tma_cannot_copy_runs_by_other_kernels() -> None:
+    """The hardware copies rows at multiples of 16 bytes; a pair is read as one tensor by the distance of the two."""
+    x, memory = small_integers(0, 300, 40), small_integers(1, 40 * 129)
+    whole, shifted = (memory[first : first + 40 * 128].view(128, 40) for first in (0, 4))
+    assert joint.fits(x, whole, whole)
+    odd, turned = memory[: 41 * 64].view(64, 41), memory[: 40 * 64].view(40, 64).T
+    apart = memory[: 80 * 64].view(64, 80)[:, :40]
+    for weight in (shifted, odd, turned, apart, whole[:60]):
+        assert not joint.fits(x, whole, weight)
+    assert not joint.fits(x[:, 1:33], whole[:, :32].contiguous())
+    assert not joint.fits(x.float(), whole.float())
+    assert joint.is_near(whole[:64], whole[64:])  # halves of one tensor
+    assert not joint.is_near(whole, whole)
 
 
 def test_tiles_fill_the_multiprocessors() -> None:

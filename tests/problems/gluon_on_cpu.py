@@ -267,5 +267,6 @@ class OnCpu:
     @staticmethod
     def given(value):
         if isinstance(value, Tensor):
-            return Pointer(value)
+            span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+            return Pointer(value.as_strided((span,), (1,)))  # as it lies in memory
         return Matrix(value) if hasattr(value, "block_shape") else value

@@ -195,7 +195,8 @@ def test_skinny_products_are_the_references(rows: int, biased: tuple[bool, ...])
     """One, two and three layers of unequal size, of which all, none or some have a bias."""
     x = normal(1, rows, 1024)[:, 256:768].half()
     weights = [normal(2 + n, columns, 512, dtype=torch.float16) / 20 for n, columns in enumerate((128, 256, 128))]
-    biases = [normal(5 + n, len(w)).half() if has else None for n, (w, has) in enumerate(zip(weights, biased))]
+    columns = [normal(5 + n, len(w), 2).half()[:, 1] for n, w in enumerate(weights)]  # of a matrix: not contiguous
+    biases = [bias if has else None for bias, has in zip(columns, biased)]
     same = [weights[0], weights[2]], [biases[0], biases[1][:128] if biased[1] else None]
     for reference, kernel, arguments in (
         (joint_linear_reference, triton_skinny.skinny_linear, (*weights, *biases)),

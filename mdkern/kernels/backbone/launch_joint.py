@@ -77,8 +77,7 @@ def launch(
         return out
     programs = num_sms(x.device)
     tiling = tiling or choose_tiling(x.shape[0], sum(map(len, weights)), programs)
-    if any(bias is not None for bias in biases):
-        biases = [x.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases)]
+    biases = triton_skinny.whole_biases(x, weights, biases)
     missing = [None] * (3 - len(weights))
     swapped = False
     if gated:

@@ -8,6 +8,7 @@ at least, is full of them; the few rows of x are its columns.
 # mypy: ignore-errors
 # ruff: noqa: N803, N806, SIM102  (conditions of the compiler's and of the program's are apart)
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -98,14 +99,22 @@ def skinny_kernel(
     tl.store(write, tl.trans(product).to(out.dtype.element_ty), mask=there)
 
 
+def whole_biases(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Sequence[Tensor] | Sequence[None]:
+    """Contiguous biases of all weights, as kernels read them, with zeros where there is none; or of none."""
+    if all(bias is None for bias in biases):
+        return [None] * len(biases)
+    return [x.new_zeros(len(weight)) if bias is None else bias.contiguous() for weight, bias in zip(weights, biases)]
+
+
 def launch(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], out: Tensor, tiling: Tiling, splits: int, gated: bool
 ) -> Tensor:
     rows, inner = x.shape
     if not out.numel():
         return out
-    if any(bias is not None for bias in biases):
-        biases = [x.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases)]
+    biases = whole_biases(x, weights, biases)
     missing = [None] * (3 - len(weights))
     columns = [*map(len, weights), *(0 for _ in missing)]
     skinny_kernel[(out.shape[-1] // tiling.columns, splits)](
