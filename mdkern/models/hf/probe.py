@@ -98,7 +98,9 @@ def buffers_of_angles(model: nn.Module, anatomy: Anatomy) -> list[Tensor]:
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether tensors hold the same numbers. Those of other devices and dtypes do not."""
     kinds = [[(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
-    return kinds[0] == kinds[1] and all(map(torch.equal, ours, theirs))
+    if kinds[0] != kinds[1] or not ours:
+        return kinds[0] == kinds[1]
+    return bool(torch.stack([(own == its).all() for own, its in zip(ours, theirs)]).all())  # one synchronisation
 
 
 def dissect(
