@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -274,6 +275,16 @@ class TestOthers:
         denoiser = adapted(llama())
         monkeypatch.setattr(probe, "dissect", lambda *_: pytest.fail("it was examined again"))
         denoiser.current()
+
+    def test_old_angles_are_given_back(self) -> None:
+        model = llama()
+        denoiser, angles = adapted(model), []
+        for _ in range(8):
+            model.model.rotary_emb.inv_freq.mul_(0.9)
+            parts = denoiser.current().parts  # type: ignore[attr-defined]
+            angles.append(weakref.ref(parts.cos))
+            del parts
+        assert sum(found() is not None for found in angles) <= 4
 
     def test_a_model_that_was_made_causal_is_refused(self) -> None:
         model = llama()

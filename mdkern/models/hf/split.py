@@ -36,6 +36,8 @@ from mdkern.models.hf.llama_fp8 import Fp8Block, copies_of, size_of_copies, why_
 from mdkern.models.hf.llama_parts import Parts, Plan, UnlikeLlamaError, resolve
 from mdkern.models.soft import Soft
 
+MOST_PLANS = 4  # of a model, whose parts are kept; denoisers with other settings have other plans
+
 
 class Anatomy(NamedTuple):
     """What was found out about a model. It is a tuple so that graphs compare it."""
@@ -133,16 +135,20 @@ class SplitDenoiser(AdaptedDenoiser):
     def parts_and_mark(self) -> tuple[Parts | None, Mark | None]:
         """`parts`, and the mark of their addresses."""
         model, plan = self.model, self.anatomy.plan
-
-        def find() -> tuple[Parts | None, Mark | None]:
-            assert plan is not None
-            try:
-                parts = resolve(model, plan)
-            except UnlikeLlamaError:
-                return None, None
-            return parts, Mark(describe(parts))
-
-        return (None, None) if plan is None else remembered(model, ("parts", plan), find)
+        if plan is None:
+            return None, None
+        known: list[tuple[Plan, tuple[Parts | None, Mark | None]]] = remembered(model, "parts", list)
+        for other, found in known.copy():
+            if other is plan:
+                return found
+        try:
+            parts = resolve(model, plan)
+            found = parts, Mark(describe(parts))
+        except UnlikeLlamaError:
+            found = None, None
+        known.append((plan, found))
+        del known[:-MOST_PLANS]  # an old one's angles take memory
+        return found
 
     device = Live(lambda self: layer_of(self.model).weight.device)
     dtype = Live(lambda self: next(self.model.parameters()).dtype)
