@@ -271,6 +271,22 @@ class TestOthers:
         for now in (denoiser.current(), adapted(model).current()):
             torch.testing.assert_close(now.logits(ids)[..., KEPT], want, **CLOSE)
 
+    def test_a_buffer_that_begins_to_matter_is_heeded(self) -> None:
+        class Scaled(type(llama().model.layers[0])):  # type: ignore[misc]
+            def forward(self, *arguments: Any, **options: Any) -> Tensor:
+                out: Tensor = self.gain * super().forward(*arguments, **options)
+                return out
+
+        model, ids = llama(), random_ids(2, 9)
+        layer_of(model, 0).__class__ = Scaled
+        layer_of(model, 0).register_buffer("gain", torch.ones(()))
+        denoiser = adapted(model)
+        assert "mdkern's own passes" in denoiser.description
+        layer_of(model, 0).gain.fill_(3.0)
+        now = denoiser.current()
+        assert "mdkern's own passes do not give what it gives" in now.description
+        torch.testing.assert_close(now.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
+
     def test_angles_that_have_not_changed_are_not_examined_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         denoiser = adapted(llama())
         monkeypatch.setattr(probe, "dissect", lambda *_: pytest.fail("it was examined again"))

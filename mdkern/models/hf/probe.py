@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 
 PROBED_BLOCK = 4  # length of the blocks of a probe's text
 LONG = 1024  # length of the probe of models that make an attention mask, as it may hide only what is far away
+LARGEST_BUFFER = 1 << 16  # numbers of a buffer of which it is noticed that it was changed in place
 ONE_LAYER = 0.1  # share of it that is allowed for logits from the same states
 LOCAL_ATTENTION = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")  # longer than a probe
 
 
 class Examined(NamedTuple):
-    """What was found out about a module, which holds while its state is this one and the angles' buffers are as they
-    were."""
+    """What was found out about a module, which holds while its state is this one and its buffers are as they were."""
 
     state: Any
     anatomy: Anatomy
-    buffers: list[Tensor]  # copies
+    buffers: Tensor | None  # see `small_buffers`
 
 
 _examined: WeakKeyDictionary[nn.Module, Examined] = WeakKeyDictionary()
@@ -73,34 +73,32 @@ def examine(
         autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
     state = fingerprint(model), vocab_size, max_length, autocast, blocks
     known = _examined.get(model)
-    if known is None or known.state != state or not same(known.buffers, buffers_of_angles(model, known.anatomy)):
+    if known is None or known.state != state or not same(known.buffers, small_buffers(model, known.anatomy)):
         with torch.no_grad():
             anatomy = dissect(model, vocab_size, max_length or LONG, place, blocks)
-            buffers = [buffer.clone() for buffer in buffers_of_angles(model, anatomy)]
+        buffers = small_buffers(model, anatomy)
         known = _examined[model] = Examined(state, anatomy, buffers)
     return known.anatomy
 
 
-def buffers_of_angles(model: nn.Module, anatomy: Anatomy) -> list[Tensor]:
-    """What the angles of a plan were computed from, which may be changed in place; none if there is no plan."""
+def small_buffers(model: nn.Module, anatomy: Anatomy) -> Tensor | None:
+    """The bytes of a model's small buffers, if it has a plan; None if it has none.
 
-    def find() -> list[Tensor]:
-        turning = (
-            (name and name == anatomy.rotary) or isinstance(getattr(module, "inv_freq", None), Tensor)
-            for name, module in model.named_modules()
-        )
-        modules = [module for module, turns in zip(model.modules(), turning) if turns]
-        return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
+    Angles are computed from them once, and mdkern's own passes do not read the others. So if one is changed in place it
+    must be found out anew whether the passes give what the model gives.
+    """
+    if anatomy.plan is None:
+        return None
+    buffers = remembered(
+        model, "buffers", lambda: [buffer for buffer in model.buffers() if buffer.numel() <= LARGEST_BUFFER]
+    )
+    return torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers]) if buffers else None
 
-    return [] if anatomy.plan is None else remembered(model, ("angles", anatomy.rotary), find)
 
-
-def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether tensors hold the same numbers. Those of other devices and dtypes do not."""
-    kinds = [[(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
-    if kinds[0] != kinds[1] or not ours:
-        return kinds[0] == kinds[1]
-    return bool(torch.stack([(own == its).all() for own, its in zip(ours, theirs)]).all())  # one synchronisation
+def same(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.device == theirs.device and torch.equal(ours, theirs)
 
 
 def dissect(
