@@ -287,6 +287,22 @@ class TestOthers:
         assert "mdkern's own passes do not give what it gives" in now.description
         torch.testing.assert_close(now.logits(ids)[..., KEPT], model(ids).logits[..., KEPT], **CLOSE)
 
+    def test_buffers_of_any_kind_are_compared(self) -> None:
+        model = llama()
+        for number, dtype in enumerate((torch.bool, torch.int64, torch.float64, torch.complex64, torch.float8_e4m3fn)):
+            model.register_buffer(f"kept_{number}", torch.zeros(3, 2).to(dtype).T)
+        for number, buffer in enumerate((torch.zeros(()), torch.zeros(0), torch.zeros(2, 2).to_sparse())):
+            model.register_buffer(f"odd_{number}", buffer)
+        model.register_buffer("away", torch.zeros(2, device="meta"))
+        anatomy = adapted(model).anatomy  # type: ignore[attr-defined]
+        before = probe.small_buffers(model, anatomy)
+        assert probe.same(before, probe.small_buffers(model, anatomy))
+        for name in ("kept_0", "kept_2", "kept_3", "odd_0"):
+            model.get_buffer(name).fill_(1)
+            now = probe.small_buffers(model, anatomy)
+            assert not probe.same(before, now)
+            before = now
+
     def test_angles_that_have_not_changed_are_not_examined_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         denoiser = adapted(llama())
         monkeypatch.setattr(probe, "dissect", lambda *_: pytest.fail("it was examined again"))

@@ -89,10 +89,14 @@ def small_buffers(model: nn.Module, anatomy: Anatomy) -> Tensor | None:
     """
     if anatomy.plan is None:
         return None
-    buffers = remembered(
-        model, "buffers", lambda: [buffer for buffer in model.buffers() if buffer.numel() <= LARGEST_BUFFER]
-    )
-    return torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers]) if buffers else None
+
+    def find() -> list[Tensor]:
+        plain = [buffer for buffer in model.buffers() if type(buffer) is Tensor and buffer.layout == torch.strided]
+        return [x for x in plain if x.numel() <= LARGEST_BUFFER and not x.is_meta and not x.is_quantized]
+
+    buffers, device = remembered(model, "buffers", find), anatomy.plan.cos.device
+    parts = [buffer.detach().reshape(-1).view(torch.uint8).to(device) for buffer in buffers]
+    return torch.cat(parts) if parts else None
 
 
 def same(ours: Tensor | None, theirs: Tensor | None) -> bool:
