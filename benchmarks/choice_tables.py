@@ -15,7 +15,7 @@ from benchmarks.learning_tables import ABSENT, caption, seeds_with, spread
 from benchmarks.learning_tables import content as problems_content
 
 FILES = "learning-choice.json", "learning-choice-cpu.json"  # the second at small size, shown without the first
-EXPONENTS_FILES = "learning-exponents.json", "learning-exponents-cpu.json"
+EXPONENTS_FILES = ("learning-exponents.json",)
 PLAIN = "threshold"
 LEARNED = {"linear": "linear score", "mlp": "network", "closed loop": "linear score, improved in use"}
 TASKS = {"infill": "infilling, temperature 0", "continue": "continuation, temperature 0.7"}

@@ -17,7 +17,6 @@ from benchmarks.kernel_tables import markdown
 from benchmarks.learning_equal import MARGIN, REFERENCE, Cell, Mean, mean_of, over_seeds, ratio, ratio_of, speed, target
 
 FILE = "learning-problems.json"
-SMALL_FILE = "learning-problems-cpu.json"  # parts at small size, shown where the other file has none
 ABSENT = "Not measured yet.\n"
 MODELS = {
     "base": "base",
@@ -40,10 +39,11 @@ COUNTS = {"tokens_per_pass": "decoding passes only", "tokens_per_forward": "all 
 
 
 def content(part: str = "") -> dict[str, Any] | None:
-    """The results, or those at small size if only they have a part."""
-    paths = [path for path in (RESULTS / FILE, RESULTS / SMALL_FILE) if path.exists()]
-    found: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
-    return next((shown for shown in found if not part or seeds_with(shown, part)), None)
+    """The results, if they have a part."""
+    if not (path := RESULTS / FILE).exists():
+        return None
+    shown: dict[str, Any] = json.loads(path.read_text())
+    return shown if not part or seeds_with(shown, part) else None
 
 
 def seeds_with(shown: Mapping[str, Any], *parts: str) -> list[dict[str, Any]]:

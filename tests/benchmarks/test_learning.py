@@ -105,8 +105,7 @@ def test_gsm_is_fine_tuned_on_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
         assert (ending["length"], ending["answers"]) == (64, 2)
         assert 0 < ending["true_tokens"] < 64
     monkeypatch.setattr(learning_tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(learning_tables, "FILE", "none.json")
-    monkeypatch.setattr(learning_tables, "SMALL_FILE", "results.json")  # shown where the other has no such part
+    monkeypatch.setattr(learning_tables, "FILE", "results.json")
     table = learning_tables.TABLES["learning-supervised"]()
     assert "| written in 64 columns: ended |" in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1

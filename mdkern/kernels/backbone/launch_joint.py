@@ -21,8 +21,6 @@ from mdkern.kernels.device import is_hopper, num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
 
 GROUP = 8  # row tiles that take all columns before the next ones begin
-
-
 INNER = 64  # numbers of the inner dimension in a step
 SHARED_MEMORY = 226 * 1024  # bytes of a program, without its barriers
 
