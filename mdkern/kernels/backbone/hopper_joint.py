@@ -26,11 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mdkern.kernels.backbone.hopper_tile import ROWS, _corner
 from mdkern.kernels.gluon_common import ring_advance
-from mdkern.kernels.triton_common import halves
+from mdkern.kernels.triton_common import LOG2E, halves
 
 TOGETHER = gl.constexpr(8)  # rows of gate, and of up, that are next to each other in a block
 PIECE = gl.constexpr(128)  # rows of x that are stored at a time, at most
-LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
