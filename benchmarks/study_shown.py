@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import RESULTS
 
-# Of the files study-….json: two models, six, two on another text, two that are wider; the shipped pair in the size of a
-# CPU.
-PAIR, FAMILY, WIKIPEDIA, WIDE, ON_CPU = "shipped", "family", "wikipedia", "wide", "routing"
+# Of the files study-….json: two models, six, two on another text, two that are wider; the shipped pair's routing, which
+# has fewer samples a point.
+PAIR, FAMILY, WIKIPEDIA, WIDE, ROUTING = "shipped", "family", "wikipedia", "wide", "routing"
 OF_FAMILY = "light_size", "bounds"  # parts that are about all models of a study
 REFERENCE, SANDWICH = "H1000", "L125 H750 L125"
 MIDDLE = "H250 L250 H500", "H500 L250 H250"  # light in the second and in the third quarter
@@ -64,10 +64,9 @@ def part(name: str, text: str = "") -> Shown | None:
     """What is shown under a name, if it has been measured: a part's results, or those of two together.
 
     Args:
-        text: `WIKIPEDIA`, `WIDE`, or nothing: then of the family, which has the shipped pair in it, else of the pair,
-            and else of the pair on a CPU.
+        text: `WIKIPEDIA`, `WIDE`, or nothing: then of the family, which has the shipped pair in it, else of the pair.
     """
-    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR, ON_CPU)) if content is not None]
+    files = [content for content in map(read, (text,) if text else (FAMILY, PAIR, ROUTING)) if content is not None]
     shown = []
     for key in ("path", "measures") if name == "measures" else (name,):
         content = next((content for content in files if key in content["parts"]), None)

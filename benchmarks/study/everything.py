@@ -159,7 +159,7 @@ def family_of(out: Path, data: list[Path], *options: str) -> argparse.Namespace:
 def keep_evaluations(family: Path, results: Path) -> None:
     """Put the ends of a family's training runs beside those that are in the results."""
     new = json.loads((family / "family.json").read_text())
-    path = results / "study-family-training.json"
+    path = results / f"study-{family.name}-training.json"
     old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"held_out": {}}
     write_whole(path, json.dumps(new | {"held_out": old["held_out"] | new["held_out"]}, indent=1) + "\n")
 
@@ -189,8 +189,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = lambda
         return 1
     for family in families:
         train.describe(family)
-        if family.out.name == FAMILY:
-            keep_evaluations(family.out, asked.results or (RESULTS if asked.size == "full" else asked.out))
+        keep_evaluations(family.out, asked.results or (RESULTS if asked.size == "full" else asked.out))
     say(f"{asked.out}: " + (f"not finished: {', '.join(missing)}" if missing else "complete"))
     return int(bool(missing))
 

@@ -301,8 +301,9 @@ class TestEverything:
         def write(path: Path, held_out: dict[str, int]) -> None:
             path.write_text(json.dumps({"recipe": len(held_out), "held_out": held_out}))
 
-        write(tmp_path / "family.json", {"8": 8, "10": 1})
-        write(tmp_path / "study-family-training.json", {"6": 6, "10": 0})
-        everything.keep_evaluations(tmp_path, tmp_path)
-        found = json.loads((tmp_path / "study-family-training.json").read_text())
+        (tmp_path / "wide").mkdir()
+        write(tmp_path / "wide" / "family.json", {"8": 8, "10": 1})
+        write(tmp_path / "study-wide-training.json", {"6": 6, "10": 0})
+        everything.keep_evaluations(tmp_path / "wide", tmp_path)
+        found = json.loads((tmp_path / "study-wide-training.json").read_text())
         assert found == {"recipe": 2, "held_out": {"6": 6, "10": 1, "8": 8}}
