@@ -1,5 +1,6 @@
 """Tables and verdicts on learned choices of positions, drawn from ``benchmarks/results/learning-choice.json``; for the
-word problems from ``learning-problems.json``, for the exponents of GenMD4 from ``learning-exponents.json``."""
+word problems from ``learning-choice-problems.json``, whose base model is another than those of
+``learning-problems.json``; for the exponents of GenMD4 from ``learning-exponents.json``."""
 
 from __future__ import annotations
 
@@ -12,19 +13,18 @@ from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
 from benchmarks.learning_equal import Mean, mean_of, speed, target
 from benchmarks.learning_tables import ABSENT, caption, seeds_with, spread
-from benchmarks.learning_tables import content as problems_content
 
-FILES = "learning-choice.json", "learning-choice-cpu.json"  # the second at small size, shown without the first
-EXPONENTS_FILES = ("learning-exponents.json",)
+FILE, PROBLEMS_FILE, EXPONENTS_FILE = (f"learning-{name}.json" for name in ("choice", "choice-problems", "exponents"))
 PLAIN = "threshold"
 LEARNED = {"linear": "linear score", "mlp": "network", "closed loop": "linear score, improved in use"}
 TASKS = {"infill": "infilling, temperature 0", "continue": "continuation, temperature 0.7"}
-CURVES = {"threshold": "threshold", "linear": LEARNED["linear"], "mlp": LEARNED["mlp"]}
+CURVES = {"threshold": "threshold", "run": "leftmost run", "linear": LEARNED["linear"], "mlp": LEARNED["mlp"]}
+MARGINS = 0.01, 0.05, 0.1, 0.2  # below the base model's strict accuracy
 
 
-def content(files: Sequence[str] = FILES) -> dict[str, Any] | None:
-    paths = [path for path in (RESULTS / name for name in files) if path.exists()]
-    return json.loads(paths[0].read_text()) if paths else None
+def content(name: str = FILE) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def tasks_of(shown: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
@@ -32,8 +32,8 @@ def tasks_of(shown: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     return [seed[task] for seed in shown["seeds"].values() if task in seed]
 
 
-def number(row: Mapping[str, Any], digits: int = 3) -> str:
-    return f"{row['mean']:.{digits}f} ± {row['standard_error']:.{digits}f}"
+def number(row: Mapping[str, Any], sign: str = "") -> str:
+    return f"{row['mean']:{sign}z.3f} ± {row['standard_error']:.3f}"
 
 
 def offline(shown: Mapping[str, Any]) -> str:
@@ -70,74 +70,88 @@ def rules(shown: Mapping[str, Any]) -> str:
             number(row["entropy"]),
             number(row["agreement"]),
             number(row["exact_nats"]),
-            number(row["nats_over_plain"]) if "nats_over_plain" in row else "–",
+            *(number(row[name], "+") if name in row else "–" for name in ("nats_over_plain", "entropy_over_plain")),
         ]
         for task in TASKS
         if task in found
         for row in found[task]["rows"]
     ]
     known = next(iter(found.values()))["environment"]
-    header = ["task", "rule", "bound", "passes", "judge, nats a token", "token entropy", "agreement"]
-    header += ["exact nats of true text", "judge, over threshold at as many passes"]
+    header = ["task", "rule", "bound", "passes", "judge, nats", "token entropy", "agreement", "exact nats"]
+    header += ["judge, over threshold at as many passes", "entropy, over it"]
     size = shown["setting"]
     return (
+        "![Four measures of each rule over its passes](../benchmarks/results/learning-choice.svg)\n\n"
         f"{known['device']}, torch {known['torch']}; seed {seed}. {size['testing']} texts of {size['length']} tokens, "
-        f"{size['written']} of them written; scores are fitted to runs on {size['fitting']} others; exact nats of "
-        f"{size['likelihood']} texts.\n\n"
+        f"{size['written']} of them written; scores are fitted to runs on {size['fitting']:,} others; exact nats of "
+        f"{size['likelihood']} texts. The bound of top probability and margin is the number of steps of a block of "
+        f"{size['block_length']}.\n\n"
     ) + markdown(header, body)
 
 
 def verdict(shown: Mapping[str, Any]) -> str:
-    """Where learned rules gain on the threshold, counted over all bounds, tasks and seeds."""
-    lines = []
+    """Where rules are better and worse than the threshold at as many passes, over all bounds and seeds."""
+    body = []
     for task, title in TASKS.items():
-        rows = [row for part in tasks_of(shown, task) for row in part["rows"] if "nats_over_plain" in row]
-        for name, label in LEARNED.items():
-            ours = [row for row in rows if row["rule"] == name]
-            if not ours:
-                continue
-            better = sum(row["gains"] for row in ours)
-            worse = sum(row["nats_over_plain"]["mean"] > 2 * row["nats_over_plain"]["standard_error"] for row in ours)
-            lines.append(
-                f"- {title}, {label}: better than the threshold at as many passes, by more than two standard errors "
-                f"and without less entropy, at {better} of {len(ours)} settings; worse in the judge's likelihood at "
-                f"{worse}."
-            )
-    return "\n".join(lines) + "\n" if lines else ABSENT
+        compared = [row for part in tasks_of(shown, task) for row in part["rows"] if "nats_over_plain" in row]
+        for name in dict.fromkeys(row["rule"] for row in compared):
+            ours = [row for row in compared if row["rule"] == name]
+            better = [row for row in ours if beyond(row["nats_over_plain"], -1)]
+            worse = [row for row in ours if beyond(row["nats_over_plain"], 1)]
+            cells = ([row for row in better if row["gains"] == gains] for gains in (True, False))
+            body.append([title, LEARNED.get(name, name), f"{len(ours)}", *map(at_which, (*cells, worse))])
+    if not body:
+        return ABSENT
+    header = ["task", "rule", "settings", "better", "better by the judge, with less entropy", "worse by the judge"]
+    return (
+        "Settings that are better or worse than the threshold at as many passes, beyond two standard errors, with "
+        "their passes in brackets.\n\n"
+    ) + markdown(header, body)
+
+
+def beyond(difference: Mapping[str, float], direction: int) -> bool:
+    """Whether a difference is more than two standard errors in a direction."""
+    return direction * difference["mean"] > 2 * difference["standard_error"]
+
+
+def at_which(rows: Sequence[Mapping[str, Any]]) -> str:
+    passes = ", ".join(f"{row['passes']['mean']:.0f}" for row in rows)
+    return f"{len(rows)} ({passes})" if rows else "0"
 
 
 def problems() -> str:
-    """Word problems: tokens a pass at the accuracy that is asked for, and what the scores are on single states."""
-    shown = problems_content("learned")
+    """Word problems: tokens a pass at several accuracies, all of one base model, and the scores on single states."""
+    shown = content(PROBLEMS_FILE)
     seeds = [] if shown is None else seeds_with(shown, "learned", "eval_base")
     if shown is None or not seeds:
         return ABSENT
     body, compared = [], [with_learned(seed) for seed in seeds]
     for name, label in CURVES.items():
-        found = speed(compared, ("learned", (name,)), "tokens_per_pass")
-        scored = mean_of([seed["learned"]["offline"]["p" if name == PLAIN else name]["bce"] for seed in seeds])
-        body.append([label, str(found) if found.seeds else "never as accurate", f"{scored.mean:.3f}"])
-    header = ["rule", "tokens a pass at equal accuracy", "cross-entropy of the score, nats"]
-    size, asked = shown["setting"]["size"], 100 * mean_of([target(seed) for seed in seeds]).mean
+        found = [speed(compared, ("learned", (name,)), "tokens_per_pass", margin) for margin in MARGINS]
+        scored = [seed["learned"]["offline"].get("p" if name == PLAIN else name, {}).get("bce") for seed in seeds]
+        nats = "–" if None in scored else rows_mean(scored)
+        body.append([label, *(str(mean) if mean.seeds else "not reached" for mean in found), nats])
+    header = ["rule", *(f"{100 * margin:g} below" for margin in MARGINS), "cross-entropy of the score, nats"]
+    size, careful = shown["setting"]["size"], 100 * mean_of([target(seed, 0.0) for seed in seeds]).mean
     setting = (
-        f"a model of {size['blocks']} blocks of width {size['width']}; {size['problems']:,} problems; strict accuracy "
-        f"of at least {asked:.1f} %. {spread(seeds)}"
+        f"a model of {size['blocks']} blocks of width {size['width']}; {size['problems']:,} problems. Tokens a pass at "
+        f"a strict accuracy so many points below {careful:.1f} %, the model's own at threshold 0.95. {spread(seeds)}"
     )
     return f"{caption(shown, 'learned')}; {setting}\n\n" + markdown(header, body)
 
 
 def with_learned(seed: Mapping[str, Any]) -> dict[str, Any]:
-    """A seed with the curves of learned choices beside those of the models, as `speed` reads them."""
+    """A seed with the curves of learned choices beside the leftmost run of the same model, as `speed` reads them."""
     curves = {
         name: [point | {"threshold": point["bound"]} for point in curve]
         for name, curve in seed["learned"]["curves"].items()
     }
-    return {**seed, "eval_learned": {"curves": curves}}
+    return {**seed, "eval_learned": {"curves": curves | {"run": seed["eval_base"]["curves"]["run"]}}}
 
 
 def exponents() -> str:
     """What learned exponents change in the bound, where they were fitted and on held-out text."""
-    shown = content(EXPONENTS_FILES)
+    shown = content(EXPONENTS_FILE)
     if shown is None or not shown["runs"]:
         return ABSENT
     size, body, verdicts = shown["setting"], [], list[str]()

@@ -115,9 +115,9 @@ def estimated(seeds: Sequence[Seed], cells: Sequence[Cell], count: str, value: C
     return Mean(known[0], statistics.stdev(reached) if len(reached) > 1 else math.nan, 1)
 
 
-def speed(seeds: Sequence[Seed], cell: Cell, count: str) -> Mean:
+def speed(seeds: Sequence[Seed], cell: Cell, count: str, margin: float = MARGIN) -> Mean:
     """The most tokens a pass of a cell; `seeds` of those that reach the accuracy."""
-    return estimated(seeds, [cell], count, lambda seed: best(seed, cell, count))
+    return estimated(seeds, [cell], count, lambda seed: best(seed, cell, count, margin))
 
 
 def ratio(seeds: Sequence[Seed], above: Cell, below: Cell, count: str, margin: float = MARGIN) -> Mean | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import learning_tables
+from benchmarks import choice_tables, learning_tables
+from benchmarks.choice_tables import LEARNED, TASKS
 from benchmarks.harness import RESULTS
 from benchmarks.learning_equal import MARGIN, over_seeds, target
 from benchmarks.learning_tables import DECODERS, MODELS, evaluated, seeds_with
@@ -21,6 +23,23 @@ if TYPE_CHECKING:
 COLOURS = {"threshold": "#1f4e79", "run": "#4aa3a2", "revision": "#f2a541", "soft": "#b03a2e"}
 FASTEST_SHOWN = 8  # tokens a pass
 LINES = ("#7a7a7a", "#1f4e79", "#f2a541")
+RULES = {  # colour and mark: what needs no training is blue, green or grey
+    "threshold": ("#1f4e79", "o"),
+    "factor": ("#4aa3a2", "x"),
+    "entropy bound": ("#5b8c5a", "s"),
+    "top probability": ("#7a7a7a", "v"),
+    "margin": ("#111111", "^"),
+    "linear": ("#f2a541", "o"),
+    "mlp": ("#b03a2e", "o"),
+    "closed loop": ("#c194d6", "D"),
+}
+MEASURES = {
+    "nats": "judge, nats a written token",
+    "entropy": "token entropy, nats",
+    "agreement": "agreement",
+    "exact_nats": "exact nats of true text",
+}
+FEWEST_SHOWN = 0.45  # of the most passes; what has fewer is far worse
 
 
 def curves(figure: Figure, shown: Mapping[str, Any]) -> None:
@@ -77,9 +96,40 @@ def gsm(figure: Figure, shown: Mapping[str, Any]) -> None:
     axis.legend(frameon=False)
 
 
-FIGURES: dict[str, tuple[str, Callable[[Figure, Mapping[str, Any]], None]]] = {
-    "curves": ("eval_base", curves),
-    "gsm": ("gsm", gsm),
+def choice(figure: Figure, shown: Mapping[str, Any]) -> None:
+    """A row a task: each measure over passes, a line a rule; of the first seed, with standard errors over texts."""
+    found = next(iter(shown["seeds"].values()))
+    tasks = [task for task in TASKS if task in found]
+    figure.set_size_inches(12, 2.7 * len(tasks) + 0.9)
+    grid = figure.subplots(len(tasks), len(MEASURES), sharex=True, squeeze=False)
+    for axes, task in zip(grid, tasks):
+        most = max(row["passes"]["mean"] for row in found[task]["rows"])
+        rows = [row for row in found[task]["rows"] if row["passes"]["mean"] >= FEWEST_SHOWN * most]
+        for (measure, label), axis in zip(MEASURES.items(), axes):
+            for name, (colour, mark) in RULES.items():
+                points = [row for row in rows if row["rule"] == name]
+                axis.errorbar(
+                    [row["passes"]["mean"] for row in points],
+                    [row[measure]["mean"] for row in points],
+                    yerr=[row[measure]["standard_error"] for row in points],
+                    fmt=f"-{mark}",
+                    markersize=4,
+                    linewidth=1.2,
+                    color=colour,
+                    label=LEARNED.get(name, name),
+                )
+            axis.set_title(f"{TASKS[task].split(',')[0]}: {label}", fontsize=9)
+            axis.grid(alpha=0.3)
+    for axis in grid[-1]:
+        axis.set_xlabel("passes")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+
+
+FIGURES: dict[str, tuple[Callable[[], dict[str, Any] | None], Callable[[Figure, Mapping[str, Any]], None]]] = {
+    "curves": (partial(learning_tables.content, "eval_base"), curves),
+    "gsm": (partial(learning_tables.content, "gsm"), gsm),
+    "choice": (choice_tables.content, choice),
 }
 
 
@@ -89,8 +139,8 @@ def draw_all(folder: Path = RESULTS) -> list[Path]:
     from matplotlib.figure import Figure
 
     drawn = []
-    for name, (part, draw) in FIGURES.items():
-        shown = learning_tables.content(part)
+    for name, (results, draw) in FIGURES.items():
+        shown = results()
         if shown is None:
             continue
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same names of clip paths in each run

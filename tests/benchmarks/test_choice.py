@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from benchmarks import choice_tables
+from benchmarks import choice_tables, learning_figures
 from benchmarks.learning import choice, exponents
 from benchmarks.learning.choice import Written, at_passes, main, still
 from mdkern import decoders
@@ -48,17 +49,20 @@ def test_rules_keep_their_parameters_with_still_noise() -> None:
             assert name == "fresh_noise" or getattr(quiet, name) == getattr(decoder, name)
 
 
-def test_the_verdict_counts_what_gains_and_what_loses() -> None:
-    def row(judged: float, gains: bool) -> dict[str, Any]:
-        return {"rule": "mlp", "nats_over_plain": {"mean": judged, "standard_error": 0.1}, "gains": gains}
+def test_the_verdict_counts_what_is_better_and_worse() -> None:
+    def row(passes: float, judged: float, gains: bool, rule: str = "mlp") -> dict[str, Any]:
+        difference = {"mean": judged, "standard_error": 0.1}
+        return {"rule": rule, "passes": {"mean": passes}, "nats_over_plain": difference, "gains": gains}
 
     plain = {"rule": "threshold"}
-    shown = {"seeds": {"0": {"infill": {"rows": [plain, row(-0.5, True), row(0.1, False)]}},
-                       "1": {"infill": {"rows": [plain, row(0.5, False), row(-0.3, False)]}}}}  # fmt: skip
+    first = [plain, row(90.2, -0.5, True), row(80, 0.1, False), row(70, 0.5, False, "factor")]
+    second = [plain, row(85, 0.21, False), row(75, -0.3, False), row(65, -0.19, False)]
+    shown = {"seeds": {"0": {"infill": {"rows": first}}, "1": {"infill": {"rows": second}}}}
     text = choice_tables.verdict(shown)
-    assert "infilling, temperature 0, network: better" in text
-    assert "at 1 of 4 settings; worse in the judge's likelihood at 1." in text
+    assert "| infilling, temperature 0 | network | 5 | 1 (90) | 1 (75) | 1 (85) |" in text
+    assert "| infilling, temperature 0 | factor | 1 | 0 | 0 | 1 (70) |" in text
     assert "continuation" not in text
+    assert choice_tables.verdict({"seeds": {"0": {"infill": {"rows": [plain]}}}}) == choice_tables.ABSENT
 
 
 @pytest.mark.slow
@@ -90,9 +94,15 @@ def test_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(choice_tables, "content", lambda: json.loads(path.read_text()))
     for name in ("choice-verdict", "choice-offline", "choice-rules"):
         table = choice_tables.TABLES[name]()
-        lines = [line for line in table.splitlines() if line.startswith("|")]
-        assert len({line.count("|") for line in lines}) == (name != "choice-verdict")
-        assert table != choice_tables.ABSENT
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    figure = Figure()
+    learning_figures.choice(figure, {"seeds": {"0": found}})
+    assert len(figure.axes) == 2 * 4
+    for number, axis in enumerate(figure.axes):
+        measure, rows = list(learning_figures.MEASURES)[number % 4], list(found.values())[number // 4]["rows"]
+        drawn = {tuple(point) for container in axis.containers for point in container[0].get_xydata()}
+        assert drawn
+        assert drawn <= {(row["passes"]["mean"], row[measure]["mean"]) for row in rows}
     careful = found["infill"]["rows"][0]
     assert (careful["rule"], careful["bound"]) == ("threshold", 0.9)
     assert careful["agreement"]["mean"] > 0.9
@@ -152,8 +162,8 @@ def test_what_exponents_change_is_judged_by_its_standard_error(tmp_path: Path, m
     assert "1,000 tokens: cannot be told from none; fitted to 30 tokens: worse; fitted to 20 tokens: better." in text
 
 
-def test_learned_choices_are_held_to_the_base_models_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.9 less a point: the linear score has it at 3 tokens a pass, the network nowhere."""
+def test_learned_choices_are_held_to_the_base_models_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base model's is 0.9: less a point, the linear score has it at 3 tokens a pass, the network nowhere."""
 
     def point(bound: float, right: float, tokens: float) -> dict[str, Any]:
         values = {"strict": right, "tokens_per_pass": tokens, "tokens_per_forward": tokens}
@@ -166,8 +176,9 @@ def test_learned_choices_are_held_to_the_base_models_accuracy(monkeypatch: pytes
         "linear": [point(0.9, 0.89, 3.0), point(0.5, 0.2, 5.0)],
         "mlp": [point(0.9, 0.8, 3.0)],
     }
+    plain = {"threshold": curves["threshold"], "run": [point(0.95, 0.85, 2.5), point(0.5, 0.65, 4.5)]}
     parts = {
-        "eval_base": {"curves": {"threshold": curves["threshold"]}},
+        "eval_base": {"curves": plain},
         "learned": {"curves": curves, "offline": {name: {"bce": 0.25} for name in ("p", "linear", "mlp")}},
     }
     machine = {"device": "x", "torch": "y"}
@@ -175,9 +186,29 @@ def test_learned_choices_are_held_to_the_base_models_accuracy(monkeypatch: pytes
         "setting": {"size": {"blocks": 3, "width": 96, "problems": 128}},
         "seeds": {"0": {name: {"environment": machine, "found": found} for name, found in parts.items()}},
     }
-    monkeypatch.setattr(choice_tables, "problems_content", lambda part: shown if part == "learned" else None)
+    (tmp_path / "learning-choice-problems.json").write_text(json.dumps(shown))
+    monkeypatch.setattr(choice_tables, "RESULTS", tmp_path)
     text = choice_tables.TABLES["choice-problems"]()
-    assert "3 blocks of width 96; 128 problems; strict accuracy of at least 89.0 %. One seed" in text
-    assert "| threshold | 2.05 ± 0.00 | 0.250 |" in text  # between the two points
-    assert "| linear score | 3.00 ± 0.00 | 0.250 |" in text
-    assert "| network | never as accurate | 0.250 |" in text
+    assert "3 blocks of width 96; 128 problems" in text
+    assert "below 90.0 %" in text
+    assert "| rule | 1 below | 5 below | 10 below | 20 below |" in text
+    assert "| threshold | 2.05 ± 0.00 | 2.25 ± 0.00 | 2.50 ± 0.00 | 3.00 ± 0.00 | 0.250 |" in text
+    assert "| leftmost run | not reached | 2.50 ± 0.00 | 3.00 ± 0.00 | 4.00 ± 0.00 | – |" in text
+    assert "| linear score | 3.00 ± 0.00 |" in text
+    assert "| network | not reached | not reached | 3.00 ± 0.00 | 3.00 ± 0.00 | 0.250 |" in text
+
+
+def test_learned_choices_are_compared_with_rules_on_the_same_model() -> None:
+    """Of one model and the same problems, the threshold was measured twice; the kept seeds are of other models."""
+    kept = json.loads((choice_tables.RESULTS / choice_tables.PROBLEMS_FILE).read_text())["seeds"]
+    others = json.loads((choice_tables.RESULTS / "learning-problems.json").read_text())["seeds"]
+    assert not any("learned" in parts for parts in others.values())
+    for parts in kept.values():
+        curves = [parts[name]["found"]["curves"]["threshold"] for name in ("eval_base", "learned")]
+        assert [point["threshold"] for point in curves[0]] == [point["bound"] for point in curves[1]]
+        for measure in ("strict", "tokens_per_pass"):
+            once, again = ([point[measure]["mean"] for point in curve] for curve in curves)
+            assert once == pytest.approx(again, abs=1e-3)
+            for seed in others.values():
+                other = [point[measure]["mean"] for point in seed["eval_base"]["found"]["curves"]["threshold"]]
+                assert other != pytest.approx(again, abs=1e-3)

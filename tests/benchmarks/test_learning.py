@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning_equal, learning_figures, learning_tables
+from benchmarks import choice_tables, learning_equal, learning_figures, learning_tables
 from benchmarks.learning import gsm, runner
 from benchmarks.learning.__main__ import build_parser
 from benchmarks.learning.problems import END_ID, MASK_ID, PROMPT, answers, draw, prompts
@@ -53,6 +53,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Record:
     return record
 
 
+def use_results(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for tables in (learning_tables, choice_tables):
+        monkeypatch.setattr(tables, "RESULTS", folder)
+
+
 @pytest.mark.slow
 class TestRun:
     def test_what_is_there_is_not_run_again(self, whole: Record, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +67,7 @@ class TestRun:
         assert whole.path.read_text() == before
 
     def test_every_table_and_figure_is_drawn(self, whole: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(learning_tables, "RESULTS", whole.path.parent)
+        use_results(monkeypatch, whole.path.parent)
         monkeypatch.setattr(learning_tables, "FILE", whole.path.name)
         for name, table in learning_tables.TABLES.items():
             assert (table() == learning_tables.ABSENT) == (name == "learning-supervised"), name
@@ -104,7 +109,7 @@ def test_gsm_is_fine_tuned_on_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
         [ending] = row["endings"]
         assert (ending["length"], ending["answers"]) == (64, 2)
         assert 0 < ending["true_tokens"] < 64
-    monkeypatch.setattr(learning_tables, "RESULTS", tmp_path)
+    use_results(monkeypatch, tmp_path)
     monkeypatch.setattr(learning_tables, "FILE", "results.json")
     table = learning_tables.TABLES["learning-supervised"]()
     assert "| written in 64 columns: ended |" in table
@@ -317,8 +322,8 @@ class TestDocument:
             assert title == "In short" or "\npython -m benchmarks." in section[tables:], title
 
     def test_the_figures_are_those_of_the_results(self) -> None:
-        for name, (part, _) in learning_figures.FIGURES.items():
-            shown = learning_tables.content(part)
+        for name, (results, _) in learning_figures.FIGURES.items():
+            shown = results()
+            assert shown is not None, name
             path = learning_figures.RESULTS / f"learning-{name}.svg"
-            if shown is not None and path.exists():
-                assert learning_figures.source_of(shown) in path.read_text(), name
+            assert learning_figures.source_of(shown) in path.read_text(), name
