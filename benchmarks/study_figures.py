@@ -146,20 +146,23 @@ def measures(figure: Figure, shown: Shown) -> None:
     times = found["times"]
     line(loss, times, found["loss"], MEASURE_COLOURS["loss"], "|light − heavy|")
     loss.set_ylabel("loss difference, nats a masked token")
-    line(kl, times, found["kl"], MEASURE_COLOURS["kl"], "KL(heavy ‖ light), held-out text")
-    half = (times[0] - times[1]) / 2  # what is masked is told of the beginning of each segment
-    line(kl, [t + half for t in times], found["masked_kl"], MEASURE_COLOURS["masked_kl"], "the same along samples")
+    line(kl, times, found["kl"], MEASURE_COLOURS["kl"], "KL(heavy ‖ light)")
     if found["baseline_kl"]:
         line(kl, times, found["baseline_kl"], HEAVY, "KL(heavy ‖ another heavy)")
+        left = [value["mean"] - base["mean"] for value, base in zip(found["kl"], found["baseline_kl"])]
+        kl.plot(times, left, "--", color="black", label="their difference (eq. 7)")
+    half = (times[0] - times[1]) / 2  # what is masked is told of the beginning of each segment
+    at = [t + half for t in times]
+    line(kl, at, found["masked_kl"], MEASURE_COLOURS["masked_kl"], "KL(heavy ‖ light) along samples")
     kl.set_ylabel("KL, nats a masked token")
     line(path, times, found["path_kl"], MEASURE_COLOURS["path_kl"], "KL(heavy ‖ light) of what is revealed")
     path.set_ylabel("path KL, nats a text and segment")
     for axis in (loss, kl, path):
         axis.set_xlabel("t, the share masked: sampling runs from 1 to 0")
         axis.set_xlim(1, 0)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper left")
 
 
 def line(axis: Axes, at: Sequence[float], values: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:

@@ -7,7 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.kernel_tables import markdown
-from benchmarks.study_shown import FITTED, MEASURES, Shown, difference, listed, margin, picture, score, sure
+from benchmarks.study_shown import (
+    FITTED,
+    MEASURES,
+    PAIR,
+    SANDWICH,
+    Shown,
+    difference,
+    listed,
+    margin,
+    part,
+    picture,
+    pooled,
+    read,
+    score,
+    sure,
+)
 
 CRITICAL = 0.648  # two-sided 5 % of Spearman's rank correlation of ten pairs
 
@@ -34,10 +49,12 @@ def search(shown: Shown) -> str:
     light = found["light_segments"]
     sandwich = "L" * (light // 2) + "H" * (count - light) + "L" * (light - light // 2)
     cheap, dear = (listed(sorted(s + 1 for s in few)) for few in (order[: count // 3], order[-(count // 3) :]))
+    known = [str(segment + 1) for segment, value in enumerate(influence) if sure(value)]
     verdict = (
         f"\nBest `{names[0]}` ({score(ranked[0]['score'])}), worst `{names[-1]}` ({score(ranked[-1]['score'])}); the "
         f"sandwich `{sandwich}` is number {names.index(sandwich) + 1} of {len(names)}. Light steps cost "
-        f"least in segments {cheap}, most in {dear} (the paper: most in the middle).\n"
+        f"least in segments {cheap}, most in {dear} (the paper: most in the middle). Beyond two standard errors of 0 "
+        f"is the influence of {'segments ' + listed(known) if known else 'no segment'}.\n"
     )
     title = "The search's best and worst schedules, how often each segment is light among them, and its influence"
     header = ["segment", *(f"{segment + 1}" for segment in range(count))]
@@ -83,21 +100,30 @@ def less_baseline(found: Mapping[str, Any]) -> str:
 
 
 def prediction(shown: Shown) -> str:
-    found = shown.found["measures"]
-    rows = [
-        [MEASURES[name], f"{value['segments']:+.2f}", f"{value['schedules']:+.2f}"] for name, value in found.items()
-    ]
+    found = {MEASURES[name]: value for name, value in shown.found["measures"].items()}
+    parts = shown.content["parts"]
+    if parts.get("measures", {}).get("found", {}).get("baseline"):
+        found = {f"{name}, less its baseline" if name == MEASURES["kl"] else name: found[name] for name in found}
+        found = kl_as_it_is() | found
+    rows = [[name, f"{value['segments']:+.2f}", f"{value['schedules']:+.2f}"] for name, value in found.items()]
     rows.append(["influence itself", "1", f"{shown.found['influence_schedules']:+.2f}"])
-    best = max(found, key=lambda name: found[name]["segments"])
-    beyond = [MEASURES[name] for name, value in found.items() if value["segments"] > CRITICAL]
-    verdict = f"\nBest ranks the segments: {MEASURES[best]} ({found[best]['segments']:+.2f}).\n"
-    if shown.found["count"] == 10:
-        verdict += (
-            f"Of ten segments, a rank correlation above {CRITICAL} is beyond chance at 5 %: "
-            f"{listed(beyond) if beyond else 'no measure reaches it'}.\n"
-        )
+    beyond = [name for name, value in found.items() if value["segments"] > CRITICAL]
+    verdict = (
+        f"\nOf ten segments, a rank correlation above {CRITICAL} is beyond chance at 5 %: "
+        f"{listed(beyond) if beyond else 'no measure reaches it'}.\n"
+        if shown.found["count"] == 10
+        else ""
+    )
     header = ["measure", "rank correlation with influence, segments", "with the judge's score, schedules"]
     return f"{shown.caption}.\n\n" + markdown(header, rows) + verdict
+
+
+def kl_as_it_is() -> dict[str, Any]:
+    """What the KL of the pair predicts, from which no second heavy model's is taken off."""
+    parts = (read(PAIR) or {"parts": {}})["parts"]
+    if "prediction" not in parts or parts.get("measures", {}).get("found", {}).get("baseline"):
+        return {}
+    return {MEASURES["kl"]: parts["prediction"]["found"]["measures"]["kl"]}
 
 
 def fitted(shown: Shown) -> str:
@@ -123,26 +149,56 @@ def fitted(shown: Shown) -> str:
     )
     header = ["light", "sandwich", *(FITTED[name] for name in names)]
     table = markdown(header, body)
-    return picture(shown, title) + caption + table + "\n" + fitted_verdict(rows) + "\nWhat was fitted:\n\n" + chosen
+    return (
+        picture(shown, title)
+        + caption
+        + table
+        + "\n"
+        + fitted_verdict(rows, on_other_seeds(shown))
+        + "\nWhat was fitted:\n\n"
+        + chosen
+    )
 
 
-def fitted_verdict(rows: list[dict[str, Any]]) -> str:
-    """Where a fitted schedule is better than the sandwich, or worse, beyond two standard errors."""
-    better, worse = list[str](), 0
-    tried = 0
-    for row in rows:
-        for name, label in FITTED.items():
-            if name == "sandwich" or name not in row["points"]:
-                continue
-            tried += 1
-            over = row["points"][name]["over"]["sandwich"]
-            if sure(over) and over["mean"] < 0:
-                better.append(f"at {100 * row['light']:.0f} % light by {label} ({difference(over)})")
-            worse += sure(over) and over["mean"] > 0
-    rest = f"Of {tried} fitted schedules {worse} are worse beyond two standard errors.\n"
-    if better:
-        return f"**Better than the sandwich at equal FLOPs, on held-out seeds:** {'; '.join(better)}. {rest}"
-    return f"**No fitted schedule is better than the sandwich beyond two standard errors.** {rest}"
+def on_other_seeds(shown: Shown) -> dict[str, Any]:
+    """By schedule, what the paper's schedules, on their own seed, differ by from the sandwich in as many steps."""
+    paper = part("hand_made", shown.text)
+    if paper is None or paper.content["setting"]["seed"] == shown.found["seed"]:
+        return {}
+    rows = [row["points"] for row in paper.found["rows"] if row["steps"] == shown.found["steps"]]
+    return {point["schedule"]: point["over"][SANDWICH] for points in rows for point in points.values()}
+
+
+def fitted_verdict(rows: list[dict[str, Any]], again: Mapping[str, Any]) -> str:
+    """Where a fitted schedule is better than the sandwich, or worse, beyond two standard errors.
+
+    Args:
+        again: differences from the sandwich on other seeds, by schedule.
+    """
+    tried = {  # those that several measures give are one
+        (row["light"], point["schedule"]): point["over"]["sandwich"]
+        for row in rows
+        for name, point in row["points"].items()
+        if name in FITTED and name != "sandwich"
+    }
+    worse = sum(sure(over) and over["mean"] > 0 for over in tried.values())
+    better = {key: over for key, over in tried.items() if sure(over) and over["mean"] < 0}
+    rest = f"Of {len(tried)} different fitted schedules {worse} are worse beyond two standard errors.\n"
+    if not better:
+        return f"**No fitted schedule is better than the sandwich beyond two standard errors.** {rest}"
+    said, confirmed = [], False
+    for (light, schedule), over in better.items():
+        text = f"`{schedule}` at {100 * light:.0f} % light ({difference(over)})"
+        if schedule in again:
+            both = pooled(over, again[schedule])
+            text += f"; on other seeds, those of the paper's schedules above, {difference(again[schedule])}"
+            text += f", on both together {difference(both)}"
+            confirmed |= sure(both) and both["mean"] < 0
+        else:
+            confirmed = True
+        said.append(text)
+    doubt = "" if confirmed else ", but not on all seeds together"
+    return f"**Better than the sandwich at equal FLOPs, on held-out seeds{doubt}:** {'. '.join(said)}. {rest}"
 
 
 def three_models(shown: Shown) -> str:
@@ -177,6 +233,7 @@ def three_models(shown: Shown) -> str:
         + "".join(f"\n{line}" for line in dearer)
         + f"\n{taken_by_the_fit(shown.found['rows'], letters)} Against the sandwich of two, beyond two standard "
         + f"errors:\n\n{verdict}"
+        + price_of_depth()
         + "\nThe schedules:\n\n"
         + markdown(["light", *(label for name, label in names.items() if name != "two models")], chosen)
     )
@@ -189,6 +246,27 @@ def taken_by_the_fit(rows: list[dict[str, Any]], letters: Mapping[str, str]) -> 
         for letter, model in letters.items()
     )
     return f"Of {len(rows)} budgets the fit takes the third model: {listed(counts)}."
+
+
+def price_of_depth() -> str:
+    """What light models lose on held-out text for the FLOPs that they save, beside what the lightest loses."""
+    losses, sizes = part("bounds"), part("light_size")
+    if losses is None or sizes is None:
+        return ""
+    heavy = losses.found["heavy"]
+    price = {
+        sizes.found["blocks"][name]: losses.found["points"][name]["over"][heavy]["mean"]
+        * point["light_share"]
+        / point["flops_saved"]
+        for name, point in sizes.found["points"].items()
+        if name in sizes.found["blocks"]
+    }
+    lightest = min(price)
+    said = [f"{price[blocks] / price[lightest]:.2f} with {blocks} blocks" for blocks in sorted(price)[1:]]
+    return (
+        "\nNats lost on held-out text for each FLOP saved, over those lost with a model of "
+        f"{lightest} blocks: {listed(said)}.\n"
+    )
 
 
 def as_cheap(point: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -66,7 +66,7 @@ def order_of_quarters(points: Mapping[str, Any]) -> str:
 def bounds(shown: Shown) -> str:
     found = shown.found
     ordered = sorted(found["points"].items(), key=lambda item: (item[1]["blocks"], item[0]))
-    trained = {} if shown.text else ends_of_training()
+    trained = ends_of_training(shown.text)
     rows = [
         [
             name,
@@ -88,13 +88,30 @@ def bounds(shown: Shown) -> str:
         f"over {found['heavy']}",
         "held-out NELBO after training",
     ]
-    return caption + markdown(header, rows)
+    return caption + markdown(header, rows) + twice_trained(found)
 
 
-def ends_of_training() -> dict[str, str]:
-    """By model, the held-out NELBO: the card's of the shipped models, and that of those trained for the family."""
-    family = read(f"{FAMILY}-training")
-    known = {str(blocks): value for blocks, value in CARD.items()}
+def twice_trained(found: Mapping[str, Any]) -> str:
+    """How far other models as deep as the heavy one are from it, and which depth is as far."""
+    heavy, points = found["heavy"], found["points"]
+    depth = points[heavy]["blocks"]
+    over = {name: point["over"][heavy] for name, point in points.items()}
+    shallow = [name for name, point in points.items() if point["blocks"] < depth]
+    said = []
+    for name in (name for name, point in points.items() if point["blocks"] == depth and name != heavy):
+        near = min(shallow, key=lambda other: abs(over[other]["mean"] - over[name]["mean"]))
+        said.append(
+            f"\n{name}, as deep as {heavy} but with another seed and order of the data, is {difference(over[name])} "
+            f"above it. Nearest to that is the model of {points[near]['blocks']} blocks.\n"
+        )
+    return "".join(said)
+
+
+def ends_of_training(text: str) -> dict[str, str]:
+    """By model, the held-out NELBO of those trained for a text's family, and the card's of the shipped ones."""
+    family = read(f"{text or FAMILY}-training")
+    known = {} if text else {str(blocks): value for blocks, value in CARD.items()}
     for name, found in ({} if family is None else family["held_out"]).items():
-        known[name] = found["nelbo_nats_per_token"], found["standard_error"]
+        if "nelbo_nats_per_token" in found:  # a judge has none
+            known[name] = found["nelbo_nats_per_token"], found["standard_error"]
     return {name: f"{mean:.3f} ± {error:.3f}" for name, (mean, error) in known.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import RESULTS
+from mdkern.evaluation.intervals import NORMAL_95
 
 # Of the files study-….json: two models, six, two on another text, two that are wider; the shipped pair's routing, which
 # has fewer samples a point.
@@ -100,6 +101,23 @@ def difference(value: Mapping[str, Any]) -> str:
 def rise(value: Mapping[str, Any]) -> str:
     """A difference in nats a token as per cent of perplexity."""
     return f"{100 * math.expm1(value['mean']):+.1f}"
+
+
+def estimate_of(mean: float, error: float) -> dict[str, Any]:
+    half = NORMAL_95 * error
+    return {"mean": mean, "standard_error": error, "interval_95": [mean - half, mean + half]}
+
+
+def unpaired(value: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The difference of two estimates, as if they were independent."""
+    return estimate_of(value["mean"] - base["mean"], math.hypot(value["standard_error"], base["standard_error"]))
+
+
+def pooled(*values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean of independent estimates of one thing, weighted by their inverse variances."""
+    weights = [value["standard_error"] ** -2 for value in values]
+    mean = sum(weight * value["mean"] for weight, value in zip(weights, values)) / sum(weights)
+    return estimate_of(mean, sum(weights) ** -0.5)
 
 
 def picture(shown: Shown, title: str) -> str:

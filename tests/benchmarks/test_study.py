@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import study_figures, study_fitted_tables, study_shown, study_tables
+from benchmarks import study_figures, study_shown, study_tables
 from benchmarks.study import runner
 from benchmarks.study.__main__ import build_parser
 from benchmarks.study.fitted import additive_harm, cheapest_for, fit, harms, resample, terraces
@@ -372,20 +372,6 @@ class TestArithmetic:
         assert segments_of(found, 20) in (tuple("LLHHHHHHHHHHHHHHHLLL"), tuple("LLHHHHHHHHHHHHHHLHLL"))
 
 
-def estimate(mean: float, error: float = 0.001) -> dict[str, Any]:
-    return {"mean": mean, "standard_error": error, "interval_95": [mean - 2 * error, mean + 2 * error], "count": 9}
-
-
-def quarters(**means: float) -> dict[str, Any]:
-    names = dict(zip(("sandwich", "early", "late", "second", "third"), study_tables.quarters_in_order()))
-    score = {names[key]: value for key, value in means.items()}
-    base = score[study_shown.SANDWICH]
-    return {
-        label: {"score": estimate(value), "over": {study_shown.SANDWICH: estimate(value - base)}}
-        for label, value in score.items()
-    }
-
-
 class TestRouting:
     @pytest.mark.slow
     def test_all_positions_come_one_by_one_in_the_same_uniform_order(self) -> None:
@@ -417,78 +403,6 @@ class TestRouting:
         entropy = torch.special.entr(log_p.exp()).sum(-1)
         wanted = torch.stack([entropy[0, 7:].mean(), entropy[1, 12:].mean()])
         assert torch.allclose(mean_entropy(adapt(model), ids), wanted, atol=1e-5)
-
-
-class TestVerdicts:
-    def test_the_order_of_the_papers_schedules(self) -> None:
-        verdict = study_tables.order_verdict
-        paper = verdict(quarters(sandwich=1.0, early=1.1, late=1.2, second=1.3, third=1.4))
-        assert "same as the paper, the sandwich is best, `L250 H750` next (**+0.1000" in paper
-        assert paper.endswith("same as the paper, the middle quarters are worst.")
-        other = verdict(quarters(sandwich=1.0, early=0.9, late=1.5, second=1.3, third=1.4))
-        assert "different from the paper, `L250 H750` is better than the sandwich (**-0.1000" in other
-        assert other.endswith("the worst two are `H500 L250 H250` and `H750 L250`.")
-        near = verdict(quarters(sandwich=1.0, early=0.999, late=1.5, second=1.3, third=1.4))
-        assert "cannot be told apart (-0.0010" in near
-
-    def test_a_fitted_schedule_wins_only_beyond_two_standard_errors(self) -> None:
-        def row(**over: float) -> dict[str, Any]:
-            points = {name: {"over": {"sandwich": estimate(value)}} for name, value in over.items()}
-            return {"light": 0.25, "points": {"sandwich": {}} | points}
-
-        none = study_fitted_tables.fitted_verdict([row(loss=-0.0019, kl=0.1, influence=0.0)])
-        assert none.startswith("**No fitted schedule is better")
-        assert "Of 3 fitted schedules 1 are worse" in none
-        some = study_fitted_tables.fitted_verdict([row(loss=-0.0021, kl=0.1)])
-        assert "at 25 % light by loss difference (**-0.0021" in some
-
-    def test_light_models_are_ordered_only_as_far_as_they_can_be_told_apart(self) -> None:
-        def verdict(*losses: float) -> str:
-            points = {str(n): {"over": {"all heavy": estimate(loss)}} for n, loss in enumerate(losses)}
-            return study_tables.size_verdict({"blocks": {str(n): n for n in range(len(losses))}, "points": points})
-
-        assert verdict(0.03, 0.02, 0.01).startswith("Same as the paper")
-        assert verdict(0.03, 0.031, 0.01).startswith("As in the paper the deepest")
-        assert "from 0 to 1 blocks +0.0010 ± 0.0028" in verdict(0.03, 0.031, 0.01)  # 1.96 sqrt(2) errors
-        assert verdict(0.03, 0.04, 0.01).startswith("Different from the paper")
-        assert verdict(0.03, 0.031, 0.0295).startswith("The light models cannot be told apart")
-
-    def test_a_pattern_grows_or_fades_beyond_its_standard_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def shown(third: float, text: str) -> study_shown.Shown:
-            points = {
-                label: {"over": {"H1000": estimate(0.02), "L125 H750 L125": estimate(third)}}
-                for label in study_tables.quarters_in_order()
-            }
-            points["L1000"] = {"over": {"H1000": estimate(0.08)}}
-            return study_shown.Shown({"rows": [{"ratio": 1.0, "points": points}]}, {}, {}, "hand_made", text)
-
-        monkeypatch.setattr(study_tables, "part", lambda _: shown(0.03, ""))
-        for third, words in ((0.04, "pattern grows"), (0.02, "pattern fades"), (0.031, "cannot be told")):
-            text = study_tables.beside_narrow(shown(third, study_shown.WIDE))
-            assert words in text
-            assert "| `L250 H750` | 25% | 25% |" in text
-        assert study_tables.beside_narrow(shown(0.04, "")) == ""
-
-    def test_what_two_equal_models_differ_by_is_taken_off(self) -> None:
-        kl, base = [0.5, 0.4, 0.1], [0.3, 0.1, 0.02]
-        found = {
-            "kl": [{"mean": value} for value in kl],
-            "baseline_kl": [{"mean": value} for value in base],
-            "times": [0.75, 0.5, 0.25],
-            "baseline": "12b",
-        }
-        text = study_fitted_tables.less_baseline(found)
-        assert "is 20% to 60% of that" in text
-        assert "largest at t = 0.50 (0.300 nats" in text
-        assert study_fitted_tables.less_baseline(found | {"baseline_kl": []}) == ""
-
-    def test_what_costs_more_than_the_sandwich_wins_nothing(self) -> None:
-        def row(light: float, saved: float) -> dict[str, Any]:
-            other = {"flops_saved": saved, "over": {"sandwich": estimate(-0.01)}}
-            return {"light": light, "points": {"sandwich": {"flops_saved": 0.5}, "three": other}}
-
-        found = study_fitted_tables.against_sandwich([row(0.5, 0.5), row(0.7, 0.42)], "three")
-        assert found == "better at 50 %, worse at no budget."
 
 
 class TestShown:
