@@ -142,7 +142,13 @@ def plain_row(model: DiT, noisy: torch.Tensor, clean: torch.Tensor) -> torch.Ten
 
 
 def plain_loss(
-    model: DiT, noise: Noise, pairs: PaddedPairs, t: np.ndarray, uniforms: np.ndarray, on_policy: np.ndarray
+    model: DiT,
+    noise: Noise,
+    pairs: PaddedPairs,
+    t: np.ndarray,
+    uniforms: np.ndarray,
+    draws: np.ndarray,
+    on_policy: np.ndarray,
 ) -> torch.Tensor:
     """The objective, sequence by sequence and token by token."""
     sums, own, labelled = [], [], []
@@ -150,6 +156,10 @@ def plain_loss(
         clean, noisy = torch.tensor(ids), torch.tensor(ids)
         masked = [i for i in range(prompt, len(ids)) if uniforms[n, i] < t[n]]
         noisy[masked] = noise.mask_id
+        if noise.objective == "uniform":  # one of the other ids, by its place among them
+            others = [token for token in range(noise.vocab_size) if token != noise.mask_id]
+            for i in masked:
+                noisy[i] = others[int(float(draws[n, i]) * len(others))]
         end = len(ids)
         while end > prompt and ids[end - 1] == noise.eos_id:
             end -= 1
@@ -187,6 +197,7 @@ def some_pairs(count: int = 6, length: int = 12, seed: int = 0) -> PaddedPairs:
         ("oput", {"tail": 2}),
         ("oput", {"tail": 2, "masked_labels": True}),
         ("masked", {"tail": 3, "ratio": (0.3, 0.8)}),
+        ("uniform", {"tail": 2}),
     ],
 )
 def test_objectives_are_their_plain_restatements(
@@ -198,14 +209,14 @@ def test_objectives_are_their_plain_restatements(
     pairs = some_pairs()
     generator = np.random.default_rng(1)
     t = noise.times(6, generator)
-    uniforms = generator.random(pairs.ids.shape, dtype=np.float32)
+    uniforms, draws = (generator.random(pairs.ids.shape, dtype=np.float32) for _ in range(2))
     on_policy = np.array([objective == "oput"] * 3 + [False] * 3)
-    expected = plain_loss(model, noise, pairs, t, uniforms, on_policy)
+    expected = plain_loss(model, noise, pairs, t, uniforms, draws, on_policy)
     expected.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for shards in ([slice(None)], [slice(k, None, 3) for k in range(3)]):
         model.zero_grad()
-        batches = response_batches(noise, pairs, t, uniforms, uniforms, on_policy, shards)
+        batches = response_batches(noise, pairs, t, uniforms, draws, on_policy, shards)
         total = sum(Objective(model, response_losses, 1.0)(*batch) for batch in batches)
         assert isinstance(total, torch.Tensor)
         total.backward()

@@ -355,3 +355,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             command.main([*arguments, *change, *out])
         error = capsys.readouterr().err
         assert re.search(message, error), error
+
+
+def test_the_command_improves_in_use_and_trains_an_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    pair, run = ROOT / "mdkern" / "pretrained", tmp_path / "run"
+    assert command.main([
+        "--model", str(pair / "light"), "--tokenizer", str(pair / "tokenizer"), "--text", str(tmp_path / "text.txt"),
+        "--out", str(run), "--texts", "4", "--length", "12", "--written", "2", "--block-length", "2", "--steps", "20",
+        "--device", "cpu", "--test-share", "0.5", "--closed-loop", "0.5", "--judge", str(ROOT / "benchmarks" / "judge"),
+        "--rounds", "1", "--loop-texts", "2", "--order", "--order-steps", "5",
+    ]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    history = json.loads((run / "closed-loop-0.5.json").read_text())["history"]
+    values = [entry["value"] for entry in history]
+    assert f"value {values[0]:.4f} at first, {max(values):.4f} at best" in said
+    best = history[values.index(max(values))]["parameters"]
+    assert parameters_of(Learned(run / "closed-loop-0.5").network).tolist() == pytest.approx(best)
+    assert len(best) == len(FEATURES) + 1
+    bound = float(re.search(r"the bound is (-\d+\.\d+) nats a token", said)[1])  # type: ignore[index]
+    assert bound < -1.0  # of a model of 4,096 tokens
+    model = mdkern.from_pretrained(pair / "light")
+    for name, kind in (("closed-loop-0.5", "filter"), ("order", "order")):
+        decoder = Learned(run / name)
+        assert decoder.network.kind == kind
+        out = mdkern.sample(model, length=4, decoder=decoder, block_length=2, seed=0)
+        assert not (out.sequences == model.mask_id).any()

@@ -79,6 +79,8 @@ def test_the_rule_of_the_worked_example() -> None:
     assert reveals(FILTER, 0.6) == [0, 3]
     assert reveals(FILTER, 0.9) == [0]
     assert reveals(FILTER, 0.2) == [0, 2, 3]
+    assert (reveals(FILTER, 0.268941), reveals(FILTER, 0.268942)) == ([0, 2, 3], [0, 3])  # the sigmoid of -1
+    assert (reveals(FILTER, 0.622459), reveals(FILTER, 0.622460)) == ([0, 3], [0])  # of 0.5
     assert reveals(ORDER, 0.05) == [0]
     assert reveals(ORDER, 0.51) == [0, 3]
     assert reveals(ORDER, 1.3) == [0, 2, 3]
