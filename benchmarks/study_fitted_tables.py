@@ -255,9 +255,7 @@ def price_of_depth() -> str:
         return ""
     heavy = losses.found["heavy"]
     price = {
-        sizes.found["blocks"][name]: losses.found["points"][name]["over"][heavy]["mean"]
-        * point["light_share"]
-        / point["flops_saved"]
+        sizes.found["blocks"][name]: losses.found["points"][name]["over"][heavy]["mean"] / point["flops_saved"]
         for name, point in sizes.found["points"].items()
         if name in sizes.found["blocks"]
     }

@@ -155,7 +155,8 @@ def shares(shown: Shown) -> str:
 
 def light_size(shown: Shown) -> str:
     found = shown.found
-    rows = []
+    whole = found["points"]["all heavy"]
+    rows = [["none", score(whole["score"]), "–", "–", "–", "–", f"{whole['token_entropy']['mean']:.3f}"]]
     for name, blocks in sorted(found["blocks"].items(), key=lambda item: item[1]):
         point = found["points"][name]
         rows.append(
@@ -166,6 +167,7 @@ def light_size(shown: Shown) -> str:
                 rise(point["over"]["all heavy"]),
                 f"{PAPER_SIZES[blocks]:+.1f}" if blocks in PAPER_SIZES else "–",
                 f"{100 * point['flops_saved']:.1f}",
+                f"{point['token_entropy']['mean']:.3f}",
             ]
         )
     header = [
@@ -175,10 +177,12 @@ def light_size(shown: Shown) -> str:
         "perplexity, rise in %",
         "the paper's",
         "FLOPs saved, %",
+        "token entropy, nats",
     ]
+    widest = max(margin(point["token_entropy"]) for point in found["points"].values())
     caption = (
         f"{shown.caption}; {found['num_samples']:,} samples a point, T = {found['steps']}; a quarter light, "
-        "sandwich.\n\n"
+        f"sandwich. Entropy of a sample's tokens ± {widest:.3f}.\n\n"
     )
     return caption + markdown(header, rows) + "\n" + size_verdict(found)
 

@@ -84,9 +84,9 @@ class TestVerdicts:
         assert study_likelihood_tables.twice_trained({"heavy": "12", "points": points}) == ""
 
     def test_depths_are_priced_by_what_they_lose_for_the_flops_they_save(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """4 blocks lose 0.2 and save 0.8 of the FLOPs, 8 lose 0.15 and save 0.4: half as much again."""
+        """4 blocks lose 0.2 and save twice what 8 do, which lose 0.15: half as much again."""
         losses = {name: {"over": {"12": estimate(value)}} for name, value in (("4", 0.2), ("8", 0.15))}
-        sizes = {"4": {"light_share": 0.25, "flops_saved": 0.2}, "8": {"light_share": 0.25, "flops_saved": 0.1}}
+        sizes = {"4": {"flops_saved": 0.2}, "8": {"flops_saved": 0.1}}
         found = {
             "bounds": study_shown.Shown({"heavy": "12", "points": losses}, {}, {}),
             "light_size": study_shown.Shown({"blocks": {"4": 4, "8": 8}, "points": sizes | {"all heavy": {}}}, {}, {}),
