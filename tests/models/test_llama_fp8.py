@@ -308,6 +308,22 @@ class TestRefused:
         assert "fp8" in in_fp8(llama(**SIZES)).why_not_invariant(8, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_of_bits_tell_one_changed_number(dtype: torch.dtype) -> None:
+    whole = torch.randn(6, 8, dtype=dtype)
+    odd = torch.randn(7, dtype=dtype)
+    tensors = {"words": whole, "a slice": whole[:, 1:5], "an odd place": odd[1:6], "odd": odd, "turned": whole.t()}
+    for name, tensor in tensors.items():
+        before = llama_fp8.sums_of([tensor])
+        for place in range(tensor.numel()):
+            plain = tensor.clone()
+            tensor[divmod(place, tensor.shape[-1])[2 - tensor.ndim :]] *= 1.01
+            assert not torch.equal(llama_fp8.sums_of([tensor]), before), (name, place)
+            tensor.copy_(plain)
+        assert torch.equal(llama_fp8.sums_of([tensor]), before)
+    assert llama_fp8.integers_of(whole).dtype == torch.int64  # read at the speed of memory
+
+
 def test_texts_are_sampled() -> None:
     """With caches and without, and in the same way twice."""
     denoiser = in_fp8(llama(**SIZES))

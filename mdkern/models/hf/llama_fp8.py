@@ -141,8 +141,16 @@ def is_current(model: nn.Module, layers: Sequence[tuple[Linear, ...]], thorough:
 
 
 def sums_of(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 ``[n]``: of each tensor the sum of its numbers' bits, read as integers. One changed number changes it."""
-    return torch.stack([t.detach().view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors])
+    """int64 ``[n]``: of each tensor the sum of its bits, read as integers. One changed number changes it."""
+    return torch.stack([integers_of(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors])
+
+
+def integers_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, of 8 bytes if they can be: a GPU sums these at the speed of its memory."""
+    places = tensor.data_ptr(), tensor.storage_offset() * tensor.element_size(), tensor.nbytes
+    if tensor.is_contiguous() and not any(place % 8 for place in places):
+        return tensor.view(-1).view(torch.int64)
+    return tensor.view(BITS[tensor.element_size()])
 
 
 def room(layers: Sequence[Linear], device: torch.device | str) -> Packed:
