@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.harness import RESULTS
 from benchmarks.kernel_tables import markdown
 from benchmarks.learning_equal import Mean, mean_of, speed, target
-from benchmarks.learning_tables import ABSENT, caption, seeds_with, spread
+from benchmarks.learning_tables import ABSENT, caption, seeds_named, seeds_with, spread
 
 FILE, PROBLEMS_FILE, EXPONENTS_FILE = (f"learning-{name}.json" for name in ("choice", "choice-problems", "exponents"))
 PLAIN = "threshold"
@@ -76,17 +76,22 @@ def rules(shown: Mapping[str, Any]) -> str:
         if task in found
         for row in found[task]["rows"]
     ]
-    known = next(iter(found.values()))["environment"]
     header = ["task", "rule", "bound", "passes", "judge, nats", "token entropy", "agreement", "exact nats"]
     header += ["judge, over threshold at as many passes", "entropy, over it"]
+    return markdown(header, body) + (
+        f"\nSeed {seed}. The bound of top probability and margin is the number of steps of a block of "
+        f"{shown['setting']['block_length']}.\n"
+    )
+
+
+def setting_of(shown: Mapping[str, Any]) -> str:
+    known = next(part["environment"] for seed in shown["seeds"].values() for part in seed.values())
     size = shown["setting"]
     return (
-        "![Four measures of each rule over its passes](../benchmarks/results/learning-choice.svg)\n\n"
-        f"{known['device']}, torch {known['torch']}; seed {seed}. {size['testing']} texts of {size['length']} tokens, "
-        f"{size['written']} of them written; scores are fitted to runs on {size['fitting']:,} others; exact nats of "
-        f"{size['likelihood']} texts. The bound of top probability and margin is the number of steps of a block of "
-        f"{size['block_length']}.\n\n"
-    ) + markdown(header, body)
+        f"{known['device']}, torch {known['torch']}; {seeds_named(len(shown['seeds']))}. {size['testing']} texts of "
+        f"{size['length']} tokens, {size['written']} of them written; scores are fitted to runs on "
+        f"{size['fitting']:,} others; exact nats of {size['likelihood']} texts."
+    )
 
 
 def verdict(shown: Mapping[str, Any]) -> str:
@@ -104,8 +109,9 @@ def verdict(shown: Mapping[str, Any]) -> str:
         return ABSENT
     header = ["task", "rule", "settings", "better", "better by the judge, with less entropy", "worse by the judge"]
     return (
-        "Settings that are better or worse than the threshold at as many passes, beyond two standard errors, with "
-        "their passes in brackets.\n\n"
+        "![Four measures of each rule over its passes](../benchmarks/results/learning-choice.svg)\n\n"
+        f"{setting_of(shown)} Settings that are better or worse than the threshold at as many passes, beyond two "
+        "standard errors, with their passes in brackets:\n\n"
     ) + markdown(header, body)
 
 

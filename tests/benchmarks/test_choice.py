@@ -50,6 +50,11 @@ def test_rules_keep_their_parameters_with_still_noise() -> None:
 
 
 def test_the_verdict_counts_what_is_better_and_worse() -> None:
+    machine = {"device": "x", "torch": "y"}
+
+    def found(rows: list[Any]) -> dict[str, Any]:
+        return {"infill": {"rows": rows, "environment": machine}}
+
     def row(passes: float, judged: float, gains: bool, rule: str = "mlp") -> dict[str, Any]:
         difference = {"mean": judged, "standard_error": 0.1}
         return {"rule": rule, "passes": {"mean": passes}, "nats_over_plain": difference, "gains": gains}
@@ -57,12 +62,13 @@ def test_the_verdict_counts_what_is_better_and_worse() -> None:
     plain = {"rule": "threshold"}
     first = [plain, row(90.2, -0.5, True), row(80, 0.1, False), row(70, 0.5, False, "factor")]
     second = [plain, row(85, 0.21, False), row(75, -0.3, False), row(65, -0.19, False)]
-    shown = {"seeds": {"0": {"infill": {"rows": first}}, "1": {"infill": {"rows": second}}}}
-    text = choice_tables.verdict(shown)
+    setting = {"testing": 3, "length": 8, "written": 4, "fitting": 1000, "likelihood": 2}
+    text = choice_tables.verdict({"setting": setting, "seeds": {"0": found(first), "1": found(second)}})
+    assert "x, torch y; 2 seeds. 3 texts of 8 tokens, 4 of them written" in text
     assert "| infilling, temperature 0 | network | 5 | 1 (90) | 1 (75) | 1 (85) |" in text
     assert "| infilling, temperature 0 | factor | 1 | 0 | 0 | 1 (70) |" in text
     assert "continuation" not in text
-    assert choice_tables.verdict({"seeds": {"0": {"infill": {"rows": [plain]}}}}) == choice_tables.ABSENT
+    assert choice_tables.verdict({"setting": setting, "seeds": {"0": found([plain])}}) == choice_tables.ABSENT
 
 
 @pytest.mark.slow
