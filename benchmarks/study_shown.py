@@ -114,7 +114,10 @@ def unpaired(value: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 
 def pooled(*values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean of independent estimates of one thing, weighted by their inverse variances."""
+    """The mean of independent estimates of one thing, weighted by their inverse variances; or an exact one."""
+    for value in values:
+        if value["standard_error"] == 0.0:  # a schedule beside itself
+            return dict(value)
     weights = [value["standard_error"] ** -2 for value in values]
     mean = sum(weight * value["mean"] for weight, value in zip(weights, values)) / sum(weights)
     return estimate_of(mean, sum(weights) ** -0.5)

@@ -48,17 +48,21 @@ class TestVerdicts:
         none = verdict(loss=-0.0019, kl=0.1, path_kl=0.1, influence=0.0)
         assert none.startswith("**No fitted schedule is better")
         assert "Of 3 different fitted schedules 1 are worse" in none
+        assert "better by more than 0.004 nats" in none  # two errors beyond -0.0019
+        assert "better by more than 0.000 nats" in verdict(loss=0.1)
         some = verdict(loss=-0.0021, kl=0.1)
         assert "held-out seeds:** `L -0.0021` at 25 % light (**-0.0021" in some
         doubtful = verdict(0.0003, loss=-0.0021)  # together -0.0009, and 1 / sqrt(2) of the error
         assert "but not on all seeds together:**" in doubtful
         assert "on both together -0.0009 ± 0.0014." in doubtful
+        assert "better by more than 0.002 nats" in doubtful
         assert "seeds:** `L -0.0021`" in verdict(-0.0009, loss=-0.0021)
 
     def test_what_is_sure_counts_for_more_in_a_pooled_estimate(self) -> None:
         found = study_shown.pooled(estimate(1.0, 0.3), estimate(2.0, 0.1))
         assert found["mean"] == pytest.approx(1.9)  # weights of 1 and 9
         assert found["standard_error"] == pytest.approx(0.3 / 10**0.5)
+        assert study_shown.pooled(estimate(0.1), estimate(0.0, 0.0))["mean"] == 0.0
 
     def test_the_papers_schedules_tell_of_other_seeds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         points = {"L250 H750": {"schedule": "L:25% H:75%", "over": {study_shown.SANDWICH: estimate(0.01)}}}
