@@ -14,7 +14,7 @@ from mdkern.engine.canvas import CanvasSettings
 from mdkern.engine.canvas_run import Texts, Written, keep, padded_length, workspace_for, write_texts
 from mdkern.engine.checks import MOST_FLOAT32, check_count, check_flag, check_real
 from mdkern.engine.resolve import check_ids, check_mask, check_streamer, resolve_sample_ids, resolve_seed
-from mdkern.models.hf.block_diffusion import is_block_diffusion
+from mdkern.models.hf.kinds import is_block_diffusion
 from mdkern.output import SampleOutput, joined
 
 DEFAULT_BATCH_SIZE = 8  # more is hardly faster, see docs/notes/diffusion-gemma.md

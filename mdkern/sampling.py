@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mdkern.agreed import resolve_agreed
-from mdkern.canvas import of_sample
 from mdkern.decoders import Decoder
 from mdkern.engine.checks import check_count
 from mdkern.engine.groups import Groups
-from mdkern.models.hf.block_diffusion import is_block_diffusion
+from mdkern.models.hf.kinds import is_block_diffusion
 from mdkern.output import SampleOutput
 from mdkern.schedule import Schedule
 
@@ -140,6 +139,8 @@ def sample(
     """
     if is_block_diffusion(heavy):
         given = {name: value for name, value in locals().items() if name != "heavy"}
+        from mdkern.canvas import of_sample  # imports transformers, which takes a second
+
         return of_sample(heavy, given, {name: own.default for name, own in signature(sample).parameters.items()})
     began = time.perf_counter()
     request = resolve_agreed(

@@ -111,11 +111,24 @@ def test_circles_are_found(first: str, second: str, found: bool) -> None:
     assert (circle(inside) != []) == (found and "def" not in first)
 
 
+def modules_after(code: str) -> list[str]:
+    """Those that a new process has loaded after some code."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-c", f"import json, sys; {code}; print(json.dumps([*sys.modules]))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    loaded: list[str] = json.loads(done.stdout)
+    return loaded
+
+
 def test_no_public_name_imports_triton() -> None:
-    use = "import mdkern; [getattr(mdkern, name) for name in mdkern.__all__]"
-    code = f"import json, sys; {use}; print(json.dumps([*sys.modules]))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    loaded = json.loads(done.stdout)
+    loaded = modules_after("import mdkern; [getattr(mdkern, name) for name in mdkern.__all__]")
     assert "mdkern.sampling" in loaded
     assert not [name for name in loaded if name.partition(".")[0] == "triton"]
+
+
+def test_a_first_call_imports_neither_the_compiler_nor_all_of_transformers() -> None:
+    """Each takes a second or more, whatever the model."""
+    code = "import mdkern; pair = mdkern.load_pair('cpu'); mdkern.sample(pair.heavy, length=8, num_samples=1, steps=2)"
+    loaded = modules_after(code)
+    assert "mdkern.engine.stepwise" in loaded
+    assert not {"torch._dynamo", "sympy", "triton", "transformers.cache_utils"} & set(loaded)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdkern.models.dit import DiT, DiTConfig
 from mdkern.models.mdlm import read_mdlm, without_time
@@ -28,6 +29,7 @@ from mdkern.models.weight_files import (
 
 MODEL_TYPE = "mdkern-dit"
 VOCAB_ROWS = ("embedding", "head_weight", "head_bias")  # padded in memory, not in files
+RANDOM = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 FINAL = "final"  # the folder that a training run leaves its model in
 
 
@@ -144,7 +146,7 @@ def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
             full[name] = torch.cat((full[name], full[name].new_zeros(padding, *full[name].shape[1:])))
     if config.tie_head:
         full["head_weight"] = full["embedding"]
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = DiT(config)
     model.load_state_dict(full, assign=True)
     if config.tie_head:
@@ -154,6 +156,16 @@ def build(config: DiTConfig, state: Mapping[str, Tensor]) -> DiT:
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, random numbers are left out: to fill what has no memory, PyTorch imports its compiler, for a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in RANDOM:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
 
 
 def check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -167,7 +179,7 @@ def check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> No
     if "embedding" in shapes and shapes["embedding"] != (config.vocab_size, config.width):
         wanted = config.vocab_size, config.width
         raise ValueError(f"embedding has shape {shapes['embedding']}, the config wants {wanted}")
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         small = DiT(replace(config, num_blocks=1, max_length=1)).state_dict()
     expected = {}
     for name, tensor in small.items():

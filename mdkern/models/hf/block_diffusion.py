@@ -16,13 +16,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from mdkern.models.fingerprint import Snapshot, describe
 from mdkern.models.hf.lean import lean_copy
 
-CLASS = "DiffusionGemmaForBlockDiffusion"
-
-
-def is_block_diffusion(model: Any) -> bool:
-    """Whether a model is transformers' DiffusionGemma with its output layer, or a subclass of it."""
-    return any(kind.__name__ == CLASS for kind in type(model).__mro__)
-
 
 class SoftInput:
     """Stands for the logits of the step before in the decoder's forward: their expected embedding is known already.

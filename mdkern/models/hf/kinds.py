@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mdkern.models.hf.block_diffusion import CLASS as CANVAS
-
+CANVAS = "DiffusionGemmaForBlockDiffusion"
 # Of the classes that a checkpoint's own code offers, the first of these is taken, as it yields logits.
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+
+
+def is_block_diffusion(model: Any) -> bool:
+    """Whether a model is transformers' DiffusionGemma with its output layer, or a subclass of it."""
+    return any(kind.__name__ == CANVAS for kind in type(model).__mro__)
 
 
 def architecture(settings: Mapping[str, Any]) -> str:
