@@ -357,6 +357,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_the_command_improves_in_use_and_trains_an_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     pair, run = ROOT / "mdkern" / "pretrained", tmp_path / "run"
