@@ -30,6 +30,30 @@ HALF_SPAN = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta
 
 
 @gluon.jit
+def _copy_step(left, right, rings, row, column, k, stage, phase, BK: gl.constexpr):
+    """Copy what a tile needs of one step of the inner dimension."""
+    left_ring, right_ring, _, _, full, empty, _, _ = rings
+    BYTES: gl.constexpr = BK * left.dtype.primitive_bitwidth // 8
+    mbarrier.wait(empty.index(stage), phase)
+    ready = full.index(stage)
+    mbarrier.expect(ready, (ROWS * WARPGROUPS + SPAN) * BYTES)
+    tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
+    tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
+
+
+@gluon.jit
+def _copy_stream(stream, rings, row, column, phase):
+    """Copy the tile of the stream, once the one before has left its buffers."""
+    _, _, leaving, _, _, _, stream_full, stream_empty = rings
+    for half in gl.static_range(WARPGROUPS):
+        mbarrier.wait(stream_empty.index(half), phase)
+        mbarrier.expect(stream_full.index(half), ROWS * SPAN * 2)
+        for part in gl.static_range(PARTS):
+            at = [row + ROWS * half, column + PART * part]
+            tma.async_copy_global_to_shared(stream, at, stream_full.index(half), leaving.index(half * PARTS + part))
+
+
+@gluon.jit
 def _produce(
     left,
     right,
@@ -42,31 +66,18 @@ def _produce(
     PROGRAMS: gl.constexpr,
 ):
     """The producer warp: copies tiles into the ring."""
-    left_ring, right_ring, leaving, _, full, empty, stream_full, stream_empty = rings
     row_tiles, column_tiles, steps = sizes
-    BM: gl.constexpr = ROWS * WARPGROUPS
-    BYTES: gl.constexpr = BK * left.dtype.primitive_bitwidth // 8
     program = gl.program_id(0)
     stage = program * 0
     phase = stage + 1
     stream_phase = stage + 1
     for tile in range(program, row_tiles * column_tiles, PROGRAMS):
-        row, column = _corner(tile, row_tiles, column_tiles, BM, SPAN, GROUP)
+        row, column = _corner(tile, row_tiles, column_tiles, ROWS * WARPGROUPS, SPAN, GROUP)
         for k in range(steps):
-            mbarrier.wait(empty.index(stage), phase)
-            ready = full.index(stage)
-            mbarrier.expect(ready, (BM + SPAN) * BYTES)
-            tma.async_copy_global_to_shared(right, [column, k * BK], ready, right_ring.index(stage))
-            tma.async_copy_global_to_shared(left, [row, k * BK], ready, left_ring.index(stage))
+            _copy_step(left, right, rings, row, column, k, stage, phase, BK)
             stage, phase = ring_advance(stage, phase, STAGES)
             if k == steps // 2:
-                for half in gl.static_range(WARPGROUPS):
-                    mbarrier.wait(stream_empty.index(half), stream_phase)
-                    mbarrier.expect(stream_full.index(half), ROWS * SPAN * 2)
-                    for part in gl.static_range(PARTS):
-                        at = [row + ROWS * half, column + PART * part]
-                        buffer = leaving.index(half * PARTS + part)
-                        tma.async_copy_global_to_shared(stream, at, stream_full.index(half), buffer)
+                _copy_stream(stream, rings, row, column, stream_phase)
         stream_phase ^= 1
 
 
