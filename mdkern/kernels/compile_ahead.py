@@ -37,8 +37,6 @@ class Rehearsing(threading.local):
 _rehearsing = Rehearsing()
 _alone = threading.Lock()  # as classes of Triton are changed meanwhile
 _rehearsed: set[Hashable] = set()
-_starting: list[threading.Thread] = []  # at most one
-_begun = threading.Lock()
 
 
 def can_compile_ahead(device: torch.device) -> bool:
@@ -50,27 +48,6 @@ def can_compile_ahead(device: torch.device) -> bool:
     return hasattr(triton, "AsyncCompileMode")
 
 
-def start_compiler(device: torch.device) -> None:
-    """Begin, in a thread, what Triton does once in a process before it compiles, unless that was begun.
-
-    It reads its own half a gigabyte for the keys of its cache, and a C compiler makes a module on a fresh machine.
-    """
-    with _begun:
-        if not _starting and has_triton(device):
-            _starting.append(threading.Thread(target=_start, name="mdkern starts Triton", daemon=True))
-            _starting[0].start()
-
-
-def _start() -> None:
-    try:
-        from triton.runtime import cache, driver
-
-        cache.triton_key()
-        driver.active.utils  # noqa: B018  made when it is first asked for
-    except Exception as error:  # compiling will meet it
-        logger.debug("Triton could not be started: %s", error)
-
-
 @contextmanager
 def launches_compile(device: torch.device) -> Iterator[None]:
     """Inside, this thread's launches of mdkern's kernels compile them and do nothing else. At the end all are ready.
@@ -80,8 +57,6 @@ def launches_compile(device: torch.device) -> Iterator[None]:
     import triton
 
     with _alone, ThreadPoolExecutor(MOST_THREADS) as threads:
-        for thread in _starting:
-            thread.join()
         turns, loading = Turns(), Loading(threads, device)
         made = triton.AsyncCompileMode(loading, ignore_errors=True)
         with translated_in_turn(turns, loading), made, warm_ups_for_launches():

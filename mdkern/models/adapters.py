@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdkern.kernels.compile_ahead import start_compiler
 from mdkern.models.denoiser import Denoiser, available_device, ids_of, is_whole
 from mdkern.models.dit import DiT
 from mdkern.models.dit_denoiser import DiTDenoiser
@@ -102,8 +101,6 @@ def adapt(
         if asked not in (None, "bf16", "fp8"):
             raise ValueError(f"{argument} must be 'bf16' (that of the weights) or 'fp8', not {asked!r}")
     model = without_wrappers(model)
-    if isinstance(model, nn.Module):
-        start_compiler(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     if isinstance(model, Denoiser | DiT):
         own = model if isinstance(model, Denoiser) else model.config
         given = {"vocab_size": vocab_size, "mask_id": mask_id, "num_blocks": num_blocks, "block_causal": block_causal}

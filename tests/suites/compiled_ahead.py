@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import cache, driver
+from triton.runtime import driver
 
 from mdkern.kernels import compile_ahead
 from mdkern.kernels.backbone import triton_combine, triton_swiglu
@@ -27,15 +27,9 @@ class Driver:
     """Of an H200."""
 
     launcher_cls = staticmethod(launcher)
-    asked = False
-
-    @property
-    def utils(self) -> SimpleNamespace:
-        Driver.asked = True
-        return SimpleNamespace(
-            get_device_properties=lambda _: {"max_shared_mem": 232448},
-            load_binary=lambda *_: (object(), 1, 32, 0, 1024),
-        )
+    utils = SimpleNamespace(
+        get_device_properties=lambda _: {"max_shared_mem": 232448}, load_binary=lambda *_: (object(), 1, 32, 0, 1024)
+    )
 
     def get_current_device(self) -> int:
         return 0
@@ -67,15 +61,7 @@ def main() -> None:
     driver.set_active(Driver())
     triton.knobs.compilation.listener = compiled
     here, there = threading.current_thread().name, torch.device("cpu")
-    compile_ahead.start_compiler(there)
-    assert not compile_ahead._starting, "there is nothing to compile for a CPU"
-    compile_ahead.has_triton = lambda _: True
-    for _ in range(2):
-        compile_ahead.start_compiler(there)
-    assert len(compile_ahead._starting) == 1, "it is started once"
     with compile_ahead.launches_compile(there):
-        assert cache.triton_key.cache_info().currsize == 1, "and what it does is waited for"
-        assert Driver.asked, "all of it"
         step()
         half = torch.randn(2, 64).half()
         elsewhere = threading.Thread(target=triton_swiglu.swiglu, args=(half, half))
