@@ -86,15 +86,15 @@ lint: .venv/installed
 	touch $@
 
 # On a GPU, with CUDA's compute-sanitizer: wild and uninitialised reads of the kernels, wild ones of graphs, and races in
-# shared memory; it takes many minutes. PyTorch's caching allocator hides them, so each tensor gets an allocation of its own; tests that capture
-# graphs need that allocator, so they are left out there.
+# shared memory; it takes many minutes. PyTorch's caching allocator hides them, so each tensor gets an allocation of its
+# own; tests that capture graphs need that allocator, so they are left out there.
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all --tool
 KERNEL_TESTS = tests/kernels tests/models/test_dit_fused.py
 memcheck: .venv/installed
 	$(SANITIZE) memcheck $(BIN)/python -m pytest -q -x -m gpu -k "not graph" $(KERNEL_TESTS)
 	$(SANITIZE) initcheck $(BIN)/python -m pytest -q -x -m gpu -k "not graph" $(KERNEL_TESTS)
 	compute-sanitizer --error-exitcode 1 --tool memcheck $(BIN)/python -m pytest -q -x -m gpu tests/engine/test_graphs.py -k Replay
-	$(SANITIZE) racecheck $(BIN)/python -m tests.suites.small_launches
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck $(BIN)/python -m tests.suites.small_launches | $(BIN)/python -m tests.suites.race_reports
 
 csrc:
 	nvcc -arch=compute_80 -rdc=true -ptx csrc/loop_condition.cu -o mdkern/engine/loop_condition.ptx

@@ -203,19 +203,20 @@ def measure(folder: Path, tiny: bool, parts: Sequence[str], anew: bool) -> dict[
 
 
 def table(content: dict[str, Any]) -> str:
-    """Seconds of the first call and of its phases, of a later one, and of the compiler."""
+    """Seconds of the first call and of its phases, of a later one, and of the compiler where it worked one by one."""
     text = f"{caption(content)}, {content['environment']['cores']} cores; seconds.\n\n"
     rows = [content[part] for part in PARTS if part in content]
     phases = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
-    body = []
+    alone, body = not all(row["side_by_side"] for row in rows), []
     for row in rows:
         spent = (f"{row['phases'].get(phase, 0.0):.1f}" for phase in phases)
         compiling, python = (sum(kernel[key] for kernel in row["kernels"]) for key in ("seconds", "python"))
-        alone = "" if row["side_by_side"] else f"{compiling:.1f} ({python:.1f})"
         later = f"{min(row['seconds'][1:]):.2f}"
-        body.append([row["case"], f"{row['seconds'][0]:.1f}", *spent, later, str(len(row["kernels"])), alone])
+        body.append([row["case"], f"{row['seconds'][0]:.1f}", *spent, later, str(len(row["kernels"]))])
+        if alone:
+            body[-1].append("" if row["side_by_side"] else f"{compiling:.1f} ({python:.1f})")
     header = ["model", "first call", *(f"of it {phase}" for phase in phases), "later call", "kernels"]
-    return text + markdown([*header, "of the compiler (translating from Python)"], body)
+    return text + markdown(header + ["of the compiler (translating from Python)"] * alone, body)
 
 
 def first_call() -> str:
