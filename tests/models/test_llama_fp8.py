@@ -321,7 +321,7 @@ def test_sums_of_bits_tell_one_changed_number(dtype: torch.dtype) -> None:
             assert not torch.equal(llama_fp8.sums_of([tensor]), before), (name, place)
             tensor.copy_(plain)
         assert torch.equal(llama_fp8.sums_of([tensor]), before)
-    assert llama_fp8.integers_of(whole).dtype == torch.int64  # read at the speed of memory
+    assert llama_fp8.integers_of(whole).dtype == torch.int64  # few to add up
 
 
 def test_texts_are_sampled() -> None:

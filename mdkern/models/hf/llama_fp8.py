@@ -146,7 +146,7 @@ def sums_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def integers_of(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers, of 8 bytes if they can be: a GPU sums these at the speed of its memory."""
+    """The bits of a tensor as integers, of 8 bytes if they can be, so that there are few to add up."""
     places = tensor.data_ptr(), tensor.storage_offset() * tensor.element_size(), tensor.nbytes
     if tensor.is_contiguous() and not any(place % 8 for place in places):
         return tensor.view(-1).view(torch.int64)
