@@ -216,7 +216,9 @@ def table(content: dict[str, Any]) -> str:
         if alone:
             body[-1].append("" if row["side_by_side"] else f"{compiling:.1f} ({python:.1f})")
     header = ["model", "first call", *(f"of it {phase}" for phase in phases), "later call", "kernels"]
-    return text + markdown(header + ["of the compiler (translating from Python)"] * alone, body)
+    if alone:
+        header.append("of the compiler (translating from Python)")
+    return text + markdown(header, body)
 
 
 def first_call() -> str:
