@@ -4,8 +4,11 @@ Triton compiles a kernel when it is first launched, which takes seconds for the 
 launch hands its kernel to threads and returns at once; nothing is launched. What a computation needs is thus known from
 running it once in a way in which its results do not matter, whatever model and options it has. Most of the compiler
 works outside of Python's lock, so that threads share its work out over the cores. What holds the lock, the translation
-of Python into the compiler's language, takes turns, first those kernels that take the rest of the compiler longest, so
-that it has them while the next ones are translated. Times: docs/notes/first-call.md.
+of Python into the compiler's language, takes half a second and more for a large kernel. So each of those is compiled in
+a forked copy of this process (`forked`), and read from Triton's cache afterwards; the copy is made before a thread
+compiles anything, because the locks of the compiler's threads would stay taken in it. What is translated here takes
+turns, first those kernels that take the rest of the compiler longest, so that it has them while the next ones are
+translated. Times: docs/notes/first-call.md.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
 import torch
 
 from mdkern.kernels.device import has_triton
+from mdkern.kernels.forked import forks, has_succeeded, start_in_copy
 
 SLOWEST = ("linear_kernel", "resident_kernel")  # which take the compiler longest once they have been translated
 MOST_THREADS = 2 * (os.cpu_count() or 1)  # as some wait for their turn, or for a C compiler
@@ -54,12 +59,10 @@ def launches_compile(device: torch.device) -> Iterator[None]:
 
     A kernel that cannot be compiled is left to its launch, which raises the error where it belongs.
     """
-    import triton
-
     with _alone, ThreadPoolExecutor(MOST_THREADS) as threads:
+        start_triton(threads)
         turns, loading = Turns(), Loading(threads, device)
-        made = triton.AsyncCompileMode(loading, ignore_errors=True)
-        with translated_in_turn(turns, loading), made, warm_ups_for_launches():
+        with translated_in_turn(turns, loading), compiled_by(loading), warm_ups_for_launches():
             _rehearsing.value = True
             try:
                 yield
@@ -92,22 +95,68 @@ def rehearse_once(key: Hashable, work: Callable[[], Any], device: torch.device) 
         _rehearsed.add(key)
 
 
+def start_triton(threads: Executor) -> None:
+    """What Triton does once in a process: it reads its own library for its cache's keys, while a C compiler makes the
+    module by which it talks to the driver."""
+    from triton.runtime import driver
+    from triton.runtime.cache import triton_key
+
+    key = threads.submit(triton_key)
+    driver.active.get_current_target()
+    key.result()
+
+
+@contextmanager
+def compiled_by(loading: Loading) -> Iterator[None]:
+    """Inside, Triton has this thread's kernels compiled there. Also after an interrupt this ends with the block."""
+    import triton
+    from triton.runtime._async_compile import active_mode
+
+    try:
+        with triton.AsyncCompileMode(loading, ignore_errors=True):
+            yield
+    finally:
+        active_mode.set(None)
+
+
+class CompiledApart(Exception):  # noqa: N818  it is no error
+    """Ends a compilation that was done in a copy of this process: its outcome is in Triton's cache."""
+
+
 class Loading(Executor):
     """Compiles in threads, and loads the outcome into the device's memory there, too."""
 
     def __init__(self, threads: ThreadPoolExecutor, device: torch.device) -> None:
         self.threads, self.device = threads, device
-        self.working: set[int] = set()  # threads
+        self.working: dict[int, Callable[[], Any] | None] = {}  # what each thread compiles, once a copy has not
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def compiled() -> Any:
-            self.working.add(threading.get_ident())
-            kernel = function(*args, **kwargs)
+            kernel, work = None, partial(function, *args, **kwargs)
+            self.working[threading.get_ident()] = work
+            with suppress(CompiledApart):
+                kernel = work()
+            kernel = kernel or work()
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 kernel.run  # noqa: B018  builds the launcher, by a C compiler, and loads the kernel
             return kernel
 
         return self.threads.submit(compiled)
+
+    def start_apart(self) -> int | None:
+        """Start this thread's work in a copy of the process, the first time that it is asked for; the copy's id."""
+        from triton import knobs
+
+        work, self.working[threading.get_ident()] = self.working[threading.get_ident()], None
+        if work is None or knobs.compilation.always_compile or not forks.are_of_use():
+            return None
+
+        def apart() -> None:
+            self.working.clear()  # nobody has a turn there
+            knobs.compilation.listener = None  # is told when the cache is read
+            work()
+
+        return start_in_copy(apart)
 
 
 @contextmanager
@@ -156,7 +205,8 @@ def weight_of(name: str, source: str, gluon: bool) -> float:
 
 @contextmanager
 def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
-    """Inside, one of the threads at a time translates a kernel from Python, the one of the most `weight_of` first."""
+    """Inside, one of the threads at a time translates a kernel from Python, or has a large one compiled in a copy of the
+    process, the one of the most `weight_of` first."""
     from triton.compiler.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -164,11 +214,16 @@ def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
         def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() not in loading.working:  # of another computation
                 return plain(source, *args, **kwargs)
-            turns.take(weight_of(source.name, source.fn.src, isinstance(source, GluonASTSource)))
+            large = isinstance(source, GluonASTSource)
+            turns.take(weight_of(source.name, source.fn.src, large))
             try:
-                return plain(source, *args, **kwargs)
+                copy = loading.start_apart() if large else None
+                if copy is None:
+                    return plain(source, *args, **kwargs)
             finally:
                 turns.give_back()
+            has_succeeded(copy)
+            raise CompiledApart
 
         return make_ir
 
