@@ -205,8 +205,10 @@ def weight_of(name: str, source: str, gluon: bool) -> float:
 
 @contextmanager
 def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
-    """Inside, one of the threads at a time translates a kernel from Python, or has a large one compiled in a copy of the
-    process, the one of the most `weight_of` first."""
+    """Inside, one thread at a time translates a kernel from Python, or starts a copy that compiles a large one.
+
+    Those of the most `weight_of` come first.
+    """
     from triton.compiler.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 

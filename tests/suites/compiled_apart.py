@@ -1,0 +1,144 @@
+"""Large kernels that are compiled in copies of the process: run by the tests in a process of its own."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import _thread
+import mmap
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime import driver
+from triton.runtime._async_compile import active_mode
+
+from mdkern.kernels import compile_ahead
+from mdkern.kernels.forked import forks
+from tests.suites.compiled_ahead import Driver
+
+told: list[tuple[str, bool]] = []  # the kernels of which Triton tells here, and whether they were in its cache
+
+tellings = mmap.mmap(-1, 1)  # how often Triton tells, in copies, too
+
+
+@gluon.jit
+def large_kernel(x, factor: gl.constexpr):
+    places = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(x + places, gl.load(x + places) * factor)
+
+
+@triton.jit
+def small_kernel(x, factor: gl.constexpr):
+    triton.language.store(x, triton.language.load(x) * factor)
+
+
+def compiling(source: type, kernel: triton.JITFunction, factor: int) -> Callable[[], object]:
+    built = source(kernel, {"x": "*fp32", "factor": "constexpr"}, {"factor": factor})
+    return lambda: triton.compile(built, target=GPUTarget("cuda", 90, 32))
+
+
+def compiled(*works: Callable[[], object]) -> list[bytes]:
+    """The machine code of kernels that are compiled ahead, with an empty cache. No child is left, dead or alive."""
+    codes = {}
+    told.clear()
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        try:
+            with compile_ahead.launches_compile(torch.device("cpu")):
+                for number, work in enumerate(works):
+                    note = lambda kernel, number=number: codes.update({number: kernel.asm["cubin"]})  # noqa: E731
+                    active_mode.get().submit(number, work, note)
+        finally:
+            assert active_mode.get() is None
+            try:
+                os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                pass
+            else:
+                raise AssertionError("a child is left")
+    return [codes[number] for number in range(len(works))]
+
+
+def large(*factors: int) -> list[Callable[[], object]]:
+    return [compiling(GluonASTSource, large_kernel, factor) for factor in factors]
+
+
+def here(work: Callable[[], object], *extra: Callable[[], object]) -> Callable[[], object]:
+    """Compile after something that happens in copies of this process only, and note in which processes."""
+    process = os.getpid()
+
+    def run() -> object:
+        if os.getpid() != process:
+            for act in extra:
+                act()
+        return work()
+
+    return run
+
+
+def tell(src, cache_hit, **_) -> None:
+    told.append((src.name, cache_hit))
+    tellings[0] += 1
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    triton.knobs.compilation.listener = tell
+    small = compiling(ASTSource, small_kernel, 2)
+    codes = compiled(*large(2, 3), small)
+    assert sorted(told) == [("large_kernel", True)] * 2 + [("small_kernel", False)], told
+    assert tellings[0] == 3, "copies tell nobody"
+    os.environ["MDKERN_FORK"] = "0"
+    assert compiled(*large(2, 3), small) == codes
+    assert sorted(told) == [("large_kernel", False)] * 2 + [("small_kernel", False)], told
+    del os.environ["MDKERN_FORK"]
+
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(compiled(*large(2, 3))))
+    thread.start()
+    thread.join()
+    assert found == codes[:2]
+    assert told == [("large_kernel", True)] * 2
+
+    for act in (signal.raise_signal, lambda number: 1 / 0):
+        (work,) = large(2)
+        assert compiled(here(work, lambda act=act: act(signal.SIGKILL))) == codes[:1]
+        assert told == [("large_kernel", False)], "this process compiles what a copy could not"
+        assert forks.failed
+        forks.failed = False
+
+    process, (work,) = os.getpid(), large(2)
+    waits, ended = threading.Event(), Path(tempfile.mkdtemp()) / "ended"
+
+    def interrupted() -> object:
+        if os.getpid() == process and not waits.is_set():
+            waits.set()
+            _thread.interrupt_main()
+        kernel = work()
+        if os.getpid() != process:
+            ended.touch()
+        return kernel
+
+    try:
+        compiled(interrupted)
+    except KeyboardInterrupt:
+        assert ended.exists(), "what has begun is ended"
+    else:
+        raise AssertionError("nothing interrupts")
+    assert compiled(*large(2, 3)) == codes[:2]
+    assert told == [("large_kernel", True)] * 2
+
+
+if __name__ == "__main__":
+    main()
