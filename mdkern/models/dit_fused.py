@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdkern.kernels.backbone import attention as few
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import fold_norm
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
@@ -248,6 +249,7 @@ def hidden(
         fp8 = folds.precision == "fp8"
         folds = folds if (pays(batch * length, input_ids) if fp8 else folds_fit(model, batch * length)) else None
     stream = None
+    arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device)
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
@@ -270,7 +272,7 @@ def hidden(
             stream = Stream(x)
             queries, mask = [queries_at(block, normed, positions, model.rotary)], mask_at(mask, positions)
             folded = None if isinstance(folded, QuantisedBlock) else folded
-        attended = attend(queries[0], key, value, mask).view(stream.x.shape)
+        attended = attend(queries[0], key, value, mask, arrived).view(stream.x.shape)
         if isinstance(folded, QuantisedBlock):
             add_quantised(stream, attended, block, gate1, folded)
             continue
@@ -363,7 +365,12 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
     return query.unflatten(0, positions.shape)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arrived: Tensor | None = None) -> Tensor:
+    """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``.
+
+    With `arrived`, the counters of `kernels.backbone.attention`, that runs where it pays.
+    """
+    if arrived is not None and mask is None and few.pays(query, key, value):
+        return few.attention(query, key, value, arrived)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

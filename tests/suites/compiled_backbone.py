@@ -20,6 +20,7 @@ from mdkern.kernels.backbone import (
     joint_tiles,
     launch_joint,
     launch_linear,
+    triton_attention,
     triton_combine,
     triton_experts,
     triton_folded_norm,
@@ -351,6 +352,23 @@ def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, p
         assert "UTMALDG" in built.asm["sass"]
 
 
+def attention(capability: int, splits: int, even: bool) -> None:
+    """Of heads with 64 columns; two programs must fit on a multiprocessor."""
+    types = {"query": f"tensordesc<bf16[{triton_attention.QUERIES}, 64]>", "out": "*bf16", "scale": "fp32"}
+    types |= dict.fromkeys(("key", "value"), f"tensordesc<bf16[{triton_attention.KEYS}, 64]>")
+    types |= dict.fromkeys(("length", "span"), "i32")
+    types |= {"parts": "*fp32", "states": "*fp32", "arrived": "*i32"} if splits > 1 else {}
+    constants = {"HEADS": 12, "DIM": 64, "EVEN": even, "SPLITS": splits, "EARLY": True}
+    constants |= {"ROWS": triton_attention.QUERIES, "COLUMNS": triton_attention.KEYS}
+    options = {"num_warps": triton_attention.WARPS, "num_stages": triton_attention.STAGES, "launch_pdl": True}
+    built = build(triton_attention.attention_kernel, ASTSource, capability, types, constants, **options)
+    if capability == 90:
+        assert built.metadata.shared <= 227 * 1024 // 2
+        assert "HGMMA" in built.asm["sass"]
+        assert "UTMALDG" in built.asm["sass"]
+        assert "STL" not in built.asm["sass"], "registers do not suffice"
+
+
 def main() -> None:
     for capability in (80, 90, 100):
         for width in (768, 100, 4096):
@@ -384,6 +402,8 @@ def main() -> None:
         for normed, kept in ((False, False), (False, True), (True, True)):
             place_heads(capability, 80 if normed else 128, normed, kept)
     for capability in (90, 100):
+        for splits in (1, 2):
+            attention(capability, splits, even=splits == 1)
         middle_product(capability, triton_linear.HEADS, added=False, pairs=32, spans=6)
         middle_product(capability, triton_linear.NARROW_HEADS, added=False, pairs=32)
         middle_product(capability, triton_linear.GELU, added=False, spans=6)

@@ -1,4 +1,4 @@
-"""Products of about a thousand rows in Triton's interpreter, on the CPU: run by the tests in a process of its own."""
+"""Products and attention of a thousand rows in Triton's interpreter: run by the tests in a process of its own."""
 
 # mypy: ignore-errors
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import triton
 
-from mdkern.kernels.backbone import triton_linear
+from mdkern.kernels.backbone import triton_attention, triton_linear
+from mdkern.kernels.backbone.attention import attention_reference
 from mdkern.kernels.backbone.folded_norm import row_sums
 from mdkern.kernels.backbone.linear import (
     linear_gelu_reference,
@@ -61,3 +62,16 @@ def test_residual_updates_are_the_references(sequences: int, summed: bool) -> No
         outcomes.append((stream, sums) if summed else (stream,))
     for want, got in zip(*outcomes):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [128, 100, 300])
+@pytest.mark.parametrize("divided", [False, True])
+def test_attention_is_the_references(length: int, divided: bool) -> None:
+    """Whole tiles of keys, one in part and several; what follows a sequence is not seen, be it infinite."""
+    heads = normal(1, 2, length, 3, 2, 64).unbind(2)
+    query, key, value = heads
+    value[1] = float("inf")
+    arrived = torch.zeros(2 * 2 * -(-length // 64) if divided else 0, dtype=torch.int32)
+    got = triton_attention.attention(query, key, value, arrived)
+    torch.testing.assert_close(got[0], attention_reference(query, key, value, arrived)[0], rtol=1e-5, atol=1e-5)
+    assert not arrived.any()

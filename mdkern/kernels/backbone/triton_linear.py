@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
 
 
 # Of products to heads, to an MLP's hidden units, and back to the stream; for streams narrower than 256 and for others.
-HEADS, GELU, ADDED = Tiling(64, 128, 4, 4), Tiling(128, 128, 8, 3), Tiling(64, 128, 4, 6)
+HEADS, GELU, ADDED = Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3), Tiling(64, 128, 4, 6)
 NARROW_HEADS, NARROW_GELU, NARROW_ADDED = Tiling(64, 64, 4, 3), Tiling(64, 128, 4, 3), Tiling(64, 64, 4, 3)
 
 
@@ -98,17 +98,19 @@ def product_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    product = tl.zeros([ROWS, BLOCK], tl.float32)
-    for k in range(0, INNER, DEPTH):
-        product = tl.dot(x.load([row_tile * ROWS, k]), weight.load([column_tile * BLOCK, k]).T, product)
-    if sums is not None:
+    if sums is not None:  # read before the product, which hides what that takes
         total = tl.zeros([ROWS], tl.float32)
         squares = tl.zeros([ROWS], tl.float32)
         for span in tl.static_range(SPANS):
             total += tl.load(sums + 2 * span * rows + row, mask=there, other=0.0)
             squares += tl.load(sums + (2 * span + 1) * rows + row, mask=there, other=0.0)
         mean = total / INNER
-        product *= tl.rsqrt(tl.maximum(squares / INNER - mean * mean, 0.0) + eps)[:, None]
+        over_spread = tl.rsqrt(tl.maximum(squares / INNER - mean * mean, 0.0) + eps)
+    product = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in range(0, INNER, DEPTH):
+        product = tl.dot(x.load([row_tile * ROWS, k]), weight.load([column_tile * BLOCK, k]).T, product)
+    if sums is not None:
+        product *= over_spread[:, None]
     if bias is not None:
         product += tl.load(bias + column).to(tl.float32)[None, :]
     if GELU:

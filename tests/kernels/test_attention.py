@@ -1,0 +1,87 @@
+"""Attention of a few sequences: where it runs, what it refuses, and that it is as exact as PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdkern.kernels.backbone import attention as few
+from mdkern.kernels.backbone.attention import attention, attention_operator, attention_reference, new_arrivals, pays
+from mdkern.kernels.invariant import batch_invariant
+from tests.problems.backbone import normal
+
+CPU = torch.device("cpu")
+
+
+def heads(batch: int, length: int, count: int, head_dim: int = 64, kinds: int = 3) -> tuple[Tensor, ...]:
+    return normal(1, batch, length, kinds, count, head_dim).unbind(2)[:3]
+
+
+def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few, "is_hopper", lambda _: True)
+    monkeypatch.setattr(few, "num_sms", lambda _: 132)
+
+    def serves(batch: int, length: int, count: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return pays(*(x.to(dtype) for x in torch.empty(batch, length, 3, count, head_dim).unbind(2)))
+
+    assert [serves(batch, 1024, 12) for batch in (1, 2, 4, 5, 16)] == [True, True, True, False, False]
+    assert serves(16, 256, 3, dtype=torch.float16)
+    assert not serves(1, 1024, 12, dtype=torch.float32)
+    assert not serves(1, 1024, 12, head_dim=128)
+    with batch_invariant():
+        assert not serves(1, 1024, 12)
+    query, key, value = (x.bfloat16() for x in heads(2, 64, 2))
+    assert pays(query, key, value)
+    assert not pays(query[:, :8], key, value)
+    assert not pays(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    assert not pays(*(x[:, 1:] for x in (query, key, value))), "the sequences do not follow each other"
+    monkeypatch.setattr(few, "is_hopper", lambda _: False)
+    assert not pays(query, key, value)
+
+
+def test_two_programs_share_the_keys_of_one_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few, "num_sms", lambda _: 132)
+    counts = {(1, 1024, 12): 192, (2, 1024, 12): 0, (1, 1000, 12): 0, (16, 256, 3): 0, (1, 4096, 3): 192}
+    assert {shape: len(new_arrivals(*shape, CPU)) for shape in counts} == counts
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    query, key, value = heads(2, 10, 3)
+    with pytest.raises(ValueError, match="one shape"):
+        attention(query, key[:, :9], value, new_arrivals(2, 10, 3, CPU))
+    with pytest.raises(ValueError, match="arrived"):
+        attention(query, key, value, torch.zeros(5, dtype=torch.int32))
+
+
+def test_reference_is_the_softmax() -> None:
+    query, key, value = heads(2, 10, 3)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 8
+    want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
+    torch.testing.assert_close(attention(query, key, value, new_arrivals(2, 10, 3, CPU)), want)
+
+
+def test_operator_is_registered_right() -> None:
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(attention_operator, (*heads(2, 10, 3), torch.zeros(0, dtype=torch.int32)), test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1024, 12), (2, 1024, 12), (16, 256, 3), (3, 200, 2), (1, 1100, 12), (1, 1, 1)])
+def test_gpu_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Against float64, again and again with the same counters; a sequence's infinite values are its own."""
+    query, key, value = (x.to("cuda", dtype).contiguous() for x in heads(*shape))
+    packed = torch.stack([query, key, value], 2)
+    query, key, value = packed.unbind(2)
+    arrived = new_arrivals(*shape, query.device)
+    exact = attention_reference(query.double(), key.double(), value.double(), arrived)
+    plain = attention_reference(query, key, value, arrived)
+    got = attention(query, key, value, arrived)
+    assert (got - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-6
+    for _ in range(5):
+        assert torch.equal(attention(query, key, value, arrived), got)
+    assert not arrived.any()
+    if shape[0] > 1:
+        value[-1] = float("inf")
+        assert torch.equal(attention(query, key, value, arrived)[:-1], got[:-1])
