@@ -370,7 +370,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arriv
 
     With `arrived`, the counters of `kernels.backbone.attention`, that runs where it pays.
     """
-    if arrived is not None and mask is None and few.pays(query, key, value):
-        return few.attention(query, key, value, arrived)
+    if arrived is not None and few.pays(query, key, value, mask):
+        return few.attention(query, key, value, arrived, mask)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -23,35 +23,47 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "num_sms", lambda _: 132)
 
     def serves(batch: int, length: int, count: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return pays(*(x.to(dtype) for x in torch.empty(batch, length, 3, count, head_dim).unbind(2)))
+        return pays(*torch.empty(batch, length, 3, count, head_dim, dtype=dtype).unbind(2), None)
 
     assert [serves(batch, 1024, 12) for batch in (1, 2, 4, 5, 16)] == [True, True, True, False, False]
     assert serves(16, 256, 3, dtype=torch.float16)
     assert not serves(1, 1024, 12, dtype=torch.float32)
     assert not serves(1, 1024, 12, head_dim=128)
     with batch_invariant():
-        assert not serves(1, 1024, 12)
-    query, key, value = (x.bfloat16() for x in heads(2, 64, 2))
-    assert pays(query, key, value)
-    assert not pays(query[:, :8], key, value)
-    assert not pays(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    assert not pays(*(x[:, 1:] for x in (query, key, value))), "the sequences do not follow each other"
+        assert all(serves(batch, 1024, 12) for batch in (1, 16))
+        assert not serves(1, 1024, 12, head_dim=128)
+    query, key, value = torch.empty(2, 64, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
+    mask = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+    some = query[:, :8].contiguous()
+    assert pays(query, key, value, None)
+    assert not pays(query, key, value, mask)
+    assert not pays(some, key, value, None)
+    with batch_invariant():
+        assert pays(query, key, value, mask)
+        assert pays(some, key, value, None)
+    assert not pays(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None)
+    assert not pays(*(x[:, 1:] for x in (query, key, value)), None), "the sequences do not follow each other"
     monkeypatch.setattr(few, "is_hopper", lambda _: False)
-    assert not pays(query, key, value)
+    assert not pays(query, key, value, None)
 
 
 def test_two_programs_share_the_keys_of_one_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "num_sms", lambda _: 132)
     counts = {(1, 1024, 12): 192, (2, 1024, 12): 0, (1, 1000, 12): 0, (16, 256, 3): 0, (1, 4096, 3): 192}
     assert {shape: len(new_arrivals(*shape, CPU)) for shape in counts} == counts
+    with batch_invariant():
+        assert not any(len(new_arrivals(*shape, CPU)) for shape in counts)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     query, key, value = heads(2, 10, 3)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="must be"):
         attention(query, key[:, :9], value, new_arrivals(2, 10, 3, CPU))
     with pytest.raises(ValueError, match="arrived"):
         attention(query, key, value, torch.zeros(5, dtype=torch.int32))
+    for mask in (torch.ones(10, 10), torch.ones(3, 1, 1, 10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="mask"):
+            attention(query, key, value, new_arrivals(2, 10, 3, CPU), mask)
 
 
 def test_reference_is_the_softmax() -> None:
@@ -63,7 +75,9 @@ def test_reference_is_the_softmax() -> None:
 
 def test_operator_is_registered_right() -> None:
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(attention_operator, (*heads(2, 10, 3), torch.zeros(0, dtype=torch.int32)), test_utils=checks)
+    torch.library.opcheck(
+        attention_operator, (*heads(2, 10, 3), torch.zeros(0, dtype=torch.int32), None), test_utils=checks
+    )
 
 
 @pytest.mark.gpu
@@ -75,8 +89,8 @@ def test_gpu_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dt
     packed = torch.stack([query, key, value], 2)
     query, key, value = packed.unbind(2)
     arrived = new_arrivals(*shape, query.device)
-    exact = attention_reference(query.double(), key.double(), value.double(), arrived)
-    plain = attention_reference(query, key, value, arrived)
+    exact = attention_reference(query.double(), key.double(), value.double(), arrived, None)
+    plain = attention_reference(query, key, value, arrived, None)
     got = attention(query, key, value, arrived)
     assert (got - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-6
     for _ in range(5):
@@ -85,3 +99,26 @@ def test_gpu_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dt
     if shape[0] > 1:
         value[-1] = float("inf")
         assert torch.equal(attention(query, key, value, arrived)[:-1], got[:-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 100, 128, 200, 300, 1024])
+def test_gpu_bits_in_the_batch_invariant_mode_are_those_of_a_sequence_alone(length: int, dtype: torch.dtype) -> None:
+    """Beside others, before padding that it does not see with and without a mask for each row, and for some queries."""
+    query, key, value = torch.stack([x.to("cuda", dtype) for x in heads(5, 1100, 3)], 2).unbind(2)
+    none = torch.zeros(0, dtype=torch.int32, device="cuda")
+    seen = (torch.arange(1100, device="cuda") < length).expand(5, 1, 1, -1)
+    chosen = torch.tensor(sorted({0, length // 3, length - 1}), device="cuda")
+    with batch_invariant():
+        alone = [x[2:3, :length].contiguous() for x in (query, key, value)]
+        want = attention(*alone, none)
+        exact = attention_reference(*(x.double() for x in alone), none, None)
+        assert (want - exact).norm() <= 1.1 * (attention_reference(*alone, none, None) - exact).norm() + 1e-6
+        assert torch.equal(attention(query, key, value, none, seen)[2:3, :length], want)
+        by_row = seen.expand(-1, -1, 1100, -1).contiguous()
+        assert torch.equal(attention(query, key, value, none, by_row)[2:3, :length], want)
+        some = query[:, chosen].contiguous()
+        assert torch.equal(attention(some, key, value, none, seen)[2:3], want[:, chosen])
+        several = [x[:, :length].contiguous() for x in (query, key, value)]
+        assert torch.equal(attention(*several, none)[2:3], want)

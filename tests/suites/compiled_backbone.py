@@ -352,15 +352,21 @@ def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, p
         assert "UTMALDG" in built.asm["sass"]
 
 
-def attention(capability: int, splits: int, even: bool) -> None:
+def attention(capability: int, splits: int, even: bool, masked: bool = False) -> None:
     """Of heads with 64 columns; two programs must fit on a multiprocessor."""
     types = {"query": f"tensordesc<bf16[{triton_attention.QUERIES}, 64]>", "out": "*bf16", "scale": "fp32"}
-    types |= dict.fromkeys(("key", "value"), f"tensordesc<bf16[{triton_attention.KEYS}, 64]>")
-    types |= dict.fromkeys(("length", "span"), "i32")
+    keys = triton_attention.MASKED_KEYS if masked else triton_attention.KEYS
+    types |= dict.fromkeys(("key", "value"), f"tensordesc<bf16[{keys}, 64]>")
+    types |= dict.fromkeys(("queries", "length", "span", "mask_batch", "mask_row", "mask_column"), "i32")
+    types |= {"mask": "*u8"} if masked else {}
     types |= {"parts": "*fp32", "states": "*fp32", "arrived": "*i32"} if splits > 1 else {}
-    constants = {"HEADS": 12, "DIM": 64, "EVEN": even, "SPLITS": splits, "EARLY": True}
-    constants |= {"ROWS": triton_attention.QUERIES, "COLUMNS": triton_attention.KEYS}
-    options = {"num_warps": triton_attention.WARPS, "num_stages": triton_attention.STAGES, "launch_pdl": True}
+    constants = {"HEADS": 12, "DIM": 64, "EVEN": even, "SPLITS": splits, "EARLY": True, "MASK_ROWS": even}
+    constants |= {"ROWS": triton_attention.QUERIES, "COLUMNS": keys}
+    options = {
+        "num_warps": triton_attention.WARPS,
+        "num_stages": triton_attention.MASKED_STAGES if masked else triton_attention.STAGES,
+        "launch_pdl": True,
+    }
     built = build(triton_attention.attention_kernel, ASTSource, capability, types, constants, **options)
     if capability == 90:
         assert built.metadata.shared <= 227 * 1024 // 2
@@ -404,6 +410,8 @@ def main() -> None:
     for capability in (90, 100):
         for splits in (1, 2):
             attention(capability, splits, even=splits == 1)
+        for even in (False, True):
+            attention(capability, 1, even, masked=True)
         middle_product(capability, triton_linear.HEADS, added=False, pairs=32, spans=6)
         middle_product(capability, triton_linear.NARROW_HEADS, added=False, pairs=32)
         middle_product(capability, triton_linear.GELU, added=False, spans=6)

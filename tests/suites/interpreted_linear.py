@@ -68,10 +68,23 @@ def test_residual_updates_are_the_references(sequences: int, summed: bool) -> No
 @pytest.mark.parametrize("divided", [False, True])
 def test_attention_is_the_references(length: int, divided: bool) -> None:
     """Whole tiles of keys, one in part and several; what follows a sequence is not seen, be it infinite."""
-    heads = normal(1, 2, length, 3, 2, 64).unbind(2)
-    query, key, value = heads
+    query, key, value = normal(1, 2, length, 3, 2, 64).unbind(2)
     value[1] = float("inf")
     arrived = torch.zeros(2 * 2 * -(-length // 64) if divided else 0, dtype=torch.int32)
-    got = triton_attention.attention(query, key, value, arrived)
-    torch.testing.assert_close(got[0], attention_reference(query, key, value, arrived)[0], rtol=1e-5, atol=1e-5)
+    got = triton_attention.attention(query, key, value, arrived, None)
+    torch.testing.assert_close(got[0], attention_reference(query, key, value, arrived, None)[0], rtol=1e-5, atol=1e-5)
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("shape", [(70, 140), (2, 1, 1, 140), (2, 1, 70, 140)])
+def test_attention_with_a_mask_is_the_references(shape: tuple[int, ...]) -> None:
+    """Fewer queries than keys; one that sees nothing gives 0."""
+    query, (key, value) = normal(1, 2, 70, 2, 64), normal(2, 2, 140, 2, 2, 64).unbind(2)
+    mask = normal(3, *shape) > 0.5
+    mask[..., 0] = True
+    if shape[-2] > 1:
+        mask[..., 3, :] = False
+    arrived = torch.zeros(0, dtype=torch.int32)
+    got = triton_attention.attention(query, key, value, arrived, mask)
+    want = attention_reference(query, key, value, arrived, mask).nan_to_num(0.0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

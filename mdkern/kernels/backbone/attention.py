@@ -1,4 +1,4 @@
-"""`attention`: every query of a sequence sees all its keys, for a few sequences on a Hopper GPU.
+"""`attention`: attention of a Hopper GPU's own, for a few sequences, and for any in the batch-invariant mode.
 
 cuDNN gives a program 128 queries, which leaves most of the card idle when there are few. This file has the contract,
 the reference in plain PyTorch and the rule by which `dit_fused` chooses; `triton_attention` is the kernel. Times:
@@ -22,10 +22,10 @@ MOST_ROUNDS = 6  # programs for each multiprocessor; above that cuDNN is faster
 FEW_ROUNDS, LONG = 2, 1024  # programs for each multiprocessor and keys, for which two programs share the keys out
 
 
-def attention_reference(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor) -> Tensor:
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None) -> Tensor:
     """`attention` in plain PyTorch."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 attention_operator = operator(
@@ -50,22 +50,20 @@ def new_arrivals(batch: int, length: int, heads: int, device: torch.device) -> T
 
 def is_divided(tiles: int, length: int, device: torch.device) -> bool:
     """Whether two programs share the keys of a tile of queries."""
-    return length >= LONG and tiles <= FEW_ROUNDS * num_sms(device)
+    return length >= LONG and tiles <= FEW_ROUNDS * num_sms(device) and not is_batch_invariant()
 
 
-def pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attention` takes such tensors and is the faster way. Its bits depend on the number of sequences, so that
-    it is not for the batch-invariant mode."""
-    batch, length, heads, head_dim = query.shape
-    return (
-        is_hopper(query.device)
-        and not is_batch_invariant()
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape == key.shape == value.shape
-        and head_dim == HEAD_DIM
-        and tiles_of(batch, length, heads) <= MOST_ROUNDS * num_sms(query.device)
-        and all(map(is_matrix, (query, key, value)))
-    )
+def pays(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attention` takes such tensors and is the faster way.
+
+    In the batch-invariant mode that does not depend on how many sequences, queries and keys there are.
+    """
+    heads, head_dim = query.shape[2:]
+    fits = is_hopper(query.device) and query.dtype in (torch.bfloat16, torch.float16) and head_dim == HEAD_DIM
+    if not fits or key.shape[2] != heads or not all(map(is_matrix, (query, key, value))):
+        return False
+    few = tiles_of(*query.shape[:3]) <= MOST_ROUNDS * num_sms(query.device)
+    return is_batch_invariant() or (mask is None and query.shape == key.shape and few)
 
 
 def is_matrix(x: Tensor) -> bool:
@@ -76,26 +74,38 @@ def is_matrix(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.stride(2) == head_dim and follow and aligned
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None = None) -> Tensor:
     """``softmax(query @ key.T / sqrt(head_dim)) @ value`` of each sequence and head (FlashAttention-2, 2307.08691).
 
+    In the batch-invariant mode the bits of a row depend on its query and on the keys and values that it sees, with
+    their columns, as the keys are added up in tiles counted from column 0.
+
     Args:
-        query, key, value: bfloat16 or float16 ``[B, L, H, 64]``, as matrices ``[B * L, H * 64]``: `pays` tells.
-        arrived: int32, the `new_arrivals` of this shape. Calls that may run at the same time need one each.
+        query: bfloat16 or float16 ``[B, Q, H, 64]``, as a matrix ``[B * Q, H * 64]``: `pays` tells.
+        key, value: the same, ``[B, L, H, 64]``.
+        arrived: int32, the `new_arrivals` of Q = L. Calls that may run at the same time need one each. Empty, or with a
+            mask or fewer queries not used.
+        mask: bool, True where a query sees a key, broadcastable to ``[B, 1, Q, L]``; None: all see all.
 
     Returns:
-        ``[B, L, H * 64]``, contiguous.
+        ``[B, Q, H * 64]``, contiguous. On a GPU a query that sees nothing gives 0.
 
     Raises:
-        ValueError: shapes that differ, or `arrived` of another shape.
+        ValueError: arguments that do not fit each other.
     """
-    batch, length, heads, _ = query.shape
-    if not query.shape == key.shape == value.shape:
+    (batch, queries, heads, head_dim), length = query.shape, key.shape[1]
+    if key.shape != (batch, length, heads, head_dim) or key.shape != value.shape:
+        shapes = [list(x.shape) for x in (query, key, value)]
+        raise ValueError(f"query, key and value must be [B, Q, H, D] and twice [B, L, H, D], not {shapes}")
+    if mask is not None and (
+        mask.dtype != torch.bool or mask.ndim not in (2, 4) or mask.shape[:-2].numel() not in (1, batch)
+    ):
         raise ValueError(
-            f"query, key and value must have one shape, not {[list(x.shape) for x in (query, key, value)]}"
+            f"mask must be bool and broadcastable to {[batch, 1, queries, length]}, not {list(mask.shape)}"
         )
+    if mask is not None or queries != length:
+        arrived = arrived[:0]
     tiles = tiles_of(batch, length, heads)
-    wanted = (tiles if is_divided(tiles, length, query.device) else 0,)
-    check_tensor("arrived", arrived, wanted, torch.int32, query.device)
-    result: Tensor = attention_operator(query, key, value, arrived)
+    check_tensor("arrived", arrived, (tiles if len(arrived) else 0,), torch.int32, query.device)
+    result: Tensor = attention_operator(query, key, value, arrived, mask)
     return result

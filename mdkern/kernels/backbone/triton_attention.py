@@ -17,68 +17,89 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mdkern.kernels.backbone.attention import QUERIES
 from mdkern.kernels.device import launches_early
+from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.kernels.triton_common import LOG2E
 
-KEYS = 128  # of a step
-WARPS, STAGES = 4, 2
+WARPS = 4
+KEYS, STAGES = 128, 2  # of a step, loaded ahead
+MASKED_KEYS, MASKED_STAGES = 64, 3  # with a mask, which takes registers
 
 
-@triton.jit(do_not_specialize=["length", "span"])
+@triton.jit(do_not_specialize=["queries", "length", "span", "mask_batch", "mask_row", "mask_column"])
 def attention_kernel(
-    query,  # descriptors of [B * L, H * DIM]
-    key,
+    query,  # descriptor of [B * Q, H * DIM]
+    key,  # descriptors of [B * L, H * DIM]
     value,
-    out,  # [B * L, H * DIM]
+    mask,  # uint8
+    out,  # [B * Q, H * DIM]
     parts,  # [tiles, SPLITS, ROWS, DIM]; with SPLITS > 1, as the next two
     states,  # [tiles, SPLITS, 2, ROWS]
     arrived,  # [tiles]
+    queries,  # Q
     length,  # L
     span,  # keys of a program, a multiple of COLUMNS
+    mask_batch,  # strides
+    mask_row,
+    mask_column,
     scale,  # times log2(e)
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     EVEN: tl.constexpr,  # whether COLUMNS divides L
+    MASK_ROWS: tl.constexpr,  # whether queries of a sequence differ in what they see
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
     program, split = tl.program_id(0), tl.program_id(1)
-    row_tiles = tl.cdiv(length, ROWS)
-    first_row = program % row_tiles * ROWS
+    row_tiles = tl.cdiv(queries, ROWS)
+    number = program % row_tiles * ROWS + tl.arange(0, ROWS)
+    there = number < queries
     head = program // row_tiles % HEADS
-    sequence = program // row_tiles // HEADS * length
+    sequence = program // row_tiles // HEADS
+    row = (sequence * queries + number).to(tl.int64)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, DIM], tl.float32)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    q = query.load([sequence + first_row, head * DIM])
+    q = query.load([sequence * queries + program % row_tiles * ROWS, head * DIM])
     for start in range(split * span, tl.minimum(split * span + span, length), COLUMNS):
-        x = tl.dot(q, key.load([sequence + start, head * DIM]).T)
-        v = value.load([sequence + start, head * DIM])
+        x = tl.dot(q, key.load([sequence * length + start, head * DIM]).T)
+        v = value.load([sequence * length + start, head * DIM])
+        column = start + tl.arange(0, COLUMNS)
         if not EVEN:  # what follows is of the next sequence
-            column = start + tl.arange(0, COLUMNS)
             x += tl.where(column < length, 0.0, -float("inf"))[None, :]
             v = tl.where((column < length)[:, None], v, 0.0)
+        if mask is not None:
+            shown = mask + sequence.to(tl.int64) * mask_batch + column[None, :].to(tl.int64) * mask_column
+            seen = (column < length)[None, :]
+            if MASK_ROWS:
+                shown += number[:, None].to(tl.int64) * mask_row
+                seen = seen & there[:, None]
+            x = tl.where(tl.load(shown, mask=seen, other=0) != 0, x, -float("inf"))
+        # Rounded before it is compared, so that where the maximum stays the factor is exactly 1, whatever follows.
         peak = tl.maximum(top, tl.max(x, 1) * scale)
-        weight = tl.exp2(x * scale - peak[:, None])
-        rescale = tl.exp2(top - peak)
+        anchor = peak
+        if mask is not None:
+            anchor = tl.where(peak == -float("inf"), 0.0, peak)
+        weight = tl.exp2(x * scale - anchor[:, None])
+        rescale = tl.exp2(top - anchor)
         total = total * rescale + tl.sum(weight, 1)
         attended = tl.dot(weight.to(v.dtype), v, attended * rescale[:, None])
         top = peak
 
-    number = tl.arange(0, ROWS)
-    there = (first_row + number < length)[:, None]
-    row = (sequence + first_row + number).to(tl.int64)
     to = out + row[:, None] * (HEADS * DIM) + head * DIM + tl.arange(0, DIM)[None, :]
     if SPLITS == 1:
-        tl.store(to, (attended / total[:, None]).to(out.dtype.element_ty), mask=there)
+        if mask is not None:
+            total = tl.where(total == 0.0, 1.0, total)
+        tl.store(to, (attended / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
     else:
         at = parts + program.to(tl.int64) * (SPLITS * ROWS * DIM)
-        at += number[:, None] * DIM + tl.arange(0, DIM)[None, :]
-        state = states + program * (SPLITS * 2 * ROWS) + number
+        place = tl.arange(0, ROWS)
+        at += place[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        state = states + program * (SPLITS * 2 * ROWS) + place
         tl.store(at + split * (ROWS * DIM), attended)
         tl.store(state + split * (2 * ROWS), top)
         tl.store(state + split * (2 * ROWS) + ROWS, total)
@@ -93,7 +114,7 @@ def attention_kernel(
                 weight = tl.exp2(tl.load(state + part * (2 * ROWS), cache_modifier=".cg") - peak)
                 total += weight * tl.load(state + part * (2 * ROWS) + ROWS, cache_modifier=".cg")
                 attended += tl.load(at + part * (ROWS * DIM), cache_modifier=".cg") * weight[:, None]
-            tl.store(to, (attended / total[:, None]).to(out.dtype.element_ty), mask=there)
+            tl.store(to, (attended / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
             tl.store(arrived + program, 0)
 
 
@@ -103,13 +124,21 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, dim])
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None) -> Tensor:
     """`attention` on a GPU (or, on the CPU, in Triton's interpreter). Counters say that two programs share the keys."""
-    batch, length, heads, dim = query.shape
-    out = query.new_empty(batch, length, heads * dim)
-    tiles, splits = triton.cdiv(length, QUERIES) * heads * batch, 1 + bool(arrived.numel())
+    (batch, queries, heads, dim), length = query.shape, key.shape[1]
+    out = query.new_empty(batch, queries, heads * dim)
+    tiles, splits = triton.cdiv(queries, QUERIES) * heads * batch, 1 + bool(arrived.numel())
     if not tiles:
         return out
+    if is_batch_invariant() and mask is None:  # one compiled kernel for all
+        mask = query.new_ones(length, dtype=torch.bool)
+    by_row = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
+    keys, stages, strides = KEYS, STAGES, (0, 0, 0)
+    if mask is not None:
+        seen = mask.expand(batch, 1, queries, length)
+        keys, stages, strides = MASKED_KEYS, MASKED_STAGES, (seen.stride(0), seen.stride(2), seen.stride(3))
+        mask = mask.view(torch.uint8)
     parts = states = None
     if splits > 1:
         parts = torch.empty((tiles, splits, QUERIES, dim), dtype=torch.float32, device=query.device)
@@ -117,24 +146,28 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor) -> Ten
     early = launches_early(query.device)
     attention_kernel[(tiles, splits)](
         describe(query, QUERIES),
-        describe(key, KEYS),
-        describe(value, KEYS),
+        describe(key, keys),
+        describe(value, keys),
+        mask,
         out,
         parts,
         states,
         arrived if splits > 1 else None,
+        queries,
         length,
-        triton.cdiv(triton.cdiv(length, KEYS), splits) * KEYS,
+        triton.cdiv(triton.cdiv(length, keys), splits) * keys,
+        *strides,
         dim**-0.5 * LOG2E.value,
         HEADS=heads,
         DIM=dim,
-        EVEN=length % KEYS == 0,
+        EVEN=length % keys == 0,
+        MASK_ROWS=by_row,
         SPLITS=splits,
         ROWS=QUERIES,
-        COLUMNS=KEYS,
+        COLUMNS=keys,
         EARLY=early,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=stages,
         launch_pdl=early,
     )
     return out
