@@ -131,13 +131,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
     tiles, splits = triton.cdiv(queries, QUERIES) * heads * batch, 1 + bool(arrived.numel())
     if not tiles:
         return out
-    if is_batch_invariant() and mask is None:  # one compiled kernel for all
-        mask = query.new_ones(length, dtype=torch.bool)
     by_row = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
-    keys, stages, strides = KEYS, STAGES, (0, 0, 0)
+    small = mask is not None or is_batch_invariant()  # a mask must not change the tile there
+    keys, stages = (MASKED_KEYS, MASKED_STAGES) if small else (KEYS, STAGES)
+    strides = 0, 0, 0
     if mask is not None:
         seen = mask.expand(batch, 1, queries, length)
-        keys, stages, strides = MASKED_KEYS, MASKED_STAGES, (seen.stride(0), seen.stride(2), seen.stride(3))
+        strides = seen.stride(0), seen.stride(2), seen.stride(3)
         mask = mask.view(torch.uint8)
     parts = states = None
     if splits > 1:
