@@ -249,7 +249,8 @@ def hidden(
         fp8 = folds.precision == "fp8"
         folds = folds if (pays(batch * length, input_ids) if fp8 else folds_fit(model, batch * length)) else None
     stream = None
-    arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device)
+    whole = model.config.block_causal is None  # whether every query of a text sees the same
+    arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device) if whole else None
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
@@ -368,9 +369,10 @@ def queries_at(block: Block, normed: Tensor, positions: Tensor, tables: tuple[Te
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arrived: Tensor | None = None) -> Tensor:
     """Attention of ``[B, L, H, head_dim]`` each, of any strides -> ``[B, Lq, H * head_dim]``.
 
-    With `arrived`, the counters of `kernels.backbone.attention`, that runs where it pays.
+    With `arrived`, the counters of `kernels.backbone.attention`, that runs where it pays. Its `mask` then is that of
+    padding, ``[B, 1, 1, L]``.
     """
     if arrived is not None and few.pays(query, key, value, mask):
-        return few.attention(query, key, value, arrived, mask)
+        return few.attention(query, key, value, arrived, None if mask is None else mask[:, 0, 0])
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

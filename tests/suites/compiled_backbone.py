@@ -357,10 +357,10 @@ def attention(capability: int, splits: int, even: bool, masked: bool = False) ->
     types = {"query": f"tensordesc<bf16[{triton_attention.QUERIES}, 64]>", "out": "*bf16", "scale": "fp32"}
     keys = triton_attention.MASKED_KEYS if masked else triton_attention.KEYS
     types |= dict.fromkeys(("key", "value"), f"tensordesc<bf16[{keys}, 64]>")
-    types |= dict.fromkeys(("queries", "length", "span", "mask_batch", "mask_row", "mask_column"), "i32")
+    types |= dict.fromkeys(("queries", "length", "span"), "i32")
     types |= {"mask": "*u8"} if masked else {}
     types |= {"parts": "*fp32", "states": "*fp32", "arrived": "*i32"} if splits > 1 else {}
-    constants = {"HEADS": 12, "DIM": 64, "EVEN": even, "SPLITS": splits, "EARLY": True, "MASK_ROWS": even}
+    constants = {"HEADS": 12, "DIM": 64, "EVEN": even, "SPLITS": splits, "EARLY": True}
     constants |= {"ROWS": triton_attention.QUERIES, "COLUMNS": keys}
     options = {
         "num_warps": triton_attention.WARPS,

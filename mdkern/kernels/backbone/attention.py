@@ -25,7 +25,8 @@ FEW_ROUNDS, LONG = 2, 1024  # programs for each multiprocessor and keys, for whi
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None) -> Tensor:
     """`attention` in plain PyTorch."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    seen = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
 
 
 attention_operator = operator(
@@ -85,7 +86,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
         key, value: the same, ``[B, L, H, 64]``.
         arrived: int32, the `new_arrivals` of Q = L. Calls that may run at the same time need one each. Empty, or with a
             mask or fewer queries not used.
-        mask: bool, True where a query sees a key, broadcastable to ``[B, 1, Q, L]``; None: all see all.
+        mask: bool ``[B, L]``, True at the keys that a sequence sees; None: all.
 
     Returns:
         ``[B, Q, H * 64]``, contiguous. On a GPU a query that sees nothing gives 0.
@@ -97,12 +98,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
     if key.shape != (batch, length, heads, head_dim) or key.shape != value.shape:
         shapes = [list(x.shape) for x in (query, key, value)]
         raise ValueError(f"query, key and value must be [B, Q, H, D] and twice [B, L, H, D], not {shapes}")
-    if mask is not None and (
-        mask.dtype != torch.bool or mask.ndim not in (2, 4) or mask.shape[:-2].numel() not in (1, batch)
-    ):
-        raise ValueError(
-            f"mask must be bool and broadcastable to {[batch, 1, queries, length]}, not {list(mask.shape)}"
-        )
+    check_tensor("mask", mask, (batch, length), torch.bool, query.device)
     if mask is not None or queries != length:
         arrived = arrived[:0]
     tiles = tiles_of(batch, length, heads)

@@ -25,12 +25,12 @@ KEYS, STAGES = 128, 2  # of a step, loaded ahead
 MASKED_KEYS, MASKED_STAGES = 64, 3  # with a mask, which takes registers
 
 
-@triton.jit(do_not_specialize=["queries", "length", "span", "mask_batch", "mask_row", "mask_column"])
+@triton.jit(do_not_specialize=["queries", "length", "span"])
 def attention_kernel(
     query,  # descriptor of [B * Q, H * DIM]
     key,  # descriptors of [B * L, H * DIM]
     value,
-    mask,  # uint8
+    mask,  # uint8 [B, L]
     out,  # [B * Q, H * DIM]
     parts,  # [tiles, SPLITS, ROWS, DIM]; with SPLITS > 1, as the next two
     states,  # [tiles, SPLITS, 2, ROWS]
@@ -38,14 +38,10 @@ def attention_kernel(
     queries,  # Q
     length,  # L
     span,  # keys of a program, a multiple of COLUMNS
-    mask_batch,  # strides
-    mask_row,
-    mask_column,
     scale,  # times log2(e)
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     EVEN: tl.constexpr,  # whether COLUMNS divides L
-    MASK_ROWS: tl.constexpr,  # whether queries of a sequence differ in what they see
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -73,12 +69,8 @@ def attention_kernel(
             x += tl.where(column < length, 0.0, -float("inf"))[None, :]
             v = tl.where((column < length)[:, None], v, 0.0)
         if mask is not None:
-            shown = mask + sequence.to(tl.int64) * mask_batch + column[None, :].to(tl.int64) * mask_column
-            seen = (column < length)[None, :]
-            if MASK_ROWS:
-                shown += number[:, None].to(tl.int64) * mask_row
-                seen = seen & there[:, None]
-            x = tl.where(tl.load(shown, mask=seen, other=0) != 0, x, -float("inf"))
+            seen = tl.load(mask + sequence.to(tl.int64) * length + column, mask=column < length, other=0) != 0
+            x = tl.where(seen[None, :], x, -float("inf"))
         # Rounded before it is compared, so that where the maximum stays the factor is exactly 1, whatever follows.
         peak = tl.maximum(top, tl.max(x, 1) * scale)
         anchor = peak
@@ -131,14 +123,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
     tiles, splits = triton.cdiv(queries, QUERIES) * heads * batch, 1 + bool(arrived.numel())
     if not tiles:
         return out
-    by_row = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
     small = mask is not None or is_batch_invariant()  # a mask must not change the tile there
     keys, stages = (MASKED_KEYS, MASKED_STAGES) if small else (KEYS, STAGES)
-    strides = 0, 0, 0
-    if mask is not None:
-        seen = mask.expand(batch, 1, queries, length)
-        strides = seen.stride(0), seen.stride(2), seen.stride(3)
-        mask = mask.view(torch.uint8)
     parts = states = None
     if splits > 1:
         parts = torch.empty((tiles, splits, QUERIES, dim), dtype=torch.float32, device=query.device)
@@ -148,7 +134,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
         describe(query, QUERIES),
         describe(key, keys),
         describe(value, keys),
-        mask,
+        None if mask is None else mask.contiguous().view(torch.uint8),
         out,
         parts,
         states,
@@ -156,12 +142,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: 
         queries,
         length,
         triton.cdiv(triton.cdiv(length, keys), splits) * keys,
-        *strides,
         dim**-0.5 * LOG2E.value,
         HEADS=heads,
         DIM=dim,
         EVEN=length % keys == 0,
-        MASK_ROWS=by_row,
         SPLITS=splits,
         ROWS=QUERIES,
         COLUMNS=keys,
