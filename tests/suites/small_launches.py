@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mdkern.kernels.backbone import fp8_skinny, joint, linear, linear_fp8, skinny
+from mdkern.kernels.backbone.attention import attention_operator, tiles_of
 from mdkern.kernels.backbone.experts import gated_experts, listed_experts, places_of
 from mdkern.kernels.backbone.quantise import (
     FP8,
@@ -111,6 +112,15 @@ def products_of_narrow_models(device: str) -> Iterator[Tensor]:
     yield linear.linear_gelu(stream, up, normal(8, 4 * width, dtype=HALF, device=device), sums=sums)
 
 
+def few_sequences(device: str) -> Iterator[Tensor]:
+    """Whole tiles of keys and one in part, keys that two programs share out, and keys that are not seen."""
+    for length, divided, masked in ((128, False, False), (200, True, False), (200, False, True)):
+        query, key, value = normal(1, 2, length, 3, 2, 64, dtype=HALF, device=device).unbind(2)
+        counters = torch.zeros(tiles_of(2, length, 2) if divided else 0, dtype=torch.int32, device=device)
+        mask = (normal(2, 2, length) > 0).to(device) if masked else None
+        yield attention_operator(query, key, value, counters, mask)
+
+
 def rounding(device: str) -> Iterator[Tensor]:
     x = normal(1, 70, 200, dtype=HALF, device=device)
     yield Scaled(*quantise_rows(x)).wide()
@@ -149,6 +159,7 @@ LAUNCHES: dict[str, Callable[[str], Iterator[Tensor]]] = {
     "windows": windows,
     "fp8": products_in_fp8,
     "narrow": products_of_narrow_models,
+    "attention": few_sequences,
     "quantise": rounding,
     "experts": mixtures_of_experts,
     "head_fp8": output_layer_in_float8,
