@@ -14,8 +14,8 @@ from tests.problems.backbone import normal
 CPU = torch.device("cpu")
 
 
-def heads(batch: int, length: int, count: int, head_dim: int = 64, kinds: int = 3) -> tuple[Tensor, ...]:
-    return normal(1, batch, length, kinds, count, head_dim).unbind(2)[:3]
+def heads(batch: int, length: int, count: int) -> tuple[Tensor, ...]:
+    return normal(1, batch, length, 3, count, 64).unbind(2)
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

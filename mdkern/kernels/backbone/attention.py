@@ -18,7 +18,7 @@ from mdkern.kernels.operator import operator
 
 QUERIES = 64  # of a program
 HEAD_DIM = 64  # the kernel's only one
-MOST_ROUNDS = 6  # programs for each multiprocessor; above that cuDNN is faster
+MOST_ROUNDS = 6  # programs for each multiprocessor; as many as were timed, and faster than cuDNN
 FEW_ROUNDS, LONG = 2, 1024  # programs for each multiprocessor and keys, for which two programs share the keys out
 
 
