@@ -37,6 +37,7 @@ from mdkern.kernels.backbone import (
     triton_swiglu,
     triton_window_attention,
 )
+from tests.suites.gluon import short_lived_barriers
 
 
 def build(
@@ -266,6 +267,7 @@ def product(
     options = {name: value for name, value in setting.items() if not name.isupper()}
     constants = {name: value for name, value in setting.items() if name.isupper()} | constants
     built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
+    assert short_lived_barriers(built.asm["ttgir"]) == []
     assert built.metadata.shared <= 227 * 1024
     sass = built.asm["sass"]
     assert sass.count("WARPGROUP.DEPBAR") < sass.count("GMMA."), "each waits for the one before it"

@@ -323,8 +323,12 @@ def vocab_projection_skinny_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(asked, count=CONSUMERS)
-    held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(held, count=1)
+    held = asked
+    # Only barriers that somebody waits for: the compiler gives the memory of others to the noise, and numbers that are
+    # written where a barrier was initialised are undefined.
+    if CONSUMERS > 1:
+        held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(held, count=1)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
@@ -333,9 +337,10 @@ def vocab_projection_skinny_kernel(
     noises = gl.allocate_shared_memory(gl.float32, [NOISE_STAGES, GROUP_SIZE, ROWS], plain)
     drawn = gl.allocate_shared_memory(gl.int64, [NOISE_STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [NOISE_STAGES, 1], mbarrier.MBarrierLayout())
-    for noise_stage in gl.static_range(NOISE_STAGES):
-        mbarrier.init(drawn.index(noise_stage), count=1)
-        mbarrier.init(used.index(noise_stage), count=1)
+    if MODE == MIXED:
+        for noise_stage in gl.static_range(NOISE_STAGES):
+            mbarrier.init(drawn.index(noise_stage), count=1)
+            mbarrier.init(used.index(noise_stage), count=1)
     fence_async_shared()
     gdc_wait()  # the previous kernel may not have ended
     gdc_launch_dependents()  # lets the reduce kernel start, which waits for the results of this one
