@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mdkern.kernels.backbone.hopper_tile import PART, ROWS, SPAN, WARPGROUPS, WIDE, _corner, _halves
+from mdkern.kernels.backbone.triton_folded_norm import pair_sums, quad_sums
 from mdkern.kernels.gluon_common import ring_advance
 
 FLAT = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
@@ -87,6 +88,12 @@ def _scaled(x, aside, HALF: gl.constexpr, NUMBER: gl.constexpr):
     shift = aside.index(2 * HALF).slice(NUMBER * PART, PART).load(gl.SliceLayout(0, WIDE))
     factor = aside.index(2 * HALF + 1).slice(NUMBER * PART, PART).load(gl.SliceLayout(0, WIDE))
     return x * factor[None, :] + shift[None, :]
+
+
+@gluon.jit
+def _row_sums(x):
+    """Sums of rows of 64 columns. Four threads hold a row; they exchange their sums with the second next one first."""
+    return gl.convert_layout(gl.sum(quad_sums(x), 1), gl.SliceLayout(1, WIDE), True)
 
 
 @gluon.jit
@@ -173,8 +180,9 @@ def _consume(
             first += held[0].to(gl.float32)
             second += held[1].to(gl.float32)
             if sums is not None:  # of the values before rounding, which are still in registers
-                total += gl.sum(first + second, 1)
-                squares += gl.sum(first * first + second * second, 1)
+                added, squared = pair_sums(first, second)
+                total += _row_sums(added)
+                squares += _row_sums(squared)
             near.store(first.to(stream.dtype))
             far.store(second.to(stream.dtype))
             fence_async_shared()

@@ -27,6 +27,7 @@ NARROW_ROWS = 256  # of less than `COLUMN_TILE` columns: one text and sixteen th
 MOST_MIDDLE_ROWS = 1280  # with more, of at least 256 columns, cuBLAS makes up for what follows its products
 MIDDLE_PART = 64  # columns of the smallest tile of `triton_linear`
 MIDDLE_HALF = 32  # half of the heads that it rotates
+MOST_ALIKE_ROWS = 2048  # in the batch-invariant mode; with more the tiles of `hopper_linear` are as fast
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
@@ -119,15 +120,16 @@ def linear_residual_on_gpu(
 def launcher(x: Tensor, weight: Tensor, sums: Tensor | None, columns: int) -> ModuleType | None:
     """The module whose kernels run a product, if their `sums`, over rows of `columns` numbers, are in its spans.
 
-    Without sums `triton_linear` is no faster than cuBLAS and a pass of its own for what follows.
+    Without sums `triton_linear` is no faster than cuBLAS and a pass of its own for what follows. In the batch-invariant
+    mode it runs few rows of what is `runs_fused`, with or without sums.
     """
     if sums is not None and columns != sums.shape[0] * span_of_sums(x.shape[0], columns):
         return None
-    if runs_fused(x, weight):
+    if runs_fused(x, weight) and not is_alike(x.shape[0]):
         from mdkern.kernels.backbone import launch_linear
 
         return launch_linear
-    if sums is not None and runs_in_the_middle(x, weight):
+    if runs_fused(x, weight) or (sums is not None and runs_in_the_middle(x, weight)):
         from mdkern.kernels.backbone import triton_linear
 
         return triton_linear
@@ -163,6 +165,12 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def is_alike(rows: int) -> bool:
+    """Whether `triton_linear` stands in for the Hopper kernels, whose bits it gives: for few rows in the batch-invariant
+    mode."""
+    return is_batch_invariant() and rows <= MOST_ALIKE_ROWS
+
+
 def runs_in_the_middle(x: Tensor, weight: Tensor) -> bool:
     """Whether `triton_linear` runs the product: too few tiles for `runs_fused`, too many rows for memory to tell."""
     columns, inner = weight.shape
@@ -196,7 +204,7 @@ def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
 
 def span_of_sums(rows: int, width: int) -> int:
     """Columns of each sum that `linear_residual` writes for so many rows of a stream of so many columns."""
-    if not has_few_rows(rows, width):
+    if not (has_few_rows(rows, width) or is_alike(rows)):
         return SPAN
     return 2 * MIDDLE_PART if width >= COLUMN_TILE and width % (2 * MIDDLE_PART) == 0 else MIDDLE_PART
 

@@ -11,6 +11,24 @@ from mdkern.kernels.backbone.folded_norm import fold_norm_reference
 from mdkern.kernels.backbone.modulated_norm import fits
 from mdkern.kernels.backbone.norm_constants import NEAR_ZERO, ROUNDS
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
+from mdkern.kernels.triton_common import halves
+
+
+@triton.jit
+def pair_sums(first, second):
+    """Sums and sums of squares of the entries of two tensors. The order is fixed here, not by the compiler."""
+    return first + second, tl.fma(first, first, second * second)
+
+
+@triton.jit
+def quad_sums(x):
+    """``[R, 64]`` added up to ``[R, 4]``, in a fixed order. On Hopper tensor cores each of the 16 columns that a sum is
+    of lies in the registers of one thread."""
+    left, right = halves(x)
+    left, right = halves(left + right)
+    left, right = halves(left + right)
+    even, odd = (left + right).reshape(x.shape[0], 4, 2).split()
+    return even + odd
 
 
 @triton.jit

@@ -17,7 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mdkern.kernels.backbone.folded_norm import SPAN
 from mdkern.kernels.backbone.norm_constants import EPS
+from mdkern.kernels.backbone.triton_folded_norm import pair_sums, quad_sums
 from mdkern.kernels.device import launches_early
+from mdkern.kernels.triton_common import halves
 
 DEPTH = 64  # of the inner dimension in a step
 GROUP = 8  # row tiles that take all columns before the next ones begin
@@ -42,7 +44,7 @@ NARROW_HEADS, NARROW_GELU, NARROW_ADDED = Tiling(64, 64, 4, 3), Tiling(64, 128, 
 def _gelu(x, FAST: tl.constexpr):
     """GELU in the tanh form; FAST, on a GPU: with a hyperbolic tangent accurate to 2^-11, half of the other's time."""
     if FAST:
-        inner = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        inner = x * (0.7978845608028654 + 0.035677408136300125 * (x * x))
         tanh: tl.constexpr = "tanh.approx.f32 $0, $1;"
         turned = tl.inline_asm_elementwise(tanh, "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1)
         half = 0.5 * x
@@ -51,6 +53,22 @@ def _gelu(x, FAST: tl.constexpr):
         inner = x * (x * x * 0.044715 + 1.0)
         x = x / (1.0 + tl.exp2(inner * -GELU_SCALE))
     return x
+
+
+@triton.jit
+def _row_sums(x):
+    """Sum and sum of squares of each row of 64 or 128 columns, added up as `hopper_residual` adds 128."""
+    if x.shape[1] == 128:
+        total, squares = pair_sums(*halves(x))
+    else:
+        total, squares = x, x * x
+    left, right = halves(quad_sums(total))
+    total = left + right
+    left, right = halves(quad_sums(squares))
+    squares = left + right
+    left, right = total.split()
+    first, second = squares.split()
+    return left + right, first + second
 
 
 @triton.jit(do_not_specialize=["rows", "length", "rotated", "gate_rows"])
@@ -101,9 +119,14 @@ def product_kernel(
     if sums is not None:  # read before the product, which hides what that takes
         total = tl.zeros([ROWS], tl.float32)
         squares = tl.zeros([ROWS], tl.float32)
-        for span in tl.static_range(SPANS):
-            total += tl.load(sums + 2 * span * rows + row, mask=there, other=0.0)
-            squares += tl.load(sums + (2 * span + 1) * rows + row, mask=there, other=0.0)
+        for span in tl.static_range(0, SPANS, 2):  # in pairs, so that two of 128 columns are one of `hopper_residual`
+            of_pair = tl.load(sums + 2 * span * rows + row, mask=there, other=0.0)
+            squares_of_pair = tl.load(sums + (2 * span + 1) * rows + row, mask=there, other=0.0)
+            if span + 1 < SPANS:
+                of_pair += tl.load(sums + (2 * span + 2) * rows + row, mask=there, other=0.0)
+                squares_of_pair += tl.load(sums + (2 * span + 3) * rows + row, mask=there, other=0.0)
+            total += of_pair
+            squares += squares_of_pair
         mean = total / INNER
         over_spread = tl.rsqrt(tl.maximum(squares / INNER - mean * mean, 0.0) + eps)
     product = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -119,10 +142,10 @@ def product_kernel(
         left, right = product.reshape(ROWS, BLOCK // (2 * HALF), 2, HALF).permute(0, 1, 3, 2).split()
         angle = (row % length)[:, None] * HALF + tl.arange(0, HALF)[None, :]
         turns = column_tile * BLOCK < rotated
-        c = tl.where(turns, tl.load(cos + angle), 1.0)[:, None, :]
-        s = tl.where(turns, tl.load(sin + angle), 0.0)[:, None, :]
-        turned = tl.join(left * c - right * s, right * c + left * s)
-        product = turned.permute(0, 1, 3, 2).reshape(ROWS, BLOCK)
+        c = tl.load(cos + angle)[:, None, :]
+        s = tl.load(sin + angle)[:, None, :]
+        left, right = tl.where(turns, left * c - right * s, left), tl.where(turns, right * c + left * s, right)
+        product = tl.join(left, right).permute(0, 1, 3, 2).reshape(ROWS, BLOCK)
     at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     if stream is None:
         tl.store(out + at, product.to(out.dtype.element_ty), mask=there[:, None])
@@ -136,8 +159,9 @@ def product_kernel(
         product = held + opened * product
         tl.store(stream + at, product.to(stream.dtype.element_ty), mask=there[:, None])
         if new_sums is not None:
-            tl.store(new_sums + 2 * column_tile * rows + row, tl.sum(product, 1), mask=there)
-            tl.store(new_sums + (2 * column_tile + 1) * rows + row, tl.sum(product * product, 1), mask=there)
+            total, squares = _row_sums(product)
+            tl.store(new_sums + 2 * column_tile * rows + row, total, mask=there)
+            tl.store(new_sums + (2 * column_tile + 1) * rows + row, squares, mask=there)
 
 
 def launch(
@@ -195,9 +219,10 @@ def launch(
     )
 
 
-def choose_tiling(width: int, columns: int, rotated: int, gelu: bool) -> Tiling:
-    """The tiles of a product to heads or hidden units, whole ones with either all or none of their columns rotated."""
-    narrow = width < SPAN
+def choose_tiling(width: int, columns: int, rotated: int, gelu: bool, head: int = 0) -> Tiling:
+    """The tiles of a product to heads or hidden units, whole ones with either all or none of their columns rotated, and
+    with whole heads."""
+    narrow = width < SPAN and head <= NARROW_HEADS.columns
     wanted = (NARROW_GELU if narrow else GELU) if gelu else (NARROW_HEADS if narrow else HEADS)
     return wanted if columns % wanted.columns == rotated % wanted.columns == 0 else NARROW_HEADS
 
@@ -218,7 +243,8 @@ def linear(
 ) -> None:
     """As `launch_linear.linear`."""
     if tiling is None:
-        tiling = choose_tiling(x.shape[1], out.shape[1], rotated, gelu)
+        head = 0 if cos is None else 2 * cos.shape[1]
+        tiling = choose_tiling(x.shape[1], out.shape[1], rotated, gelu, head)
     launch(
         x, weight, tiling, out=out, bias=bias, cos=cos, sin=sin, length=length, rotated=rotated, gelu=gelu, sums=sums,
     )  # fmt: skip
