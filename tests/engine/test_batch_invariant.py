@@ -12,6 +12,7 @@ import mdkern
 from mdkern import adapt, decoders
 from mdkern.engine import resolve_batch_invariant
 from mdkern.engine.graphs import mark_of
+from mdkern.kernels.backbone import linear
 from mdkern.kernels.invariant import batch_invariant, is_batch_invariant
 from mdkern.models import DiT
 from tests.conftest import random_dit
@@ -159,7 +160,8 @@ def check_in_any_company(model: Any, rows: list[Tensor], paddings: tuple[int, ..
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("settings", RUNS)
-def test_bits_of_texts_in_any_company(size: str, settings: str) -> None:
+def test_bits_of_texts_in_any_company(monkeypatch: pytest.MonkeyPatch, size: str, settings: str) -> None:
+    monkeypatch.setattr(linear, "MOST_ALIKE_ROWS", 300)  # so that texts alone and together have different kernels
     shape = {"vocab_size": 2000, "mask_id": 1999, "max_length": 256}
     model = random_dit(1, **shape, **SIZES[size]).to("cuda", torch.bfloat16).requires_grad_(False)
     check_in_any_company(model, texts(1999, 128), (0, 37, 5, 1, 64), **RUNS[settings])

@@ -166,8 +166,7 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_alike(rows: int) -> bool:
-    """Whether `triton_linear` stands in for the Hopper kernels, whose bits it gives: for few rows in the batch-invariant
-    mode."""
+    """Whether `triton_linear` runs what is `runs_fused`, with the same bits: few rows in the batch-invariant mode."""
     return is_batch_invariant() and rows <= MOST_ALIKE_ROWS
 
 
