@@ -66,9 +66,6 @@ def fp8_skinny_kernel(
     BLOCK_INNER: tl.constexpr,
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     place = tl.program_id(0) * BLOCK
     split = tl.program_id(1)
     SPAN: tl.constexpr = INNER // SPLITS
@@ -77,6 +74,16 @@ def fp8_skinny_kernel(
     there = row < rows
     read = x + row[:, None].to(tl.int64) * x_stride + split * SPAN + inner[None, :]
     entry = weight + (place + column).to(tl.int64)[:, None] * INNER + split * SPAN + inner[None, :]
+    # No kernel before this one that lets it begin early writes the weight's scales.
+    column_scale = tl.load(weight_scales + place + column)[:, None]
+    if GATED:
+        beside_scale = tl.load(weight_scales + COLUMNS + place + column)[:, None]
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    if x_scales is not None:  # a tile's scale is loaded while the tile before it is multiplied
+        scale_at = x_scales + row * (TILES if TILED else 1) + split * (SPAN // BLOCK_INNER if TILED else 0)
+        next_scale = tl.load(scale_at, mask=there, other=0.0)
     product = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
     if GATED:
         beside = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
@@ -87,7 +94,9 @@ def fp8_skinny_kernel(
             scale, inverse = scale_and_inverse(tl.max(tl.abs(wide), 1))
             some = (wide * inverse[:, None]).to(tl.float8e4nv)
         elif TILED:
-            scale = tl.load(x_scales + row * TILES + (split * SPAN + k) // BLOCK_INNER, mask=there, other=0.0)
+            scale = next_scale
+            scale_at += 1
+            next_scale = tl.load(scale_at, mask=there & (k + BLOCK_INNER < SPAN), other=0.0)
         if GATED:
             product = tl.dot(tl.load(entry + k), tl.trans(some), product)
             beside = tl.dot(tl.load(entry + COLUMNS * INNER + k), tl.trans(some), beside)
@@ -95,14 +104,13 @@ def fp8_skinny_kernel(
             product += tl.dot(tl.load(entry + k), tl.trans(some)) * scale[None, :]
         else:
             product = tl.dot(tl.load(entry + k), tl.trans(some), product)
-    product *= tl.load(weight_scales + place + column)[:, None]
+    product *= column_scale
     if GATED:
-        beside *= tl.load(weight_scales + COLUMNS + place + column)[:, None]
+        beside *= beside_scale
     if (x_scales is not None) and not TILED:
-        scale = tl.load(x_scales + row, mask=there, other=0.0)
-        product *= scale[None, :]
+        product *= next_scale[None, :]
         if GATED:
-            beside *= scale[None, :]
+            beside *= next_scale[None, :]
     if bias is not None:
         added = tl.load(bias + place + column).to(tl.float32)[:, None]
         product += added if SPLITS == 1 else tl.where(split == 0, added, 0.0)
