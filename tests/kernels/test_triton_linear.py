@@ -45,15 +45,16 @@ def test_it_stands_in_for_the_hopper_kernels_in_the_batch_invariant_mode(monkeyp
     monkeypatch.setattr(linear, "is_hopper", lambda _: True)
     weight = torch.empty(512, 256, dtype=torch.bfloat16)
 
-    def runs(rows: int, summed: bool) -> str:
+    def runs(rows: int, summed: bool, most: int = linear.MOST_ALIKE_ROWS) -> str:
         x = torch.empty(rows, 256, dtype=torch.bfloat16)
-        kernels = linear.launcher(x, weight, linear.sums_of_stream(x) if summed else None, 256)
+        kernels = linear.launcher(x, weight, linear.sums_of_stream(x) if summed else None, 256, most)
         return "none" if kernels is None else kernels.__name__.rsplit(".", 1)[1]
 
     for summed in (False, True):
         with batch_invariant():
             assert [runs(rows, summed) for rows in (1, 1024, 2048)] == ["triton_linear"] * 3
             assert [runs(rows, summed) for rows in (2049, 5000)] == ["launch_linear"] * 2
+            assert [runs(rows, summed, 1280) for rows in (1280, 1281)] == ["triton_linear", "launch_linear"]
         assert [runs(rows, summed) for rows in (1, 2049, 5000)] == ["none", "none", "launch_linear"]
 
 

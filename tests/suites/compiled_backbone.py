@@ -274,14 +274,16 @@ def product(
     return built
 
 
-def linear(element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: int = 0, spans: int = 0) -> None:
+def linear(
+    element: str = "bf16", bias: bool = True, gelu: bool = False, pairs: int = 0, spans: int = 0, sums: int = 1
+) -> None:
     types = dict.fromkeys(hopper_linear.COUNTS, "i32")
     types |= {"left": descriptor(element, [64, 64]), "right": descriptor(element, [256, 64])}
     types |= {"out": descriptor(element, [64, 64])}
     types |= {"bias": f"*{element}"} if bias else {}
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
     types |= {"sums": "*fp32"} if spans else {}
-    product(hopper_linear.linear_kernel, types, {"BK": 64, "GELU": gelu, "PAIRS": pairs, "SPANS": spans})
+    product(hopper_linear.linear_kernel, types, {"BK": 64, "GELU": gelu, "PAIRS": pairs, "SPANS": spans, "SUMS": sums})
 
 
 def linear_fp8(gelu: bool, pairs: int) -> None:
@@ -289,7 +291,7 @@ def linear_fp8(gelu: bool, pairs: int) -> None:
     types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [256, 128])}
     types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
-    product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0})
+    product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0, "SUMS": 1})
 
 
 def resident_fp8(width: int) -> None:
@@ -424,6 +426,7 @@ def main() -> None:
     linear(pairs=64, bias=False, element="fp16")
     linear(gelu=True)
     linear(gelu=True, spans=3)
+    linear(gelu=True, spans=3, sums=2)
     residual(bias=False)
     residual(bias=False, sums=True)
     residual()

@@ -52,14 +52,23 @@ def _gelu_of_twice(h):
 
 
 @gluon.jit
-def _one_over_spread(sums, row, rows, SPANS: gl.constexpr):
+def _of_span(sums, span, squared: gl.constexpr, at, rows, SUMS: gl.constexpr):
+    """The sums of a span of 256 columns, which may be of two halves."""
+    x = gl.load(sums + (2 * SUMS * span + squared) * rows + at, mask=at < rows, other=0.0)
+    if SUMS == 2:
+        x += gl.load(sums + (2 * SUMS * span + 2 + squared) * rows + at, mask=at < rows, other=0.0)
+    return x
+
+
+@gluon.jit
+def _one_over_spread(sums, row, rows, SPANS: gl.constexpr, SUMS: gl.constexpr):
     """One over the standard deviation of a tile's rows, from their sums and sums of squares."""
     at = row + gl.arange(0, PADDED, layout=PAIRWISE)
-    total = gl.load(sums + at, mask=at < rows, other=0.0)
-    squares = gl.load(sums + rows + at, mask=at < rows, other=0.0)
+    total = _of_span(sums, 0, 0, at, rows, SUMS)
+    squares = _of_span(sums, 0, 1, at, rows, SUMS)
     for span in gl.static_range(1, SPANS):
-        total += gl.load(sums + 2 * span * rows + at, mask=at < rows, other=0.0)
-        squares += gl.load(sums + (2 * span + 1) * rows + at, mask=at < rows, other=0.0)
+        total += _of_span(sums, span, 0, at, rows, SUMS)
+        squares += _of_span(sums, span, 1, at, rows, SUMS)
     mean = total / (SPANS * SPAN)
     variance = squares / (SPANS * SPAN) - mean * mean
     return gl.rsqrt(gl.maximum(variance, 0.0) + EPS)
@@ -174,7 +183,9 @@ def _step(products, rings, stage, phase, HALF: gl.constexpr, FIRST: gl.constexpr
 
 
 @gluon.jit
-def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, FACTOR: gl.constexpr):
+def _set_aside(
+    tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.constexpr, SUMS: gl.constexpr, FACTOR: gl.constexpr
+):  # fmt: skip
     """Fetch what the epilogue needs into shared memory, as there is no room for it in registers."""
     bias, _, _, sums, scale, level = tables
     _, _, _, aside, _, _ = rings
@@ -187,7 +198,7 @@ def _set_aside(tables, rings, row, column, rows, HALF: gl.constexpr, SPANS: gl.c
     if level is not None:
         fetched_level = gl.load(level + at)
     if sums is not None:
-        spreads.index(HALF).store(_one_over_spread(sums, row, rows, SPANS) * FACTOR)
+        spreads.index(HALF).store(_one_over_spread(sums, row, rows, SPANS, SUMS) * FACTOR)
     if bias is not None:
         shifts.index(HALF).store(fetched)
     if scale is not None:
@@ -252,6 +263,7 @@ def _consume(
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,  # head_dim / 2
     SPANS: gl.constexpr,  # spans of a row of the left matrix that there are sums of; 0: no sums
+    SUMS: gl.constexpr,  # of a span: 1, or 2 of halves
 ):
     """A consumer warpgroup: multiplies the tiles and finishes their product."""
     _, cos, sin, _, _, _ = tables
@@ -271,7 +283,7 @@ def _consume(
         column += HALF * COLUMNS
         nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=product_layout)
         products = _step((nothing, nothing, nothing), rings, stage, phase, HALF, True)
-        _set_aside(tables, rings, row, column, rows, HALF, SPANS, FACTOR)
+        _set_aside(tables, rings, row, column, rows, HALF, SPANS, SUMS, FACTOR)
         a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # lets all three run on
         previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
         stage, phase = ring_advance(stage, phase, STAGES)
@@ -333,6 +345,7 @@ def linear_kernel(
     GELU: gl.constexpr,
     PAIRS: gl.constexpr,
     SPANS: gl.constexpr,
+    SUMS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     left_ring = gl.allocate_shared_memory(left.dtype, [STAGES * BLOCKS, ROWS, BK], left.layout)
@@ -356,8 +369,8 @@ def linear_kernel(
     tables = (bias, cos, sin, sums, scale, level)
     gl.warp_specialize(
         [
-            (_consume, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
-            (_consume, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS)),
+            (_consume, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
+            (_consume, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
             (_produce, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],

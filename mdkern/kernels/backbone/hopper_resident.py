@@ -153,7 +153,7 @@ def _consume(
         mbarrier.wait(turns.index(HALF), turn)
         turn ^= 1
         products = _step((nothing, nothing, nothing), rings, barriers, stage, phase, 0, rows_phase, True)
-        _set_aside(tables, rings, row, column, rows, HALF, 0, FACTOR)
+        _set_aside(tables, rings, row, column, rows, HALF, 0, 1, FACTOR)
         a, b, c = warpgroup_mma_wait(BLOCKS, deps=products)  # lets all three run on
         previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
         stage, phase = ring_advance(stage, phase, STAGES)

@@ -66,6 +66,7 @@ def linear(
     """``out = [gelu] (x @ weight.T + bias)``, the first `rotated` columns rotated by `cos`, `sin`.
 
     With `sums`, the `row_sums` of `x`, each row of the product is divided by the standard deviation of its row of `x`.
+    They are of spans of 256 columns, or of half as many.
     With matrices in e4m3 `scale` multiplies the columns of the product, and `level`, if given, those of the result.
     """
     depth = LINE // x.element_size()
@@ -91,7 +92,8 @@ def linear(
         PROGRAMS=programs,
         GELU=gelu,
         PAIRS=0 if cos is None else cos.shape[1],
-        SPANS=0 if sums is None else sums.shape[0],
+        SPANS=0 if sums is None else x.shape[1] // SPAN.value,
+        SUMS=1 if sums is None else sums.shape[0] * SPAN.value // x.shape[1],
         **SETTING,
     )
 

@@ -27,7 +27,7 @@ NARROW_ROWS = 256  # of less than `COLUMN_TILE` columns: one text and sixteen th
 MOST_MIDDLE_ROWS = 1280  # with more, of at least 256 columns, cuBLAS makes up for what follows its products
 MIDDLE_PART = 64  # columns of the smallest tile of `triton_linear`
 MIDDLE_HALF = 32  # half of the heads that it rotates
-MOST_ALIKE_ROWS = 2048  # in the batch-invariant mode; with more the tiles of `hopper_linear` are as fast
+MOST_ALIKE_ROWS = 2048  # in the batch-invariant mode `triton_linear` adds products of as many to the stream
 FEWEST_ROWS = 4096  # with fewer, column tiles of 256 leave most multiprocessors of a Hopper GPU without work
 
 
@@ -87,7 +87,7 @@ def linear_rotary_on_gpu(
     bias: Tensor | None,
     sums: Tensor | None,
 ) -> Tensor:
-    kernels = launcher(x, weight, sums, x.shape[1])
+    kernels = launcher(x, weight, sums, x.shape[1], MOST_MIDDLE_ROWS)
     in_the_middle = kernels is not None and not runs_fused(x, weight)
     if kernels is None or not (cos.shape[1] == MIDDLE_HALF if in_the_middle else rotates_fused(cos, heads)):
         return linear_rotary_reference(x, weight, cos, sin, heads, length, bias, sums)
@@ -98,7 +98,7 @@ def linear_rotary_on_gpu(
 
 
 def linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
-    kernels = launcher(x, weight, sums, x.shape[1])
+    kernels = launcher(x, weight, sums, x.shape[1], MOST_MIDDLE_ROWS)
     if kernels is None:
         return linear_gelu_reference(x, weight, bias, sums)
     out = new_product(x, weight)
@@ -110,22 +110,22 @@ def linear_residual_on_gpu(
     stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, sums: Tensor | None
 ) -> None:
     in_place = adds_in_place(x, weight, gate, sums is not None)
-    kernels = launcher(x, weight, sums, weight.shape[0]) if in_place else None
+    kernels = launcher(x, weight, sums, weight.shape[0], MOST_ALIKE_ROWS) if in_place else None
     if kernels is None:
         linear_residual_reference(stream, x, weight, bias, gate, sums)
     else:
         kernels.linear_residual(stream, x, weight, bias, gate, sums)
 
 
-def launcher(x: Tensor, weight: Tensor, sums: Tensor | None, columns: int) -> ModuleType | None:
+def launcher(x: Tensor, weight: Tensor, sums: Tensor | None, columns: int, most: int) -> ModuleType | None:
     """The module whose kernels run a product, if their `sums`, over rows of `columns` numbers, are in its spans.
 
     Without sums `triton_linear` is no faster than cuBLAS and a pass of its own for what follows. In the batch-invariant
-    mode it runs few rows of what is `runs_fused`, with or without sums.
+    mode it runs at most `most` rows of what is `runs_fused`, with or without sums and with the same bits.
     """
     if sums is not None and columns != sums.shape[0] * span_of_sums(x.shape[0], columns):
         return None
-    if runs_fused(x, weight) and not is_alike(x.shape[0]):
+    if runs_fused(x, weight) and not (is_batch_invariant() and x.shape[0] <= most):
         from mdkern.kernels.backbone import launch_linear
 
         return launch_linear
@@ -165,11 +165,6 @@ def runs_fused(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def is_alike(rows: int) -> bool:
-    """Whether `triton_linear` runs what is `runs_fused`, with the same bits: few rows in the batch-invariant mode."""
-    return is_batch_invariant() and rows <= MOST_ALIKE_ROWS
-
-
 def runs_in_the_middle(x: Tensor, weight: Tensor) -> bool:
     """Whether `triton_linear` runs the product: too few tiles for `runs_fused`, too many rows for memory to tell."""
     columns, inner = weight.shape
@@ -203,7 +198,7 @@ def reads_in_bulk(x: Tensor, weight: Tensor) -> bool:
 
 def span_of_sums(rows: int, width: int) -> int:
     """Columns of each sum that `linear_residual` writes for so many rows of a stream of so many columns."""
-    if not (has_few_rows(rows, width) or is_alike(rows)):
+    if not (has_few_rows(rows, width) or (is_batch_invariant() and rows <= MOST_ALIKE_ROWS)):
         return SPAN
     return 2 * MIDDLE_PART if width >= COLUMN_TILE and width % (2 * MIDDLE_PART) == 0 else MIDDLE_PART
 

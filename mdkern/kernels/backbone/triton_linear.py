@@ -36,7 +36,8 @@ class Tiling(NamedTuple):
 
 
 # Of products to heads, to an MLP's hidden units, and back to the stream; for streams narrower than 256 and for others.
-HEADS, GELU, ADDED = Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3), Tiling(64, 128, 4, 6)
+HEADS, GELU, ADDED = Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3), Tiling(64, 128, 4, 4)
+MANY_ADDED, FEW_ADDED = Tiling(128, 128, 8, 4), 1280  # and most rows for which `ADDED` is faster
 NARROW_HEADS, NARROW_GELU, NARROW_ADDED = Tiling(64, 64, 4, 3), Tiling(64, 128, 4, 3), Tiling(64, 64, 4, 3)
 
 
@@ -263,5 +264,6 @@ def linear_residual(
     if tiling is None:
         width = stream.shape[1]
         spans = width / ADDED.columns if sums is None else sums.shape[0]
-        tiling = ADDED if spans * ADDED.columns == width and width % ADDED.columns == 0 else NARROW_ADDED
+        wanted = ADDED if x.shape[0] <= FEW_ADDED else MANY_ADDED
+        tiling = wanted if spans * wanted.columns == width and width % wanted.columns == 0 else NARROW_ADDED
     launch(x, weight, tiling, bias=bias, gate=gate, stream=stream, new_sums=sums)
