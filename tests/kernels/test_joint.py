@@ -10,7 +10,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mdkern.kernels.backbone import hopper_joint, joint, launch_joint
-from mdkern.kernels.backbone.joint_tiles import TILINGS, Tiling, choose_tiling, pays
+from mdkern.kernels.backbone.joint_tiles import IN_PARTS, TILINGS, Tiling, choose_tiling, pays
+from mdkern.kernels.backbone.rms_norm import rms_norm, rms_norm_reference
+from mdkern.kernels.invariant import batch_invariant
 from tests.problems.backbone import normal
 from tests.problems.gluon_on_cpu import OnCpu
 
@@ -53,6 +55,73 @@ def test_gate_and_up_wherever_they_are(tiling: Tiling, places: tuple[int, int]) 
     launch_joint.launch(x, [gate, up], [None, bias], out, True, tiling)
     want = F.silu(F.linear(x.float(), gate.float())) * F.linear(x.float(), up.float(), bias.float())
     torch.testing.assert_close(out.float(), want, rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("tiling", SMALL)
+@pytest.mark.parametrize(("rows", "width", "depth"), [(300, 320, 72), (33, 64, 16)])
+def test_an_early_launch_reads_the_rows_when_they_are_there(
+    tiling: Tiling, rows: int, width: int, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More steps than the ring has places, or fewer; more tiles than programs, or fewer."""
+    given, weight = small_integers(0, rows, depth), small_integers(1, width, depth)
+    x = torch.full_like(given, torch.nan)
+    kernel = OnCpu(hopper_joint.joint_kernel, earlier=lambda: x.copy_(given))
+    monkeypatch.setattr(launch_joint, "joint_kernel", kernel)
+    monkeypatch.setattr(launch_joint, "runs_early", lambda *_: True)
+    out = torch.full((rows, width), torch.nan, dtype=x.dtype)
+    launch_joint.launch(x, [weight], [None], out, False, tiling)
+    assert torch.equal(out, F.linear(given, weight))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("rows", [33, 256, 300])
+@pytest.mark.parametrize(("width", "depth", "biased"), [(192, 64, True), (128, 192, False), (320, 64, True)])
+def test_parts_of_a_product(rows: int, width: int, depth: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that come late; parts of one step or of more steps than the ring has places; more tiles than programs."""
+    given, weight = small_integers(0, rows, depth), small_integers(1, width, depth)
+    bias = small_integers(2, 1, width)[0] if biased else None
+    x = torch.full_like(given, torch.nan)
+    kernel = OnCpu(hopper_joint.joint_kernel, earlier=lambda: x.copy_(given))
+    monkeypatch.setattr(launch_joint, "joint_kernel", kernel)
+    out = torch.full((4 * joint.whole_tiles(x), width), torch.nan, dtype=x.dtype)
+    launch_joint.launch(x, [weight], [bias], out, False, IN_PARTS, 4)
+    got = out.view(4, -1, width)[:, :rows]
+    for part, columns in enumerate(torch.arange(depth).chunk(4)):
+        want = F.linear(given[:, columns], weight[:, columns], bias if part == 0 else None)
+        assert torch.equal(got[part], want)
+
+
+def test_parts_that_are_rounded_add_up_as_exactly_as_a_rounded_product() -> None:
+    x, (weight, bias) = normal(1, 200, 1024).bfloat16(), (normal(2, 256, 1024) / 32, normal(3, 256))
+    layer = weight.bfloat16(), bias.bfloat16()
+    want, parts = exact(x, layer), joint.joint_parts(x, *layer)
+    assert (parts.shape, parts.dtype) == ((4, 200, 256), torch.bfloat16)
+    assert relative_error(parts.double().sum(0), want) <= 1.05 * relative_error(want.bfloat16(), want)
+    stream = normal(4, 200, 256).bfloat16()
+    got, plain = stream.clone(), stream.clone()
+    rms_norm(got, torch.ones(256), 1e-5, update=parts)
+    rms_norm(plain, torch.ones(256), 1e-5, update=F.linear(x, *layer))
+    want += stream.double()
+    assert relative_error(got, want) <= 1.05 * relative_error(plain, want)
+
+
+def test_where_passes_are_launched_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaDA's 8B on 132 multiprocessors; 3,584 columns would leave some idle, and 5,120 take two rounds."""
+    monkeypatch.setattr(joint, "is_hopper", lambda _: True)
+    monkeypatch.setattr(joint, "num_sms", lambda _: 132)
+    device = torch.device("cuda", 0)
+    for rows, width, want in ((256, 4096, True), (129, 4096, True), (128, 4096, False), (257, 4096, False)):
+        assert joint.runs_early(rows, width, device) == want
+    for width in (768, 2048, 3584, 5120):
+        assert not joint.runs_early(256, width, device)
+    x, out, down = (torch.zeros(rows, 1024).bfloat16() for rows in (256, 4096, 4096))
+    assert joint.runs_joint_parts(x, out)
+    assert not joint.runs_joint_parts(x[:, :960], down[:, :960].contiguous())  # parts of 3.75 steps
+    assert not joint.runs_joint_parts(x.float(), out.float())
+    with batch_invariant():
+        assert not joint.runs_joint_parts(x, out)
+        assert not joint.runs_early(256, 4096, device)
 
 
 def test_what_tma_cannot_copy_runs_by_other_kernels() -> None:
@@ -137,3 +206,62 @@ def test_gpu_products_are_as_exact_as_pytorchs(rows: int, inner: int, widths: tu
     assert joint.runs_joint_swiglu(x, gate[0], up[0]) or (rows, hidden) == (65, 18944)  # half of the rows are padding
     want = F.silu(exact(x, gate)) * exact(x, up)
     assert relative_error(joint.joint_swiglu(x, gate, up), want) <= 1.05 * relative_error(want.to(x.dtype), want)
+
+
+EARLY_ROWS = [129, 160, 250, 256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", EARLY_ROWS)
+@pytest.mark.parametrize(("dtype", "biased"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_gpu_products_in_parts(rows: int, dtype: torch.dtype, biased: bool) -> None:
+    for inner in (4096, 12288):
+        x, layer = normal(1, rows, inner, dtype=dtype, device="cuda"), layer_of(2, 4096, inner, dtype, biased)
+        assert joint.runs_joint_parts(x, layer[0])
+        want = exact(x, layer)
+        got = joint.joint_parts(x, *layer).double().sum(0)
+        assert relative_error(got, want) <= 1.05 * relative_error(F.linear(x, *layer), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", EARLY_ROWS)
+@pytest.mark.parametrize(("keys", "biased"), [(4096, False), (1024, True)])
+def test_gpu_early_launches_wait_for_what_they_read(rows: int, keys: int, biased: bool) -> None:
+    """Products and norms one after the other, as in blocks of a model: each exact, and the same in all runs."""
+    wide, dtype = 4096, torch.bfloat16
+    heads = [layer_of(10 * n, columns, wide, dtype, biased) for n, columns in enumerate((wide, keys, keys), 1)]
+    out, gate, up = (layer_of(seed, size, wide, dtype, biased) for seed, size in ((40, wide), (50, 8192), (60, 8192)))
+    down = layer_of(70, wide, 8192, dtype, biased)
+    weight, given = normal(80, wide, dtype=dtype, device="cuda"), normal(81, rows, wide, dtype=dtype, device="cuda")
+
+    def chain() -> list[Tensor]:
+        stream, made = given.clone(), []
+        normed = rms_norm(stream, weight, 1e-5)
+        for _ in range(4):
+            query, key, _ = joint.joint_linear(normed, *heads)
+            parts = joint.joint_parts(query, *out)
+            again = rms_norm(stream, weight, 1e-5, update=parts)
+            hidden = joint.joint_swiglu(again, gate, up)
+            back = joint.joint_parts(hidden, *down)
+            made += [normed, query, key, parts, stream.clone(), again, hidden]
+            normed = rms_norm(stream, weight, 1e-5, update=back)
+        return [*made, stream, normed]
+
+    first = [tensor.clone() for tensor in chain()]
+    assert joint.runs_early(rows, wide, given.device)
+    for place in range(0, len(first) - 2, 7):
+        normed, query, key, parts, stream, again, hidden = first[place : place + 7]
+        for got, layer in ((query, heads[0]), (key, heads[1]), (parts.double().sum(0), out)):
+            rows_before = normed if layer is not out else query
+            want = exact(rows_before, layer)
+            assert relative_error(got, want) <= 1.05 * relative_error(want.to(dtype), want)
+        want = rms_norm_reference(stream.double(), weight.double(), 1e-5, None)
+        assert relative_error(again, want) <= 1.1 * relative_error(want.to(dtype), want)
+        want = F.silu(exact(again, gate)) * exact(again, up)
+        assert relative_error(hidden, want) <= 1.05 * relative_error(want.to(dtype), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = chain()
+    for _ in range(30):
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(made, first, strict=True))

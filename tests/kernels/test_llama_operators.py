@@ -142,6 +142,7 @@ def test_the_operators_are_well_registered() -> None:
     check(joint.joint_linear_operator, (x, normal(3, 4, 8), normal(4, 2, 8), None, None, normal(5, 2), None))
     check(joint.joint_swiglu_operator, (x, normal(3, 4, 8), normal(4, 4, 8), None, normal(5, 4)))
     check(skinny.skinny_parts_operator, (x, normal(3, 4, 8), normal(5, 4)))
+    check(joint.joint_parts_operator, (x, normal(3, 4, 8), normal(5, 4)))
     for where in ("in place", "kept at columns"):
         HeadsCase(2, 1, 8, True, where).run(lambda *arguments: check(place_heads.place_heads_operator, arguments))
 
@@ -155,7 +156,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         rms_norm.rms_norm(x, weight, 0.1, update=x[:5])
     with pytest.raises(ValueError, match="update"):
         rms_norm.rms_norm(x, weight, 0.1, update=torch.zeros(2, 5, 8))
-    with pytest.raises(ValueError, match="parts of an update must be contiguous"):
+    with pytest.raises(ValueError, match="rows of the parts of an update must be contiguous"):
         rms_norm.rms_norm(x, weight, 0.1, update=torch.zeros(2, 8, 6).mT)
     with pytest.raises(ValueError, match="weight"):
         rms_norm.rms_norm(x, weight[:7], 0.1)
@@ -169,6 +170,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         joint.joint_swiglu(x, (x, None), (x[:4], None))
     with pytest.raises(ValueError, match="7 numbers cannot be divided"):
         skinny.skinny_parts(normal(1, 6, 7), normal(2, 3, 7))
+    with pytest.raises(ValueError, match="7 numbers cannot be divided"):
+        joint.joint_parts(normal(1, 6, 7), normal(2, 3, 7))
     with pytest.raises(ValueError, match="row_index"):
         rms_norm.gathered_rms_norm(x, torch.rand(3), weight, 0.1)
     with pytest.raises(ValueError, match="up"):

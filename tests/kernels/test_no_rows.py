@@ -15,7 +15,7 @@ from mdkern.kernels.backbone.combine import combine
 from mdkern.kernels.backbone.experts import gated_experts, listed_experts, places_of
 from mdkern.kernels.backbone.invariant_attention import invariant_attention
 from mdkern.kernels.backbone.invariant_linear import invariant_linear
-from mdkern.kernels.backbone.joint import joint_linear, joint_swiglu
+from mdkern.kernels.backbone.joint import joint_linear, joint_parts, joint_swiglu
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.quantise import quantise_columns, quantise_rows, quantised_norm
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm, scaled_rms_norm
@@ -120,6 +120,7 @@ CASES: dict[str, tuple[Callable[[Maker], Any], list[tuple[int, ...]]]] = {
     "products": (lambda m: joint_linear(m.x(0, 1024), (m.x(128, 1024), None)), [(0, 128)]),
     "gated product": (lambda m: joint_swiglu(m.x(0, 1024), *[(m.x(128, 1024), None)] * 2), [(0, 128)]),
     "product in parts": (lambda m: skinny_parts(m.x(0, 1024), m.x(128, 1024)), [(4, 0, 128)]),
+    "product of more rows in parts": (lambda m: joint_parts(m.x(0, 1024), m.x(128, 1024)), [(4, 0, 128)]),
     "activation": (lambda m: swiglu(m.x(0, D), m.x(0, D)), [(0, D)]),
     "activation in e4m3": (lambda m: scaled_swiglu(m.x(0, D), m.x(0, D)), [(0, D), (0,)]),
     "product in e4m3": (lambda m: scaled_linear(m.e4m3(0, D), m.e4m3(V, D), dtype=HALF), [(0, V)]),

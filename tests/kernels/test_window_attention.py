@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdkern.kernels.backbone import joint
 from mdkern.kernels.backbone import window_attention as module
 from mdkern.kernels.backbone.fp8_skinny import Tiled
 from mdkern.kernels.backbone.window_attention import (
@@ -102,19 +103,31 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     shape: dict[str, Any] = {"batch": 1, "width": 32, "heads": 32, "groups": 1, "keys": 256}
-    shape |= {"head_dim": 128, "dtype": torch.bfloat16}
+    shape |= {"head_dim": 128, "dtype": torch.bfloat16, "fp8": False}
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(module, "is_hopper", lambda _: True)
+    for owner in (module, joint):
+        monkeypatch.setattr(owner, "is_hopper", lambda _: True)
+    monkeypatch.setattr(joint, "num_sms", lambda _: 132)
     assert runs_window_attention(**shape, device=device)
-    others: list[dict[str, Any]] = [{"width": 128, "heads": 8}, {"batch": 8}, {"heads": 4, "groups": 8}, {"keys": 2304}]
+    others: list[dict[str, Any]] = [{"width": 128, "heads": 8}, {"batch": 2}, {"heads": 4, "groups": 8}, {"keys": 2304}]
     for change in (*others, {"dtype": torch.float32}, {"head_dim": 64}):
         assert not runs_window_attention(**shape | change, device=device)
+    several = shape | {"batch": 8}
+    assert runs_window_attention(**several, device=device)
+    assert runs_window_attention(**several | {"batch": 5}, device=device)
+    others = [{"batch": 4}, {"batch": 9, "width": 28}, {"batch": 4, "width": 64}, {"keys": 257}, {"fp8": True}]
+    for change in (*others, {"heads": 28}, {"heads": 8, "groups": 4}, {"dtype": torch.float16}):
+        assert not runs_window_attention(**several | change, device=device)
     with batch_invariant():
         assert not runs_window_attention(**shape, device=device)
+        assert not runs_window_attention(**several, device=device)
+    monkeypatch.setattr(joint, "num_sms", lambda _: 114)
+    assert not runs_window_attention(**several, device=device)
 
 
 CASES = [
     WindowCase(32, 32, 128, 32, 256),
+    WindowCase(32, 32, 128, 27, 200, True),
     WindowCase(28, 4, 128, 32, 700, masked="padding"),
     WindowCase(8, 2, 64, 64, 300, True, "rows"),
     WindowCase(4, 4, 80, 33, 2304, True, "", 16),
@@ -152,7 +165,7 @@ def test_gpu_results_in_e4m3(length: int) -> None:
     given, wide = (
         WindowCase(16, 4, 128, 32, length, dtype=torch.bfloat16, device="cuda").arguments(n) for n in (True, False)
     )
-    setting = triton_window_attention.setting_for(length, rounded=True)
+    setting = triton_window_attention.setting_for(length, rounded=True, queries=3 * 32 * 16)
     plain, _ = triton_window_attention.window_attention(*wide.values(), setting)
     got = Tiled(*window_attention_operator(*given.values()))
     room = (plain.float().abs() / 15).clamp(min=got.scales.repeat_interleave(128, 1) * 2**-9)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -130,8 +131,8 @@ class Warps(threading.local):
 class Device:
     """One multiprocessor, whose programs run one after the other."""
 
-    def __init__(self) -> None:
-        self.warps, self.program = Warps(), 0
+    def __init__(self, earlier: Callable[[], None]) -> None:
+        self.warps, self.program, self.earlier = Warps(), 0, earlier
 
     def allocate(self, element, shape, layout):
         if layout == "barriers":
@@ -202,7 +203,7 @@ class Device:
             zeros=lambda shape, _, layout: torch.zeros(shape).as_subclass(Block),
             arange=lambda start, end, layout: torch.arange(start, end).as_subclass(Block),
             load=lambda pointer, mask, other: pointer.load(mask, other),
-            where=lambda chosen, one, other: one if chosen else other,
+            where=lambda chosen, one, other: one if chosen else one * 0 + other,
             exp2=torch.exp2,
             float32=Element(torch.float32),
             int64=Element(torch.int64),
@@ -230,6 +231,8 @@ class Device:
             "warpgroup_mma": self.multiply,
             "warpgroup_mma_wait": self.multiply_wait,
             "fence_async_shared": lambda: None,
+            "gdc_wait": self.earlier,
+            "gdc_launch_dependents": lambda: None,
         }
 
 
@@ -250,14 +253,17 @@ def in_python(function: Any, names: dict[str, Any], done: dict[Any, Any]) -> Any
 
 
 class OnCpu:
-    """A kernel that is launched on the CPU: ``OnCpu(kernel)[grid](...)``."""
+    """A kernel that is launched on the CPU: ``OnCpu(kernel)[grid](...)``.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    `earlier` is what the kernel before it does: it is done when a program waits for that.
+    """
+
+    def __init__(self, kernel: Any, earlier: Callable[[], None] = lambda: None) -> None:
+        self.kernel, self.earlier = kernel, earlier
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, maxnreg, **constants):
-            device = Device()
+        def launch(*args, num_warps, maxnreg, launch_pdl, **constants):
+            device = Device(self.earlier)
             function = in_python(self.kernel, device.names(), {})
             for device.program in range(grid[0]):
                 function(*map(self.given, args), **constants)

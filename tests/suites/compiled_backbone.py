@@ -91,12 +91,17 @@ def fold(capability: int) -> None:
     build(triton_folded_norm.fold_norm_kernel, ASTSource, capability, types | {"stride": "i64"}, constants, num_warps=4)
 
 
-def rms_norm(capability: int, width: int, gathered: bool, parts: int = 1) -> None:
+def rms_norm(capability: int, width: int, gathered: bool, parts: int = 1, early: bool = False) -> None:
     types = dict.fromkeys(("x", "weight", "stream", "normed"), "*bf16")
-    types |= {"row_index": "*i64"} if gathered else {"update": "*fp32" if parts > 1 else "*bf16"}
+    types |= {"row_index": "*i64"} if gathered else {"update": "*fp32" if parts > 1 and not early else "*bf16"}
     types |= {"table_rows": "i32", "x_stride": "i64", "update_stride": "i64", "part_stride": "i64", "eps": "fp32"}
-    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "PARTS": parts}
-    build(triton_rms_norm.rms_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "PARTS": parts, "EARLY": early}
+    built = build(triton_rms_norm.rms_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
+    before, waits, after = built.asm["ptx"].partition("griddepcontrol.wait")
+    assert bool(waits) == early
+    if early:
+        assert "ld.global" in before, "the weight is not read before the wait"
+        assert after.count("ld.global") >= 1 + parts
 
 
 def skinny(capability: int, tiling: triton_skinny.Tiling, rows: int, splits: int, weights: int, biased: bool) -> None:
@@ -164,7 +169,7 @@ def window_attention(capability: int, setting: triton_window_attention.Setting, 
         assert "griddepcontrol.wait" in built.asm["ptx"]
     if capability == 90:  # the one on which it runs
         early, _, late = built.asm["ptx"].partition("griddepcontrol.wait")
-        assert "wgmma.mma_async" in late
+        assert ("wgmma.mma_async" if setting.rows >= 64 else "mma.sync") in late
         assert early.count("ld.global") > 16, "keys and values are not loaded before the wait"
 
 
@@ -320,7 +325,7 @@ def residual(element: str = "bf16", bias: bool = True, sums: bool = False) -> No
     assert re.search(r"%sequence_gate\S* = arith\.muli .* : i64", built.asm["source"])
 
 
-def joint(tiling: joint_tiles.Tiling, weights: int, biased: bool, element: str = "bf16") -> None:
+def joint(tiling: joint_tiles.Tiling, weights: int, biased: bool, element: str = "bf16", parts: int = 1) -> None:
     """Up to three weights, or gate and up. The product must be turned by instructions that store 16 bytes at a time."""
     gated = weights == 0
     names = ("first", "second", "third")[: weights or 2]
@@ -331,7 +336,14 @@ def joint(tiling: joint_tiles.Tiling, weights: int, biased: bool, element: str =
     else:
         types |= {name: descriptor(element, [64, 64]) for name in names}
     types |= {f"{name}_bias": f"*{element}" for name in names} if biased else {}
-    built = product(hopper_joint.joint_kernel, types, {}, launch_joint.setting(tiling, gated))
+    constants = {"EARLY": True, "PARTS": parts}
+    built = product(
+        hopper_joint.joint_kernel, types, constants, launch_joint.setting(tiling, gated) | {"launch_pdl": True}
+    )
+    assert "griddepcontrol.wait" in built.asm["ptx"]
+    starts = re.findall(r"(%\d+) = arith\.select ", built.asm["ttgir"])
+    loops = re.findall(r"scf\.for \S+ = (%\d+) to ", built.asm["ttgir"])
+    assert set(starts) & set(loops), "the steps that were begun early would be left out of all tiles"
     assert re.search(r"STSM\.16\.M?T", built.asm["sass"])
     assert "STL" not in built.asm["sass"], "registers do not suffice"
 
@@ -398,6 +410,8 @@ def main() -> None:
         for width in (4096, 3584):
             rms_norm(capability, width, gathered=width == 4096)
         rms_norm(capability, 4096, gathered=False, parts=4)
+        if capability >= 90:
+            rms_norm(capability, 4096, gathered=False, parts=4, early=True)
         for rows, linear_tiling in ((32, triton_skinny.FEW_LINEAR), (64, triton_skinny.LINEAR)):
             skinny(capability, linear_tiling, rows, splits=1, weights=3, biased=rows == 32)
             skinny(capability, triton_skinny.GATED, rows, splits=1, weights=2, biased=False)
@@ -407,6 +421,7 @@ def main() -> None:
             triton_window_attention.Setting(64, 64, 1, False, 4, 2),
             triton_window_attention.Setting(64, 64, 5, True, 4, 2),
         )
+        window_attention(capability, triton_window_attention.SEVERAL, HEADS=32, GROUPS=1)
         window_attention(capability, undivided, ROUNDED=capability > 80)
         window_attention(capability, divided, MASK_ROWS=True, TURNED=32)
         for normed, kept in ((False, False), (False, True), (True, True)):
@@ -441,6 +456,7 @@ def main() -> None:
         joint(tiling, weights=3, biased=False)
         joint(tiling, weights=0, biased=True)
     joint(joint_tiles.TILINGS[0], weights=1, biased=True, element="fp16")
+    joint(joint_tiles.IN_PARTS, weights=1, biased=True, parts=4)
 
 
 if __name__ == "__main__":

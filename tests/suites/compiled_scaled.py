@@ -13,7 +13,7 @@ def norm(capability: int, gathered: bool, parts: int = 1) -> None:
     types = dict.fromkeys(("x", "weight", "stream"), "*bf16") | {"normed": "*fp8e4nv", "scales": "*fp32"}
     types |= {"row_index": "*i64"} if gathered else {"update": "*fp32" if parts > 1 else "*bf16"}
     types |= {"table_rows": "i32", "x_stride": "i64", "update_stride": "i64", "part_stride": "i64", "eps": "fp32"}
-    constants = {"WIDTH": 4096, "BLOCK": 4096, "PARTS": parts}
+    constants = {"WIDTH": 4096, "BLOCK": 4096, "PARTS": parts, "EARLY": False}
     built = build(triton_rms_norm.rms_norm_kernel, ASTSource, capability, types, constants, num_warps=8)
     assert "e4m3x2" in built.asm["ptx"]
 

@@ -178,15 +178,16 @@ def test_swiglu_is_the_references(columns: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_rms_norm_adds_the_parts_of_an_update(parts: int) -> None:
-    update = normal(2, parts, 5, 100)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rms_norm_adds_the_parts_of_an_update(parts: int, dtype: torch.dtype) -> None:
+    update = normal(2, parts, 8, 100, dtype=dtype)[:, :5]
     outcomes = []
     for implementation in (rms_norm_reference, triton_rms_norm.rms_norm):
         stream = normal(1, 5, 100).half()
         outcomes.append((stream, implementation(stream, normal(3, 100), 0.1, update)))
     for want, got in zip(*outcomes):
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(outcomes[1][0], (normal(1, 5, 100).half() + update.sum(0)).half())
+    torch.testing.assert_close(outcomes[1][0], (normal(1, 5, 100).half() + update.float().sum(0)).half())
 
 
 @pytest.mark.parametrize("rows", [1, 20, 64])

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.backbone.hopper_tile import ROWS, _corner
 from mdkern.kernels.gluon_common import ring_advance
@@ -30,6 +31,19 @@ from mdkern.kernels.triton_common import LOG2E, halves
 
 TOGETHER = gl.constexpr(8)  # rows of gate, and of up, that are next to each other in a block
 PIECE = gl.constexpr(128)  # rows of x that are stored at a time, at most
+
+
+@gluon.jit
+def _place(
+    tile, row_tiles, column_tiles, TALL: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr
+):
+    """Which part of the inner dimension a tile has, and its first row and column."""
+    part = tile * 0
+    if PARTS > 1:
+        part = tile // (row_tiles * column_tiles)
+        tile -= part * row_tiles * column_tiles
+    row, column = _corner(tile, row_tiles, column_tiles, TALL, WIDE, GROUP)
+    return part, row, column
 
 
 @gluon.jit
@@ -61,8 +75,13 @@ def _produce(
     GATED: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    PARTS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """The producer warp: copies tiles into the ring."""
+    """The producer warp: copies tiles into the ring.
+
+    With EARLY, the weights of the first steps are copied before the kernel before this one has ended.
+    """
     left_ring, right_ring, leaving, full, empty = rings
     row_tiles, column_tiles, steps = sizes
     STAGES: gl.constexpr = right_ring.shape[0]
@@ -70,19 +89,41 @@ def _produce(
     BK: gl.constexpr = right_ring.shape[2]
     BLOCKS: gl.constexpr = left_ring.shape[0] // STAGES
     WIDTH: gl.constexpr = leaving.shape[2]
+    BYTES: gl.constexpr = (BLOCKS * ROWS + TALL) * BK * x.dtype.primitive_bitwidth // 8
     program = gl.program_id(0)
     stage = program * 0
     phase = stage + 1
-    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
-        row, column = _corner(tile, row_tiles, column_tiles, TALL, WIDTH * BLOCKS, GROUP)
-        for k in range(steps):
+    tiles = row_tiles * column_tiles * PARTS
+    begun = program * 0  # steps of the first tile that are on their way
+    if EARLY:
+        if program < tiles:
+            begun = gl.minimum(steps, STAGES)
+        first = gl.minimum(program, tiles - 1)
+        part, row, column = _place(first, row_tiles, column_tiles, TALL, WIDTH * BLOCKS, GROUP, PARTS)
+        for k in range(begun):
+            mbarrier.expect(full.index(k), BYTES)
+            for block in gl.static_range(BLOCKS):
+                buffer = left_ring.index(k * BLOCKS + block)
+                depth = (part * steps + k) * BK
+                _copy_block(weights, ends, column + WIDTH * block, depth, full.index(k), buffer, GATED)
+        gdc_wait()
+        gdc_launch_dependents()
+        for k in range(begun):
+            depth = (part * steps + k) * BK
+            tma.async_copy_global_to_shared(x, [row, depth], full.index(k), right_ring.index(k))
+            stage, phase = ring_advance(stage, phase, STAGES)
+    for tile in range(program, tiles, PROGRAMS):
+        part, row, column = _place(tile, row_tiles, column_tiles, TALL, WIDTH * BLOCKS, GROUP, PARTS)
+        # Not a variable that is 0 from the second tile on: the compiler would keep its first value.
+        for k in range(gl.where(tile == program, begun, 0), steps):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
-            mbarrier.expect(ready, (BLOCKS * ROWS + TALL) * BK * x.dtype.primitive_bitwidth // 8)
-            tma.async_copy_global_to_shared(x, [row, k * BK], ready, right_ring.index(stage))
+            mbarrier.expect(ready, BYTES)
+            depth = (part * steps + k) * BK
+            tma.async_copy_global_to_shared(x, [row, depth], ready, right_ring.index(stage))
             for block in gl.static_range(BLOCKS):
                 buffer = left_ring.index(stage * BLOCKS + block)
-                _copy_block(weights, ends, column + WIDTH * block, k * BK, ready, buffer, GATED)
+                _copy_block(weights, ends, column + WIDTH * block, depth, ready, buffer, GATED)
             stage, phase = ring_advance(stage, phase, STAGES)
 
 
@@ -156,6 +197,7 @@ def _consume(
     GATED: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     """A consumer warpgroup: multiplies the tiles and finishes their product."""
     left_ring, right_ring, leaving, _, empty = rings
@@ -169,14 +211,17 @@ def _consume(
     program = gl.program_id(0)
     stage = program * 0
     phase = program * 0
-    for tile in range(program, row_tiles * column_tiles, PROGRAMS):
-        row, column = _corner(tile, row_tiles, column_tiles, TALL, WIDTH * BLOCKS, GROUP)
+    for tile in range(program, row_tiles * column_tiles * PARTS, PROGRAMS):
+        part, row, column = _place(tile, row_tiles, column_tiles, TALL, WIDTH * BLOCKS, GROUP, PARTS)
+        row += part * row_tiles * TALL
         if BLOCKS == 1:
             row += NUMBER * SHARE
         else:
             column += NUMBER * WIDTH
         if biases[0] is not None:
             shift = _shift(biases, ends, column, swapped, GATED, LAYOUT)
+            if PARTS > 1:
+                shift = gl.where(part == 0, shift, 0.0)
         product = gl.zeros([ROWS, SHARE], gl.float32, layout=LAYOUT)
         product = _step(product, rings, stage, phase, NUMBER, True)
         previous = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
@@ -211,7 +256,7 @@ def joint_kernel(
     second,
     third,
     x,  # descriptor of [M, K]
-    out,  # descriptor of [M, all C]
+    out,  # descriptor of [M, all C], or, one below the other, of the parts, with the rows of all their tiles each
     first_bias,  # of all weights or of none
     second_bias,
     third_bias,
@@ -220,7 +265,7 @@ def joint_kernel(
     third_end,
     row_tiles,
     column_tiles,
-    steps,
+    steps,  # of a part
     swapped,  # up, not gate, is the first one in memory
     GATED: gl.constexpr,
     BLOCKS: gl.constexpr,  # blocks of 64 rows of weights in a tile, 1 to 3
@@ -230,6 +275,8 @@ def joint_kernel(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PARTS: gl.constexpr,  # of the inner dimension, whose products are not added up
+    EARLY: gl.constexpr,  # launched before the kernel before it has ended
 ):
     WARPGROUPS: gl.constexpr = 2 if BLOCKS == 1 else BLOCKS
     BLOCK: gl.constexpr = [ROWS // (2 * TOGETHER), 2, TOGETHER, BK] if GATED else [ROWS, BK]
@@ -251,9 +298,9 @@ def joint_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out, biases, ends, rings, sizes, swapped, 0, GATED, GROUP, PROGRAMS)),
-                (_consume, (out, biases, ends, rings, sizes, swapped, 1, GATED, GROUP, PROGRAMS)),
-                (_produce, (weights, x, ends, rings, sizes, GATED, GROUP, PROGRAMS)),
+                (_consume, (out, biases, ends, rings, sizes, swapped, 0, GATED, GROUP, PROGRAMS, PARTS)),
+                (_consume, (out, biases, ends, rings, sizes, swapped, 1, GATED, GROUP, PROGRAMS, PARTS)),
+                (_produce, (weights, x, ends, rings, sizes, GATED, GROUP, PROGRAMS, PARTS, EARLY)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -261,10 +308,10 @@ def joint_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (out, biases, ends, rings, sizes, swapped, 0, GATED, GROUP, PROGRAMS)),
-                (_consume, (out, biases, ends, rings, sizes, swapped, 1, GATED, GROUP, PROGRAMS)),
-                (_consume, (out, biases, ends, rings, sizes, swapped, 2, GATED, GROUP, PROGRAMS)),
-                (_produce, (weights, x, ends, rings, sizes, GATED, GROUP, PROGRAMS)),
+                (_consume, (out, biases, ends, rings, sizes, swapped, 0, GATED, GROUP, PROGRAMS, PARTS)),
+                (_consume, (out, biases, ends, rings, sizes, swapped, 1, GATED, GROUP, PROGRAMS, PARTS)),
+                (_consume, (out, biases, ends, rings, sizes, swapped, 2, GATED, GROUP, PROGRAMS, PARTS)),
+                (_produce, (weights, x, ends, rings, sizes, GATED, GROUP, PROGRAMS, PARTS, EARLY)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

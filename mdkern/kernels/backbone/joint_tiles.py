@@ -20,6 +20,9 @@ class Tiling(NamedTuple):
 TILINGS = (Tiling(2, 256, 46), Tiling(3, 128, 36), Tiling(2, 128, 24), Tiling(1, 128, 17))
 
 
+IN_PARTS = Tiling(2, 256)  # of products whose inner dimension is divided
+
+
 def rounds_of(tiling: Tiling, rows: int, columns: int, programs: int) -> int:
     """How many tiles a program does one after the other; `columns` are the rows of all weights."""
     return -(-(-(-rows // tiling.rows) * -(-columns // (BLOCK * tiling.blocks))) // programs)
@@ -36,3 +39,9 @@ def pays(rows: int, columns: int, programs: int, gated: bool) -> bool:
     rounds = rounds_of(tiling, rows, columns, programs)
     fill = rows * columns / (rounds * programs * tiling.rows * BLOCK * tiling.blocks)
     return rounds == 1 or fill >= LEAST_FILL[gated]
+
+
+def pays_in_parts(rows: int, columns: int, parts: int, programs: int) -> bool:
+    """Whether the tiles of all parts of the inner dimension are done in one round, and leave little empty."""
+    tiles = parts * -(-columns // (BLOCK * IN_PARTS.blocks))
+    return IN_PARTS.rows // 2 < rows <= IN_PARTS.rows and LEAST_FILL[False] * programs <= tiles <= programs

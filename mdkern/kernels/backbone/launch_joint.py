@@ -14,14 +14,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mdkern.kernels.backbone import skinny, triton_skinny
 from mdkern.kernels.backbone.hopper_joint import PIECE, TOGETHER, joint_kernel
-from mdkern.kernels.backbone.joint import fits, is_near, new_linear, new_swiglu
-from mdkern.kernels.backbone.joint_tiles import BLOCK, Tiling, choose_tiling
+from mdkern.kernels.backbone.joint import (
+    INNER,
+    fits,
+    is_near,
+    joint_parts_reference,
+    new_joint_parts,
+    new_linear,
+    new_swiglu,
+    runs_early,
+)
+from mdkern.kernels.backbone.joint_tiles import BLOCK, IN_PARTS, Tiling, choose_tiling
 from mdkern.kernels.backbone.launch_linear import describe
+from mdkern.kernels.backbone.skinny import SPLITS
 from mdkern.kernels.device import is_hopper, num_sms
 from mdkern.kernels.head.launch_hopper import ELEMENT
 
 GROUP = 8  # row tiles that take all columns before the next ones begin
-INNER = 64  # numbers of the inner dimension in a step
 SHARED_MEMORY = 226 * 1024  # bytes of a program, without its barriers
 
 
@@ -70,12 +79,16 @@ def launch(
     out: Tensor,
     gated: bool,
     tiling: Tiling | None = None,
+    parts: int = 1,
 ) -> Tensor:
     if not out.numel():
         return out
     programs = num_sms(x.device)
     tiling = tiling or choose_tiling(x.shape[0], sum(map(len, weights)), programs)
-    biases = triton_skinny.whole_biases(x, weights, biases)
+    whole = triton_skinny.whole_biases(x, weights, biases)
+    # Biases that were written just now must not be read before the kernel that writes them has ended.
+    written = any(one is not given for one, given in zip(whole, biases, strict=True))
+    early = not written and (parts > 1 or runs_early(len(x), x.shape[1], x.device))
     missing = [None] * (3 - len(weights))
     swapped = False
     if gated:
@@ -90,15 +103,18 @@ def launch(
         *missing,
         describe(x, [tiling.rows, INNER]),
         describe(out, stored),
-        *biases,
+        *whole,
         *missing,
         *(ends + ends[-1:] * 2)[:3],
         triton.cdiv(x.shape[0], tiling.rows),
         triton.cdiv(out.shape[1], stored[1] * tiling.blocks),
-        triton.cdiv(x.shape[1], INNER),
+        triton.cdiv(x.shape[1], INNER) // parts,
         int(swapped),
         GROUP=GROUP,
         PROGRAMS=programs,
+        PARTS=parts,
+        EARLY=early,
+        launch_pdl=early,
         **setting(tiling, gated),
     )
     return out
@@ -126,6 +142,15 @@ def joint_swiglu(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, 
     if not (is_hopper(x.device) and fits(x, gate, up) and is_near(gate, up)) or is_skinny(x, [gate, up]):
         return triton_skinny.skinny_swiglu(x, gate, up, gate_bias, up_bias)
     return launch(x, [gate, up], [gate_bias, up_bias], new_swiglu(x, gate), gated=True)
+
+
+def joint_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of `joint_parts` on a GPU, with the rows of whole tiles."""
+    if not (is_hopper(x.device) and fits(x, weight) and x.shape[1] % (SPLITS * INNER) == 0):
+        return joint_parts_reference(x, weight, bias)
+    out = new_joint_parts(x, weight)
+    launch(x, [weight], [bias], out.view(-1, len(weight)), False, IN_PARTS, SPLITS)
+    return out
 
 
 def is_skinny(x: Tensor, weights: Sequence[Tensor]) -> bool:

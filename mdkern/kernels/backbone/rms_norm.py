@@ -20,7 +20,7 @@ from mdkern.kernels.operator import operator
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, update: Tensor | None) -> Tensor:
     """`rms_norm` in plain PyTorch."""
     if update is not None:
-        x.copy_(x.to(wide(x)) + (update if update.ndim == 2 else update.sum(0)))
+        x.copy_(x.to(wide(x)) + (update if update.ndim == 2 else update.sum(0, dtype=wide(x))))
     return normalise(x, weight, eps)
 
 
@@ -93,7 +93,9 @@ def rms_norm(
         x: floating ``[N, D]``, contiguous: the residual stream. Written only if there is an `update`.
         weight: floating ``[D]``.
         update: shape and dtype of `x`, any row stride: the output of the sublayer before. Or parts of it as by
-            `skinny_parts`, float32 (float64 for float64) and contiguous ``[P, N, D]``, whose sum it is.
+            `skinny_parts` and `joint_parts`, ``[P, N, D]`` with each row contiguous, whose sum it is: float32 (float64
+            for float64), or of the dtype of `x`. With these the kernel may begin before the one before it on its stream
+            has ended, which must not write `weight`.
 
     Returns:
         ``[N, D]`` of the dtype of `x`: the input of the next sublayer.
@@ -149,9 +151,11 @@ def check_stream(x: Tensor, weight: Tensor, update: Tensor | None) -> None:
     check_rows(x, weight)
     check_written("x", x)
     if update is not None and update.ndim == 3:
-        check_tensor("update", update, (len(update), *x.shape), wide(x), x.device)
-        if not len(update) or not update.is_contiguous():
-            raise ValueError(f"parts of an update must be contiguous, not {list(update.shape)}, {update.stride()}")
+        check_tensor("update", update, (len(update), *x.shape), (wide(x), x.dtype), x.device)
+        if not len(update) or update.stride(-1) != 1:
+            raise ValueError(
+                f"rows of the parts of an update must be contiguous, not {list(update.shape)}, {update.stride()}"
+            )
     else:
         check_tensor("update", update, x.shape, x.dtype, x.device)
 

@@ -73,10 +73,14 @@ def skinny_parts(
         ValueError: shapes or dtypes that do not fit.
     """
     check_layer(x, weight, bias)
-    if x.shape[1] % SPLITS:
-        raise ValueError(f"rows of {x.shape[1]} numbers cannot be divided into {SPLITS} parts")
+    check_divided(x)
     parts: Tensor = skinny_parts_operator(x, weight, bias)
     return parts
+
+
+def check_divided(x: Tensor) -> None:
+    if x.shape[1] % SPLITS:
+        raise ValueError(f"rows of {x.shape[1]} numbers cannot be divided into {SPLITS} parts")
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.backbone.modulated_norm import fits, gathered_norm_outputs
 from mdkern.kernels.backbone.rms_norm import (
@@ -19,6 +20,7 @@ from mdkern.kernels.backbone.rms_norm import (
 from mdkern.kernels.backbone.scaled_linear import new_scaled
 from mdkern.kernels.backbone.triton_modulated_norm import unit_stride
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
+from mdkern.kernels.device import launches_early
 
 FEW_ROWS = 128  # they leave multiprocessors idle, so that a row is given more warps
 
@@ -45,11 +47,15 @@ def rms_norm_kernel(
     PARTS: tl.constexpr,  # of the update
     WIDTH: tl.constexpr,  # D
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     within = column < WIDTH
     multiplier = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     if row_index is None:
         held = tl.load(x + row * x_stride + column, mask=within, other=0.0)
     else:
@@ -93,6 +99,8 @@ def launch(
         return
     block = triton.next_power_of_2(width)
     parts = len(update) if update is not None and update.ndim == 3 else 1
+    early = parts > 1 and update.element_size() == 2 and launches_early(x.device)
+    early = early and weight.stride(-1) == 1  # else it is written just now, and must not be read at once
     rms_norm_kernel[(rows,)](
         x,
         row_index,
@@ -109,6 +117,8 @@ def launch(
         PARTS=parts,
         WIDTH=width,
         BLOCK=block,
+        EARLY=early,
+        launch_pdl=early,
         num_warps=min(16, max(1, block // (512 if scales is None or rows > FEW_ROWS else 256))),
     )
 

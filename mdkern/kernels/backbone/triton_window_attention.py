@@ -19,7 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mdkern.kernels.backbone.triton_place_heads import load_turned, pairs_of, store_turned
 from mdkern.kernels.backbone.triton_scaled import scale_and_inverse
-from mdkern.kernels.backbone.window_attention import new_attended, window_attention_reference
+from mdkern.kernels.backbone.window_attention import (
+    MOST_QUERIES,
+    SHORT,
+    new_attended,
+    window_attention_reference,
+)
 from mdkern.kernels.device import launches_early
 from mdkern.kernels.triton_common import LOG2E
 
@@ -272,18 +277,20 @@ def window_attention_kernel(
 UNDIVIDED = Setting(64, 64, 1, False, 4, 3)
 DIVIDED = Setting(32, 64, 5, True, 4, 1)
 LONGER = Setting(32, 64, 7, True, 4, 2)
-SHORT = 256  # columns of a cache
+SEVERAL = Setting(32, 64, 1, False, 4, 3)
 
 
-def setting_for(keys: int, rounded: bool) -> Setting:
-    """By the columns of the cache, and whether the product before the kernel is one in e4m3.
+def setting_for(keys: int, rounded: bool, queries: int) -> Setting:
+    """By the columns of the cache, whether the product before the kernel is one in e4m3, and queries of all heads.
 
     That lets the kernel be launched when it begins, so that what lies before its wait for it costs nothing, and short
     caches are attended to sooner than parts of them are added up.
     """
     if keys > SHORT:
         return LONGER
-    return UNDIVIDED if rounded else DIVIDED
+    if rounded:
+        return UNDIVIDED
+    return DIVIDED if queries <= MOST_QUERIES else SEVERAL
 
 
 def window_attention(
@@ -316,7 +323,7 @@ def window_attention(
     out, out_scales = new_attended(cos, sin, query, rounded)
     if not rows:
         return out, out_scales
-    setting = setting or setting_for(keys, rounded)
+    setting = setting or setting_for(keys, rounded, rows * heads)
     programs = batch * key_heads * triton.cdiv(groups * (rows // batch), setting.rows)
     splits = setting.splits
     span = triton.cdiv(triton.cdiv(keys, setting.columns), splits - setting.apart) * setting.columns

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdkern.kernels.backbone.fp8_skinny import TILE, Tiled, tiled
+from mdkern.kernels.backbone.joint import runs_early
 from mdkern.kernels.backbone.place_heads import check_heads, place_heads_reference
 from mdkern.kernels.backbone.quantise import FP8
 from mdkern.kernels.checks import check_tensor
@@ -21,6 +22,7 @@ from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.kernels.operator import operator
 
 WIDEST, MOST_QUERIES, MOST_KEYS, HEAD_DIM = 64, 1024, 768, 128  # see `runs_window_attention`
+MOST_TEXTS, SHORT = 8, 256  # sequences, and columns of the cache, of passes with more queries
 FEWEST_ROWS = 32  # queries of a program, of all heads that share keys
 
 
@@ -76,19 +78,24 @@ window_attention_operator = operator(
 
 
 def runs_window_attention(
-    batch: int, width: int, heads: int, groups: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> bool:
+    batch: int, width: int, heads: int, groups: int, keys: int, head_dim: int, dtype: torch.dtype,
+    device: torch.device, fp8: bool
+) -> bool:  # fmt: skip
     """Whether the kernel was the fast way for windows of this shape, without a mask, on the card that it was measured
-    on. Of longer caches PyTorch's attention is faster; with more queries, or fewer heads of keys, none were measured.
+    on. Of longer caches PyTorch's attention is faster, and of more queries, but in passes that are launched early
+    (`joint.runs_early`); of fewer heads of keys none were measured.
 
     Args:
         heads: of keys and values.
         groups: heads of queries that share a head of keys.
         keys: columns of the cache.
+        fp8: whether the products of the pass are in e4m3.
     """
+    early = not fp8 and runs_early(batch * width, heads * groups * head_dim, device)
+    several = early and batch <= MOST_TEXTS and width <= FEWEST_ROWS and keys <= SHORT
     few = width <= WIDEST and batch * heads * width <= MOST_QUERIES and keys <= MOST_KEYS
     measured = groups == 1 and head_dim == HEAD_DIM and dtype == torch.bfloat16
-    return is_hopper(device) and few and measured and not is_batch_invariant()
+    return is_hopper(device) and (few or several) and measured and not is_batch_invariant()
 
 
 def new_arrivals(batch: int, width: int, heads: int, groups: int, device: torch.device) -> Tensor:

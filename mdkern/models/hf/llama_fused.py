@@ -65,7 +65,7 @@ def run(
     divided = kept is not None and has_few_queries(parts, batch, width, kept.shape[3] - 1, input_ids.device)
     arrived = None
     if kept is not None and columns is not None and mask is None:
-        arrived = arrivals_of(parts, batch, width, kept)
+        arrived = arrivals_of(parts, batch, width, kept, copies is not None)
     with attention_priority(input_ids.device, divide_keys=divided):
         x = update = normed = None
         groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
@@ -147,11 +147,11 @@ def norms_of(block: Block) -> dict[str, Any]:
     return {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
 
 
-def arrivals_of(parts: Parts, batch: int, width: int, kept: Tensor) -> Tensor | None:
+def arrivals_of(parts: Parts, batch: int, width: int, kept: Tensor, fp8: bool) -> Tensor | None:
     """What `window_attention` counts with in a pass over windows; None: other kernels run it."""
     _, _, _, room, heads, head_dim = kept.shape
     groups = len(parts.blocks[0].query.weight) // len(parts.blocks[0].key.weight)
-    runs = runs_window_attention(batch, width, heads, groups, room - 1, head_dim, kept.dtype, kept.device)
+    runs = runs_window_attention(batch, width, heads, groups, room - 1, head_dim, kept.dtype, kept.device, fp8)
     runs = runs and kept.stride(3) % 16 == 0  # else, as with a shifted model's ids beside them, loads are narrow
     return new_arrivals(batch, width, heads, groups, kept.device) if runs else None
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdkern.kernels.backbone.joint import joint_linear, joint_swiglu, runs_joint_linear, runs_joint_swiglu
+from mdkern.kernels.backbone.joint import (
+    joint_linear,
+    joint_parts,
+    joint_swiglu,
+    runs_joint_linear,
+    runs_joint_parts,
+    runs_joint_swiglu,
+)
 from mdkern.kernels.backbone.rms_norm import gathered_rms_norm, rms_norm
 from mdkern.kernels.backbone.skinny import runs_skinny, skinny_parts
 from mdkern.kernels.backbone.swiglu import swiglu
@@ -70,4 +77,6 @@ class Products:
         return swiglu(F.linear(normed, *gate), F.linear(normed, *up))
 
     def update(self, x: Tensor, layer: Linear) -> Tensor:
+        if runs_joint_parts(x, layer.weight):
+            return joint_parts(x, *layer)
         return skinny_parts(x, *layer) if runs_skinny(x, layer.weight) else F.linear(x, *layer)
