@@ -31,7 +31,6 @@ from benchmarks.harness import RESULTS, environment, folder_command, host_enviro
 from benchmarks.kernel_tables import caption, markdown
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
-from mdkern.models import dit_denoiser
 from mdkern.models.hf import pass_trial
 
 KEPT = RESULTS / "first-call.json"
@@ -160,7 +159,6 @@ def one_process(part: str, tiny: bool, began: float | None = None) -> dict[str, 
         torch.cuda.synchronize()
     making = time.perf_counter() - making
     clock.watch(pass_trial, "rehearse_once", "kernels that a model is tried with")
-    clock.watch(dit_denoiser, "rehearse_once", "kernels that fold weights")
     clock.watch(graphs, "rehearse", "kernels of the step")
     clock.watch(graphs, "capture", "capture")
     seconds = []

@@ -90,15 +90,16 @@ def rehearse(
             one = torch.ones(1, 1, device=device)
             one @ one  # cuBLAS's workspace of this stream must not be in the pool
             torch.cuda.synchronize()
-            before = torch.cuda.memory_reserved()
             try:
                 with launches_compile(device):
+                    before = torch.cuda.memory_reserved()
                     record(graph, step, pool, device, "relaxed")  # libraries may do what they do once
+                    memory = torch.cuda.memory_reserved() - before
             except Exception as error:  # the step itself will meet it
                 logger.debug("a step could not be rehearsed: %s", error)
                 return None, 0
         current.wait_stream(stream)
-    return graph, torch.cuda.memory_reserved() - before
+    return graph, memory
 
 
 def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, device: torch.device, mode: str) -> None:

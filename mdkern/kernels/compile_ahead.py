@@ -5,10 +5,11 @@ launch hands its kernel to threads and returns at once; nothing is launched. Wha
 running it once in a way in which its results do not matter, whatever model and options it has. Most of the compiler
 works outside of Python's lock, so that threads share its work out over the cores. What holds the lock, the translation
 of Python into the compiler's language, takes half a second and more for a large kernel. So each of those is compiled in
-a forked copy of this process (`forked`), and read from Triton's cache afterwards; the copy is made before a thread
-compiles anything, because the locks of the compiler's threads would stay taken in it. What is translated here takes
-turns, first those kernels that take the rest of the compiler longest, so that it has them while the next ones are
-translated. Times: docs/notes/first-call.md.
+a forked copy of this process (`forked`), and read from Triton's cache afterwards; the copy is made at the launch, while
+no thread compiles anything, because the locks of the compiler's threads would stay taken in it. What is translated here
+takes turns, first those kernels that take the rest of the compiler longest, so that it has them while the next ones are
+translated. Work that comes before the computation can wait for it (`when_compiled`), so that the kernels of both are
+compiled at the same time. Times: docs/notes/first-call.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -37,11 +40,31 @@ class Rehearsing(threading.local):
     """Whether this thread's launches compile and do nothing else."""
 
     value: bool = False
+    launched: Any = None  # the kernel that is being launched
 
 
 _rehearsing = Rehearsing()
 _alone = threading.Lock()  # as classes of Triton are changed meanwhile
+_starting = threading.Lock()
 _rehearsed: set[Hashable] = set()
+
+
+@dataclass(eq=False)
+class Postponed:
+    """Work that waits for its kernels. It is forgotten with whoever needs it."""
+
+    work: Callable[[], Any]
+    device: torch.device
+    thread: int
+
+    def finish(self) -> None:
+        """Do the work, unless that has been done. During a rehearsal there is no need to."""
+        if self in _postponed and not _rehearsing.value:
+            with launches_compile(self.device, self):
+                pass
+
+
+_postponed: WeakSet[Postponed] = WeakSet()
 
 
 def can_compile_ahead(device: torch.device) -> bool:
@@ -54,21 +77,33 @@ def can_compile_ahead(device: torch.device) -> bool:
 
 
 @contextmanager
-def launches_compile(device: torch.device) -> Iterator[None]:
+def launches_compile(device: torch.device, *wanted: Postponed) -> Iterator[None]:
     """Inside, this thread's launches of mdkern's kernels compile them and do nothing else. At the end all are ready.
 
-    A kernel that cannot be compiled is left to its launch, which raises the error where it belongs.
+    A kernel that cannot be compiled is left to its launch, which raises the error where it belongs. What this thread
+    has postponed, and what is `wanted`, is compiled, too, and done while the other kernels are compiled.
     """
-    with _alone, ThreadPoolExecutor(MOST_THREADS) as threads:
-        start_triton(threads)
-        turns, loading = Turns(), Loading(threads, device)
-        with translated_in_turn(turns, loading), compiled_by(loading), warm_ups_for_launches():
+    with _alone, ExitStack() as last, ThreadPoolExecutor(MOST_THREADS) as threads:
+        start_triton(device)
+        mine = threading.get_ident(), device
+        postponed = [one for one in list(_postponed) if one in wanted or (one.thread, one.device) == mine]
+        turns = Turns()
+        loading = Loading(threads, turns, device)
+        last.callback(loading.wait_for_copies)
+        with translated_in_turn(loading), compiled_by(loading), warm_ups_for_launches():
             _rehearsing.value = True
             try:
                 yield
+                for one in postponed:
+                    one.work()
             finally:
                 _rehearsing.value = False
                 turns.give_back()
+            for one in postponed:
+                one.work()  # its launches wait for their own kernels alone
+            if postponed and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # whoever needs it may be on another stream
+            _postponed.difference_update(postponed)
 
 
 def is_rehearsing() -> bool:
@@ -95,15 +130,43 @@ def rehearse_once(key: Hashable, work: Callable[[], Any], device: torch.device) 
         _rehearsed.add(key)
 
 
-def start_triton(threads: Executor) -> None:
+def when_compiled(key: Hashable, work: Callable[[], Any], device: torch.device) -> Postponed | None:
+    """Do some work now or, the first time, once its kernels have been compiled, with those of the next rehearsal.
+
+    Args:
+        key, work: as for `rehearse_once`.
+
+    Returns:
+        What was postponed. Its `finish` must be called before anything is read that the work writes. None if the work
+        has been done.
+    """
+    if key in _rehearsed or not can_compile_ahead(device):
+        work()
+        return None
+    _rehearsed.add(key)
+    threading.Thread(target=start_triton, args=(device,)).start()
+    postponed = Postponed(work, device, threading.get_ident())
+    _postponed.add(postponed)
+    return postponed
+
+
+def start_triton(device: torch.device) -> None:
     """What Triton does once in a process: it reads its own library for its cache's keys, while a C compiler makes the
     module by which it talks to the driver."""
     from triton.runtime import driver
     from triton.runtime.cache import triton_key
 
-    key = threads.submit(triton_key)
-    driver.active.get_current_target()
-    key.result()
+    with _starting, current(device):
+        key = threading.Thread(target=triton_key)
+        key.start()
+        with suppress(Exception):  # the first launch meets it
+            driver.active.get_current_target()
+        key.join()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, the device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -119,44 +182,85 @@ def compiled_by(loading: Loading) -> Iterator[None]:
         active_mode.set(None)
 
 
-class CompiledApart(Exception):  # noqa: N818  it is no error
-    """Ends a compilation that was done in a copy of this process: its outcome is in Triton's cache."""
+class NotCompiled(Exception):  # noqa: N818  it is no error
+    """Ends a compilation before the kernel is translated: Triton's cache does not have it."""
+
+
+class Here(threading.local):
+    """What this thread compiles for `Loading`."""
+
+    translates: bool | None = None  # None: nothing. False: only what Triton's cache has
 
 
 class Loading(Executor):
-    """Compiles in threads, and loads the outcome into the device's memory there, too."""
+    """Compiles in threads or copies of the process, and loads the outcome into the device's memory in threads."""
 
-    def __init__(self, threads: ThreadPoolExecutor, device: torch.device) -> None:
-        self.threads, self.device = threads, device
-        self.working: dict[int, Callable[[], Any] | None] = {}  # what each thread compiles, once a copy has not
+    def __init__(self, threads: ThreadPoolExecutor, turns: Turns, device: torch.device) -> None:
+        self.threads, self.turns, self.device, self.here = threads, turns, device, Here()
+        self.copies: set[int] = set()  # that have not been waited for
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        def compiled() -> Any:
-            kernel, work = None, partial(function, *args, **kwargs)
-            self.working[threading.get_ident()] = work
-            with suppress(CompiledApart):
-                kernel = work()
-            kernel = kernel or work()
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-                kernel.run  # noqa: B018  builds the launcher, by a C compiler, and loads the kernel
-            return kernel
+        work, kernel, copy = partial(function, *args, **kwargs), None, None
+        if _rehearsing.launched is not None and _rehearsing.launched.is_gluon():
+            kernel, copy = self.start_apart(work)
+        return self.threads.submit(self.load, work, kernel, copy)
 
-        return self.threads.submit(compiled)
+    def wait_for_copies(self) -> None:
+        """Wait for those copies that no thread could be told of, because of an interrupt."""
+        for copy in tuple(self.copies):
+            has_succeeded(copy)
 
-    def start_apart(self) -> int | None:
-        """Start this thread's work in a copy of the process, the first time that it is asked for; the copy's id."""
+    def load(self, work: Callable[[], Any], kernel: Any, copy: int | None) -> Any:
+        """In a thread: the kernel, ready to be launched. If a copy of the process compiles it, that is waited for."""
+        if copy is not None:
+            has_succeeded(copy)  # if not, the work is done here
+            self.copies.discard(copy)
+        if kernel is None:
+            kernel = self.compile(work)
+        with current(self.device):
+            kernel.run  # noqa: B018  builds the launcher, by a C compiler, and loads the kernel
+        return kernel
+
+    def compile(self, work: Callable[[], Any]) -> Any:
+        """Do the work, whose translation has its turn."""
+        self.here.translates = True
+        try:
+            return work()
+        finally:
+            self.here.translates = None
+
+    def start_apart(self, work: Callable[[], Any]) -> tuple[Any, int | None]:
+        """The kernel if Triton's cache has it, or the id of a copy of this process that begins to compile it."""
         from triton import knobs
 
-        work, self.working[threading.get_ident()] = self.working[threading.get_ident()], None
-        if work is None or knobs.compilation.always_compile or not forks.are_of_use():
-            return None
+        if knobs.compilation.always_compile or not forks.are_of_use():
+            return None, None
+        self.here.translates = False
+        try:
+            return work(), None
+        except NotCompiled:
+            pass
+        finally:
+            self.here.translates = None
 
         def apart() -> None:
-            self.working.clear()  # nobody has a turn there
+            _rehearsing.value, self.turns = False, Turns()  # another thread may have had the lock of the old ones
+            self.turns.give_back()
             knobs.compilation.listener = None  # is told when the cache is read
-            work()
+            self.compile(work)
 
-        return start_in_copy(apart)
+        copy = start_in_copy(apart)
+        if copy is not None:
+            self.copies.add(copy)
+        return None, copy
+
+    def translate(self, weight: float, translation: Callable[[], Any]) -> Any:
+        """Translate a kernel in turn."""
+        self.turns.take(weight)
+        try:
+            return translation()
+        finally:
+            self.turns.give_back()
 
 
 @contextmanager
@@ -169,33 +273,41 @@ def warm_ups_for_launches() -> Iterator[None]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         ours = _rehearsing.value and self.fn.__module__.partition(".")[0] == package
-        return plain(self, *args, grid=grid, warmup=warmup or ours, **kwargs)
+        _rehearsing.launched = self if ours else None
+        try:
+            return plain(self, *args, grid=grid, warmup=warmup or ours, **kwargs)
+        finally:
+            _rehearsing.launched = None
 
     with replaced(JITFunction, "run", run):
         yield
 
 
 class Turns:
-    """One thread at a time has the turn, those that wait for it by their weight. At first nobody's thread has it."""
+    """One thread at a time has the turn, those that wait for it by their weight. At first it is the thread that makes
+    this."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.waiting: list[tuple[float, int]] = []  # the heaviest first
-        self.taken, self.number = True, 0
+        self.holder: int | None = threading.get_ident()
+        self.number = 0
 
     def take(self, weight: float) -> None:
         with self.changed:
             self.number += 1
             mine = -weight, self.number
             heappush(self.waiting, mine)
-            self.changed.wait_for(lambda: not self.taken and self.waiting[0] == mine)
+            self.changed.wait_for(lambda: self.holder is None and self.waiting[0] == mine)
             heappop(self.waiting)
-            self.taken = True
+            self.holder = threading.get_ident()
 
     def give_back(self) -> None:
+        """Let the next one have the turn, if this thread has it."""
         with self.changed:
-            self.taken = False
-            self.changed.notify_all()
+            if self.holder == threading.get_ident():
+                self.holder = None
+                self.changed.notify_all()
 
 
 def weight_of(name: str, source: str, gluon: bool) -> float:
@@ -204,28 +316,20 @@ def weight_of(name: str, source: str, gluon: bool) -> float:
 
 
 @contextmanager
-def translated_in_turn(turns: Turns, loading: Loading) -> Iterator[None]:
-    """Inside, one thread at a time translates a kernel from Python, or starts a copy that compiles a large one.
-
-    Those of the most `weight_of` come first.
-    """
+def translated_in_turn(loading: Loading) -> Iterator[None]:
+    """Inside, what `Loading` compiles is translated from Python in turn. Those of the most `weight_of` come first."""
     from triton.compiler.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
     def taking_turns(plain: Callable[..., Any]) -> Callable[..., Any]:
         def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() not in loading.working:  # of another computation
-                return plain(source, *args, **kwargs)
-            large = isinstance(source, GluonASTSource)
-            turns.take(weight_of(source.name, source.fn.src, large))
-            try:
-                copy = loading.start_apart() if large else None
-                if copy is None:
-                    return plain(source, *args, **kwargs)
-            finally:
-                turns.give_back()
-            has_succeeded(copy)
-            raise CompiledApart
+            translation = partial(plain, source, *args, **kwargs)
+            if loading.here.translates is None:  # of another computation
+                return translation()
+            if not loading.here.translates:
+                raise NotCompiled
+            weight = weight_of(source.name, source.fn.src, isinstance(source, GluonASTSource))
+            return loading.translate(weight, translation)
 
         return make_ir
 

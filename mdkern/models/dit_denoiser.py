@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone.linear import FEWEST_ROWS
-from mdkern.kernels.compile_ahead import rehearse_once
+from mdkern.kernels.compile_ahead import Postponed, when_compiled
 from mdkern.models import dit_fp8, dit_fused, dit_window
 from mdkern.models.block_causal import paired_hidden
 from mdkern.models.denoiser import Denoiser, Head, Live, held, ids_of
@@ -26,7 +26,9 @@ class DiTDenoiser(Denoiser):
     takes_cache = True
     takes_soft = True
     keeps_nothing = Live(lambda self: not self.changed_module())
-    folds: dit_fused.Folds | None = None
+    room: dit_fused.Folds | None = None
+    filling: Postponed | None = None  # of the room
+    marked = ("filling",)
     weight: Tensor | None = None  # of soft inputs
 
     def __init__(
@@ -94,6 +96,13 @@ class DiTDenoiser(Denoiser):
         with torch.no_grad() if folds is not None else nullcontext():
             return self.model.hidden(input_ids, t, positions, attention_mask, folds, self.weight)
 
+    @property
+    def folds(self) -> dit_fused.Folds | None:
+        """What was computed from the weights for the present call of `sample`."""
+        if self.filling is not None:
+            self.filling.finish()
+        return self.room
+
     def folds_for(self, rows: int) -> dit_fused.Folds | None:
         """What the passes of this denoiser use; made now in 8 bits if the denoiser is not prepared."""
         if self.precision is None or self.folds is not None:
@@ -118,14 +127,14 @@ class DiTDenoiser(Denoiser):
     def prepared(self, rows: int) -> DiTDenoiser:
         """A denoiser with the norms folded into the weights, if that makes it faster, and with these in 8 bits."""
         model, precision = self.model, self.precision
-        fold = partial(dit_fused.fold, model, rows, precision)
         with torch.no_grad():
-            rehearse_once((self.device, model.config, self.dtype, precision), fold, self.device)
-            folds = fold()
-        if folds is None:
+            room = dit_fused.room_for(model, rows, precision)
+        if room is None:
             return self
         prepared = copy.copy(self)
-        prepared.folds = folds
+        prepared.room = room
+        key = self.device, model.config, self.dtype, precision
+        prepared.filling = when_compiled(key, torch.no_grad()(partial(dit_fused.fill, model, room)), self.device)
         return prepared
 
     def why_not_invariant(self, length: int, attention_mask: Tensor | None) -> str:

@@ -111,7 +111,15 @@ TABLE_PART = 1 << 14  # rows of `Folds.qkv` that are computed at a time
 
 
 def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
-    """The blocks' folded layers and the first block's table, computed from the present weights.
+    """`room_for` a model's folds, and `fill` it."""
+    folds = room_for(model, rows, precision)
+    if folds is not None:
+        fill(model, folds)
+    return folds
+
+
+def room_for(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
+    """Memory for the blocks' folded layers and the first block's table, for `fill`.
 
     They take as much memory as the layers themselves (in e4m3 half of it), and up to 256 MiB for the table. They are
     kept, at the same addresses, as long as the model exists on its device, or until `mdkern.engine.graphs.clear`. In
@@ -136,6 +144,11 @@ def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
         with torch.inference_mode(False):  # later calls may be outside of inference mode
             folds = room(model, device, precision)
             PREPARED[model] = kept._replace(**{field: folds})
+    return folds
+
+
+def fill(model: DiT, folds: Folds) -> None:
+    """Compute the folds from the present weights."""
     for number, (block, folded) in enumerate(zip(cast("list[Block]", list(model.blocks)), folds.blocks)):
         parts = modulation(block.modulation, None)
         shift1, scale1, _, shift2, scale2, _ = parts
@@ -148,7 +161,6 @@ def fold(model: DiT, rows: int, precision: str | None = None) -> Folds | None:
         if folded.attn_qkv is not None:
             fold_norm(block.attn_qkv.weight, None, block.norm1.weight, shift1, scale1, out=folded.attn_qkv)
         fold_norm(block.mlp_up.weight, block.mlp_up.bias, block.norm2.weight, shift2, scale2, out=folded.mlp_up)
-    return folds
 
 
 def pays(rows: int, x: Tensor) -> bool:

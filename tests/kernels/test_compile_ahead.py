@@ -32,7 +32,7 @@ def test_turns_are_taken_one_at_a_time_by_weight() -> None:
         here.wait()
         turns.take(weight)
         taken.append(weight)
-        assert turns.taken
+        assert turns.holder == threading.get_ident()
         turns.give_back()
 
     threads = [threading.Thread(target=work, args=(weight,)) for weight in (3, 1, 5, 2, 4)]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -15,21 +16,24 @@ from triton.runtime import driver
 from mdkern.kernels import compile_ahead
 from mdkern.kernels.backbone import triton_combine, triton_swiglu
 
+DTYPES = torch.half, torch.float
 events: list[tuple[str, str]] = []  # what happened, to which kernel or in which thread
 
 
 def launcher(source, metadata):
-    events.append(("loads", threading.current_thread().name))
     return lambda *_: events.append(("launches", source.name))
+
+
+def load(*_) -> tuple[object, int, int, int, int]:
+    events.append(("loads", threading.current_thread().name))
+    return object(), 1, 32, 0, 1024
 
 
 class Driver:
     """Of an H200."""
 
     launcher_cls = staticmethod(launcher)
-    utils = SimpleNamespace(
-        get_device_properties=lambda _: {"max_shared_mem": 232448}, load_binary=lambda *_: (object(), 1, 32, 0, 1024)
-    )
+    utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448}, load_binary=load)
 
     def get_current_device(self) -> int:
         return 0
@@ -57,6 +61,32 @@ def step() -> None:
     triton_swiglu.swiglu(rows.float(), rows.float())
 
 
+def postponed(there: torch.device) -> None:
+    """Work is done when its kernels have been compiled, with those of the next rehearsal or when it is needed."""
+    compile_ahead.can_compile_ahead = lambda device: True
+    places, weights = torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2)
+    works = [partial(triton_combine.combine, torch.randn(4, 64, dtype=dtype), places, weights) for dtype in DTYPES]
+    for number, work in enumerate(works):
+        launched, compiled = len(names("launches")), len(names("compiles"))
+        later = compile_ahead.when_compiled(number, work, there)
+        assert (len(names("launches")), len(names("compiles"))) == (launched, compiled)
+        if number == 0:
+            with compile_ahead.launches_compile(there):
+                later.finish()
+                assert len(names("launches")) == launched, "nothing is needed during a rehearsal"
+        for _ in range(2):
+            later.finish()
+            assert len(names("launches")) == launched + 1
+        assert names("loads").count(threading.current_thread().name) == 0
+        assert compile_ahead.when_compiled(number, work, there) is None
+        assert len(names("launches")) == launched + 2, "from then on it is done at once"
+    later = compile_ahead.when_compiled(2, work, there)
+    elsewhere = threading.Thread(target=later.finish)
+    elsewhere.start()
+    elsewhere.join()
+    assert len(names("launches")) == launched + 3, "another thread needs it"
+
+
 def main() -> None:
     driver.set_active(Driver())
     triton.knobs.compilation.listener = compiled
@@ -71,9 +101,10 @@ def main() -> None:
     assert names("compiles") == ["combine_kernel", "swiglu_kernel", "swiglu_kernel", "swiglu_kernel"], events
     assert len(names("loads")) == 4, "each is ready to be launched"
     assert names("loads").count(here) == 0, "and was made so in a thread"
+    postponed(there)
     before = len(names("launches"))
     step()
-    assert len(names("compiles")) == len(names("loads")) == 4, "launches find what was compiled"
+    assert len(names("compiles")) == len(names("loads")) == 6, "launches find what was compiled"
     assert len(names("launches")) == before + 5
 
 
