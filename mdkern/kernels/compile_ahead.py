@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -190,6 +191,7 @@ class Here(threading.local):
     """What this thread compiles for `Loading`."""
 
     translates: bool | None = None  # None: nothing. False: only what Triton's cache has
+    launcher: threading.Thread | None = None
 
 
 class Loading(Executor):
@@ -218,16 +220,18 @@ class Loading(Executor):
         if kernel is None:
             kernel = self.compile(work)
         with current(self.device):
-            kernel.run  # noqa: B018  builds the launcher, by a C compiler, and loads the kernel
+            kernel.run  # noqa: B018  builds the launcher, unless that has been done, and loads the kernel
         return kernel
 
     def compile(self, work: Callable[[], Any]) -> Any:
-        """Do the work, whose translation has its turn."""
-        self.here.translates = True
+        """Do the work, with a launcher built beside it."""
+        self.here.translates, self.here.launcher = True, None
         try:
             return work()
         finally:
             self.here.translates = None
+            if self.here.launcher is not None:
+                self.here.launcher.join()
 
     def start_apart(self, work: Callable[[], Any]) -> tuple[Any, int | None]:
         """The kernel if Triton's cache has it, or the id of a copy of this process that begins to compile it."""
@@ -254,13 +258,38 @@ class Loading(Executor):
             self.copies.add(copy)
         return None, copy
 
-    def translate(self, weight: float, translation: Callable[[], Any]) -> Any:
-        """Translate a kernel in turn."""
+    def translate(self, source: Any, weight: float, translation: Callable[[], Any]) -> Any:
+        """Translate a kernel in turn. Then a C compiler, if one is needed, builds its launcher beside the rest."""
         self.turns.take(weight)
         try:
-            return translation()
+            module = translation()
         finally:
             self.turns.give_back()
+        descriptors = descriptors_of(source, module)
+        if descriptors is not None:
+            self.here.launcher = threading.Thread(target=build_launcher, args=(source, descriptors))
+            self.here.launcher.start()
+        return module
+
+
+def descriptors_of(source: Any, module: Any) -> list[Any] | None:
+    """How a kernel reads the matrices whose descriptors it is given, as its launcher must know. Of a kernel that is not
+    in Gluon the compiler decides it later: then None, as the process would crash if Triton were asked now."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    if isinstance(source, GluonASTSource):
+        return list(module.get_tensordesc_metadata())
+    return None if any("tensordesc" in str(kind) for kind in source.signature.values()) else []
+
+
+def build_launcher(source: Any, descriptors: Any) -> None:
+    """Have Triton's cache contain the launcher of a kernel, which depends on its arguments alone."""
+    from triton.runtime import driver
+
+    sizes = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
+    unknown = dict.fromkeys((*sizes, "launch_cooperative_grid", "launch_pdl"), 0)
+    with suppress(Exception):  # it is built later
+        driver.active.launcher_cls(source, SimpleNamespace(tensordesc_meta=descriptors, **unknown))
 
 
 @contextmanager
@@ -329,7 +358,7 @@ def translated_in_turn(loading: Loading) -> Iterator[None]:
             if not loading.here.translates:
                 raise NotCompiled
             weight = weight_of(source.name, source.fn.src, isinstance(source, GluonASTSource))
-            return loading.translate(weight, translation)
+            return loading.translate(source, weight, translation)
 
         return make_ir
 

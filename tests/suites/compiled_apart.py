@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime import driver
 from triton.runtime._async_compile import active_mode
 
@@ -43,8 +45,20 @@ def small_kernel(x, factor: gl.constexpr):
     triton.language.store(x, triton.language.load(x) * factor)
 
 
-def compiling(source: type, kernel: triton.JITFunction, factor: int) -> Callable[[], object]:
-    built = source(kernel, {"x": "*fp32", "factor": "constexpr"}, {"factor": factor})
+@gluon.jit
+def described_large_kernel(x, factor: gl.constexpr):
+    tile = gl.allocate_shared_memory(x.dtype, x.block_type.shape, x.layout)
+    hopper.tma.async_copy_shared_to_global(x, [factor, 0], tile)
+    hopper.tma.store_wait(0)
+
+
+@triton.jit
+def described_kernel(x, factor: gl.constexpr):
+    x.store([factor, 0], x.load([0, 0]))
+
+
+def compiling(source: type, kernel: triton.JITFunction, factor: int, x: str = "*fp32") -> Callable[[], object]:
+    built = source(kernel, {"x": x, "factor": "constexpr"}, {"factor": factor})
     work = lambda: triton.compile(built, target=GPUTarget("cuda", 90, 32))  # noqa: E731
     work.launched = kernel
     return work
@@ -97,6 +111,31 @@ def tell(src, cache_hit, **_) -> None:
     tellings[0] += 1
 
 
+def launchers() -> None:
+    """A launcher that is built beside compilation is told what one is told that is built after it, or there is none."""
+    asked: dict[str, list[object]] = {}
+    Driver.launcher_cls = staticmethod(
+        lambda source, metadata: asked.setdefault(source.name, []).append(metadata.tensordesc_meta or None)
+    )
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
+    matrix = "tensordesc<fp16[64, 64]"
+    compiled(
+        compiling(GluonASTSource, large_kernel, 2),
+        compiling(ASTSource, small_kernel, 2),
+        compiling(GluonASTSource, described_large_kernel, 2, f"{matrix},{layout!r}>"),
+        compiling(ASTSource, described_kernel, 2, f"{matrix}>"),
+    )
+    assert {name: len(metas) for name, metas in asked.items()} == {
+        "large_kernel": 2,
+        "small_kernel": 2,
+        "described_large_kernel": 2,
+        "described_kernel": 1,  # what Triton does not know before
+    }
+    for early, late in (metas for metas in asked.values() if len(metas) == 2):
+        assert early == late, asked
+    assert all(len(asked[name][-1]) == 1 for name in ("described_kernel", "described_large_kernel"))
+
+
 def main() -> None:
     driver.set_active(Driver())
     triton.knobs.compilation.listener = tell
@@ -107,6 +146,8 @@ def main() -> None:
     os.environ["MDKERN_FORK"] = "0"
     assert compiled(*large(2, 3), small) == codes
     assert sorted(told) == [("large_kernel", False)] * 2 + [("small_kernel", False)], told
+    with patch.object(Driver, "launcher_cls"):
+        launchers()
     del os.environ["MDKERN_FORK"]
 
     found = []
