@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -91,6 +91,7 @@ def launches_compile(device: torch.device, *wanted: Postponed) -> Iterator[None]
         turns = Turns()
         loading = Loading(threads, turns, device)
         last.callback(loading.wait_for_copies)
+        last.enter_context(launchers_apart(loading))  # until the threads have ended
         with translated_in_turn(loading), compiled_by(loading), warm_ups_for_launches():
             _rehearsing.value = True
             try:
@@ -200,6 +201,7 @@ class Loading(Executor):
     def __init__(self, threads: ThreadPoolExecutor, turns: Turns, device: torch.device) -> None:
         self.threads, self.turns, self.device, self.here = threads, turns, device, Here()
         self.copies: set[int] = set()  # that have not been waited for
+        self.modules = threading.Lock()  # one launcher is loaded at a time
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         work, kernel, copy = partial(function, *args, **kwargs), None, None
@@ -248,7 +250,8 @@ class Loading(Executor):
             self.here.translates = None
 
         def apart() -> None:
-            _rehearsing.value, self.turns = False, Turns()  # another thread may have had the lock of the old ones
+            _rehearsing.value = False
+            self.turns, self.modules = Turns(), threading.Lock()  # other threads may have had the old locks
             self.turns.give_back()
             knobs.compilation.listener = None  # is told when the cache is read
             self.compile(work)
@@ -290,6 +293,32 @@ def build_launcher(source: Any, descriptors: Any) -> None:
     unknown = dict.fromkeys((*sizes, "launch_cooperative_grid", "launch_pdl"), 0)
     with suppress(Exception):  # it is built later
         driver.active.launcher_cls(source, SimpleNamespace(tensordesc_meta=descriptors, **unknown))
+
+
+@contextmanager
+def launchers_apart(loading: Loading) -> Iterator[None]:
+    """Inside, each launcher that is loaded keeps its own functions.
+
+    Triton 3.6's launchers are C extensions of one name. Where a process loads one of them again, Python puts its
+    functions into the module that has that name, which may be another launcher that a thread has just loaded. That
+    kernel would be launched with the arguments of the wrong one.
+    """
+    from triton.runtime import build
+
+    private = "_load_module_from_path"
+    plain: Callable[[str, str], ModuleType] | None = getattr(build, private, None)
+    if plain is None:  # of a later Triton, which needs no launchers
+        yield
+        return
+
+    def load(name: str, path: str) -> ModuleType:
+        own = ModuleType(name)
+        with loading.modules:
+            own.__dict__.update(vars(plain(name, path)))
+        return own
+
+    with replaced(build, private, load):
+        yield
 
 
 @contextmanager
@@ -369,8 +398,8 @@ def translated_in_turn(loading: Loading) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(owner: type, name: str, value: Any) -> Iterator[None]:
-    """Inside, an attribute of a class has another value."""
+def replaced(owner: type | ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute of a class or a module has another value."""
     plain = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -12,11 +12,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.build import compile_module_from_src
 
 from mdkern.kernels import compile_ahead
 from mdkern.kernels.backbone import triton_combine, triton_swiglu
 
 DTYPES = torch.half, torch.float
+LAUNCHER = """
+#include <Python.h>
+static PyObject *number(PyObject *module, PyObject *nothing) { return PyLong_FromLong(%d); }
+static PyMethodDef functions[] = {{"number", number, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "launcher", NULL, -1, functions};
+PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&definition); }
+"""
 events: list[tuple[str, str]] = []  # what happened, to which kernel or in which thread
 
 
@@ -87,6 +95,13 @@ def postponed(there: torch.device) -> None:
     assert len(names("launches")) == launched + 3, "another thread needs it"
 
 
+def launchers_apart(there: torch.device) -> None:
+    """C extensions of one name, as launchers are, keep their own functions when they are loaded again."""
+    with compile_ahead.launches_compile(there):
+        loaded = [compile_module_from_src(LAUNCHER % number, "launcher") for _ in range(2) for number in (0, 1)]
+    assert [module.number() for module in loaded] == [0, 1, 0, 1]
+
+
 def main() -> None:
     driver.set_active(Driver())
     triton.knobs.compilation.listener = compiled
@@ -102,6 +117,7 @@ def main() -> None:
     assert len(names("loads")) == 4, "each is ready to be launched"
     assert names("loads").count(here) == 0, "and was made so in a thread"
     postponed(there)
+    launchers_apart(there)
     before = len(names("launches"))
     step()
     assert len(names("compiles")) == len(names("loads")) == 6, "launches find what was compiled"
