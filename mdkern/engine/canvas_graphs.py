@@ -86,6 +86,7 @@ class CapturedPasses:
             graph, _ = capture(lambda: run(own), lambda: None, self.pool, self.device, looped, warm_ups=0)
         except CaptureError as error:
             self.refused.add(kind)
+            self.pool = torch.cuda.graph_pool_handle()
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             warnings.warn(f"{kind} can't be captured in a CUDA graph and runs eagerly, slower: {reason}", stacklevel=6)
             return None

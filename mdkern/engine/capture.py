@@ -45,6 +45,9 @@ def capture(
 
     Returns:
         The graph, and the bytes by which PyTorch's reserved memory grew.
+
+    Raises:
+        CaptureError: the step can't be captured. The pool must not be used again.
     """
     with LOCK, torch.cuda.device(device):
         stream, current = capture_stream(device), torch.cuda.current_stream()
@@ -77,7 +80,10 @@ def rehearse(
 
     Returns:
         The graph, which is of no use but for the memory of the pool that it holds until the capture, and the bytes of
-        that. None if the step could not be rehearsed; the pool may then be lost.
+        that. None if nothing can be compiled ahead here.
+
+    Raises:
+        CaptureError: the step could not be rehearsed. The pool must not be used again.
     """
     if not can_compile_ahead(device):
         return None, 0
@@ -95,9 +101,8 @@ def rehearse(
                     before = torch.cuda.memory_reserved()
                     record(graph, step, pool, device, "relaxed")  # libraries may do what they do once
                     memory = torch.cuda.memory_reserved() - before
-            except Exception as error:  # the step itself will meet it
-                logger.debug("a step could not be rehearsed: %s", error)
-                return None, 0
+            except Exception as error:
+                raise CaptureError(str(error)) from error
         current.wait_stream(stream)
     return graph, memory
 
@@ -105,8 +110,8 @@ def rehearse(
 def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None], pool: Any, device: torch.device, mode: str) -> None:
     """Capture a step on the current stream."""
     with no_collection():  # which could destroy an old graph in this thread, and that makes a capture invalid
-        graph.capture_begin(pool=pool, capture_error_mode=mode)
         try:
+            graph.capture_begin(pool=pool, capture_error_mode=mode)
             step()
             graph.capture_end()
         except BaseException:

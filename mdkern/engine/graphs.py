@@ -14,6 +14,7 @@ same addresses. Weights that change in place are seen. The number of graphs kept
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -36,6 +37,8 @@ from mdkern.models.denoiser import PREPARED, QUANTISED_HEADS, Head
 from mdkern.models.fingerprint import Mark, describe, fingerprint, forget
 
 __all__ = ["clear", "held"]
+
+logger = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -163,12 +166,15 @@ class Workspace:
                 self.pool = torch.cuda.graph_pool_handle()
             rehearsal, room = None, 0
             if rehearsed and denoiser.keeps_nothing and head.shard is None:
-                rehearsal, room = rehearse(lambda: step(head), idle, self.pool, bias.device)
-            if rehearsal is None and not self.graphs:  # a pool does not outlive its last graph
-                self.pool = torch.cuda.graph_pool_handle()
+                try:
+                    rehearsal, room = rehearse(lambda: step(head), idle, self.pool, bias.device)
+                except CaptureError as error:  # the step itself will meet the reason
+                    logger.debug("a step could not be rehearsed: %s", error)
+                    self.pool = torch.cuda.graph_pool_handle()
             try:
                 captured, memory = capture(lambda: step(head), idle, self.pool, bias.device, loop_while is not None)
             except CaptureError as error:
+                self.pool = torch.cuda.graph_pool_handle()
                 refuse(denoiser, mark, error)
                 return None
             del rehearsal  # the capture has its memory
