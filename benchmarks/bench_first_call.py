@@ -204,7 +204,7 @@ def table(content: dict[str, Any]) -> str:
     """Seconds of the first call and of its phases, of a later one, and of the compiler where it worked one by one."""
     text = f"{caption(content)}, {content['environment']['cores']} cores; seconds.\n\n"
     rows = [content[part] for part in PARTS if part in content]
-    phases = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
+    phases = list(dict.fromkeys(phase for row in rows for phase, took in row["phases"].items() if took))
     alone, body = not all(row["side_by_side"] for row in rows), []
     for row in rows:
         spent = (f"{row['phases'].get(phase, 0.0):.1f}" for phase in phases)
