@@ -47,6 +47,7 @@ class Rehearsing(threading.local):
 _rehearsing = Rehearsing()
 _alone = threading.Lock()  # as classes of Triton are changed meanwhile
 _starting = threading.Lock()
+_noting = threading.Lock()  # of what is postponed
 _rehearsed: set[Hashable] = set()
 
 
@@ -87,7 +88,8 @@ def launches_compile(device: torch.device, *wanted: Postponed) -> Iterator[None]
     with _alone, ExitStack() as last, ThreadPoolExecutor(MOST_THREADS) as threads:
         start_triton(device)
         mine = threading.get_ident(), device
-        postponed = [one for one in list(_postponed) if one in wanted or (one.thread, one.device) == mine]
+        with _noting:
+            postponed = [one for one in _postponed if one in wanted or (one.thread, one.device) == mine]
         turns = Turns()
         loading = Loading(threads, turns, device)
         last.callback(loading.wait_for_copies)
@@ -105,7 +107,8 @@ def launches_compile(device: torch.device, *wanted: Postponed) -> Iterator[None]
                 one.work()  # its launches wait for their own kernels alone
             if postponed and device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # whoever needs it may be on another stream
-            _postponed.difference_update(postponed)
+            with _noting:
+                _postponed.difference_update(postponed)
 
 
 def is_rehearsing() -> bool:
@@ -148,7 +151,8 @@ def when_compiled(key: Hashable, work: Callable[[], Any], device: torch.device) 
     _rehearsed.add(key)
     threading.Thread(target=start_triton, args=(device,)).start()
     postponed = Postponed(work, device, threading.get_ident())
-    _postponed.add(postponed)
+    with _noting:
+        _postponed.add(postponed)
     return postponed
 
 
