@@ -162,7 +162,7 @@ class Workspace:
                 bias = torch.empty_like(denoiser.head.bias)
             bias.copy_(denoiser.head.bias)
             head = replace(denoiser.head, bias=bias)
-            if not self.graphs:
+            if not self.graphs:  # a pool does not outlive its last graph
                 self.pool = torch.cuda.graph_pool_handle()
             rehearsal, room = None, 0
             if rehearsed and denoiser.keeps_nothing and head.shard is None:

@@ -120,19 +120,18 @@ def rehearse_once(key: Hashable, work: Callable[[], Any], device: torch.device) 
     """Compile the kernels of some work, by doing it once without its launches, unless that has been done.
 
     Args:
-        key: of the work. If that returns None, there was nothing to do, and it is rehearsed again the next time.
+        key: of the work.
         work: may write what it likes, as it is done again, and must not look up places that kernels compute.
     """
     if key in _rehearsed or not can_compile_ahead(device):
         return
     try:
         with launches_compile(device):
-            done = work()
+            work()
     except Exception as error:  # the work itself will meet it
         logger.debug("some work could not be rehearsed: %s", error)
         return
-    if done is not None:
-        _rehearsed.add(key)
+    _rehearsed.add(key)
 
 
 def when_compiled(key: Hashable, work: Callable[[], Any], device: torch.device) -> Postponed | None:
