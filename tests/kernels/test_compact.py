@@ -17,7 +17,7 @@ SHAPES = [(1, 1), (1, 31), (3, 40), (2, 512), (5, 700)]
 SHARES = [0.0, 0.02, 0.6, 1.0]  # of True entries
 if interpreted:
     from mdkern.kernels.loop import triton_compact
-    from tests.suites.interpreted_head import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
+    from tests.suites.interpreter import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
 
 
 def random_mask(shape: tuple[int, int], share: float, device: str = "cpu") -> Tensor:

@@ -22,10 +22,9 @@ HALF, FULL = torch.bfloat16, torch.float32
 V = 50_258
 
 
-@pytest.mark.parametrize("part", ["threshold", "not threshold"])
 @pytest.mark.slow
-def test_kernels_in_the_interpreter(part: str) -> None:
-    run_in_the_interpreter("tests/suites/interpreted_filters.py", part)
+def test_kernels_in_the_interpreter() -> None:
+    run_in_the_interpreter("tests/suites/interpreted_filters.py")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.problems.selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selec
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if interpreted:
-    from tests.suites.interpreted_head import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
+    from tests.suites.interpreter import mend_interpreter  # noqa: F401 (a fixture that all tests here use)
 
 
 def chosen_by_definition(scores: list[float], rule: str, bound: float, quota: int) -> set[int]:

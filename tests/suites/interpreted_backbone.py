@@ -45,7 +45,7 @@ from mdkern.kernels.backbone.triton_window_attention import Setting
 from mdkern.kernels.backbone.window_attention import window_attention_reference
 from tests.problems.backbone import HeadsCase, WindowCase, modulation, normal
 from tests.problems.experts import experts_problem, listed, routing_problem, sandwich_problem
-from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 

@@ -18,7 +18,7 @@ from mdkern.kernels.head.arguments import Filters, Head
 from mdkern.kernels.head.launch import Tiling
 from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.problems.projection import in_float8
-from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 

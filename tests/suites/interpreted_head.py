@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 from mdkern.kernels import noise, triton_noise
 from mdkern.kernels.head import launch, launch_sharded
@@ -23,50 +21,9 @@ from mdkern.kernels.head.triton_projection import count_items, locate_item, sche
 from mdkern.kernels.invariant import batch_invariant
 from mdkern.kernels.triton_common import from_float8
 from tests.problems.projection import SEED, Problem, check_against_reference
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def mend_interpreter() -> None:
-    """Triton 3.6's interpreter asks of NumPy what NumPy 2.4 no longer does, multiplies bfloat16 and e4m3 as integers,
-    reduces with a function of one's own element by element, and loses the carry when it rounds to e4m3."""
-    patch_tensor = interpreter._patch_lang_tensor
-    convert_float = interpreter._convert_float
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        def values(x: Any) -> Any:
-            if x.dtype == tl.bfloat16:
-                return (x.data.astype(numpy.uint32) << 16).view(numpy.float32)
-            if x.dtype == tl.float8e4nv:
-                return torch.from_numpy(x.data.copy()).view(torch.float8_e4m3fn).float().numpy()
-            return x.data.astype(numpy.float32)
-
-        return interpreter.TensorHandle(values(a) @ values(b) + d.data, d.dtype.scalar)
-
-    def reduce_by_halves(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
-        values = [numpy.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
-        while len(values[0]) > 1:
-            half = len(values[0]) // 2
-            halves = [self.to_tensor(v[part], x.dtype) for part in (slice(half), slice(half, None))
-                      for v, x in zip(values, inputs)]  # fmt: skip
-            values = [x.handle.data for x in self.combine_fn.fn(*halves)]
-        return [self.to_tensor(v[0], x.dtype) for v, x in zip(values, inputs)]
-
-    def convert(value: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if target != tl.float8e4nv or source != tl.float32:
-            return convert_float(value, source, target, rounding)
-        inside = torch.from_numpy(value.copy()).clamp(-448, 448)  # as the instruction does, cvt.rn.satfinite
-        return inside.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    interpreter._convert_float = convert
-    interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = dot
-    interpreter.ReduceOps.generic_reduce = reduce_by_halves
 
 
 @triton.jit

@@ -50,7 +50,7 @@ from tests.problems.projection import Problem
 from tests.problems.selection import RULES, random_selection
 from tests.problems.soft import SoftProblem
 from tests.problems.tick import arguments, random_state
-from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 

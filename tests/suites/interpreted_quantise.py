@@ -16,7 +16,7 @@ from mdkern.kernels.backbone.quantise import (
     quantised_norm_reference,
 )
 from tests.problems.backbone import normal
-from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 

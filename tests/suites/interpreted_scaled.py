@@ -13,7 +13,7 @@ from mdkern.kernels.backbone import fp8_skinny, rms_norm, swiglu, triton_fp8_ski
 from mdkern.kernels.backbone.quantise import quantise_rows
 from mdkern.kernels.backbone.scaled_linear import Scaled, scaled_linear_reference
 from tests.problems.backbone import normal
-from tests.suites.interpreted_head import mend_interpreter  # noqa: F401  a fixture, for every test here
+from tests.suites.interpreter import mend_interpreter  # noqa: F401  a fixture, for every test here
 
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
 

@@ -13,7 +13,7 @@ import triton
 from mdkern.kernels.head import launch_soft, reference
 from mdkern.kernels.head.arguments import Head
 from tests.problems.soft import SoftProblem
-from tests.suites.interpreted_head import mend_interpreter
+from tests.suites.interpreter import mend_interpreter
 
 __all__ = ["mend_interpreter"]
 assert triton.knobs.runtime.interpret, "these run with TRITON_INTERPRET=1"
