@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def import_statements(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast
         yield from import_statements(node, inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+@cache
+def statements(source: str) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    return list(import_statements(ast.parse(source)))
+
+
 def imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
     """Dotted names that a statement in a module of `package` may load; some are not modules but names in one."""
     if isinstance(node, ast.Import):
@@ -60,7 +66,7 @@ def graph(sources: Mapping[str, str], packages: set[str], allowed: set[tuple[str
     edges: dict[str, set[str]] = {name: set() for name in sources}
     for name, source in sources.items():
         package = name if name in packages else name.rpartition(".")[0]
-        for node, inside in import_statements(ast.parse(source)):
+        for node, inside in statements(source):
             for target in imported(node, package):
                 while target and target not in sources:
                     target = target.rpartition(".")[0]
@@ -111,24 +117,23 @@ def test_circles_are_found(first: str, second: str, found: bool) -> None:
     assert (circle(inside) != []) == (found and "def" not in first)
 
 
-def modules_after(code: str) -> list[str]:
-    """Those that a new process has loaded after some code."""
+def modules_after(*steps: str) -> list[set[str]]:
+    """Those that a new process has loaded after each step of some code."""
+    told = "print(json.dumps([*sys.modules]))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-c", f"import json, sys; {code}; print(json.dumps([*sys.modules]))"]
+    command = [sys.executable, "-c", "\n".join(["import json, sys", *(f"{step}; {told}" for step in steps)])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    loaded: list[str] = json.loads(done.stdout)
-    return loaded
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def test_no_public_name_imports_triton() -> None:
-    loaded = modules_after("import mdkern; [getattr(mdkern, name) for name in mdkern.__all__]")
-    assert "mdkern.sampling" in loaded
-    assert not [name for name in loaded if name.partition(".")[0] == "triton"]
-
-
-def test_a_first_call_imports_neither_the_compiler_nor_all_of_transformers() -> None:
-    """Each takes a second or more, whatever the model."""
-    code = "import mdkern; pair = mdkern.load_pair('cpu'); mdkern.sample(pair.heavy, length=8, num_samples=1, steps=2)"
-    loaded = modules_after(code)
-    assert "mdkern.engine.stepwise" in loaded
-    assert not {"torch._dynamo", "sympy", "triton", "transformers.cache_utils"} & set(loaded)
+def test_neither_a_first_call_nor_a_public_name_imports_what_takes_seconds() -> None:
+    """Not the compiler, which PyTorch imports of its own accord at the first call of an operator, nor all of
+    transformers, whatever the model; and nothing imports Triton."""
+    called, named = modules_after(
+        "import mdkern; pair = mdkern.load_pair('cpu'); mdkern.sample(pair.heavy, length=8, num_samples=1, steps=2)",
+        "[getattr(mdkern, name) for name in mdkern.__all__]",
+    )
+    assert "mdkern.engine.stepwise" in called
+    assert not {"torch._dynamo", "sympy", "triton", "transformers.cache_utils"} & called
+    assert "mdkern.models.float8_head" in named
+    assert not [name for name in named if name.partition(".")[0] == "triton"]

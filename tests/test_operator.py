@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,17 +52,6 @@ def test_every_implementation_gets_the_bundle_and_the_defaults(affine: Affine) -
             torch.testing.assert_close(got, want)
         torch.library.opcheck(AFFINE, arguments)
     torch.library.opcheck(AFFINE, (x, affine.weight))  # PyTorch leaves the defaults out
-
-
-def test_sampling_does_not_import_pytorchs_compiler() -> None:
-    """Which takes seconds, and which PyTorch does at the first call of an operator of its own accord."""
-    program = """
-import sys, torch, mdkern
-model = mdkern.DiT(mdkern.DiTConfig(vocab_size=9, mask_id=8, width=16, num_heads=2, num_blocks=1, max_length=8))
-mdkern.sample(model, num_samples=1, length=8, steps=4, seed=0)
-sys.exit("torch._dynamo" in sys.modules)
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
 def test_the_compiler_is_kept_out_of_operators_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

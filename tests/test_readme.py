@@ -34,9 +34,14 @@ GUIDE = (ROOT / "docs" / "guide.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALLER = {
     r"num_samples=\d+": "num_samples=2",
-    r"length=(128|256), steps=(128|256)": "length=32, steps=32",
+    r"length=(64|128|256), steps=(64|128|256)": "length=32, steps=32",
     r"L16 H96 L16": "L4 H24 L4",
+    r"length=256, seed": "length=32, seed",
+    r"L64 H128 L64": "L8 H16 L8",
+    r'decoder="top_probability"': 'decoder="top_probability", length=32, steps=32',
     r"\(1, 128\)": "(1, 12)",
+    r"\(1, 64\)": "(1, 24)",
+    r", samples=\d+": ", samples=4",
     r"block_length=32": "block_length=4",
     r"max_new_tokens=512": "max_new_tokens=16",
     r'"cuda"': '"cpu"',
