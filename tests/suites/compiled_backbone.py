@@ -38,6 +38,7 @@ from mdkern.kernels.backbone import (
     triton_window_attention,
 )
 from tests.suites.gluon import short_lived_barriers
+from tests.suites.machine_code import machine_code
 
 
 def build(
@@ -117,8 +118,9 @@ def skinny(capability: int, tiling: triton_skinny.Tiling, rows: int, splits: int
     built = build(triton_skinny.skinny_kernel, ASTSource, capability, types, constants, **options)
     if capability == 90:  # the one on which it runs
         assert built.metadata.shared <= 227 * 1024
-        assert "HGMMA" in built.asm["sass"]
-        assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
+        code = machine_code(built.asm["cubin"])
+        assert "HGMMA" in code
+        assert "LDGSTS.E.BYPASS.128" in code, "weights are not loaded ahead, 16 bytes a thread"
 
 
 def swiglu(capability: int) -> None:
@@ -226,8 +228,9 @@ def experts(capability: int, gated: bool, rows: int, listed: bool) -> None:
     built = build(triton_experts.expert_product_kernel, ASTSource, capability, types, constants, **options)
     if capability == 90:
         assert built.metadata.shared <= 113 * 1024, "two programs do not fit on a multiprocessor"
-        assert "HGMMA" in built.asm["sass"]
-        assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
+        code = machine_code(built.asm["cubin"])
+        assert "HGMMA" in code
+        assert "LDGSTS.E.BYPASS.128" in code, "weights are not loaded ahead, 16 bytes a thread"
 
 
 def sandwich(capability: int) -> None:
@@ -274,8 +277,8 @@ def product(
     built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
     assert short_lived_barriers(built.asm["ttgir"]) == []
     assert built.metadata.shared <= 227 * 1024
-    sass = built.asm["sass"]
-    assert sass.count("WARPGROUP.DEPBAR") < sass.count("GMMA."), "each waits for the one before it"
+    code = machine_code(built.asm["cubin"])
+    assert code.count("WARPGROUP.DEPBAR") < code.count("GMMA."), "each waits for the one before it"
     return built
 
 
@@ -344,8 +347,9 @@ def joint(tiling: joint_tiles.Tiling, weights: int, biased: bool, element: str =
     starts = re.findall(r"(%\d+) = arith\.select ", built.asm["ttgir"])
     loops = re.findall(r"scf\.for \S+ = (%\d+) to ", built.asm["ttgir"])
     assert set(starts) & set(loops), "the steps that were begun early would be left out of all tiles"
-    assert re.search(r"STSM\.16\.M?T", built.asm["sass"])
-    assert "STL" not in built.asm["sass"], "registers do not suffice"
+    code = machine_code(built.asm["cubin"])
+    assert re.search(r"STSM\.16\.M?T", code)
+    assert "STL" not in code, "registers do not suffice"
 
 
 def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, pairs: int = 0, spans: int = 0) -> None:
@@ -364,8 +368,9 @@ def middle_product(capability: int, tiling: triton_linear.Tiling, added: bool, p
     built = build(triton_linear.product_kernel, ASTSource, capability, types, constants, **options)
     if capability == 90:
         assert built.metadata.shared <= 227 * 1024
-        assert "HGMMA" in built.asm["sass"]
-        assert "UTMALDG" in built.asm["sass"]
+        code = machine_code(built.asm["cubin"])
+        assert "HGMMA" in code
+        assert "UTMALDG" in code
 
 
 def attention(capability: int, splits: int, even: bool, masked: bool = False) -> None:
@@ -386,9 +391,10 @@ def attention(capability: int, splits: int, even: bool, masked: bool = False) ->
     built = build(triton_attention.attention_kernel, ASTSource, capability, types, constants, **options)
     if capability == 90:
         assert built.metadata.shared <= 227 * 1024 // 2
-        assert "HGMMA" in built.asm["sass"]
-        assert "UTMALDG" in built.asm["sass"]
-        assert "STL" not in built.asm["sass"], "registers do not suffice"
+        code = machine_code(built.asm["cubin"])
+        assert "HGMMA" in code
+        assert "UTMALDG" in code
+        assert "STL" not in code, "registers do not suffice"
 
 
 def main() -> None:

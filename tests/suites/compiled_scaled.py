@@ -7,6 +7,7 @@ from triton.compiler import ASTSource
 
 from mdkern.kernels.backbone import triton_fp8_skinny, triton_rms_norm, triton_swiglu
 from tests.suites.compiled_backbone import build
+from tests.suites.machine_code import machine_code
 
 
 def norm(capability: int, gathered: bool, parts: int = 1) -> None:
@@ -49,8 +50,9 @@ def skinny(
     assert "cp.async" not in before, "rows are read before the wait"
     if capability == 90:  # the one on which it runs
         assert built.metadata.shared <= 227 * 1024
-        assert "QGMMA" in built.asm["sass"]
-        assert "LDGSTS.E.BYPASS.128" in built.asm["sass"], "weights are not loaded ahead, 16 bytes a thread"
+        code = machine_code(built.asm["cubin"])
+        assert "QGMMA" in code
+        assert "LDGSTS.E.BYPASS.128" in code, "weights are not loaded ahead, 16 bytes a thread"
 
 
 def main() -> None:
