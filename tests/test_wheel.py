@@ -46,7 +46,7 @@ def files_of(folder: Path, *parts: str) -> set[Path]:
 def build(kind: str, folder: Path) -> Path:
     """A wheel or an sdist made by this environment's setuptools, without a network, of a copy of the repository."""
     source = folder / "source"
-    left_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
+    left_out = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=left_out)
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     assert "warning" not in run("-W", "default", "-c", code, folder, cwd=source).lower()
