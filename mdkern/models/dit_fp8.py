@@ -6,11 +6,13 @@ Nothing is calibrated, and no number leaves the format's range, because all that
   adaLN's modulation, which are constant, are multiplied into the weights before these are rounded.
 - A hidden unit of the MLP is a product of such a row and a row of the weight, so that it is at most sqrt(D) times that
   row's norm, plus the bias (Cauchy and Schwarz). One number for each unit brings it into the range; the column of the
-  next weight is divided by it. The same holds for values, of which attention gives means.
+  next weight is divided by it. The same holds for values, of which attention gives means, and for queries and keys,
+  with one number for each head.
 
 As e4m3 has floating point, a bound that is seldom reached costs no accuracy: numbers down to 2^-14 of it keep all bits.
-The residual stream stays in 16 bits, as do attention itself and the projections around it in the first block, the head,
-and the last block at the rows that are wanted. Measurements: docs/notes/backbone.md.
+Attention itself is in e4m3, too, where `attention_fp8.fits`. The residual stream stays in 16 bits, as do attention and
+the projections around it in the first block, the head, and the last block at the rows that are wanted. Measurements:
+docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdkern.kernels.backbone.attention_fp8 import softmax_scale
 from mdkern.kernels.backbone.quantise import (
     FP8,
     HALF_STEP,
@@ -53,6 +56,8 @@ class QuantisedAttention(NamedTuple):
     qkv: Quantised
     level: Tensor  # float32 [D], which attention's result is multiplied by
     out: Quantised  # the gate contained
+    levelled: tuple[Tensor, Tensor]  # scale and bias of `qkv` with a result in the range of e4m3
+    softmax: Tensor  # float32 [H], the scale of `attention_fp8` for that
 
 
 class QuantisedBlock(NamedTuple):
@@ -98,8 +103,10 @@ def tensors_of(layers: Any) -> Iterator[Tensor]:
 
 def room(block: Block, device: torch.device | str, attention: bool) -> QuantisedBlock:
     """Uninitialised memory for a block."""
-    up, out = new_layer(block.mlp_up, device), new_layer(block.attn_out, device)
-    around = QuantisedAttention(new_layer(block.attn_qkv, device), torch.empty_like(out.bias), out)
+    up, out, qkv = (new_layer(layer, device) for layer in (block.mlp_up, block.attn_out, block.attn_qkv))
+    levelled = torch.empty_like(qkv.scale), torch.empty_like(qkv.bias)
+    softmax = out.bias.new_empty(block.num_heads)
+    around = QuantisedAttention(qkv, torch.empty_like(out.bias), out, levelled, softmax)
     return QuantisedBlock(
         around if attention else None, up, torch.empty_like(up.bias), new_layer(block.mlp_down, device)
     )
@@ -114,11 +121,17 @@ def quantise_block(block: Block, parts: tuple[Tensor, ...], out: QuantisedBlock)
     """Write a block's layers in e4m3 to `out`; `parts` are the six of its constant modulation."""
     shift1, scale1, gate1, shift2, scale2, gate2 = parts
     if out.attention is not None:
-        qkv, level, projection = out.attention
+        qkv, level, projection, levelled, softmax = out.attention
         quantise_after_norm(block.attn_qkv, block.norm1.weight, shift1, scale1, qkv)
         # What attention gives are means of the values.
-        level.copy_(LARGEST / most_of(Quantised(*(part[-len(level) :] for part in qkv))))
+        most = most_of(qkv)
+        level.copy_(LARGEST / most[-len(level) :])
         quantise_layer(block.attn_out.weight, block.attn_out.bias, 1 / level, gate=gate1, out=projection)
+        heads = level_of_heads(most[: -len(level)], block.num_heads)
+        levels = torch.cat((heads.repeat_interleave(len(level) // block.num_heads), level))
+        for part, whole in zip(levelled, (qkv.scale, qkv.bias)):
+            part.copy_(whole * levels)
+        softmax.copy_(softmax_scale(*heads.chunk(2)))
     quantise_after_norm(block.mlp_up, block.norm2.weight, shift2, scale2, out.mlp_up)
     out.level.copy_(LARGEST / most_of_gelu(out.mlp_up))
     quantise_layer(block.mlp_down.weight, block.mlp_down.bias, 1 / out.level, gate=gate2, out=out.mlp_down)
@@ -136,6 +149,12 @@ def most_of(layer: Quantised) -> Tensor:
     It is not 0 for a column that always is, so that one can be divided by it.
     """
     return (reach(layer) + layer.bias.abs()).clamp(min=SMALLEST_SCALE)
+
+
+def level_of_heads(most: Tensor, count: int) -> Tensor:
+    """What queries and keys are multiplied by, float32 ``[2 * count]``, from bounds on them before they are rotated."""
+    pairs = most.view(2 * count, 2, -1)  # two numbers that are turned into each other
+    return LARGEST / torch.linalg.vector_norm(pairs, dim=1).amax(1)
 
 
 def most_of_gelu(up: Quantised) -> Tensor:

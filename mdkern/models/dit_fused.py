@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdkern.kernels.backbone import attention as few
+from mdkern.kernels.backbone import attention_fp8 as in_fp8
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import fold_norm
-from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_residual, scaled_rotary
+from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_heads, scaled_residual, scaled_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm, runs_fused
-from mdkern.kernels.backbone.quantise import quantise_columns, quantised_norm
+from mdkern.kernels.backbone.quantise import FP8, quantise_columns, quantised_norm
 from mdkern.kernels.backbone.rotary import gathered_qkv, rotary
 from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import rows_to_choose_by
@@ -263,12 +264,16 @@ def hidden(
     stream = None
     whole = model.config.block_causal is None  # whether every query of a text sees the same
     arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device) if whole else None
+    attends_in_fp8 = mask is None and in_fp8.fits(input_ids.device, length, 2 * model.rotary[0].shape[1])
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)
         folded = None if folds is None else folds.blocks[number]
         last = number + 1 == len(blocks)
         pruned = positions is not None and last
+        if attends_in_fp8 and stream is not None and isinstance(folded, QuantisedBlock) and not pruned:
+            add_quantised(stream, quantised_attention(model, stream, folded, length), block, gate1, folded)
+            continue
         kinds, rotated = (2, 1) if pruned else (3, 2)  # how many of queries, keys and values
         if stream is None:
             soft = None if weight is None else soft_rows(model, input_ids, weight, positions)
@@ -310,12 +315,22 @@ def quantised_qkv(model: DiT, stream: Stream, block: QuantisedBlock, kinds: int,
     return scaled_rotary(rows, weight, scale, bias, cos, sin, heads=heads, length=length, dtype=dtype)
 
 
+def quantised_attention(model: DiT, stream: Stream, block: QuantisedBlock, length: int) -> Tensor:
+    """Attention over the norm of the stream, all in e4m3, ``[N, D]`` times its level."""
+    assert block.attention is not None
+    rows, weight = quantised_norm(stream.x), block.attention.qkv.weight
+    heads, values = scaled_heads(rows, weight, *block.attention.levelled, *model.rotary, length=length)
+    return in_fp8.attention_fp8(heads, values, block.attention.softmax)
+
+
 def add_quantised(stream: Stream, attended: Tensor, block: Block, gate: Tensor, folded: QuantisedBlock) -> None:
     """Add to the stream what comes after attention: its projection, and the MLP, in e4m3."""
     if folded.attention is None:
         products.linear_residual(stream.x, attended, block.attn_out.weight, block.attn_out.bias, gate)
     else:
-        scaled_residual(stream.x, quantise_columns(attended, folded.attention.level), *folded.attention.out)
+        if attended.dtype != FP8:
+            attended = quantise_columns(attended, folded.attention.level)
+        scaled_residual(stream.x, attended, *folded.attention.out)
     units = scaled_gelu(quantised_norm(stream.x), *folded.mlp_up, folded.level)
     scaled_residual(stream.x, units, *folded.mlp_down)
 

@@ -17,6 +17,7 @@ from mdkern.cli.report import number_formats
 from mdkern.digest import model_digest
 from mdkern.engine.graphs import mark_of
 from mdkern.evaluation.importance import path_importance
+from mdkern.kernels.backbone import attention_fp8
 from mdkern.kernels.backbone.linear_fp8 import scaled_gelu, scaled_product
 from mdkern.kernels.backbone.modulated_norm import modulated_norm_reference
 from mdkern.kernels.backbone.quantise import quantised_norm
@@ -79,6 +80,17 @@ def test_no_value_leaves_the_range() -> None:
     assert values.amax(0).div(limit).min() > 0.7
 
 
+def test_no_query_or_key_leaves_the_range() -> None:
+    """However it is turned: two numbers that are turned into each other keep the length of their pair."""
+    linear, norm, layer = norm_and_layer(96, 128)
+    x = linear.weight * norm[0] * (1 + norm[2])
+    level = dit_fp8.level_of_heads(dit_fp8.most_of(layer), 1)
+    heads = scaled_product(quantised_norm(torch.cat((x, -x))), *layer).view(-1, 2, 2, 32)
+    most = heads.norm(dim=2).amax((0, 2)) * level
+    assert (most <= 448).all()
+    assert most.min() > 0.4 * 448  # a row along one number's weights is seldom along its partner's
+
+
 def question(model: DiT, rows: int | None, batch: int = 3, length: int = 16) -> tuple[Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
@@ -102,6 +114,26 @@ def test_a_pass_is_near_the_model(make_dit: MakeDiT, blocks: int, rows: int | No
     error = relative_error(got, exact)
     assert error < 0.1
     assert error > (1e-3 if blocks > 1 or rows is None else -1)  # it is rounded
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+def test_attention_in_e4m3_is_near_the_model(
+    make_dit: MakeDiT, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    """It serves the blocks between the first and, where few rows are wanted, the last."""
+    served, plain = list[int](), attention_fp8.attention_fp8
+    monkeypatch.setattr(attention_fp8, "attention_fp8", lambda *parts: (served.append(1), plain(*parts))[1])
+    model = make_dit(width=128, num_heads=2, num_blocks=3, max_length=128)
+    ids, positions = question(model, rows, 2, 128)
+    exact = model.double().plain_hidden(ids, None, positions).detach()
+    denoiser = adapt(model.float(), precision="fp8")
+    error = relative_error(denoiser.hidden(ids, None, positions), exact)
+    assert len(served) == (2 if rows is None else 1)
+    monkeypatch.setattr(attention_fp8, "fits", lambda *_: False)
+    in_16_bits = relative_error(denoiser.hidden(ids, None, positions), exact)
+    assert len(served) == (2 if rows is None else 1)
+    assert in_16_bits != error
+    assert error < 1.2 * in_16_bits < 0.1
 
 
 def test_a_value_that_is_always_zero(make_dit: MakeDiT) -> None:
@@ -179,7 +211,7 @@ def test_what_it_says(make_dit: MakeDiT, tmp_path: Any) -> None:
     assert "e4m3" in repr(denoiser)
     assert f"{dit_fp8.extra_bytes(model) / 2**20:.1f} MiB more" in repr(denoiser)
     weights = 3 * (2 * 4 * 64 * 64) + 2 * (4 * 64 * 64)  # bytes; around the first block's attention nothing is rounded
-    vectors = 4 * (3 * (3 * 256 + 2 * 64) + 2 * (2 * 192 + 3 * 64))
+    vectors = 4 * (3 * (3 * 256 + 2 * 64) + 2 * (2 * 192 + 3 * 64) + 2 * (2 * 192 + 4))
     assert dit_fp8.extra_bytes(model) == weights + vectors
     for precision in (None, "bf16"):
         assert adapt(model, precision=precision).precision is None

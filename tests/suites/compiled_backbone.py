@@ -13,11 +13,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mdkern.kernels.backbone import (
+    hopper_attention_fp8,
     hopper_joint,
     hopper_linear,
     hopper_resident,
     hopper_residual,
     joint_tiles,
+    launch_attention_fp8,
     launch_joint,
     launch_linear,
     triton_attention,
@@ -274,7 +276,7 @@ def product(
     """Only Hopper has its tensor-core instructions, and the compiler must let many of them be under way at a time."""
     options = {name: value for name, value in setting.items() if not name.isupper()}
     constants = {name: value for name, value in setting.items() if name.isupper()} | constants
-    built = build(kernel, GluonASTSource, 90, types, constants | {"PROGRAMS": 132, "GROUP": 8}, **options)
+    built = build(kernel, GluonASTSource, 90, types, {"PROGRAMS": 132, "GROUP": 8} | constants, **options)
     assert short_lived_barriers(built.asm["ttgir"]) == []
     assert built.metadata.shared <= 227 * 1024
     code = machine_code(built.asm["cubin"])
@@ -300,6 +302,31 @@ def linear_fp8(gelu: bool, pairs: int) -> None:
     types |= {"out": descriptor("fp8e4nv" if gelu else "bf16", [64, 64])} | ({"level": "*fp32"} if gelu else {})
     types |= {"cos": "*fp32", "sin": "*fp32"} if pairs else {}
     product(hopper_linear.linear_kernel, types, {"BK": 128, "GELU": gelu, "PAIRS": pairs, "SPANS": 0, "SUMS": 1})
+
+
+def heads_fp8() -> None:
+    """With values transposed. A thread stores them byte by byte, so none may be moved before."""
+    types = dict.fromkeys(hopper_linear.COUNTS, "i32") | dict.fromkeys(("bias", "scale", "cos", "sin"), "*fp32")
+    types |= {"left": descriptor("fp8e4nv", [64, 128]), "right": descriptor("fp8e4nv", [256, 128])}
+    types |= dict.fromkeys(("out", "values"), descriptor("fp8e4nv", [64, 64]))
+    constants = {"BK": 128, "GELU": False, "PAIRS": 32, "SPANS": 0, "SUMS": 1}
+    built = product(hopper_linear.linear_kernel, types, constants)
+    assert "SHFL" not in built.asm["sass"]
+
+
+def attention_fp8() -> None:
+    """Weights go from the scores' registers into a product without moving, and nothing is kept in memory."""
+    types = dict.fromkeys(hopper_attention_fp8.COUNTS, "i32") | {"scale": "*fp32"}
+    types |= {"key": descriptor("fp8e4nv", [launch_attention_fp8.KEYS, 64])}
+    types |= {"values": descriptor("fp8e4nv", [64, launch_attention_fp8.KEYS])}
+    types |= dict.fromkeys(("query", "out"), descriptor("fp8e4nv", [64, 64]))
+    built = product(hopper_attention_fp8.attention_fp8_kernel, types, {"HEADS": 12}, launch_attention_fp8.SETTING)
+    sass = built.asm["sass"]
+    assert "LDL" not in sass
+    assert "MUFU.EX2" in sass
+    weights = sass.count("FFMA.SAT")
+    assert sass.count("MUFU.EX2") < weights / 16, "of maxima alone"
+    assert sass.count("PRMT") <= weights  # three for each four, and others for the results
 
 
 def resident_fp8(width: int) -> None:
@@ -455,6 +482,8 @@ def main() -> None:
     linear_fp8(gelu=True, pairs=0)
     for pairs in (0, 32, 64):
         linear_fp8(gelu=False, pairs=pairs)
+    heads_fp8()
+    attention_fp8()
     for width in (256, 768):
         resident_fp8(width)
     residual_fp8()

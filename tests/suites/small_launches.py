@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone import fp8_skinny, joint, linear, linear_fp8, skinny
+from mdkern.kernels.backbone import attention_fp8, fp8_skinny, joint, linear, linear_fp8, skinny
 from mdkern.kernels.backbone.attention import attention_operator, tiles_of
 from mdkern.kernels.backbone.experts import gated_experts, listed_experts, places_of
 from mdkern.kernels.backbone.quantise import (
@@ -87,13 +87,18 @@ def windows(device: str) -> Iterator[Tensor]:
 
 
 def products_in_fp8(device: str) -> Iterator[Tensor]:
-    """Of a DiT: with rows that stay in shared memory, and added to the stream."""
+    """Of a DiT: around attention and with it, with rows that stay in shared memory, and added to the stream."""
     rows, width = linear.FEWEST_ROWS + 64, 256
     x = quantise_rows(normal(1, rows, width))[0].to(device)
     y = quantise_rows(normal(2, width, width))[0].to(device)
     scale, bias = torch.full((width,), width**-0.5 / 1e4, device=device), normal(3, width, device=device)
     angle, level = normal(4, 64, 32, device=device), torch.full((width,), 50.0, device=device)
     yield linear_fp8.scaled_rotary(x, y, scale, bias, angle.cos(), angle.sin(), heads=3, length=64, dtype=HALF)
+    whole, turned = (rows // 128 * 128, angle.repeat(2, 1))
+    layer = y.repeat(3, 1), (50 * scale).repeat(3), (50 * bias).repeat(3)
+    heads, values = linear_fp8.scaled_heads(x[:whole], *layer, turned.cos(), turned.sin(), length=128)
+    yield from (heads, values)
+    yield attention_fp8.attention_fp8(heads, values, torch.full((width // 64,), 1e-4, device=device))
     yield linear_fp8.scaled_gelu(x, y, scale, bias, level)
     stream = normal(5, rows, width, dtype=HALF, device=device)
     linear_fp8.scaled_residual(stream, x, y, scale, bias)

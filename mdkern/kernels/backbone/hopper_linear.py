@@ -3,9 +3,9 @@
 One persistent program runs on each multiprocessor. A producer warp copies tiles into a ring in shared memory, and runs
 ahead past the end of an output tile; two consumer warpgroups each multiply 192 rows by 128 columns and finish them in
 registers, 64 rows at a time. The finished rows are stored through buffers of their own while the next tile is
-multiplied. With sums of the rows, the epilogue also divides by each row's standard deviation, as a folded layer
-normalisation needs (`kernels.backbone.folded_norm`). Of matrices in e4m3 it multiplies each column by its scale and,
-if the result is in e4m3, too, by its level (`kernels.backbone.linear_fp8`).
+multiplied; values for attention in e4m3 are transposed there. With sums of the rows, the epilogue also divides by each
+row's standard deviation, as a folded layer normalisation needs (`kernels.backbone.folded_norm`). Of matrices in e4m3 it
+multiplies each column by its scale and, if the result is in e4m3, too, by its level (`kernels.backbone.linear_fp8`).
 
 The tile of 192 x 256 is as large as registers allow: it takes 192 of a thread's 240. Measurements of tiles:
 docs/notes/backbone.md. The index into the sums, rows times twice the spans of a row, must stay below 2^31, which is 89
@@ -251,8 +251,16 @@ def _leave(x, out, leaving, row, column, HALF: gl.constexpr, NUMBER: gl.constexp
 
 
 @gluon.jit
+def _across(x):
+    """64 tokens by 64 dimensions transposed, the tokens in the order of `attention_fp8.in_order`. No register moves."""
+    ordered = x.reshape(2, 2, 2, 4, 2, PART).permute(0, 1, 3, 2, 4, 5)
+    return ordered.reshape(ROWS, PART).permute(1, 0)
+
+
+@gluon.jit
 def _consume(
     out,
+    values,
     tables,
     rings,
     sizes,
@@ -309,11 +317,20 @@ def _consume(
             second = _affine(second, tables, rings, HALF, block, 1, FACTOR)
             if GELU:
                 second = _activate(second, tables, rings, HALF, 1)
-            if cos is not None:
+            if cos is not None:  # noqa: SIM102  known when it is compiled, unlike the next
                 if column < rotated:
                     first, second = _rotate_heads(first, second, cos, sin, at, length, PAIRS)
+            if values is None:
+                if cos is not None:
+                    _leave(first, out, leaving, at, column, HALF, 2 * block, BUFFERS)
+                _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1, BUFFERS)
+            elif column < rotated:
                 _leave(first, out, leaving, at, column, HALF, 2 * block, BUFFERS)
-            _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1, BUFFERS)
+                _leave(second, out, leaving, at, column + PART, HALF, 2 * block + 1, BUFFERS)
+            else:
+                dimension = at // length * (rotated // 2) + column - rotated
+                _leave(_across(first), values, leaving, dimension, at % length, HALF, 2 * block, BUFFERS)
+                _leave(_across(second), values, leaving, dimension + PART, at % length, HALF, 2 * block + 1, BUFFERS)
     tma.store_wait(0)
 
 
@@ -325,7 +342,8 @@ COUNTS = ("row_tiles", "column_tiles", "steps", "rows", "length", "rotated")
 def linear_kernel(
     left,  # descriptor of [M, K]
     right,  # descriptor of [N, K]
-    out,  # descriptor of [M, N]
+    out,  # descriptor of [M, N]; with `values` of the first two thirds of the columns, which are rotated
+    values,  # descriptor of [M / length * N / 3, length], the other third
     bias,
     cos,
     sin,
@@ -369,8 +387,8 @@ def linear_kernel(
     tables = (bias, cos, sin, sums, scale, level)
     gl.warp_specialize(
         [
-            (_consume, (out, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
-            (_consume, (out, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
+            (_consume, (out, values, tables, rings, sizes, places, 0, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
+            (_consume, (out, values, tables, rings, sizes, places, 1, GROUP, PROGRAMS, GELU, PAIRS, SPANS, SUMS)),
             (_produce, (left, right, rings, sizes, BK, STAGES, GROUP, PROGRAMS)),
         ],
         [4, 1],

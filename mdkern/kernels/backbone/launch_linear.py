@@ -62,12 +62,14 @@ def linear(
     sums: Tensor | None = None,
     scale: Tensor | None = None,
     level: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> None:
     """``out = [gelu] (x @ weight.T + bias)``, the first `rotated` columns rotated by `cos`, `sin`.
 
     With `sums`, the `row_sums` of `x`, each row of the product is divided by the standard deviation of its row of `x`.
     They are of spans of 256 columns, or of half as many.
     With matrices in e4m3 `scale` multiplies the columns of the product, and `level`, if given, those of the result.
+    `values`, if given, receives the columns that are not rotated, as `linear_fp8.scaled_heads` says.
     """
     depth = LINE // x.element_size()
     row_tiles, column_tiles, programs = cut(x.shape[0], weight.shape[0], LINEAR_TILE, x.device)
@@ -75,6 +77,7 @@ def linear(
         describe(x, [ROWS.value, depth]),
         describe(weight, [LINEAR_TILE[1], depth]),
         describe(out, SUB),
+        None if values is None else describe(values, SUB),
         bias,
         cos,
         sin,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdkern.kernels.backbone.attention_fp8 import TOKENS, in_order
 from mdkern.kernels.backbone.linear import COLUMN_TILE, FEWEST_ROWS, product_of, rotates_fused
 from mdkern.kernels.backbone.modulated_norm import wide
 from mdkern.kernels.backbone.quantise import FP8, rounded
@@ -50,6 +51,17 @@ def scaled_rotary_reference(
     product = scaled_product(x, weight, scale, bias).to(dtype)
     rotary(product.view(x.shape[0], -1, 2 * cos.shape[1])[:, :heads], cos, sin, length=length)
     return product
+
+
+def scaled_heads_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """`scaled_heads` in plain PyTorch."""
+    width = len(weight) // 3
+    heads, values = scaled_product(x, weight, scale, bias).split(2 * width, dim=1)
+    heads = heads.contiguous()
+    rotary(heads.unflatten(1, (-1, 2 * cos.shape[1])), cos, sin, length=length)
+    return rounded(heads), in_order(rounded(values.unflatten(0, (-1, length)).transpose(1, 2).flatten(0, 1)))
 
 
 def scaled_gelu_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, level: Tensor) -> Tensor:
@@ -94,6 +106,27 @@ def scaled_rotary_on_gpu(
     return out
 
 
+def scaled_heads_on_gpu(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    width = len(weight) // 3
+    if not runs_fused(x, weight) or not rotates_fused(cos, 2 * width // (2 * cos.shape[1])):
+        return scaled_heads_reference(x, weight, scale, bias, cos, sin, length)
+    from mdkern.kernels.backbone import launch_linear
+
+    heads, values = new_heads(x, weight, length)
+    launch_linear.linear(
+        x, weight, heads, bias=bias, cos=cos, sin=sin, length=length, rotated=2 * width, scale=scale, values=values
+    )
+    return heads, values
+
+
+def new_heads(x: Tensor, weight: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised tensors for what `scaled_heads` returns."""
+    rows, width = len(x), len(weight) // 3
+    return x.new_empty(rows, 2 * width), x.new_empty(rows // length * width, length)
+
+
 def scaled_gelu_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, level: Tensor) -> Tensor:
     if not runs_fused(x, weight):
         return scaled_gelu_reference(x, weight, scale, bias, level)
@@ -127,6 +160,12 @@ scaled_rotary_operator = operator(
     lambda x, weight, *rest: new_product(x, weight, rest[-1]),
     f"{HERE}:scaled_rotary_on_gpu",
     name="scaled_rotary",
+)
+scaled_heads_operator = operator(
+    scaled_heads_reference,
+    lambda x, weight, *rest: new_heads(x, weight, rest[-1]),
+    f"{HERE}:scaled_heads_on_gpu",
+    name="scaled_heads",
 )
 scaled_gelu_operator = operator(
     scaled_gelu_reference,
@@ -176,6 +215,44 @@ def scaled_rotary(
     check_length(length, cos)
     product: Tensor = scaled_rotary_operator(x, weight, scale, bias, cos, sin, heads, length, dtype)
     return product
+
+
+def scaled_heads(
+    x: Tensor,  # [B * L, K]
+    weight: Tensor,  # [3 * D, K]
+    scale: Tensor,  # [3 * D]
+    bias: Tensor,  # [3 * D]
+    cos: Tensor,  # [P, head_dim / 2]
+    sin: Tensor,  # [P, head_dim / 2]
+    *,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """``(x @ weight.T) * scale + bias`` in e4m3: queries and keys, rotated, and values for `attention_fp8`.
+
+    What is beyond the range of e4m3 becomes 448: `scale` and `bias` must bring it inside.
+
+    Args:
+        x, weight, scale, bias: as for `scaled_rotary`.
+        cos, sin: as for `mdkern.kernels.backbone.linear.linear_rotary`.
+        length: L, of each sequence, a multiple of 128.
+
+    Returns:
+        float8_e4m3fn ``[B * L, 2 * D]``, queries and keys; and ``[B * D, L]``, values in the order of
+        `attention_fp8.in_order`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    check_scaled(x, weight, scale, bias)
+    check_angles(x.new_empty(0, dtype=torch.float32), sin.shape[-1], cos, sin)
+    if len(weight) % 3:
+        raise ValueError(f"weight must be of queries, keys and values, not of {len(weight)} columns")
+    check_heads(0, len(weight) // 3, cos)
+    check_length(length, cos)
+    if length % TOKENS or len(x) % length:
+        raise ValueError(f"{len(x)} rows are not of sequences of {length}, a multiple of {TOKENS}")
+    heads, values = scaled_heads_operator(x, weight, scale, bias, cos, sin, length)
+    return heads, values
 
 
 def scaled_gelu(

@@ -1,0 +1,289 @@
+"""`mdkern.kernels.backbone.attention_fp8` for Hopper, in Gluon: softmax in one pass over the keys (2307.08691).
+
+A producer warp copies queries, keys and values into shared memory. Two consumer warpgroups have 64 queries each: while
+one turns scores into weights, the tensor cores work for the other (FlashAttention-3, 2407.08608).
+
+Weights need no exponential, see `attention_fp8.weights_of`: an exponent is scaled, limited and rounded, and its low
+byte packed. The sums of weights are a product with ones. A row's maximum is rounded up to a whole number, so that a new
+one changes what was added up by a power of two, and the order of the keys changes nothing.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806
+
+from triton import constexpr_function
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mdkern.kernels.backbone import attention_fp8
+from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS, _halves
+from mdkern.kernels.gluon_common import ring_advance
+
+HEAD = gl.constexpr(attention_fp8.HEAD_DIM)
+COPIES = gl.constexpr(8)  # equal columns of the sums of weights: the fewest that a product has
+ONE = gl.constexpr(56)  # the code of 1
+OF_ONE = gl.constexpr(8 * (attention_fp8.LIFT + 7) / 128)  # the code, over 128, of a weight at the maximum
+
+# Codes over 128, of two weights, to codes: rounded by an addition to 1.5 * 2^23, whose low byte is 0.
+TO_CODES = gl.constexpr("""{
+.reg .f32 first, second;
+.reg .b32 low, high, both;
+fma.rn.f32 first, $1, 0f43000000, 0f4B400000;
+fma.rn.f32 second, $2, 0f43000000, 0f4B400000;
+mov.b32 low, first;
+mov.b32 high, second;
+prmt.b32 both, low, high, 0x0040;
+cvt.u16.u32 $0, both;
+}""")
+
+
+@constexpr_function
+def layout_of(columns):
+    """Where a product of 64 rows and so many columns lies in registers."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
+
+
+@gluon.jit
+def _place(tile, sizes, HEADS: gl.constexpr):
+    """First query, sequence and head of a tile. The tiles of a head follow each other, as they read the same keys."""
+    _, row_tiles, length = sizes
+    head = tile // row_tiles
+    return head // HEADS * length + tile % row_tiles * (ROWS * WARPGROUPS), head // HEADS, head % HEADS
+
+
+@gluon.jit
+def _produce(
+    inputs,
+    rings,
+    barriers,
+    sizes,
+    HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """The producer warp: copies queries, keys and values."""
+    query, key, values = inputs
+    held, key_ring, value_ring, _, _ = rings
+    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    tiles, _, length = sizes
+    KEYS: gl.constexpr = key.block_shape[0]
+    stage = gl.program_id(0) * 0
+    phase = stage + 1
+    place = stage + 0
+    turn = stage + 1
+    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+        row, sequence, head = _place(tile, sizes, HEADS)
+        mbarrier.wait(held_empty.index(place), turn)
+        ready = held_full.index(place)
+        mbarrier.expect(ready, ROWS * WARPGROUPS * HEAD)
+        for group in gl.static_range(WARPGROUPS):
+            at = [row + ROWS * group, head * HEAD]
+            tma.async_copy_global_to_shared(query, at, ready, held.index(place * WARPGROUPS + group))
+        place, turn = ring_advance(place, turn, AHEAD)
+        for start in range(0, length, KEYS):
+            mbarrier.wait(key_empty.index(stage), phase)
+            mbarrier.expect(key_full.index(stage), KEYS * HEAD)
+            at = [sequence * length + start, (HEADS + head) * HEAD]
+            tma.async_copy_global_to_shared(key, at, key_full.index(stage), key_ring.index(stage))
+            mbarrier.wait(value_empty.index(stage), phase)
+            mbarrier.expect(value_full.index(stage), KEYS * HEAD)
+            at = [(sequence * HEADS + head) * HEAD, start]
+            tma.async_copy_global_to_shared(values, at, value_full.index(stage), value_ring.index(stage))
+            stage, phase = ring_advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _score(rings, queries, stage):
+    """Start the product of a block of queries with a tile of keys."""
+    _, key_ring, _, _, _ = rings
+    KEYS: gl.constexpr = key_ring.shape[1]
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, layout=layout_of(KEYS))
+    keys = key_ring.index(stage).permute((1, 0))
+    return warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add(weights, attended, total, rings, stage):
+    """Start to add up a tile of values, and of ones, by their weights."""
+    _, _, value_ring, ones, _ = rings
+    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(HEAD), 4), True)
+    attended = warpgroup_mma(left, value_ring.index(stage).permute((1, 0)), attended, is_async=True)
+    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(COPIES), 4), True)
+    return attended, warpgroup_mma(left, ones.permute((1, 0)), total, is_async=True)
+
+
+@gluon.jit
+def _highest(x):
+    """The maximum of each row, by a tree, whose branches do not wait for each other."""
+    for _ in gl.static_range(4):
+        if x.shape[1] > 8:
+            left, right = _halves(x, layout_of(x.shape[1] // 2))
+            x = gl.maximum(left, right)
+    return gl.max(x, 1)
+
+
+@gluon.jit
+def _rescale(x, factor):
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), True)[:, None]
+
+
+@gluon.jit
+def _soften(scores, top, attended, total, scale):
+    """Scores as weights in e4m3, the columns as a left operand's registers take them; the new maxima; the sums so far
+    as these want them."""
+    C: gl.constexpr = scores.shape[1]
+    highest = gl.convert_layout(_highest(scores), gl.SliceLayout(1, layout_of(C)), True)
+    peak = gl.maximum(top, gl.ceil(highest * scale))
+    factor = gl.exp2(top - peak)
+    codes = gl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;",
+        "=f,f,f,f",
+        [scores, scale / 16, (OF_ONE - peak / 16)[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    codes = codes.reshape(ROWS, C // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(ROWS, C)
+    packed = gl.inline_asm_elementwise(TO_CODES, "=h,f,f", [codes], dtype=gl.int8, is_pure=True, pack=2)
+    return packed.to(gl.float8e4nv, bitcast=True), peak, _rescale(attended, factor), _rescale(total, factor)
+
+
+@gluon.jit
+def _leave(attended, total, out, leaving, row, column):
+    """Divide by the sums of the weights, and store."""
+    whole = gl.convert_layout(gl.max(total, 1), gl.SliceLayout(1, layout_of(HEAD)), True)
+    leaving.store((attended / whole[:, None]).to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], leaving)
+
+
+@gluon.jit
+def _consume(
+    out,
+    scale,
+    rings,
+    barriers,
+    sizes,
+    GROUP: gl.constexpr,  # number of the warpgroup
+    HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """A consumer warpgroup: attention of 64 queries of each tile.
+
+    What products add up must not be touched between the start of any product and its wait: the compiler would then let
+    none of them run beside anything. So values are weighted together with the next keys, and both waited for.
+    """
+    held, key_ring, _, _, leaving = rings
+    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    tiles, _, length = sizes
+    KEYS: gl.constexpr = key_ring.shape[1]
+    stage = gl.program_id(0) * 0
+    phase = stage + 0
+    place = stage + 0
+    turn = stage + 0
+    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+        row, sequence, head = _place(tile, sizes, HEADS)
+        row += ROWS * GROUP
+        factor = gl.load(scale + head)
+        top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layout_of(KEYS)))
+        attended = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD))
+        total = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES))
+        queries = held.index(place * WARPGROUPS + GROUP)
+        mbarrier.wait(held_full.index(place), turn)
+        mbarrier.wait(key_full.index(stage), phase)
+        scores = warpgroup_mma_wait(0, deps=(_score(rings, queries, stage),))
+        mbarrier.arrive(key_empty.index(stage))
+        for _start in range(KEYS, length, KEYS):
+            weights, top, attended, total = _soften(scores, top, attended, total, factor)
+            mbarrier.wait(value_full.index(stage), phase)
+            attended, total = _add(weights, attended, total, rings, stage)
+            before = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
+            stage, phase = ring_advance(stage, phase, STAGES)
+            mbarrier.wait(key_full.index(stage), phase)
+            scores = _score(rings, queries, stage)
+            scores, attended, total = warpgroup_mma_wait(0, deps=(scores, attended, total))
+            mbarrier.arrive(key_empty.index(stage))
+            mbarrier.arrive(value_empty.index(before))
+        mbarrier.arrive(held_empty.index(place))
+        weights, top, attended, total = _soften(scores, top, attended, total, factor)
+        mbarrier.wait(value_full.index(stage), phase)
+        attended, total = _add(weights, attended, total, rings, stage)
+        attended, total = warpgroup_mma_wait(0, deps=(attended, total))
+        mbarrier.arrive(value_empty.index(stage))
+        tma.store_wait(0)  # the last tile's store has read its buffer
+        if row < (sequence + 1) * length:
+            _leave(attended, total, out, leaving.index(GROUP), row, head * HEAD)
+        stage, phase = ring_advance(stage, phase, STAGES)
+        place, turn = ring_advance(place, turn, AHEAD)
+    tma.store_wait(0)
+
+
+# These arguments are not specialised, so that new lengths and batch sizes compile nothing.
+COUNTS = ("tiles", "row_tiles", "length")
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def attention_fp8_kernel(
+    query,  # descriptor of [B * L, 2 * H * HEAD], in steps of ROWS
+    key,  # the same in steps of KEYS
+    values,  # descriptor of [B * H * HEAD, L]
+    out,  # descriptor of [B * L, H * HEAD]
+    scale,  # [H]
+    tiles,
+    row_tiles,
+    length,
+    HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    KEYS: gl.constexpr = key.block_shape[0]
+    held = gl.allocate_shared_memory(query.dtype, [AHEAD * WARPGROUPS, ROWS, HEAD], query.layout)
+    key_ring = gl.allocate_shared_memory(key.dtype, [STAGES, KEYS, HEAD], key.layout)
+    value_ring = gl.allocate_shared_memory(values.dtype, [STAGES, HEAD, KEYS], values.layout)
+    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, ROWS, HEAD], out.layout)
+    ones = gl.allocate_shared_memory(
+        query.dtype, [COPIES, KEYS], gl.NVMMASharedLayout.get_default_for([COPIES, KEYS], query.dtype)
+    )
+    plain: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    ones.store(gl.full([COPIES, KEYS], ONE, gl.int8, layout=plain).to(query.dtype, bitcast=True))
+    held_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    held_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(AHEAD):
+        mbarrier.init(held_full.index(place), count=1)
+        mbarrier.init(held_empty.index(place), count=WARPGROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(key_empty.index(stage), count=WARPGROUPS)
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(value_empty.index(stage), count=WARPGROUPS)
+    fence_async_shared()
+    # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
+    rings = (held, key_ring, value_ring, ones, leaving)
+    barriers = (held_full, held_empty, key_full, key_empty, value_full, value_empty)
+    sizes = (tiles, row_tiles, length)
+    inputs = (query, key, values)
+    gl.warp_specialize(
+        [
+            (_consume, (out, scale, rings, barriers, sizes, 0, HEADS, STAGES, AHEAD, PROGRAMS)),
+            (_consume, (out, scale, rings, barriers, sizes, 1, HEADS, STAGES, AHEAD, PROGRAMS)),
+            (_produce, (inputs, rings, barriers, sizes, HEADS, STAGES, AHEAD, PROGRAMS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )

@@ -1,0 +1,40 @@
+"""`mdkern.kernels.backbone.attention_fp8` on a GPU."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from mdkern.kernels.backbone.attention_fp8 import HEAD_DIM
+from mdkern.kernels.backbone.hopper_attention_fp8 import attention_fp8_kernel
+from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS
+from mdkern.kernels.backbone.launch_linear import describe
+from mdkern.kernels.device import num_sms
+
+KEYS = 128  # of a step
+# STAGES of the ring, AHEAD: tiles of queries. REGISTERS: of a consumer thread; maxnreg: of every thread at the launch.
+SETTING = {"STAGES": 4, "AHEAD": 2, "REGISTERS": 240, "num_warps": 4, "maxnreg": 168}
+
+
+def attention_fp8(heads: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """`attention_fp8` on a GPU."""
+    (rows, columns), length = heads.shape, values.shape[1]
+    out = heads.new_empty(rows, columns // 2)
+    row_tiles = triton.cdiv(length, ROWS.value * WARPGROUPS.value)
+    tiles = rows // length * len(scale) * row_tiles
+    if tiles:
+        programs = min(tiles, num_sms(heads.device))
+        attention_fp8_kernel[(programs,)](
+            describe(heads, [ROWS.value, HEAD_DIM]),
+            describe(heads, [KEYS, HEAD_DIM]),
+            describe(values, [HEAD_DIM, KEYS]),
+            describe(out, [ROWS.value, HEAD_DIM]),
+            scale,
+            tiles,
+            row_tiles,
+            length,
+            HEADS=len(scale),
+            PROGRAMS=programs,
+            **SETTING,
+        )
+    return out
