@@ -55,8 +55,8 @@ class Attention:
     queries: int
     keys: int
     head_dim: int
+    fp8: bool = False  # as far as arithmetic goes; the libraries have none
 
-    fp8 = False
     weight_bytes = 0
 
     @property
@@ -76,7 +76,7 @@ def dit_work(
         wanted: positions of each text at which the last block runs queries, output and MLP.
         rows: rows of the output layer, of all texts.
         fp8: the products are in e4m3 where mdkern's are: not around attention in the first block, not at the wanted
-            positions, not in the output layer.
+            positions, not in the output layer. So is attention between these.
         table: the first block's queries, keys and values are looked up, and so not part of the work.
     """
     width, inside, whole = config.width, config.mlp_ratio * config.width, batch * length
@@ -90,7 +90,7 @@ def dit_work(
             work.append(Product(batch * queries, width, width))
         rounds = fp8 and not last
         work += [
-            Attention(batch, config.num_heads, queries, length, width // config.num_heads),
+            Attention(batch, config.num_heads, queries, length, width // config.num_heads, rounds and not first),
             Product(batch * queries, width, width, rounds and not first),
             Product(batch * queries, width, inside, rounds, rounded=rounds),
             Product(batch * queries, inside, width, rounds),

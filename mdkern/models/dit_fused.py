@@ -264,7 +264,8 @@ def hidden(
     stream = None
     whole = model.config.block_causal is None  # whether every query of a text sees the same
     arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device) if whole else None
-    attends_in_fp8 = mask is None and in_fp8.fits(input_ids.device, length, 2 * model.rotary[0].shape[1])
+    head_dim = model.config.width // model.config.num_heads
+    attends_in_fp8 = mask is None and in_fp8.fits(input_ids.device, length, model.config.width, head_dim)
     blocks = cast("list[Block]", list(model.blocks))
     for number, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(block.modulation, condition)

@@ -30,8 +30,6 @@ from mdkern.kernels.backbone.quantise import FP8, quantise_rows, rounded
 from mdkern.kernels.invariant import batch_invariant
 from tests.problems.backbone import normal
 
-CPU = torch.device("cpu")
-
 
 def question(batch: int, length: int, count: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, values and scales, as of heads of unit variance, some sharper than others."""
@@ -81,15 +79,21 @@ def test_the_reference_is_near_the_softmax() -> None:
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fits(CPU, 256, 64)
-    assert not fits(CPU, 256, 32)
-    assert not fits(CPU, 192, 64)
-    with batch_invariant():
-        assert not fits(CPU, 256, 64)
+    def serves(length: int = 256, width: int = 768, head_dim: int = 64, device: str = "cuda") -> bool:
+        return fits(torch.device(device), length, width, head_dim)
+
     monkeypatch.setattr(contract, "is_hopper", lambda _: False)
-    assert not fits(torch.device("cuda"), 256, 64)
+    assert not serves()
+    assert serves(device="cpu")
+    assert serves(device="cpu", width=192)
     monkeypatch.setattr(contract, "is_hopper", lambda _: True)
-    assert fits(torch.device("cuda"), 256, 64)
+    assert serves()
+    assert not serves(length=192)
+    assert not serves(head_dim=32)
+    assert not serves(width=192), "no kernel writes its queries, keys and values"
+    with batch_invariant():
+        assert not serves()
+        assert not serves(device="cpu")
 
 
 def test_heads_are_those_of_the_rotated_product() -> None:

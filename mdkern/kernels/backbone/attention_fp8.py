@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from mdkern.kernels.backbone.linear import COLUMN_TILE
 from mdkern.kernels.backbone.quantise import FP8, rounded
 from mdkern.kernels.checks import check_tensor
 from mdkern.kernels.device import is_hopper
@@ -63,12 +64,13 @@ attention_fp8_operator = operator(
 )
 
 
-def fits(device: torch.device, length: int, head_dim: int) -> bool:
+def fits(device: torch.device, length: int, width: int, head_dim: int) -> bool:
     """Whether `attention_fp8` is the faster way for sequences of this length that nothing is hidden in.
 
-    Not in the batch-invariant mode, where a sequence may be among longer ones, whose rest is hidden.
+    It is not where no kernel writes what it reads, and not used in the batch-invariant mode, where a sequence may be
+    among longer ones, whose rest is hidden.
     """
-    runs = device.type == "cpu" or is_hopper(device)
+    runs = device.type == "cpu" or (is_hopper(device) and 3 * width % COLUMN_TILE == 0)
     return runs and head_dim == HEAD_DIM and length % TOKENS == 0 and not is_batch_invariant()
 
 
