@@ -189,7 +189,7 @@ class TestResult:
     @pytest.mark.slow
     def test_nfe_is_the_number_of_steps_that_reveal(self) -> None:
         """Per sequence and denoiser, and within 1 % of ``T (1 - (1 - 1/T)^L)`` in the mean."""
-        out = run(num_samples=2000, batch_size=256, return_history=True)
+        out = run(num_samples=500, batch_size=256, return_history=True)
         history = out.history
         assert history is not None
         for row in range(50):
