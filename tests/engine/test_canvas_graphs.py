@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -143,6 +144,49 @@ def test_a_pass_that_cannot_be_captured_runs_eagerly(replayed: list[Replayed], m
     with pytest.warns(UserWarning, match=r"can't be captured in a CUDA graph"):
         runs = [mdkern.sample_canvas(model, ids, **SHORT) for _ in range(2)]
     assert torch.equal(runs[1].sequences, want.sequences)
+
+
+def test_passes_after_one_that_failed_have_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others share one for as long as there are graphs in it."""
+    pools: list[Any] = []
+
+    def capture(run: Any, _: Any, pool: Any, *__: Any, **___: Any) -> tuple[Replayed, int]:
+        pools.append(pool)
+        run()
+        return Replayed(run), 0
+
+    def fail(_: Any) -> None:
+        raise CaptureError("no")
+
+    monkeypatch.setattr(canvas_graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    passes = canvas_graphs.CapturedPasses(torch.device("cpu"))
+    for kind in ("one", "two", "bad", "three", "four"):
+        with pytest.warns(UserWarning, match="bad can't") if kind == "bad" else nullcontext():
+            passes.capture(kind, {}, fail if kind == "bad" else lambda _: None, kind)
+    before, after = pools[:3], pools[3:]
+    assert before == before[:1] * 3
+    assert after == after[:1] * 2
+    assert before[0] != after[0]
+
+
+@pytest.mark.gpu
+def test_gpu_passes_are_captured_after_one_that_failed() -> None:
+    """They and those before it replay, and the generator draws."""
+    passes = canvas_graphs.CapturedPasses(torch.device("cuda"))
+    out, given = torch.zeros(3, device="cuda"), {"x": torch.ones(3, device="cuda")}
+
+    def times(factor: float) -> Any:
+        return lambda inputs: out.copy_(inputs["x"] * factor)  # the product lies in the pool
+
+    first = passes.capture("first", given, times(2.0), "a product")
+    with pytest.warns(UserWarning, match="a look can't be captured"):
+        assert passes.capture("bad", given, lambda inputs: inputs["x"].sum().item(), "a look") is None
+    torch.rand(1, device="cuda")  # which a generator in capture mode refuses
+    second = passes.capture("second", given, times(3.0), "a product")
+    for captured, factor in ((first, 2.0), (second, 3.0), (first, 2.0)):
+        captured.graph.replay()
+        assert out.tolist() == [factor] * 3
 
 
 def test_a_changed_model_is_run_as_it_is_now(replayed: list[Replayed]) -> None:
