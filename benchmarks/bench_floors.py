@@ -132,16 +132,16 @@ class Subjects:
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
         self.made: dict[str, Subject] = {}
+        self.plain_ms: dict[int, float] = {}  # of a step of the plain loop, by the number of given tokens
         self.makers: dict[str, Callable[[], Subject]] = {
             "paper": partial(self.paper, 12.5),
             "paper-fp8": partial(self.paper, 17.0, "fp8"),
             "one-text": self.one_text,
             "pair": self.pair,
         }
-        for given in ("long", "longer"):
-            for precision in (None, "fp8"):
-                name = given if precision is None else f"{given}-{precision}"
-                self.makers[name] = partial(self.llama, size.given[given == "longer"], precision)
+        for name, given in zip(("long", "longer"), size.given):
+            self.makers[name] = partial(self.llama, given)
+            self.makers[f"{name}-fp8"] = partial(self.llama, given, "fp8")
 
     def __getitem__(self, part: str) -> Subject:
         if part not in self.made:
@@ -168,11 +168,6 @@ class Subjects:
         model, denoiser = bench_people.bidirectional_llama(self.size.llama, self.device.type)
         return model, {None: denoiser, "fp8": adapt(model, mask_id=denoiser.mask_id, precision="fp8")}
 
-    @cached_property
-    def plain_ms(self) -> dict[int, float]:
-        """Milliseconds of a step of the plain loop, by the number of given tokens."""
-        return {}
-
     def dit(
         self, label: str, model: DiT, setting: Setting, target: Callable[[int], Target], precision: str | None,
         runs: int, hot: bool,
@@ -183,17 +178,15 @@ class Subjects:
         wanted = min(WANTED, setting.length)
         table = denoiser.folds is not None and denoiser.folds.qkv is not None
         work = dit_work(model.config, batch, setting.length, wanted, rows, fp8=precision is not None, table=table)
-        options: dict[str, Any] = {
-            "num_samples": batch,
-            "length": setting.length,
-            "steps": setting.steps,
-            "batch_size": batch,
-        }
         own = adapt(model, precision=precision)
+        run = partial(
+            mdkern.sample, own, num_samples=batch, length=setting.length, steps=setting.steps, batch_size=batch, seed=0,
+            progress=False,
+        )  # fmt: skip
         return Subject(
             f"{label}: {model.config.num_blocks} × {model.config.width}", denoiser, batch, setting.length, wanted, rows,
             work, partial(mdkern.sample, own, **few_masked(model, setting, batch, max(100, setting.steps // 4))),
-            partial(mdkern.sample, own, **options, seed=0, progress=False), runs, target, hot,
+            run, runs, target, hot,
         )  # fmt: skip
 
     def paper(self, times: float, precision: str | None = None) -> Subject:

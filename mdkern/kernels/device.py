@@ -1,12 +1,22 @@
-"""All questions that the operators have about a device. Importing this module does not import Triton."""
+"""All questions about a device. Importing this module does not import Triton."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# [16, 12, 1024, 64], non-causal, H200: cuDNN 0.122 ms, flash 0.188, memory-efficient 0.417.
+HOPPER_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @cache
@@ -50,3 +60,18 @@ def copies_in_bulk(matrix: Tensor) -> bool:
     aligned to 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return capability(matrix.device) >= 9 and matrix.stride(1) == 1 and aligned
+
+
+def attention_priority(device: torch.device, divide_keys: bool = False) -> AbstractContextManager[None]:
+    """A context in which SDPA tries its backends in the order of their speed on this card. On CPUs, and when compiling,
+    PyTorch's order stays.
+
+    Args:
+        divide_keys: first the backend that gives parts of one query's keys to several multiprocessors.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    order = HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:]
+    return sdpa_kernel(
+        sorted(order, key=SDPBackend.FLASH_ATTENTION.__ne__) if divide_keys else order, set_priority=True
+    )

@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mdkern.kernels.device import capability
+from mdkern.kernels.device import attention_priority
 from mdkern.models import dit_fused
 from mdkern.models.block_causal import block_mask, mask_at, with_padding
 from mdkern.models.soft import soften
@@ -30,13 +28,6 @@ TIME_FREQUENCIES = 256
 MOST_POSITIONS = 1 << 20  # beyond this, the error of rotary angles in float32 is more than 0.06
 LARGEST_SIDE = 1 << 20
 TIME_NOISE_EPS = 1e-3  # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - eps) t)
-# [16, 12, 1024, 64], non-causal, H200: cuDNN 0.122 ms, flash 0.188, memory-efficient 0.417.
-HOPPER_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @dataclass(frozen=True)
@@ -387,18 +378,3 @@ class DiT(nn.Module):
             modulated = (6 * self.config.num_blocks + 2) * width
             conditioning = 2 * self.config.cond_dim * (TIME_FREQUENCIES + self.config.cond_dim + modulated)
         return blocks + conditioning + 2 * rows * width * self.config.padded_vocab_size
-
-
-def attention_priority(device: torch.device, divide_keys: bool = False) -> AbstractContextManager[None]:
-    """A context in which SDPA tries its backends in the order of their speed on this card. On CPUs, and when compiling,
-    PyTorch's order stays.
-
-    Args:
-        divide_keys: first the backend that gives parts of one query's keys to several multiprocessors.
-    """
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return nullcontext()
-    order = HOPPER_ATTENTION if capability(device) >= 9 else HOPPER_ATTENTION[1:]
-    return sdpa_kernel(
-        sorted(order, key=SDPBackend.FLASH_ATTENTION.__ne__) if divide_keys else order, set_priority=True
-    )

@@ -19,9 +19,10 @@ from torch import Tensor
 from mdkern.kernels.backbone.linear import linear_gelu, linear_rotary
 from mdkern.kernels.backbone.modulated_norm import gathered_norm, modulated_norm
 from mdkern.kernels.backbone.rotary import rotary as rotate
+from mdkern.kernels.device import attention_priority
 from mdkern.models import dit_fused
 from mdkern.models.block_causal import mask_at, window_mask, with_padding
-from mdkern.models.dit import Block, DiT, DiTConfig, attention_priority, gather_rows
+from mdkern.models.dit import Block, DiT, DiTConfig, gather_rows
 from mdkern.models.dit_fp8 import QuantisedBlock
 from mdkern.models.dit_fused import (
     FoldedBlock,

@@ -19,10 +19,9 @@ from torch.nn.attention import sdpa_kernel
 from mdkern.engine.checks import check_count
 from mdkern.engine.resolve import resolve_input, resolve_seed
 from mdkern.engine.resolve_models import resolve_models
-from mdkern.kernels.device import capability
+from mdkern.kernels.device import HOPPER_ATTENTION, capability
 from mdkern.models import Denoiser, adapt
 from mdkern.models.denoiser import Head
-from mdkern.models.dit import HOPPER_ATTENTION
 from mdkern.schedule import Schedule
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from mdkern.kernels.backbone.place_heads import place_heads
 from mdkern.kernels.backbone.rms_norm import rms_norm
 from mdkern.kernels.backbone.window_attention import new_arrivals, runs_window_attention, window_attention
-from mdkern.kernels.device import num_sms
+from mdkern.kernels.device import attention_priority, num_sms
 from mdkern.models.block_causal import mask_at
-from mdkern.models.dit import attention_priority, gather_rows
+from mdkern.models.dit import gather_rows
 from mdkern.models.hf.intercept import attend_by, grouped_mask
 from mdkern.models.hf.llama_fp8 import Fp8Block, Fp8Products
 from mdkern.models.hf.llama_parts import Block, Parts
