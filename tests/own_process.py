@@ -29,8 +29,3 @@ def run_in_the_interpreter(tests: str, part: str = "") -> None:
     """Run a file's tests (those that match `part`) with Triton's kernels interpreted on the CPU."""
     selected = ("-k", part) if part else ()
     run_in_own_process("pytest", "-q", "-x", "-p", "no:cacheprovider", tests, *selected, TRITON_INTERPRET="1")
-
-
-def run_compiling(module: str) -> None:
-    """Run a module that compiles kernels for GPUs that are not here."""
-    run_in_own_process(module, TRITON_INTERPRET="0")

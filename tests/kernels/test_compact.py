@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdkern.kernels import compact
 from mdkern.kernels.loop.compact import compact_operator, compact_reference
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(1, 1), (1, 31), (3, 40), (2, 512), (5, 700)]
@@ -82,10 +82,6 @@ def test_kernel_in_the_interpreter() -> None:
 @pytest.mark.skipif(interpreted, reason="the interpreter compiles nothing")
 @pytest.mark.slow
 def test_kernel_compiles_for_every_gpu() -> None:
-    run_compiling("tests.kernels.test_compact")
-
-
-def compile_kernel() -> None:
     from mdkern.kernels.loop import triton_compact
     from tests.suites.compiled_head import build
 
@@ -106,7 +102,3 @@ def test_gpu_entries_are_those_that_are_true(shape: tuple[int, int], share: floa
         torch.cuda.set_sync_debug_mode("default")
     check_against_definition(mask, *ours)
     check_against_definition(mask, *torchs)
-
-
-if __name__ == "__main__":
-    compile_kernel()

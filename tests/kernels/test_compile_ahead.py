@@ -14,7 +14,7 @@ import mdkern
 from mdkern.engine import capture, graphs
 from mdkern.kernels import compile_ahead
 from mdkern.models.hf import llama_fused, pass_trial
-from tests.own_process import run_compiling
+from tests.own_process import run_in_own_process
 from tests.problems.expert_models import qwen_experts
 from tests.problems.hf_models import adapted, bert, llama, random_ids
 
@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 
 def test_launches_compile_in_threads_and_launch_nothing() -> None:
-    run_compiling("tests.suites.compiled_ahead")
+    run_in_own_process("tests.suites.compiled_ahead", TRITON_INTERPRET="0")
 
 
 def test_turns_are_taken_one_at_a_time_by_weight() -> None:

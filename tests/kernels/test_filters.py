@@ -14,7 +14,7 @@ from mdkern.kernels.head import reference
 from mdkern.kernels.head.arguments import NO_FILTERS, Filters
 from mdkern.kernels.head.vocab_projection import _vocab_projection
 from tests.kernels.test_vocab_projection import chi_square, filtered, head
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.filters import FILTERS, ROWS, FilterProblem, check_filtered
 from tests.problems.projection import NAMES, SEED, exact_statistics, flat
 
@@ -29,7 +29,9 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_every_gpu() -> None:
-    run_compiling("tests.suites.compiled_filters")
+    from tests.suites import compiled_filters
+
+    compiled_filters.main()
 
 
 # Which ids are kept: the first ones of an order by probability, the lower id first among equals.

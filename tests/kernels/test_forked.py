@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mdkern.kernels import forked
-from tests.own_process import run_compiling, run_in_own_process
+from tests.own_process import run_in_own_process
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be copied here")
 
@@ -153,7 +153,7 @@ def test_nobody_warns_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_kernels_are_compiled_in_copies() -> None:
     pytest.importorskip("triton")
-    run_compiling("tests.suites.compiled_apart")
+    run_in_own_process("tests.suites.compiled_apart", TRITON_INTERPRET="0")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mdkern.kernels.backbone.quantise import (
     quantise_rows,
     quantised_norm,
 )
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.backbone import normal
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -34,7 +34,9 @@ def test_in_the_interpreter() -> None:
 
 
 def test_the_kernels_compile() -> None:
-    run_compiling("tests.suites.compiled_quantise")
+    from tests.suites import compiled_quantise
+
+    compiled_quantise.main()
 
 
 @pytest.mark.parametrize("device", DEVICES)

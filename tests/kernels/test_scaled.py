@@ -10,7 +10,7 @@ from mdkern.kernels.backbone import fp8_skinny, rms_norm, scaled_linear, swiglu
 from mdkern.kernels.backbone.quantise import FP8, quantise_rows
 from mdkern.kernels.backbone.scaled_linear import Scaled
 from mdkern.kernels.backbone.skinny import SPLITS
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.backbone import normal
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -21,7 +21,9 @@ def test_in_the_interpreter() -> None:
 
 
 def test_the_kernels_compile() -> None:
-    run_compiling("tests.suites.compiled_scaled")
+    from tests.suites import compiled_scaled
+
+    compiled_scaled.main()
 
 
 def check_rounded_once(got: Scaled, exact: Tensor, of_sums: float = 0.0) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mdkern.kernels import select
 from mdkern.kernels.loop import triton_select
 from mdkern.kernels.loop.select import select_operator, select_reference
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.selection import AWKWARD, BOUNDS, ENDS, RULES, awkward_selection, outcomes, random_selection
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -214,10 +214,6 @@ def test_kernel_in_the_interpreter() -> None:
 @pytest.mark.skipif(interpreted, reason="the interpreter compiles nothing")
 @pytest.mark.slow
 def test_kernel_compiles_for_every_gpu() -> None:
-    run_compiling("tests.kernels.test_select")
-
-
-def compile_kernel() -> None:
     """Every rule, sequences that fit in a block and that do not, with all optional tensors and with none."""
     from tests.suites.compiled_head import build
 
@@ -259,7 +255,3 @@ def test_gpu_refuses_what_it_cannot_count() -> None:
     scores = torch.zeros(1, triton_select.MOST_ENTRIES + 1, device="cuda")
     with pytest.raises(ValueError, match="65535"):
         plain(scores, "threshold")
-
-
-if __name__ == "__main__":
-    compile_kernel()

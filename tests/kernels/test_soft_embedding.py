@@ -11,7 +11,7 @@ from torch import Tensor
 from mdkern.kernels import soft_embedding, vocab_projection
 from mdkern.kernels.head import reference
 from mdkern.kernels.head.soft_embedding import _soft_embedding
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.projection import FLOAT8_CHECKS
 from tests.problems.soft import SoftProblem
 
@@ -23,7 +23,9 @@ def test_kernels_in_the_interpreter() -> None:
 
 def test_the_kernel_compiles_for_every_gpu() -> None:
     pytest.importorskip("triton")
-    run_compiling("tests.suites.compiled_soft")
+    from tests.suites import compiled_soft
+
+    compiled_soft.main()
 
 
 @pytest.mark.parametrize(

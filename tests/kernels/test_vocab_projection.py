@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdkern.kernels import vocab_projection
 from mdkern.kernels.head.vocab_projection import _vocab_projection
-from tests.own_process import run_compiling, run_in_the_interpreter
+from tests.own_process import run_in_the_interpreter
 from tests.problems.projection import (
     FLOAT8_CHECKS,
     SEED,
@@ -31,7 +31,9 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_every_gpu() -> None:
-    run_compiling("tests.suites.compiled_head")
+    from tests.suites import compiled_head
+
+    compiled_head.main()
 
 
 # Distribution: the draws of many keys from one row of logits.

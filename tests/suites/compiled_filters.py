@@ -1,4 +1,4 @@
-"""Compiles the kernels of the filters and of `divergence` for GPUs that are not here: run in a process of its own."""
+"""Compiles the kernels of the filters and of `divergence` for GPUs that are not here."""
 
 from __future__ import annotations
 

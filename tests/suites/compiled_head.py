@@ -1,4 +1,4 @@
-"""Compiles every kernel for GPUs that are not here: run by the tests in a process of its own. Prints what it built."""
+"""Compiles every kernel for GPUs that are not here. Prints what it built."""
 
 from __future__ import annotations
 

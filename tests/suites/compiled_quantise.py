@@ -1,4 +1,4 @@
-"""Compiles the kernels for e4m3 for GPUs that are not here: run by the tests in a process of its own."""
+"""Compiles the kernels for e4m3 for GPUs that are not here."""
 
 from __future__ import annotations
 

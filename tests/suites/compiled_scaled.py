@@ -1,4 +1,4 @@
-"""Compiles the kernels that round to e4m3 or multiply it for GPUs that are not here, in a process of its own."""
+"""Compiles the kernels that round to e4m3 or multiply it for GPUs that are not here."""
 
 from __future__ import annotations
 
