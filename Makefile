@@ -10,6 +10,8 @@ BIN := .venv/bin
 # Threads that wait sleep instead of spinning: on two cores, one of them busy with other work, two texts of 256 tokens in
 # 32 steps took 3.7 s instead of 6.3.
 export OMP_WAIT_POLICY = PASSIVE
+# The tests start a hundred processes, which then need not compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: .venv/installed
 	$(BIN)/mdkern sample --schedule "L32 H192 L32" --steps 256 --num-samples 2 --seed 0
@@ -84,7 +86,8 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch and what else is needed into .venv: a minute, or several on a slow line."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,docs]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # as pip does, which uses one core only
 	touch $@
 
 # On a GPU, with CUDA's compute-sanitizer: wild and uninitialised reads of the kernels, wild ones of graphs, and races in
