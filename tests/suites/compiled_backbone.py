@@ -12,13 +12,16 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from mdkern.kernels.backbone import attention as attention_contract
 from mdkern.kernels.backbone import (
+    hopper_attention,
     hopper_attention_fp8,
     hopper_joint,
     hopper_linear,
     hopper_resident,
     hopper_residual,
     joint_tiles,
+    launch_attention,
     launch_attention_fp8,
     launch_joint,
     launch_linear,
@@ -317,9 +320,9 @@ def heads_fp8() -> None:
 def attention_fp8() -> None:
     """Weights go from the scores' registers into a product without moving, and nothing is kept in memory."""
     types = dict.fromkeys(hopper_attention_fp8.COUNTS, "i32") | {"scale": "*fp32"}
-    types |= {"key": descriptor("fp8e4nv", [launch_attention_fp8.KEYS, 64])}
-    types |= {"values": descriptor("fp8e4nv", [64, launch_attention_fp8.KEYS])}
-    types |= dict.fromkeys(("query", "out"), descriptor("fp8e4nv", [64, 64]))
+    types |= {"key": descriptor("fp8e4nv", [1, launch_attention_fp8.KEYS, 64])}
+    types |= {"values": descriptor("fp8e4nv", [1, 64, launch_attention_fp8.KEYS])}
+    types |= dict.fromkeys(("query", "out"), descriptor("fp8e4nv", [1, 64, 64]))
     built = product(hopper_attention_fp8.attention_fp8_kernel, types, {"HEADS": 12}, launch_attention_fp8.SETTING)
     sass = built.asm["sass"]
     assert "LDL" not in sass
@@ -327,6 +330,20 @@ def attention_fp8() -> None:
     weights = sass.count("FFMA.SAT")
     assert sass.count("MUFU.EX2") < weights / 16, "of maxima alone"
     assert sass.count("PRMT") <= weights  # three for each four, and others for the results
+
+
+def many_sequences(element: str, masked: bool) -> None:
+    """Nothing is kept in memory, and the exponentials of a step stand between its wait for scores and that for sums, so
+    that values are weighted beside them."""
+    types = dict.fromkeys(hopper_attention.COUNTS, "i32")
+    types |= dict.fromkeys(("query", "out"), descriptor(element, [1, 64, 64]))
+    types |= dict.fromkeys(("key", "values"), descriptor(element, [1, launch_attention.KEYS, 64]))
+    constants = {"HEADS": 12, "MASKED": masked}
+    built = product(hopper_attention.attention_kernel, types, constants, launch_attention.SETTING)
+    code = machine_code(built.asm["cubin"])
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    beside = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
+    assert [part.count("MUFU.EX2") for part in beside] == [2 + launch_attention.KEYS // 2] * attention_contract.GROUPS
 
 
 def resident_fp8(width: int) -> None:
@@ -484,6 +501,8 @@ def main() -> None:
         linear_fp8(gelu=False, pairs=pairs)
     heads_fp8()
     attention_fp8()
+    for element in ("bf16", "fp16"):
+        many_sequences(element, masked=element == "fp16")
     for width in (256, 768):
         resident_fp8(width)
     residual_fp8()

@@ -1,8 +1,9 @@
-"""`attention`: attention of a Hopper GPU's own, for a few sequences, and for any in the batch-invariant mode.
+"""`attention`: attention of a Hopper GPU's own, for few sequences and many, and for any in the batch-invariant mode.
 
-cuDNN gives a program 128 queries, which leaves most of the card idle when there are few. This file has the contract,
-the reference in plain PyTorch and the rule by which `dit_fused` chooses; `triton_attention` is the kernel. Times:
-docs/notes/backbone.md.
+cuDNN gives a program 128 queries, which leaves most of the card idle when there are few: `triton_attention` gives it
+64, and runs the batch-invariant mode, too. For many `hopper_attention` gives it 256, with a producer warp and four
+warpgroups, where these fill the card. This file has the contract, the reference in plain PyTorch and the rule by which
+`dit_fused` and the launch choose. Times: docs/notes/backbone.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ QUERIES = 64  # of a program
 HEAD_DIM = 64  # the kernel's only one
 MOST_ROUNDS = 6  # programs for each multiprocessor; as many as were timed, and faster than cuDNN
 FEW_ROUNDS, LONG = 2, 1024  # programs for each multiprocessor and keys, for which two programs share the keys out
+GROUPS = 4  # of QUERIES, in a program for many sequences
+FULL = 0.9  # share of the places for queries on the card that such programs must fill, as measured against cuDNN
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None) -> Tensor:
@@ -32,7 +35,7 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, arrived: Tens
 attention_operator = operator(
     attention_reference,
     lambda query, *_: query.new_empty(*query.shape[:2], query.shape[2] * query.shape[3]),
-    "mdkern.kernels.backbone.triton_attention:attention",
+    "mdkern.kernels.backbone.launch_attention:attention",
     mutates=("arrived",),
     name="attention",
 )
@@ -64,7 +67,24 @@ def pays(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
     if not fits or key.shape[2] != heads or not all(map(is_matrix, (query, key, value))):
         return False
     few = tiles_of(*query.shape[:3]) <= MOST_ROUNDS * num_sms(query.device)
-    return is_batch_invariant() or (mask is None and query.shape == key.shape and few)
+    many = takes_many(*query.shape[:3], query.device)
+    return is_batch_invariant() or (is_whole(query, key, mask) and (few or many))
+
+
+def is_whole(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether all of a sequence's queries see all of its keys."""
+    return mask is None and query.shape == key.shape
+
+
+def takes_many(batch: int, length: int, heads: int, device: torch.device) -> bool:
+    """Whether the kernel for many sequences runs, as whole sequences fill its programs.
+
+    A multiprocessor has one program at a time, of ``GROUPS * QUERIES`` queries of a sequence and head.
+    """
+    most, places = num_sms(device), GROUPS * QUERIES
+    tiles = batch * heads * -(-length // places)
+    taken = batch * heads * length / (max(1, -(-tiles // most)) * most * places)
+    return taken >= FULL and not is_batch_invariant()
 
 
 def is_matrix(x: Tensor) -> bool:

@@ -11,7 +11,6 @@ one changes what was added up by a power of two, and the order of the keys chang
 # mypy: ignore-errors
 # ruff: noqa: N803, N806
 
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,10 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mdkern.kernels.backbone import attention_fp8
-from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS, _halves
+from mdkern.kernels.backbone.hopper_attention_tile import (
+    HEAD,
+    _barriers,
+    _beside_rows,
+    _highest,
+    _leave,
+    _place,
+    _produce,
+    _score,
+    layout_of,
+)
+from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS
 from mdkern.kernels.gluon_common import ring_advance
 
-HEAD = gl.constexpr(attention_fp8.HEAD_DIM)
+BITS = gl.constexpr(8)
 COPIES = gl.constexpr(8)  # equal columns of the sums of weights: the fewest that a product has
 ONE = gl.constexpr(56)  # the code of 1
 OF_ONE = gl.constexpr(8 * (attention_fp8.LIFT + 7) / 128)  # the code, over 128, of a weight at the maximum
@@ -44,95 +54,20 @@ cvt.u16.u32 $0, both;
 }""")
 
 
-@constexpr_function
-def layout_of(columns):
-    """Where a product of 64 rows and so many columns lies in registers."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32])
-
-
-@gluon.jit
-def _place(tile, sizes, HEADS: gl.constexpr):
-    """First query, sequence and head of a tile. The tiles of a head follow each other, as they read the same keys."""
-    _, row_tiles, length = sizes
-    head = tile // row_tiles
-    return head // HEADS * length + tile % row_tiles * (ROWS * WARPGROUPS), head // HEADS, head % HEADS
-
-
-@gluon.jit
-def _produce(
-    inputs,
-    rings,
-    barriers,
-    sizes,
-    HEADS: gl.constexpr,
-    STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):
-    """The producer warp: copies queries, keys and values."""
-    query, key, values = inputs
-    held, key_ring, value_ring, _, _ = rings
-    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
-    tiles, _, length = sizes
-    KEYS: gl.constexpr = key.block_shape[0]
-    stage = gl.program_id(0) * 0
-    phase = stage + 1
-    place = stage + 0
-    turn = stage + 1
-    for tile in range(gl.program_id(0), tiles, PROGRAMS):
-        row, sequence, head = _place(tile, sizes, HEADS)
-        mbarrier.wait(held_empty.index(place), turn)
-        ready = held_full.index(place)
-        mbarrier.expect(ready, ROWS * WARPGROUPS * HEAD)
-        for group in gl.static_range(WARPGROUPS):
-            at = [row + ROWS * group, head * HEAD]
-            tma.async_copy_global_to_shared(query, at, ready, held.index(place * WARPGROUPS + group))
-        place, turn = ring_advance(place, turn, AHEAD)
-        for start in range(0, length, KEYS):
-            mbarrier.wait(key_empty.index(stage), phase)
-            mbarrier.expect(key_full.index(stage), KEYS * HEAD)
-            at = [sequence * length + start, (HEADS + head) * HEAD]
-            tma.async_copy_global_to_shared(key, at, key_full.index(stage), key_ring.index(stage))
-            mbarrier.wait(value_empty.index(stage), phase)
-            mbarrier.expect(value_full.index(stage), KEYS * HEAD)
-            at = [(sequence * HEADS + head) * HEAD, start]
-            tma.async_copy_global_to_shared(values, at, value_full.index(stage), value_ring.index(stage))
-            stage, phase = ring_advance(stage, phase, STAGES)
-
-
-@gluon.jit
-def _score(rings, queries, stage):
-    """Start the product of a block of queries with a tile of keys."""
-    _, key_ring, _, _, _ = rings
-    KEYS: gl.constexpr = key_ring.shape[1]
-    nothing = gl.zeros([ROWS, KEYS], gl.float32, layout=layout_of(KEYS))
-    keys = key_ring.index(stage).permute((1, 0))
-    return warpgroup_mma(queries, keys, nothing, use_acc=False, is_async=True)
-
-
 @gluon.jit
 def _add(weights, attended, total, rings, stage):
     """Start to add up a tile of values, and of ones, by their weights."""
     _, _, value_ring, ones, _ = rings
-    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(HEAD), 4), True)
-    attended = warpgroup_mma(left, value_ring.index(stage).permute((1, 0)), attended, is_async=True)
-    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(COPIES), 4), True)
+    values = value_ring.index(stage).reshape([HEAD, value_ring.shape[3]])
+    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(HEAD, BITS), 4), True)
+    attended = warpgroup_mma(left, values.permute((1, 0)), attended, is_async=True)
+    left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(COPIES, BITS), 4), True)
     return attended, warpgroup_mma(left, ones.permute((1, 0)), total, is_async=True)
 
 
 @gluon.jit
-def _highest(x):
-    """The maximum of each row, by a tree, whose branches do not wait for each other."""
-    for _ in gl.static_range(4):
-        if x.shape[1] > 8:
-            left, right = _halves(x, layout_of(x.shape[1] // 2))
-            x = gl.maximum(left, right)
-    return gl.max(x, 1)
-
-
-@gluon.jit
 def _rescale(x, factor):
-    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), True)[:, None]
+    return x * _beside_rows(factor, x.shape[1], BITS)
 
 
 @gluon.jit
@@ -140,8 +75,7 @@ def _soften(scores, top, attended, total, scale):
     """Scores as weights in e4m3, the columns as a left operand's registers take them; the new maxima; the sums so far
     as these want them."""
     C: gl.constexpr = scores.shape[1]
-    highest = gl.convert_layout(_highest(scores), gl.SliceLayout(1, layout_of(C)), True)
-    peak = gl.maximum(top, gl.ceil(highest * scale))
+    peak = gl.maximum(top, gl.ceil(_highest(scores, BITS) * scale))
     factor = gl.exp2(top - peak)
     codes = gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;",
@@ -154,15 +88,6 @@ def _soften(scores, top, attended, total, scale):
     codes = codes.reshape(ROWS, C // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(ROWS, C)
     packed = gl.inline_asm_elementwise(TO_CODES, "=h,f,f", [codes], dtype=gl.int8, is_pure=True, pack=2)
     return packed.to(gl.float8e4nv, bitcast=True), peak, _rescale(attended, factor), _rescale(total, factor)
-
-
-@gluon.jit
-def _leave(attended, total, out, leaving, row, column):
-    """Divide by the sums of the weights, and store."""
-    whole = gl.convert_layout(gl.max(total, 1), gl.SliceLayout(1, layout_of(HEAD)), True)
-    leaving.store((attended / whole[:, None]).to(out.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, column], leaving)
 
 
 @gluon.jit
@@ -186,22 +111,21 @@ def _consume(
     held, key_ring, _, _, leaving = rings
     held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
     tiles, _, length = sizes
-    KEYS: gl.constexpr = key_ring.shape[1]
+    KEYS: gl.constexpr = key_ring.shape[2]
     stage = gl.program_id(0) * 0
     phase = stage + 0
     place = stage + 0
     turn = stage + 0
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
-        row, sequence, head = _place(tile, sizes, HEADS)
-        row += ROWS * GROUP
+        row, sequence, head = _place(tile, sizes, WARPGROUPS, HEADS)
         factor = gl.load(scale + head)
-        top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layout_of(KEYS)))
-        attended = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD))
-        total = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES))
+        top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layout_of(KEYS, BITS)))
+        attended = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD, BITS))
+        total = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES, BITS))
         queries = held.index(place * WARPGROUPS + GROUP)
         mbarrier.wait(held_full.index(place), turn)
         mbarrier.wait(key_full.index(stage), phase)
-        scores = warpgroup_mma_wait(0, deps=(_score(rings, queries, stage),))
+        scores = warpgroup_mma_wait(0, deps=(_score(queries, key_ring, stage),))
         mbarrier.arrive(key_empty.index(stage))
         for _start in range(KEYS, length, KEYS):
             weights, top, attended, total = _soften(scores, top, attended, total, factor)
@@ -210,7 +134,7 @@ def _consume(
             before = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
             stage, phase = ring_advance(stage, phase, STAGES)
             mbarrier.wait(key_full.index(stage), phase)
-            scores = _score(rings, queries, stage)
+            scores = _score(queries, key_ring, stage)
             scores, attended, total = warpgroup_mma_wait(0, deps=(scores, attended, total))
             mbarrier.arrive(key_empty.index(stage))
             mbarrier.arrive(value_empty.index(before))
@@ -221,8 +145,8 @@ def _consume(
         attended, total = warpgroup_mma_wait(0, deps=(attended, total))
         mbarrier.arrive(value_empty.index(stage))
         tma.store_wait(0)  # the last tile's store has read its buffer
-        if row < (sequence + 1) * length:
-            _leave(attended, total, out, leaving.index(GROUP), row, head * HEAD)
+        at = [sequence, row + ROWS * GROUP, head * HEAD]
+        _leave(attended, gl.max(total, 1), out, leaving.index(GROUP), at, BITS)
         stage, phase = ring_advance(stage, phase, STAGES)
         place, turn = ring_advance(place, turn, AHEAD)
     tma.store_wait(0)
@@ -234,10 +158,10 @@ COUNTS = ("tiles", "row_tiles", "length")
 
 @gluon.jit(do_not_specialize=COUNTS)
 def attention_fp8_kernel(
-    query,  # descriptor of [B * L, 2 * H * HEAD], in steps of ROWS
+    query,  # descriptor of [B, L, H * HEAD], in steps of ROWS
     key,  # the same in steps of KEYS
-    values,  # descriptor of [B * H * HEAD, L]
-    out,  # descriptor of [B * L, H * HEAD]
+    values,  # descriptor of [B, H * HEAD, L]
+    out,  # descriptor of [B, L, H * HEAD]
     scale,  # [H]
     tiles,
     row_tiles,
@@ -248,41 +172,27 @@ def attention_fp8_kernel(
     PROGRAMS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    KEYS: gl.constexpr = key.block_shape[0]
-    held = gl.allocate_shared_memory(query.dtype, [AHEAD * WARPGROUPS, ROWS, HEAD], query.layout)
-    key_ring = gl.allocate_shared_memory(key.dtype, [STAGES, KEYS, HEAD], key.layout)
-    value_ring = gl.allocate_shared_memory(values.dtype, [STAGES, HEAD, KEYS], values.layout)
-    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, ROWS, HEAD], out.layout)
+    KEYS: gl.constexpr = key.block_shape[1]
+    held = gl.allocate_shared_memory(query.dtype, [AHEAD * WARPGROUPS, 1, ROWS, HEAD], query.layout)
+    key_ring = gl.allocate_shared_memory(key.dtype, [STAGES, 1, KEYS, HEAD], key.layout)
+    value_ring = gl.allocate_shared_memory(values.dtype, [STAGES, 1, HEAD, KEYS], values.layout)
+    leaving = gl.allocate_shared_memory(out.dtype, [WARPGROUPS, 1, ROWS, HEAD], out.layout)
     ones = gl.allocate_shared_memory(
         query.dtype, [COPIES, KEYS], gl.NVMMASharedLayout.get_default_for([COPIES, KEYS], query.dtype)
     )
     plain: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     ones.store(gl.full([COPIES, KEYS], ONE, gl.int8, layout=plain).to(query.dtype, bitcast=True))
-    held_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-    held_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(AHEAD):
-        mbarrier.init(held_full.index(place), count=1)
-        mbarrier.init(held_empty.index(place), count=WARPGROUPS)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(stage), count=1)
-        mbarrier.init(key_empty.index(stage), count=WARPGROUPS)
-        mbarrier.init(value_full.index(stage), count=1)
-        mbarrier.init(value_empty.index(stage), count=WARPGROUPS)
-    fence_async_shared()
     # A constexpr that is put into a variable is no longer one, so each call spells its constant arguments out.
+    copied = (held, key_ring, value_ring)
     rings = (held, key_ring, value_ring, ones, leaving)
-    barriers = (held_full, held_empty, key_full, key_empty, value_full, value_empty)
+    barriers = _barriers(WARPGROUPS, STAGES, AHEAD)
     sizes = (tiles, row_tiles, length)
     inputs = (query, key, values)
     gl.warp_specialize(
         [
             (_consume, (out, scale, rings, barriers, sizes, 0, HEADS, STAGES, AHEAD, PROGRAMS)),
             (_consume, (out, scale, rings, barriers, sizes, 1, HEADS, STAGES, AHEAD, PROGRAMS)),
-            (_produce, (inputs, rings, barriers, sizes, HEADS, STAGES, AHEAD, PROGRAMS)),
+            (_produce, (inputs, copied, barriers, sizes, WARPGROUPS, HEADS, STAGES, AHEAD, PROGRAMS)),
         ],
         [4, 1],
         [REGISTERS, 24],

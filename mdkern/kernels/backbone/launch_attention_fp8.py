@@ -18,17 +18,19 @@ SETTING = {"STAGES": 4, "AHEAD": 2, "REGISTERS": 240, "num_warps": 4, "maxnreg":
 
 def attention_fp8(heads: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """`attention_fp8` on a GPU."""
-    (rows, columns), length = heads.shape, values.shape[1]
+    (rows, columns), length, width = heads.shape, values.shape[1], len(scale) * HEAD_DIM
     out = heads.new_empty(rows, columns // 2)
     row_tiles = triton.cdiv(length, ROWS.value * WARPGROUPS.value)
     tiles = rows // length * len(scale) * row_tiles
+    batch = rows // length
+    query, key = heads.view(batch, length, 2, width).unbind(2)
     if tiles:
         programs = min(tiles, num_sms(heads.device))
         attention_fp8_kernel[(programs,)](
-            describe(heads, [ROWS.value, HEAD_DIM]),
-            describe(heads, [KEYS, HEAD_DIM]),
-            describe(values, [HEAD_DIM, KEYS]),
-            describe(out, [ROWS.value, HEAD_DIM]),
+            describe(query, [1, ROWS.value, HEAD_DIM]),
+            describe(key, [1, KEYS, HEAD_DIM]),
+            describe(values.view(batch, width, length), [1, HEAD_DIM, KEYS]),
+            describe(out.view(batch, length, width), [1, ROWS.value, HEAD_DIM]),
             scale,
             tiles,
             row_tiles,

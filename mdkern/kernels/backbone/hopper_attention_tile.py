@@ -1,0 +1,138 @@
+"""What `hopper_attention` and `hopper_attention_fp8` share: the order of tiles, copies of them, products, and maxima.
+
+A program has a producer warp, which copies keys and values into a ring in shared memory, and the next tile's queries
+ahead, and consumer warpgroups with 64 queries each (FlashAttention-3, 2407.08608). Matrices are described by sequence,
+so that what lies beyond one's end is read as 0 and not written.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806
+
+from triton import constexpr_function
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+
+from mdkern.kernels.backbone import attention
+from mdkern.kernels.backbone.hopper_tile import ROWS, _halves
+from mdkern.kernels.gluon_common import ring_advance
+
+HEAD = gl.constexpr(attention.HEAD_DIM)
+
+
+@constexpr_function
+def layout_of(columns, bits):
+    """Where a product of 64 rows and so many columns, of factors of so many bits, lies in registers."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 256 // bits])
+
+
+@gluon.jit
+def _place(tile, sizes, GROUPS: gl.constexpr, HEADS: gl.constexpr):
+    """First query, sequence and head of a tile. The tiles of a head follow each other, as they read the same keys."""
+    _, row_tiles, _ = sizes
+    head = tile // row_tiles
+    return tile % row_tiles * (ROWS * GROUPS), head // HEADS, head % HEADS
+
+
+@gluon.jit
+def _barriers(GROUPS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr):
+    """Of buffers of queries, keys and values: those that say that one is full, and that it is empty."""
+    held_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    held_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(AHEAD):
+        mbarrier.init(held_full.index(place), count=1)
+        mbarrier.init(held_empty.index(place), count=GROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(key_empty.index(stage), count=GROUPS)
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(value_empty.index(stage), count=GROUPS)
+    fence_async_shared()
+    return held_full, held_empty, key_full, key_empty, value_full, value_empty
+
+
+@gluon.jit
+def _produce(
+    inputs,
+    rings,
+    barriers,
+    sizes,
+    GROUPS: gl.constexpr,
+    HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """The producer warp: copies queries, and keys and values from the last ones on, of which a tile may lack some."""
+    query, key, values = inputs
+    held, key_ring, value_ring = rings
+    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    tiles, _, length = sizes
+    KEYS: gl.constexpr = key.block_shape[1]
+    BITS: gl.constexpr = key.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = HEAD * BITS // 8  # of a head's row
+    stage = gl.program_id(0) * 0
+    phase = stage + 1
+    place = stage + 0
+    turn = stage + 1
+    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+        row, sequence, head = _place(tile, sizes, GROUPS, HEADS)
+        mbarrier.wait(held_empty.index(place), turn)
+        ready = held_full.index(place)
+        mbarrier.expect(ready, GROUPS * ROWS * BYTES)
+        for group in gl.static_range(GROUPS):
+            at = [sequence, row + ROWS * group, head * HEAD]
+            tma.async_copy_global_to_shared(query, at, ready, held.index(place * GROUPS + group))
+        place, turn = ring_advance(place, turn, AHEAD)
+        last = (length - 1) // KEYS * KEYS
+        for done in range(0, length, KEYS):
+            start = last - done
+            mbarrier.wait(key_empty.index(stage), phase)
+            mbarrier.expect(key_full.index(stage), KEYS * BYTES)
+            at = [sequence, start, head * HEAD]
+            tma.async_copy_global_to_shared(key, at, key_full.index(stage), key_ring.index(stage))
+            mbarrier.wait(value_empty.index(stage), phase)
+            mbarrier.expect(value_full.index(stage), KEYS * BYTES)
+            if BITS == 8:  # values lie transposed
+                at = [sequence, head * HEAD, start]
+            tma.async_copy_global_to_shared(values, at, value_full.index(stage), value_ring.index(stage))
+            stage, phase = ring_advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _score(queries, key_ring, stage):
+    """Start the product of a block of queries with a tile of keys."""
+    KEYS: gl.constexpr = key_ring.shape[2]
+    BITS: gl.constexpr = key_ring.dtype.primitive_bitwidth
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, layout=layout_of(KEYS, BITS))
+    keys = key_ring.index(stage).reshape([KEYS, HEAD]).permute((1, 0))
+    return warpgroup_mma(queries.reshape([ROWS, HEAD]), keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _highest(x, BITS: gl.constexpr):
+    """The maximum of each row, by a tree, whose branches do not wait for each other."""
+    KEYS: gl.constexpr = x.shape[1]
+    for _ in gl.static_range(5):
+        if x.shape[1] > 8:
+            left, right = _halves(x, layout_of(x.shape[1] // 2, BITS))
+            x = gl.maximum(left, right)
+    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout_of(KEYS, BITS)), True)
+
+
+@gluon.jit
+def _beside_rows(factor, COLUMNS: gl.constexpr, BITS: gl.constexpr):
+    """A number of each row as a column beside a product of so many columns."""
+    return gl.convert_layout(factor, gl.SliceLayout(1, layout_of(COLUMNS, BITS)), True)[:, None]
+
+
+@gluon.jit
+def _leave(attended, total, out, buffer, at, BITS: gl.constexpr):
+    """Divide by the sums of the weights, and store."""
+    buffer.reshape([ROWS, HEAD]).store((attended * (1.0 / _beside_rows(total, HEAD, BITS))).to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, at, buffer)
