@@ -25,12 +25,16 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def serves(batch: int, length: int, count: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
         return pays(*torch.empty(batch, length, 3, count, head_dim, dtype=dtype).unbind(2), None)
 
-    assert [serves(batch, 1024, 12) for batch in (1, 2, 4, 5, 16)] == [True, True, True, False, False]
+    batches = (1, 2, 4, 5, 6, 16)
+    assert [few.takes_many(batch, 1024, 12, CPU) for batch in batches] == [False, False, False, True, False, True]
+    assert [serves(batch, 1024, 12) for batch in batches] == [True, True, True, True, False, True]
+    assert [serves(64, length, 12) for length in (250, 128)] == [True, False], "tiles must be full, too"
     assert serves(16, 256, 3, dtype=torch.float16)
     assert not serves(1, 1024, 12, dtype=torch.float32)
     assert not serves(1, 1024, 12, head_dim=128)
     with batch_invariant():
-        assert all(serves(batch, 1024, 12) for batch in (1, 16))
+        assert all(serves(batch, 1024, 12) for batch in batches)
+        assert not any(few.takes_many(batch, 1024, 12, CPU) for batch in batches)
         assert not serves(1, 1024, 12, head_dim=128)
     query, key, value = torch.empty(2, 64, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
     mask = torch.ones(2, 64, dtype=torch.bool)
@@ -80,6 +84,27 @@ def test_operator_is_registered_right() -> None:
     )
 
 
+@pytest.mark.parametrize(("batch", "length", "heads"), [(2, 512, 3), (3, 40, 2), (1, 330, 2)])
+def test_many_as_plain_python(batch: int, length: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of a program, more keys than the ring has, tiles that lack queries and keys; maxima that grow."""
+    pytest.importorskip("triton")
+    from mdkern.kernels.backbone import hopper_attention, launch_attention
+    from tests.problems.gluon_on_cpu import OnCpu
+
+    packed = normal(1, batch, length, 3, heads, 64)
+    packed[:, :, 1] *= torch.linspace(20, 1, length)[:, None, None]  # the last keys come first
+    packed[-1, -1, 2] = float("inf")
+    query, key, value = packed.bfloat16().unbind(2)
+    monkeypatch.setattr(launch_attention, "attention_kernel", OnCpu(hopper_attention.attention_kernel))
+    got = launch_attention.attention_of_many(query, key, value)
+    value[-1, -1] = 1.0
+    got_finite = launch_attention.attention_of_many(query, key, value)
+    want = attention_reference(query.double(), key.double(), value.double(), none := torch.zeros(0), None)
+    plain = attention_reference(query, key, value, none, None)
+    assert (got_finite - want).norm() <= 1.2 * (plain - want).norm()
+    assert torch.equal(got[:-1], got_finite[:-1]), "infinite values are their sequence's own"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1024, 12), (2, 1024, 12), (16, 256, 3), (3, 200, 2), (1, 1100, 12), (1, 1, 1)])
@@ -99,6 +124,32 @@ def test_gpu_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dt
     if shape[0] > 1:
         value[-1] = float("inf")
         assert torch.equal(attention(query, key, value, arrived)[:-1], got[:-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(16, 1024, 12), (5, 1000, 12), (64, 256, 3), (33, 300, 5), (2, 4097, 3), (3, 2, 2), (1, 64, 1)]
+)
+def test_gpu_many_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Against float64, with scores that grow from tile to tile; the same bits again, whatever other sequences hold."""
+    from mdkern.kernels.backbone.launch_attention import attention_of_many
+
+    packed = torch.stack([x.to("cuda") for x in heads(*shape)], 2)
+    packed[:, :, 1] *= torch.linspace(3, 0.5, shape[1], device="cuda")[:, None, None]
+    query, key, value = packed.to(dtype).unbind(2)
+    none = torch.zeros(0, dtype=torch.int32, device="cuda")
+    exact = torch.cat([attention_reference(*(x[b : b + 1].double() for x in (query, key, value)), none, None)
+                       for b in range(shape[0])])  # fmt: skip
+    plain = attention_reference(query, key, value, none, None)
+    got = attention_of_many(query, key, value)
+    assert (got - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-6
+    for _ in range(5):
+        assert torch.equal(attention_of_many(query, key, value), got)
+    if few.takes_many(*shape, query.device):
+        assert torch.equal(attention(query, key, value, none), got)
+    value[-1] = float("inf")
+    assert torch.equal(attention_of_many(query, key, value)[:-1], got[:-1])
 
 
 @pytest.mark.gpu

@@ -78,6 +78,19 @@ def test_the_reference_is_near_the_softmax() -> None:
     assert distance(attention_fp8(*question_), exact(*question_)) < 0.05
 
 
+def test_the_kernel_as_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of a program, and more keys than the ring has."""
+    pytest.importorskip("triton")
+    from mdkern.kernels.backbone import hopper_attention_fp8, launch_attention_fp8
+    from tests.problems.gluon_on_cpu import OnCpu
+
+    asked = question(2, 640, 2)
+    kernel = OnCpu(hopper_attention_fp8.attention_fp8_kernel)
+    monkeypatch.setattr(launch_attention_fp8, "attention_fp8_kernel", kernel)
+    got, want = launch_attention_fp8.attention_fp8(*asked), attention_fp8_reference(*asked)
+    assert distance(got.float(), want.float()) < 0.01
+
+
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def serves(length: int = 256, width: int = 768, head_dim: int = 64, device: str = "cuda") -> bool:
         return fits(torch.device(device), length, width, head_dim)

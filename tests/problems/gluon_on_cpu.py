@@ -1,8 +1,8 @@
 """Runs a Gluon kernel for Hopper on the CPU, as it is written: its functions as plain Python, its warps as threads.
 
-Only what `hopper_joint` uses is here. What the device does later is done as late as it may be: a multiplication reads
-shared memory when it is waited for, and so does a bulk store; so a buffer that is given back too early spoils the
-result. A kernel that would hang makes the threads wait in vain, which is an error.
+Only what `hopper_joint` and the kernels of attention use is here. What the device does later is done as late as it may
+be: a multiplication reads shared memory when it is waited for, and so does a bulk store; so a buffer that is given back
+too early spoils the result. A kernel that would hang makes the threads wait in vain, which is an error.
 """
 
 # mypy: ignore-errors
@@ -34,8 +34,9 @@ class Block(torch.Tensor):
     def split(self):
         return self.unbind(-1)
 
-    def to(self, kind):
-        return super().to(kind.torch if isinstance(kind, Element) else kind)
+    def to(self, kind, bitcast=False):
+        kind = kind.torch if isinstance(kind, Element) else kind
+        return super().view(kind) if bitcast else super().to(kind)
 
 
 class Pointer:
@@ -48,8 +49,9 @@ class Pointer:
     def __sub__(self, less: Any) -> Pointer:
         return Pointer(self.tensor, self.at - less)
 
-    def load(self, mask: Tensor, other: float) -> Tensor:
-        assert ((self.at >= 0) & (self.at < len(self.tensor)) | ~mask).all(), "a wild read"
+    def load(self, mask: Any = True, other: float = 0.0) -> Tensor:
+        mask = torch.as_tensor(mask)
+        assert torch.as_tensor((self.at >= 0) & (self.at < len(self.tensor)) | ~mask).all(), "a wild read"
         found = self.tensor[torch.where(mask, self.at, 0)]
         return torch.where(mask, found, torch.full_like(found, other)).as_subclass(Block)
 
@@ -63,6 +65,10 @@ class Shared:
     @property
     def shape(self):
         return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self):
+        return Element(self.tensor.dtype)
 
     def index(self, at):
         return Shared(self.tensor[at])
@@ -115,10 +121,12 @@ class Matrix:
 
     def part(self, corner):
         """Of a block: what lies in the matrix, and where that is in the block."""
-        sizes = [max(0, min(size, n - at)) for at, size, n in zip(corner, self.block_shape, self.all.shape)]
-        assert min(corner) >= 0
-        inside = tuple(slice(at, at + size) for at, size in zip(corner, sizes))
-        return self.all[inside], tuple(map(slice, sizes))
+        there, place = [], []
+        for at, size, n in zip(corner, self.block_shape, self.all.shape):
+            begin, end = min(max(at, 0), n), min(max(at + size, 0), n)
+            there.append(slice(begin, end))
+            place.append(slice(begin - at, end - at) if begin < end else slice(0, 0))
+        return self.all[tuple(there)], tuple(place)
 
 
 class Warps(threading.local):
@@ -126,6 +134,21 @@ class Warps(threading.local):
 
     def __init__(self) -> None:
         self.products, self.stores = deque(), deque()
+
+
+def where(chosen, one, other):
+    if isinstance(chosen, Tensor):
+        return torch.where(chosen, one, other)
+    return one if chosen else one * 0 + other
+
+
+def in_assembly(code, constraints, args, dtype, is_pure, pack):
+    """What the pieces of machine code of the kernels of attention mean."""
+    if "prmt" in code:
+        return (128 * args[0]).round().to(dtype)
+    if "sat" in code:
+        return (args[0] * args[1] + args[2]).clamp(0, 1)
+    return args[0] if "bar.warp" in code else args[0] * args[1]
 
 
 class Device:
@@ -159,8 +182,9 @@ class Device:
         while len(self.warps.stores) > pending:
             self.warps.stores.popleft()()
 
-    def multiply(self, left, right, sums, use_acc, is_async):
+    def multiply(self, left, right, sums, use_acc=True, is_async=False):
         assert is_async
+        left = Shared(left) if isinstance(left, Tensor) else left  # in registers
         result = torch.full_like(sums, torch.nan)
 
         def product():
@@ -202,11 +226,23 @@ class Device:
             minimum=min,
             zeros=lambda shape, _, layout: torch.zeros(shape).as_subclass(Block),
             arange=lambda start, end, layout: torch.arange(start, end).as_subclass(Block),
-            load=lambda pointer, mask, other: pointer.load(mask, other),
-            where=lambda chosen, one, other: one if chosen else one * 0 + other,
+            load=lambda pointer, **options: pointer.load(**options),
+            where=where,
+            full=lambda shape, value, kind, layout: torch.full(shape, value, dtype=kind.torch).as_subclass(Block),
+            max=lambda x, dim: x.amax(dim),
+            sum=lambda x, dim: x.sum(dim),
+            maximum=torch.maximum,
+            convert_layout=lambda x, *_: x,
+            inline_asm_elementwise=in_assembly,
+            DotOperandLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None,
+            NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *_: None),
             exp2=torch.exp2,
+            ceil=torch.ceil,
             float32=Element(torch.float32),
+            int8=Element(torch.int8),
             int64=Element(torch.int64),
+            float8e4nv=Element(torch.float8_e4m3fn),
             SliceLayout=lambda *_: None,
             NVMMADistributedLayout=lambda *_: None,
             allocate_shared_memory=self.allocate,
@@ -262,7 +298,7 @@ class OnCpu:
         self.kernel, self.earlier = kernel, earlier
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, maxnreg, launch_pdl, **constants):
+        def launch(*args, num_warps, maxnreg, launch_pdl=False, **constants):
             device = Device(self.earlier)
             function = in_python(self.kernel, device.names(), {})
             for device.program in range(grid[0]):

@@ -126,6 +126,12 @@ def few_sequences(device: str) -> Iterator[Tensor]:
         yield attention_operator(query, key, value, counters, mask)
 
 
+def many_sequences(device: str) -> Iterator[Tensor]:
+    """Two tiles for each multiprocessor of an H100 or H200, which lack some queries and keys."""
+    query, key, value = normal(1, 264, 250, 3, 1, 64, dtype=HALF, device=device).unbind(2)
+    yield attention_operator(query, key, value, torch.zeros(0, dtype=torch.int32, device=device), None)
+
+
 def rounding(device: str) -> Iterator[Tensor]:
     x = normal(1, 70, 200, dtype=HALF, device=device)
     yield Scaled(*quantise_rows(x)).wide()
@@ -165,6 +171,7 @@ LAUNCHES: dict[str, Callable[[str], Iterator[Tensor]]] = {
     "fp8": products_in_fp8,
     "narrow": products_of_narrow_models,
     "attention": few_sequences,
+    "many_sequences": many_sequences,
     "quantise": rounding,
     "experts": mixtures_of_experts,
     "head_fp8": output_layer_in_float8,

@@ -95,9 +95,7 @@ def _as_left(weights, DTYPE: gl.constexpr):
 @gluon.jit
 def _hold(total):
     """Sums as they are, found before any wait for products that comes after this."""
-    return gl.inline_asm_elementwise(
-        HOLDING, HOLDING_CONSTRAINTS, [total], dtype=gl.float32, is_pure=False, pack=4
-    )
+    return gl.inline_asm_elementwise(HOLDING, HOLDING_CONSTRAINTS, [total], dtype=gl.float32, is_pure=False, pack=4)
 
 
 @gluon.jit
@@ -135,7 +133,7 @@ def _consume(
     none of them run beside anything.
     """
     held, key_ring, value_ring, leaving = rings
-    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    held_full, held_empty, full, empty = barriers
     tiles, _, length = sizes
     KEYS: gl.constexpr = key_ring.shape[2]
     DTYPE: gl.constexpr = value_ring.dtype
@@ -150,32 +148,30 @@ def _consume(
         attended = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD, BITS))
         queries = held.index(place * GROUPS + GROUP)
         mbarrier.wait(held_full.index(place), turn)
-        mbarrier.wait(key_full.index(stage), phase)
+        mbarrier.wait(full.index(stage), phase)
         scores = warpgroup_mma_wait(0, deps=(_score(queries, key_ring, stage),))
-        mbarrier.arrive(key_empty.index(stage))
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = ring_advance(stage, phase, STAGES)
         if MASKED:  # The last keys come first. They are counted from the row, or else they would be kept in registers.
             key = row + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout_of(KEYS, BITS)))
             scores = gl.where((key < row + length % KEYS)[None, :], scores, float("-inf"))
         weights, anchor, total, _factor = _soften(scores, anchor, total)
         left = _as_left(weights, DTYPE)
         for _done in range(KEYS, length, KEYS):
-            before, earlier = stage + 0, phase + 0  # copies, as the compiler would take these for constants of the loop
-            stage, phase = ring_advance(stage, phase, STAGES)
-            mbarrier.wait(key_full.index(stage), phase)
+            mbarrier.wait(full.index(stage), phase)
             scores = _score(queries, key_ring, stage)
-            mbarrier.wait(value_full.index(before), earlier)
-            attended = _add(left, value_ring, before, attended)
+            attended = _add(left, value_ring, stage, attended)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-            mbarrier.arrive(key_empty.index(stage))
             weights, anchor, total, factor = _soften(scores, anchor, total)
             total = _hold(total)
             attended = _rescale(warpgroup_mma_wait(0, deps=(attended,)), factor)
-            mbarrier.arrive(value_empty.index(before))
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = ring_advance(stage, phase, STAGES)
             left = _as_left(weights, DTYPE)
         mbarrier.arrive(held_empty.index(place))
-        mbarrier.wait(value_full.index(stage), phase)
+        mbarrier.wait(full.index(stage), phase)
         attended = warpgroup_mma_wait(0, deps=(_add(left, value_ring, stage, attended),))
-        mbarrier.arrive(value_empty.index(stage))
+        mbarrier.arrive(empty.index(stage))
         tma.store_wait(0)  # the last tile's store has read its buffer
         at = [sequence, row + ROWS * GROUP, head * HEAD]
         _leave(attended, gl.sum(total, 1), out, leaving.index(GROUP), at, BITS)

@@ -14,7 +14,6 @@ one changes what was added up by a power of two, and the order of the keys chang
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -109,7 +108,7 @@ def _consume(
     none of them run beside anything. So values are weighted together with the next keys, and both waited for.
     """
     held, key_ring, _, _, leaving = rings
-    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    held_full, held_empty, full, empty = barriers
     tiles, _, length = sizes
     KEYS: gl.constexpr = key_ring.shape[2]
     stage = gl.program_id(0) * 0
@@ -124,26 +123,24 @@ def _consume(
         total = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES, BITS))
         queries = held.index(place * WARPGROUPS + GROUP)
         mbarrier.wait(held_full.index(place), turn)
-        mbarrier.wait(key_full.index(stage), phase)
+        mbarrier.wait(full.index(stage), phase)
         scores = warpgroup_mma_wait(0, deps=(_score(queries, key_ring, stage),))
-        mbarrier.arrive(key_empty.index(stage))
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = ring_advance(stage, phase, STAGES)
         for _start in range(KEYS, length, KEYS):
             weights, top, attended, total = _soften(scores, top, attended, total, factor)
-            mbarrier.wait(value_full.index(stage), phase)
+            mbarrier.wait(full.index(stage), phase)
             attended, total = _add(weights, attended, total, rings, stage)
-            before = stage + 0  # a copy, as the compiler would take `stage` itself for a constant of the loop
-            stage, phase = ring_advance(stage, phase, STAGES)
-            mbarrier.wait(key_full.index(stage), phase)
             scores = _score(queries, key_ring, stage)
             scores, attended, total = warpgroup_mma_wait(0, deps=(scores, attended, total))
-            mbarrier.arrive(key_empty.index(stage))
-            mbarrier.arrive(value_empty.index(before))
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = ring_advance(stage, phase, STAGES)
         mbarrier.arrive(held_empty.index(place))
         weights, top, attended, total = _soften(scores, top, attended, total, factor)
-        mbarrier.wait(value_full.index(stage), phase)
+        mbarrier.wait(full.index(stage), phase)
         attended, total = _add(weights, attended, total, rings, stage)
         attended, total = warpgroup_mma_wait(0, deps=(attended, total))
-        mbarrier.arrive(value_empty.index(stage))
+        mbarrier.arrive(empty.index(stage))
         tma.store_wait(0)  # the last tile's store has read its buffer
         at = [sequence, row + ROWS * GROUP, head * HEAD]
         _leave(attended, gl.max(total, 1), out, leaving.index(GROUP), at, BITS)

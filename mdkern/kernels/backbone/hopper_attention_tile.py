@@ -36,23 +36,19 @@ def _place(tile, sizes, GROUPS: gl.constexpr, HEADS: gl.constexpr):
 
 @gluon.jit
 def _barriers(GROUPS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr):
-    """Of buffers of queries, keys and values: those that say that one is full, and that it is empty."""
+    """Of buffers of queries, and of keys and values: those that say that one is full, and that it is empty."""
     held_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     held_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(AHEAD):
         mbarrier.init(held_full.index(place), count=1)
         mbarrier.init(held_empty.index(place), count=GROUPS)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(stage), count=1)
-        mbarrier.init(key_empty.index(stage), count=GROUPS)
-        mbarrier.init(value_full.index(stage), count=1)
-        mbarrier.init(value_empty.index(stage), count=GROUPS)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
-    return held_full, held_empty, key_full, key_empty, value_full, value_empty
+    return held_full, held_empty, full, empty
 
 
 @gluon.jit
@@ -67,10 +63,14 @@ def _produce(
     AHEAD: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
-    """The producer warp: copies queries, and keys and values from the last ones on, of which a tile may lack some."""
+    """The producer warp: copies queries, and keys and values from the last ones on.
+
+    Keys come with the values of the keys before them, with which their scores are computed; the first with values
+    beyond the end, and the last values with keys before the beginning, for which the copies put zeros.
+    """
     query, key, values = inputs
     held, key_ring, value_ring = rings
-    held_full, held_empty, key_full, key_empty, value_full, value_empty = barriers
+    held_full, held_empty, full, empty = barriers
     tiles, _, length = sizes
     KEYS: gl.constexpr = key.block_shape[1]
     BITS: gl.constexpr = key.dtype.primitive_bitwidth
@@ -89,17 +89,17 @@ def _produce(
             tma.async_copy_global_to_shared(query, at, ready, held.index(place * GROUPS + group))
         place, turn = ring_advance(place, turn, AHEAD)
         last = (length - 1) // KEYS * KEYS
-        for done in range(0, length, KEYS):
+        for done in range(0, length + KEYS, KEYS):
             start = last - done
-            mbarrier.wait(key_empty.index(stage), phase)
-            mbarrier.expect(key_full.index(stage), KEYS * BYTES)
+            mbarrier.wait(empty.index(stage), phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, 2 * KEYS * BYTES)
             at = [sequence, start, head * HEAD]
-            tma.async_copy_global_to_shared(key, at, key_full.index(stage), key_ring.index(stage))
-            mbarrier.wait(value_empty.index(stage), phase)
-            mbarrier.expect(value_full.index(stage), KEYS * BYTES)
+            tma.async_copy_global_to_shared(key, at, ready, key_ring.index(stage))
+            at = [sequence, start + KEYS, head * HEAD]
             if BITS == 8:  # values lie transposed
-                at = [sequence, head * HEAD, start]
-            tma.async_copy_global_to_shared(values, at, value_full.index(stage), value_ring.index(stage))
+                at = [sequence, head * HEAD, start + KEYS]
+            tma.async_copy_global_to_shared(values, at, ready, value_ring.index(stage))
             stage, phase = ring_advance(stage, phase, STAGES)
 
 
