@@ -92,16 +92,15 @@ def test_many_as_plain_python(batch: int, length: int, heads: int, monkeypatch: 
     from tests.problems.gluon_on_cpu import OnCpu
 
     packed = normal(1, batch, length, 3, heads, 64)
-    packed[:, :, 1] *= torch.linspace(20, 1, length)[:, None, None]  # the last keys come first
+    packed[:, :, 1] *= torch.linspace(4, 0.5, length)[:, None, None]  # the last keys come first
     packed[-1, -1, 2] = float("inf")
     query, key, value = packed.bfloat16().unbind(2)
     monkeypatch.setattr(launch_attention, "attention_kernel", OnCpu(hopper_attention.attention_kernel))
     got = launch_attention.attention_of_many(query, key, value)
     value[-1, -1] = 1.0
     got_finite = launch_attention.attention_of_many(query, key, value)
-    want = attention_reference(query.double(), key.double(), value.double(), none := torch.zeros(0), None)
-    plain = attention_reference(query, key, value, none, None)
-    assert (got_finite - want).norm() <= 1.2 * (plain - want).norm()
+    want = attention_reference(query.double(), key.double(), value.double(), torch.zeros(0), None)
+    assert (got_finite - want).norm() <= 2**-8 * want.norm(), "weights and results have 8 bits"
     assert torch.equal(got[:-1], got_finite[:-1]), "infinite values are their sequence's own"
 
 
@@ -143,7 +142,7 @@ def test_gpu_many_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: to
                        for b in range(shape[0])])  # fmt: skip
     plain = attention_reference(query, key, value, none, None)
     got = attention_of_many(query, key, value)
-    assert (got - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-6
+    assert (got - exact).norm() <= 1.2 * (plain - exact).norm() + 1e-6
     for _ in range(5):
         assert torch.equal(attention_of_many(query, key, value), got)
     if few.takes_many(*shape, query.device):
