@@ -62,29 +62,31 @@ def pays(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
 
     In the batch-invariant mode that does not depend on how many sequences, queries and keys there are.
     """
-    heads, head_dim = query.shape[2:]
+    batch, length, heads, head_dim = query.shape
     fits = is_hopper(query.device) and query.dtype in (torch.bfloat16, torch.float16) and head_dim == HEAD_DIM
     if not fits or key.shape[2] != heads or not all(map(is_matrix, (query, key, value))):
         return False
-    few = tiles_of(*query.shape[:3]) <= MOST_ROUNDS * num_sms(query.device)
-    many = takes_many(*query.shape[:3], query.device)
+    few = tiles_of(batch, length, heads) <= MOST_ROUNDS * num_sms(query.device)
+    many = takes_many(batch, length, heads, query.device)
     return is_batch_invariant() or (is_whole(query, key, mask) and (few or many))
 
 
 def is_whole(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether all of a sequence's queries see all of its keys."""
+    """Whether all queries of a sequence are there, and see all of its keys."""
     return mask is None and query.shape == key.shape
 
 
 def takes_many(batch: int, length: int, heads: int, device: torch.device) -> bool:
-    """Whether the kernel for many sequences runs, as whole sequences fill its programs.
+    """Whether whole sequences fill the programs of the kernel for many, which then runs.
 
     A multiprocessor has one program at a time, of ``GROUPS * QUERIES`` queries of a sequence and head.
     """
+    if not is_hopper(device) or is_batch_invariant():
+        return False
     most, places = num_sms(device), GROUPS * QUERIES
     tiles = batch * heads * -(-length // places)
-    taken = batch * heads * length / (max(1, -(-tiles // most)) * most * places)
-    return taken >= FULL and not is_batch_invariant()
+    rounds = -(-tiles // most)
+    return batch * heads * length >= FULL * max(1, rounds) * most * places
 
 
 def is_matrix(x: Tensor) -> bool:

@@ -19,7 +19,8 @@ SETTING = {"STAGES": 4, "AHEAD": 2, "REGISTERS": 112, "num_warps": 4, "maxnreg":
 
 def attention(query: Tensor, key: Tensor, value: Tensor, arrived: Tensor, mask: Tensor | None) -> Tensor:
     """`attention` on a GPU."""
-    if is_whole(query, key, mask) and takes_many(*query.shape[:3], query.device):
+    batch, length, heads, _ = query.shape
+    if is_whole(query, key, mask) and takes_many(batch, length, heads, query.device):
         return attention_of_many(query, key, value)
     return triton_attention.attention(query, key, value, arrived, mask)
 
