@@ -131,7 +131,10 @@ def test_gpu_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dt
     "shape", [(16, 1024, 12), (5, 1000, 12), (64, 256, 3), (33, 300, 5), (2, 4097, 3), (3, 2, 2), (1, 64, 1)]
 )
 def test_gpu_many_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Against float64, with scores that grow from tile to tile; the same bits again, whatever other sequences hold."""
+    """Against float64, with scores that grow from tile to tile; the same bits again, whatever other sequences hold.
+
+    A row's largest weight need not be 1 here, so that it is rounded like the others.
+    """
     from mdkern.kernels.backbone.launch_attention import attention_of_many
 
     packed = torch.stack([x.to("cuda") for x in heads(*shape)], 2)
@@ -142,7 +145,7 @@ def test_gpu_many_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: to
                        for b in range(shape[0])])  # fmt: skip
     plain = attention_reference(query, key, value, none, None)
     got = attention_of_many(query, key, value)
-    assert (got - exact).norm() <= 1.2 * (plain - exact).norm() + 1e-6
+    assert (got - exact).norm() <= 1.3 * (plain - exact).norm() + 1e-6
     for _ in range(5):
         assert torch.equal(attention_of_many(query, key, value), got)
     if few.takes_many(*shape, query.device):

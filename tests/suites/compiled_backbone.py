@@ -12,7 +12,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mdkern.kernels.backbone import attention as attention_contract
 from mdkern.kernels.backbone import (
     hopper_attention,
     hopper_attention_fp8,
@@ -333,17 +332,13 @@ def attention_fp8() -> None:
 
 
 def many_sequences(element: str, masked: bool) -> None:
-    """Nothing is kept in memory, and the exponentials of a step stand between its wait for scores and that for sums, so
-    that values are weighted beside them."""
+    """Nothing is kept in memory."""
     types = dict.fromkeys(hopper_attention.COUNTS, "i32")
     types |= dict.fromkeys(("query", "out"), descriptor(element, [1, 64, 64]))
     types |= dict.fromkeys(("key", "values"), descriptor(element, [1, launch_attention.KEYS, 64]))
     constants = {"HEADS": 12, "MASKED": masked}
     built = product(hopper_attention.attention_kernel, types, constants, launch_attention.SETTING)
-    code = machine_code(built.asm["cubin"])
-    assert not re.search(r"\b(STL|LDL)\b", code)
-    beside = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
-    assert [part.count("MUFU.EX2") for part in beside] == [2 + launch_attention.KEYS // 2] * attention_contract.GROUPS
+    assert not re.search(r"\b(STL|LDL)\b", machine_code(built.asm["cubin"]))
 
 
 def resident_fp8(width: int) -> None:

@@ -1,9 +1,8 @@
 """`mdkern.kernels.backbone.attention` for many sequences on Hopper, in Gluon: softmax in one pass over the keys.
 
 `hopper_attention_tile` says who does what. A consumer warpgroup starts the scores of the next keys together with the
-product with the present values, and turns those scores into weights while the second product runs (FlashAttention-3,
-2407.08608). There are four of them, which are not kept in step, so that the end of one's tile lies beside the others'
-work.
+product with the present values. There are four of them, which are not kept in step, so that one's exponentials, and the
+end of its tile, lie beside the others' products (FlashAttention-3, 2407.08608).
 
 A row's weights are powers of two less an anchor, which stays while no score exceeds it by more than `GROWTH`, so that
 what was added up is seldom rescaled.
@@ -21,7 +20,6 @@ from mdkern.kernels.backbone.hopper_attention_tile import (
     HEAD,
     _barriers,
     _beside_rows,
-    _highest,
     _leave,
     _place,
     _produce,
@@ -46,24 +44,8 @@ def _rescaling() -> str:
     return "\n".join([*lines, "DONE:", "}"])
 
 
-def _holding() -> str:
-    """PTX for a thread's 4 numbers as they are, behind a branch that is never taken.
-
-    The assembler moves a wait for products before all that does not depend on it, but not over a branch. The bits that
-    are looked for are those of a NaN that no instruction gives. With a trap there, or where a warp might part, the
-    assembler may wait for each product at once.
-    """
-    lines = ["{", ".reg .pred p, q;", ".reg .b32 x;"]
-    for n in range(4):
-        lines += [f"mov.b32 x, ${n + 4};", f"setp.eq{'.or' * (n > 0)}.s32 p, x, 0x7FABCDEF{', p' * (n > 0)};"]
-    lines += [f"mov.f32 ${n}, ${n + 4};" for n in range(4)] + ["vote.sync.any.pred q, p, 0xffffffff;"]
-    return "\n".join([*lines, "@!q bra DONE;", "bar.warp.sync 0xffffffff;", "DONE:", "}"])
-
-
 RESCALING = gl.constexpr(_rescaling())
 RESCALING_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
-HOLDING = gl.constexpr(_holding())
-HOLDING_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 4 + ["f"] * 4))
 
 
 @gluon.jit
@@ -79,7 +61,7 @@ def _fold(x):
 @gluon.jit
 def _soften(scores, anchor, total):
     """Scores as weights; the new anchors; sums of all weights by thread; the factors of what was added up before."""
-    peak = _highest(scores, BITS) * SCALE
+    peak = gl.max(scores, 1) * SCALE
     reached = gl.where(peak > anchor + GROWTH, peak, anchor)
     factor = gl.exp2(anchor - reached)
     weights = gl.exp2(scores * SCALE - reached[:, None])
@@ -90,12 +72,6 @@ def _soften(scores, anchor, total):
 def _as_left(weights, DTYPE: gl.constexpr):
     """Weights as a product's left operand, for which they stay in their registers."""
     return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, layout_of(HEAD, BITS), 2), True)
-
-
-@gluon.jit
-def _hold(total):
-    """Sums as they are, found before any wait for products that comes after this."""
-    return gl.inline_asm_elementwise(HOLDING, HOLDING_CONSTRAINTS, [total], dtype=gl.float32, is_pure=False, pack=4)
 
 
 @gluon.jit
@@ -163,7 +139,6 @@ def _consume(
             attended = _add(left, value_ring, stage, attended)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             weights, anchor, total, factor = _soften(scores, anchor, total)
-            total = _hold(total)
             attended = _rescale(warpgroup_mma_wait(0, deps=(attended,)), factor)
             mbarrier.arrive(empty.index(stage))
             stage, phase = ring_advance(stage, phase, STAGES)

@@ -25,14 +25,13 @@ from mdkern.kernels.backbone.hopper_attention_tile import (
     HEAD,
     _barriers,
     _beside_rows,
-    _highest,
     _leave,
     _place,
     _produce,
     _score,
     layout_of,
 )
-from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS
+from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS, _halves
 from mdkern.kernels.gluon_common import ring_advance
 
 BITS = gl.constexpr(8)
@@ -54,28 +53,44 @@ cvt.u16.u32 $0, both;
 
 
 @gluon.jit
-def _add(weights, attended, total, rings, stage):
-    """Start to add up a tile of values, and of ones, by their weights."""
+def _weigh(weights, rings, stage):
+    """Start the products of a tile's weights with its values, and with ones.
+
+    Tensor cores drop what is 2^-13 of a sum and less where factors are in e4m3, so that tiles are added up outside.
+    """
     _, _, value_ring, ones, _ = rings
     values = value_ring.index(stage).reshape([HEAD, value_ring.shape[3]])
+    nothing = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD, BITS))
     left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(HEAD, BITS), 4), True)
-    attended = warpgroup_mma(left, values.permute((1, 0)), attended, is_async=True)
+    weighted = warpgroup_mma(left, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    nothing = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES, BITS))
     left = gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of(COPIES, BITS), 4), True)
-    return attended, warpgroup_mma(left, ones.permute((1, 0)), total, is_async=True)
+    return weighted, warpgroup_mma(left, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _rescale(x, factor):
-    return x * _beside_rows(factor, x.shape[1], BITS)
+def _add(x, tile, factor):
+    """Multiply what was added up by a factor of each row, and add a tile's."""
+    return x * _beside_rows(factor, x.shape[1], BITS) + tile
 
 
 @gluon.jit
-def _soften(scores, top, attended, total, scale):
-    """Scores as weights in e4m3, the columns as a left operand's registers take them; the new maxima; the sums so far
-    as these want them."""
+def _highest(x):
+    """The maximum of each row, by a tree, whose branches do not wait for each other."""
+    KEYS: gl.constexpr = x.shape[1]
+    for _ in gl.static_range(4):
+        if x.shape[1] > 8:
+            left, right = _halves(x, layout_of(x.shape[1] // 2, BITS))
+            x = gl.maximum(left, right)
+    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout_of(KEYS, BITS)), True)
+
+
+@gluon.jit
+def _soften(scores, top, scale):
+    """Scores as weights in e4m3, the columns as a left operand's registers take them; the new maxima; the factors of
+    what was added up before."""
     C: gl.constexpr = scores.shape[1]
-    peak = gl.maximum(top, gl.ceil(_highest(scores, BITS) * scale))
-    factor = gl.exp2(top - peak)
+    peak = gl.maximum(top, gl.ceil(_highest(scores) * scale))
     codes = gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;",
         "=f,f,f,f",
@@ -86,7 +101,7 @@ def _soften(scores, top, attended, total, scale):
     )
     codes = codes.reshape(ROWS, C // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(ROWS, C)
     packed = gl.inline_asm_elementwise(TO_CODES, "=h,f,f", [codes], dtype=gl.int8, is_pure=True, pack=2)
-    return packed.to(gl.float8e4nv, bitcast=True), peak, _rescale(attended, factor), _rescale(total, factor)
+    return packed.to(gl.float8e4nv, bitcast=True), peak, gl.exp2(top - peak)
 
 
 @gluon.jit
@@ -104,8 +119,7 @@ def _consume(
 ):
     """A consumer warpgroup: attention of 64 queries of each tile.
 
-    What products add up must not be touched between the start of any product and its wait: the compiler would then let
-    none of them run beside anything. So values are weighted together with the next keys, and both waited for.
+    The next keys' scores are computed together with the product with the present values, and both waited for.
     """
     held, key_ring, _, _, leaving = rings
     held_full, held_empty, full, empty = barriers
@@ -117,7 +131,7 @@ def _consume(
     turn = stage + 0
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
         row, sequence, head = _place(tile, sizes, WARPGROUPS, HEADS)
-        factor = gl.load(scale + head)
+        sharpness = gl.load(scale + head)
         top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layout_of(KEYS, BITS)))
         attended = gl.zeros([ROWS, HEAD], gl.float32, layout=layout_of(HEAD, BITS))
         total = gl.zeros([ROWS, COPIES], gl.float32, layout=layout_of(COPIES, BITS))
@@ -128,19 +142,20 @@ def _consume(
         mbarrier.arrive(empty.index(stage))
         stage, phase = ring_advance(stage, phase, STAGES)
         for _start in range(KEYS, length, KEYS):
-            weights, top, attended, total = _soften(scores, top, attended, total, factor)
+            weights, top, factor = _soften(scores, top, sharpness)
             mbarrier.wait(full.index(stage), phase)
-            attended, total = _add(weights, attended, total, rings, stage)
+            weighted, sums = _weigh(weights, rings, stage)
             scores = _score(queries, key_ring, stage)
-            scores, attended, total = warpgroup_mma_wait(0, deps=(scores, attended, total))
+            scores, weighted, sums = warpgroup_mma_wait(0, deps=(scores, weighted, sums))
             mbarrier.arrive(empty.index(stage))
             stage, phase = ring_advance(stage, phase, STAGES)
+            attended, total = _add(attended, weighted, factor), _add(total, sums, factor)
         mbarrier.arrive(held_empty.index(place))
-        weights, top, attended, total = _soften(scores, top, attended, total, factor)
+        weights, top, factor = _soften(scores, top, sharpness)
         mbarrier.wait(full.index(stage), phase)
-        attended, total = _add(weights, attended, total, rings, stage)
-        attended, total = warpgroup_mma_wait(0, deps=(attended, total))
+        weighted, sums = warpgroup_mma_wait(0, deps=_weigh(weights, rings, stage))
         mbarrier.arrive(empty.index(stage))
+        attended, total = _add(attended, weighted, factor), _add(total, sums, factor)
         tma.store_wait(0)  # the last tile's store has read its buffer
         at = [sequence, row + ROWS * GROUP, head * HEAD]
         _leave(attended, gl.max(total, 1), out, leaving.index(GROUP), at, BITS)

@@ -1,4 +1,4 @@
-"""What `hopper_attention` and `hopper_attention_fp8` share: the order of tiles, copies of them, products, and maxima.
+"""What `hopper_attention` and `hopper_attention_fp8` share: the order of tiles, copies of them, products, and results.
 
 A program has a producer warp, which copies keys and values into a ring in shared memory, and the next tile's queries
 ahead, and consumer warpgroups with 64 queries each (FlashAttention-3, 2407.08608). Matrices are described by sequence,
@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from mdkern.kernels.backbone import attention
-from mdkern.kernels.backbone.hopper_tile import ROWS, _halves
+from mdkern.kernels.backbone.hopper_tile import ROWS
 from mdkern.kernels.gluon_common import ring_advance
 
 HEAD = gl.constexpr(attention.HEAD_DIM)
@@ -111,17 +111,6 @@ def _score(queries, key_ring, stage):
     nothing = gl.zeros([ROWS, KEYS], gl.float32, layout=layout_of(KEYS, BITS))
     keys = key_ring.index(stage).reshape([KEYS, HEAD]).permute((1, 0))
     return warpgroup_mma(queries.reshape([ROWS, HEAD]), keys, nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _highest(x, BITS: gl.constexpr):
-    """The maximum of each row, by a tree, whose branches do not wait for each other."""
-    KEYS: gl.constexpr = x.shape[1]
-    for _ in gl.static_range(5):
-        if x.shape[1] > 8:
-            left, right = _halves(x, layout_of(x.shape[1] // 2, BITS))
-            x = gl.maximum(left, right)
-    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout_of(KEYS, BITS)), True)
 
 
 @gluon.jit
