@@ -173,8 +173,8 @@ def test_passes_after_one_that_failed_have_another_pool(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 def test_gpu_passes_are_captured_after_one_that_failed() -> None:
     """They and those before it replay, and the generator draws."""
-    passes = canvas_graphs.CapturedPasses(torch.device("cuda"))
     out, given = torch.zeros(3, device="cuda"), {"x": torch.ones(3, device="cuda")}
+    passes = canvas_graphs.CapturedPasses(out.device)
 
     def times(factor: float) -> Any:
         return lambda inputs: out.copy_(inputs["x"] * factor)  # the product lies in the pool
