@@ -127,6 +127,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ((heads.float(), values, scale), "heads must be"),
         ((heads[:, :-64], values, scale), "heads must be"),
         ((heads[:128], values, scale), "values must be"),
+        ((heads[None], values, scale), "must be matrices"),
+        ((heads, values[0], scale), "must be matrices"),
         ((heads, values[:, :64], scale), "sequences of 128s"),
         ((heads, values, scale[:2]), "must be"),
         ((heads, values, scale.double()), "scale must be"),

@@ -86,6 +86,8 @@ def attention_fp8(
 ) -> Tensor:
     """Means of values, weighted by ``softmax(query @ key.T)``, of each sequence and head (2307.08691).
 
+    Among GPUs only Hopper has a kernel for it, see `fits`.
+
     Args:
         heads: float8_e4m3fn ``[B * L, 2 * H * 64]``, queries and keys.
         values: float8_e4m3fn ``[B * H * 64, L]``, those of each dimension `in_order` of the tokens; L is a multiple of
@@ -99,8 +101,9 @@ def attention_fp8(
         ValueError: shapes or dtypes that do not fit.
     """
     check_tensor("scale", scale, scale.shape[:1], torch.float32, heads.device)
-    rows, length = (x.shape[-1 * place] if x.ndim == 2 else 0 for place, x in ((2, heads), (1, values)))
-    width = len(scale) * HEAD_DIM
+    if heads.ndim != 2 or values.ndim != 2:
+        raise ValueError(f"heads and values must be matrices, not {list(heads.shape)} and {list(values.shape)}")
+    rows, length, width = len(heads), values.shape[1], len(scale) * HEAD_DIM
     if not length or length % TOKENS or rows % length:
         raise ValueError(f"heads {list(heads.shape)} and values {list(values.shape)} are not of sequences of {TOKENS}s")
     check_tensor("heads", heads, (rows, 2 * width), FP8, heads.device)
