@@ -21,9 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 check: .venv/installed lint
 	$(PYTEST) -m "not slow"
 
-test: lint tests
-
-tests: .venv/installed
+test: .venv/installed lint
 	$(PYTEST)
 
 # The adapters' tests under the oldest transformers that is supported. Everything else is that of .venv.
@@ -107,4 +105,4 @@ csrc:
 clean:
 	rm -rf .venv $(OLD) $(HARNESS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-.PHONY: demo check test tests test-transformers-4 test-harness docs bench bench-results study lint memcheck dist csrc clean
+.PHONY: demo check test test-transformers-4 test-harness docs bench bench-results study lint memcheck dist csrc clean
