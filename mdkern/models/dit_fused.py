@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdkern.kernels.backbone import attention as few
+from mdkern.kernels.backbone import attention as in_16_bits
 from mdkern.kernels.backbone import attention_fp8 as in_fp8
 from mdkern.kernels.backbone import linear as products
 from mdkern.kernels.backbone.folded_norm import fold_norm
@@ -263,7 +263,7 @@ def hidden(
         folds = folds if (pays(batch * length, input_ids) if fp8 else folds_fit(model, batch * length)) else None
     stream = None
     whole = model.config.block_causal is None  # whether every query of a text sees the same
-    arrived = few.new_arrivals(batch, length, model.config.num_heads, input_ids.device) if whole else None
+    arrived = in_16_bits.new_arrivals(batch, length, model.config.num_heads, input_ids.device) if whole else None
     head_dim = model.config.width // model.config.num_heads
     attends_in_fp8 = mask is None and in_fp8.fits(input_ids.device, length, model.config.width, head_dim)
     blocks = cast("list[Block]", list(model.blocks))
@@ -400,7 +400,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arriv
     With `arrived`, the counters of `kernels.backbone.attention`, that runs where it pays. Its `mask` then is that of
     padding, ``[B, 1, 1, L]``.
     """
-    if arrived is not None and few.pays(query, key, value, mask):
-        return few.attention(query, key, value, arrived, None if mask is None else mask[:, 0, 0])
+    if arrived is not None and in_16_bits.pays(query, key, value, mask):
+        return in_16_bits.attention(query, key, value, arrived, None if mask is None else mask[:, 0, 0])
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdkern.kernels.backbone import attention as few
+from mdkern.kernels.backbone import attention as contract
 from mdkern.kernels.backbone.attention import attention, attention_operator, attention_reference, new_arrivals, pays
 from mdkern.kernels.invariant import batch_invariant
 from tests.problems.backbone import normal
@@ -19,14 +19,14 @@ def heads(batch: int, length: int, count: int) -> tuple[Tensor, ...]:
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few, "is_hopper", lambda _: True)
-    monkeypatch.setattr(few, "num_sms", lambda _: 132)
+    monkeypatch.setattr(contract, "is_hopper", lambda _: True)
+    monkeypatch.setattr(contract, "num_sms", lambda _: 132)
 
     def serves(batch: int, length: int, count: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
         return pays(*torch.empty(batch, length, 3, count, head_dim, dtype=dtype).unbind(2), None)
 
     batches = (1, 2, 4, 5, 6, 16)
-    assert [few.takes_many(batch, 1024, 12, CPU) for batch in batches] == [False, False, False, True, False, True]
+    assert [contract.takes_many(batch, 1024, 12, CPU) for batch in batches] == [False, False, False, True, False, True]
     assert [serves(batch, 1024, 12) for batch in batches] == [True, True, True, True, False, True]
     assert [serves(64, length, 12) for length in (250, 128)] == [True, False], "tiles must be full, too"
     assert serves(16, 256, 3, dtype=torch.float16)
@@ -34,7 +34,7 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not serves(1, 1024, 12, head_dim=128)
     with batch_invariant():
         assert all(serves(batch, 1024, 12) for batch in batches)
-        assert not any(few.takes_many(batch, 1024, 12, CPU) for batch in batches)
+        assert not any(contract.takes_many(batch, 1024, 12, CPU) for batch in batches)
         assert not serves(1, 1024, 12, head_dim=128)
     query, key, value = torch.empty(2, 64, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
     mask = torch.ones(2, 64, dtype=torch.bool)
@@ -47,12 +47,12 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pays(some, key, value, None)
     assert not pays(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None)
     assert not pays(*(x[:, 1:] for x in (query, key, value)), None), "the sequences do not follow each other"
-    monkeypatch.setattr(few, "is_hopper", lambda _: False)
+    monkeypatch.setattr(contract, "is_hopper", lambda _: False)
     assert not pays(query, key, value, None)
 
 
 def test_two_programs_share_the_keys_of_one_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few, "num_sms", lambda _: 132)
+    monkeypatch.setattr(contract, "num_sms", lambda _: 132)
     counts = {(1, 1024, 12): 192, (2, 1024, 12): 0, (1, 1000, 12): 0, (16, 256, 3): 0, (1, 4096, 3): 192}
     assert {shape: len(new_arrivals(*shape, CPU)) for shape in counts} == counts
     with batch_invariant():
@@ -148,7 +148,7 @@ def test_gpu_many_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: to
     assert (got - exact).norm() <= 1.3 * (plain - exact).norm() + 1e-6
     for _ in range(5):
         assert torch.equal(attention_of_many(query, key, value), got)
-    if few.takes_many(*shape, query.device):
+    if contract.takes_many(*shape, query.device):
         assert torch.equal(attention(query, key, value, none), got)
     value[-1] = float("inf")
     assert torch.equal(attention_of_many(query, key, value)[:-1], got[:-1])

@@ -148,7 +148,7 @@ def in_assembly(code, constraints, args, dtype, is_pure, pack):
         return (128 * args[0]).round().to(dtype)
     if "sat" in code:
         return (args[0] * args[1] + args[2]).clamp(0, 1)
-    return args[0] if "bar.warp" in code else args[0] * args[1]
+    return args[0] * args[1]
 
 
 class Device:

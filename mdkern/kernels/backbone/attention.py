@@ -18,7 +18,7 @@ from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.kernels.operator import operator
 
 QUERIES = 64  # of a program
-HEAD_DIM = 64  # the kernel's only one
+HEAD_DIM = 64  # the kernels' only one
 MOST_ROUNDS = 6  # programs for each multiprocessor; as many as were timed, and faster than cuDNN
 FEW_ROUNDS, LONG = 2, 1024  # programs for each multiprocessor and keys, for which two programs share the keys out
 GROUPS = 4  # of QUERIES, in a program for many sequences

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from mdkern.kernels.backbone.attention import HEAD_DIM
 from mdkern.kernels.backbone.linear import COLUMN_TILE
 from mdkern.kernels.backbone.quantise import FP8, rounded
 from mdkern.kernels.checks import check_tensor
@@ -21,7 +22,6 @@ from mdkern.kernels.device import is_hopper
 from mdkern.kernels.invariant import is_batch_invariant
 from mdkern.kernels.operator import operator
 
-HEAD_DIM = 64  # the kernel's only one
 TOKENS = 128  # of which L is a multiple
 LIFT = 8.0  # weights are at most 2 to this before they are rounded, so that small ones keep their bits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from mdkern.kernels.backbone.attention_fp8 import HEAD_DIM
+from mdkern.kernels.backbone.attention import HEAD_DIM
 from mdkern.kernels.backbone.hopper_attention_fp8 import attention_fp8_kernel
 from mdkern.kernels.backbone.hopper_tile import ROWS, WARPGROUPS
 from mdkern.kernels.backbone.launch_linear import describe
