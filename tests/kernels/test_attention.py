@@ -1,4 +1,4 @@
-"""Attention of a few sequences: where it runs, what it refuses, and that it is as exact as PyTorch's."""
+"""Attention of few sequences and of many: where it runs, what it refuses, and that it is as exact as PyTorch's."""
 
 from __future__ import annotations
 
