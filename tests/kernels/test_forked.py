@@ -27,9 +27,18 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes canno
 def none_has_failed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(forked, "forks", forked.Forks())
     monkeypatch.delenv("MDKERN_FORK", raising=False)
+    copies, fork = list[int](), os.fork
+
+    def noted() -> int:
+        child = fork()
+        copies.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", noted)
     yield
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # there is no child, dead or alive
+    for child in copies:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)  # it is not there, dead or alive
 
 
 def has_succeeded(work, seconds: int = 60, patience: float = 60.0) -> bool:
